@@ -1,0 +1,8 @@
+"""The one exception a user is meant to see."""
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence naming the thing, what was found, and what to do.
+
+    `main` prints it without a traceback (`--debug` shows the traceback) and exits with status 2.
+    """
