@@ -1,0 +1,121 @@
+"""Blocks that several networks share, and the facts that a network file declares beside its class."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from error import UserError as UserError
+
+RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    'relu': lambda: nn.ReLU(inplace=True),
+    'leaky_relu': lambda: nn.LeakyReLU(0.2, inplace=True),
+    'prelu': nn.PReLU,
+    'gelu': nn.GELU,
+    'silu': lambda: nn.SiLU(inplace=True),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the program has to know of a network besides its class.
+
+    Attributes:
+        build: the class, called as `build(scale, **settings)`.
+        scales: the factors it can enlarge by.
+        settings: what this name changes of the class's own defaults.
+        value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
+            (0, rgb_range) instead.
+        tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
+        half_safe: float16 inference under autocast keeps its scores.
+        upsampler: prefix of the parameters that depend on the scale; all others carry over to another scale.
+    """
+
+    build: Callable[..., nn.Module]
+    scales: tuple[int, ...]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    value_range: tuple[float, float] = (0.0, 1.0)
+    tiling_exact: bool = True
+    half_safe: bool = True
+    upsampler: str = 'tail.0.'
+
+
+def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
+    """ITU-R BT.601 with foot and head room, as MATLAB's rgb2ycbcr: (N, 3, H, W) in [0, 1] to (N, 3, H, W) in [0, 1]."""
+    r, g, b = rgb.unbind(1)
+    y = (65.481 * r + 128.553 * g + 24.966 * b + 16) / 255
+    cb = (-37.797 * r - 74.203 * g + 112.0 * b + 128) / 255
+    cr = (112.0 * r - 93.786 * g - 18.214 * b + 128) / 255
+    return torch.stack((y, cb, cr), 1)
+
+
+def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
+    """Inverse of `rgb_to_ycbcr`."""
+    y, cb, cr = (ycbcr * 255).unbind(1)
+    y, cb, cr = (y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224
+    r = y + 1.402 * cr
+    g = y - 0.344136 * cb - 0.714136 * cr
+    b = y + 1.772 * cb
+    return torch.stack((r, g, b), 1)
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, dilation: int = 1) -> nn.Conv2d:
+    """Convolution that keeps height and width (zero padding)."""
+    padding = dilation * (kernel_size // 2)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
+
+
+def activation(name: str) -> nn.Module:
+    """Activation by its name in `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise UserError(f'Unknown activation {name!r}: choose one of {", ".join(ACTIVATIONS)}.')
+    return ACTIVATIONS[name]()
+
+
+class MeanShift(nn.Conv2d):
+    """Adds `sign` times the mean colour, scaled to `rgb_range`: a frozen 1x1 convolution, part of the state dict."""
+
+    def __init__(self, rgb_range: float, n_colors: int, sign: int) -> None:
+        super().__init__(n_colors, n_colors, kernel_size=1)
+        mean = torch.tensor(RGB_MEAN)
+        if n_colors == 1:
+            mean = rgb_to_ycbcr(mean.view(1, 3, 1, 1))[0, :1, 0, 0]
+        self.weight.data.copy_(torch.eye(n_colors).view_as(self.weight))
+        self.bias.data.copy_(sign * rgb_range * mean)
+        self.requires_grad_(False)
+
+
+def mean_shifts(rgb_range: float, n_colors: int, shift_mean: bool) -> tuple[nn.Module, nn.Module]:
+    """First and last layer of the EDSR family: subtract the mean colour and add it again."""
+    if n_colors not in (1, 3):
+        raise UserError(f'--n_colors {n_colors}: images have 3 colours (RGB) or 1 (luma).')
+    if not shift_mean:
+        return nn.Identity(), nn.Identity()
+    return MeanShift(rgb_range, n_colors, -1), MeanShift(rgb_range, n_colors, 1)
+
+
+class ResBlock(nn.Module):
+    """Convolution, activation, convolution, times `res_scale`, plus the input (EDSR, figure 2c)."""
+
+    def __init__(self, n_feats: int, act: str = 'relu', res_scale: float = 1.0, dilation: int = 1) -> None:
+        super().__init__()
+        first, second = (conv(n_feats, n_feats, 3, dilation=dilation) for _ in range(2))
+        self.body = nn.Sequential(first, activation(act), second)
+        self.res_scale = res_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) * self.res_scale
+
+
+class Upsampler(nn.Sequential):
+    """Sub-pixel upsampling (ESPCN): 3x3 convolution and PixelShuffle, once per factor 2, or once for 3."""
+
+    def __init__(self, scale: int, n_feats: int) -> None:
+        steps = [scale] if scale == 3 else [2] * (scale.bit_length() - 1)
+        layers: list[nn.Module] = []
+        for step in steps:
+            layers += [conv(n_feats, n_feats * step**2, 3), nn.PixelShuffle(step)]
+        super().__init__(*layers)

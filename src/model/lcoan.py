@@ -1,0 +1,255 @@
+"""LCoAN (2024): learnable collaborative attention, one sparse attention map for the whole network.
+
+Zhao, Zhang, Shi, Sun, Wang, Zhang, Xu, "Efficient Learnable Collaborative Attention for Single Image Super-Resolution",
+https://arxiv.org/abs/2404.04922. Official weights load with `strict=True`.
+
+The first group clusters its pixels by k-means (the learnable sparse pattern), sorts them by cluster, cuts the sorted
+sequence into windows and attends within a window and its two neighbours. The attention map is computed there only; every
+later group multiplies the same map with values of its own (collaborative attention).
+
+Departures from the official code:
+- The centroids follow an exponential moving average in training, as the paper says; the official code computes the
+  average and throws it away. They are initialised by the first training batch, never by a test image: evaluating a
+  network that was never trained is refused.
+- The match convolutions of groups 2 and later are parameters of the official weights, but their results are never used;
+  they are not run.
+- The sort is stable, so that results do not depend on the device.
+- An image with fewer pixels than the padding of its last window repeats its pixels cyclically (the official code fails).
+- `act` and `dilation` are in force.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from model.common import Network, ResBlock, Upsampler, UserError, conv, mean_shifts
+
+LLOYD_STEPS = 10
+
+
+class Pattern(NamedTuple):
+    """What the first group finds and all groups share. R: rounds, L: pixels, W: windows, w: window size."""
+
+    order: Tensor  # (N, R, W * w) int64: pixels sorted by cluster, the last window filled up
+    inverse: Tensor  # (N, R, L) int64: where a pixel stands in `order`
+    attention: Tensor  # (N, R, W, w, 3 * w): softmaxed map over a window and its neighbours
+    round_weights: Tensor  # (N, R, L, 1): share of each round in a pixel's result
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """`x` added up over all processes of a distributed run; `x` itself in a single one."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
+
+
+class KMeans(nn.Module):
+    """Spherical k-means, `rounds` independent clusterings of one embedding.
+
+    The centroids are buffers. In training the first batch initialises them and each batch moves them:
+    means <- decay * means + (1 - decay) * centroids of the batch.
+    """
+
+    means: Tensor
+    initted: Tensor
+
+    def __init__(self, rounds: int, n_clusters: int, dim: int, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer('means', torch.randn(rounds, n_clusters, dim))
+        self.register_buffer('initted', torch.tensor(False))
+
+    @torch.no_grad()
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Cluster of every pixel: (N, L, dim) to (N, R, L) int64."""
+        if self.training:
+            if not self.initted:
+                self._initialise(embedding)
+        elif not torch.compiler.is_compiling() and not self.initted:
+            raise UserError('The k-means centroids of LCoAN were never initialised: train it, or load trained weights.')
+        unit = F.normalize(embedding, dim=-1)
+        codes = self._assign(unit)
+        if self.training:
+            self.means.lerp_(self._centroids(unit, codes), 1 - self.decay)
+        return codes
+
+    def _assign(self, x: Tensor) -> Tensor:
+        return torch.einsum('nld,rkd->nrlk', x, self.means.to(x.dtype)).argmax(-1)
+
+    def _centroids(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Normalised sums of the clusters' members over the batch and all ranks; an empty cluster keeps its centroid."""
+        members = F.one_hot(codes, self.means.shape[1]).to(x.dtype)
+        sums = torch.einsum('nrlk,nld->rkd', members, x).to(self.means.dtype)
+        sizes = members.sum((0, 2))
+        sums, sizes = sum_over_ranks(sums), sum_over_ranks(sizes)
+        return torch.where(sizes.unsqueeze(-1) > 0, F.normalize(sums, dim=-1), self.means)
+
+    def _initialise(self, x: Tensor) -> None:
+        """Random pixels of the batch (of the first rank's), then Lloyd steps on the raw embedding."""
+        rounds, n_clusters, _ = self.means.shape
+        pixels = x.flatten(0, 1)
+        for means in self.means:
+            if len(pixels) >= n_clusters:
+                picks = torch.randperm(len(pixels))[:n_clusters]
+            else:
+                picks = torch.randint(len(pixels), (n_clusters,))
+            means.copy_(pixels[picks.to(x.device)])
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.broadcast(self.means, 0)
+        for _ in range(LLOYD_STEPS):
+            self.means.copy_(self._centroids(x, self._assign(x)))
+        self.initted.fill_(True)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image: (N, L, C) and (N, ...) to (N, ..., C)."""
+    n, length, channels = x.shape
+    offset = torch.arange(n, device=x.device).view(-1, *[1] * (index.dim() - 1)) * length
+    rows = x.reshape(-1, channels).index_select(0, (index + offset).flatten())
+    return rows.view(*index.shape, channels)
+
+
+def with_neighbours(windows: Tensor) -> Tensor:
+    """Each window followed by the previous and the next one, cyclically: (N, R, W, w, C) to (N, R, W, 3 * w, C)."""
+    return torch.cat((windows, windows.roll(1, 2), windows.roll(-1, 2)), 3)
+
+
+class CollaborativeAttention(nn.Module):
+    """Sparse attention that either finds the pattern (first group) or takes it over (all others), plus its input.
+
+    Values are weighted by the map over windows of clustered pixels. Queries are the raw embedding, keys the normalised
+    one, so a query's length acts as its temperature.
+    """
+
+    def __init__(
+        self,
+        n_feats: int,
+        reduction: int,
+        n_hashes: int,
+        n_clusters: int,
+        window_size: int,
+        ema_decay: float,
+        res_scale: float,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.res_scale = res_scale
+        self.kmeans = KMeans(n_hashes, n_clusters, n_feats // reduction, ema_decay)
+        self.conv_match = nn.Sequential(conv(n_feats, n_feats // reduction, 3))
+        self.conv_assembly = nn.Sequential(conv(n_feats, n_feats, 1))
+
+    def forward(self, x: Tensor, pattern: Pattern | None) -> tuple[Tensor, Pattern]:
+        if pattern is None:
+            pattern = self.find_pattern(self.conv_match(x).flatten(2).transpose(1, 2))
+        values = self.conv_assembly(x).flatten(2).transpose(1, 2)
+        out = pattern.attention @ with_neighbours(self._windows(values, pattern.order))
+        rounds = torch.arange(out.shape[1], device=x.device).view(1, -1, 1) * pattern.order.shape[-1]
+        out = take_rows(out.flatten(1, 3), pattern.inverse + rounds)
+        out = (out * pattern.round_weights).sum(1)
+        return x + out.transpose(1, 2).reshape(x.shape) * self.res_scale, pattern
+
+    def find_pattern(self, embedding: Tensor) -> Pattern:
+        """Clusters, windows and the attention map of the matching embedding (N, L, dim)."""
+        order = self.kmeans(embedding.detach()).argsort(dim=-1, stable=True)
+        length = order.shape[-1]
+        positions = torch.arange(length, device=order.device).expand_as(order)
+        inverse = torch.empty_like(order).scatter_(-1, order, positions)
+        padding = torch.arange(-(-length % self.window_size), 0, device=order.device) % length
+        order = torch.cat((order, order[..., padding]), -1)
+
+        queries = self._windows(embedding, order)
+        keys = with_neighbours(F.normalize(queries, dim=-1, eps=5e-5))
+        logits = queries @ keys.transpose(-2, -1)
+        score = logits.logsumexp(-1).flatten(2).gather(-1, inverse)
+        return Pattern(order, inverse, logits.softmax(-1), score.softmax(1).unsqueeze(-1))
+
+    def _windows(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """Tokens (N, L, C) in clustered order and cut: (N, R, W, w, C)."""
+        return take_rows(tokens, order).unflatten(2, (-1, self.window_size))
+
+
+class Group(nn.Module):
+    """Residual blocks (local), attention (non-local) and a convolution, scaled, plus the input."""
+
+    def __init__(self, blocks: nn.Sequential, attention: CollaborativeAttention, n_feats: int, res_scale: float) -> None:
+        super().__init__()
+        self.local_body = blocks
+        self.attention = nn.ModuleList([attention])
+        self.m_conv = nn.Sequential(conv(n_feats, n_feats, 3))
+        self.res_scale = res_scale
+
+    def forward(self, x: Tensor, pattern: Pattern | None) -> tuple[Tensor, Pattern]:
+        out, pattern = self.attention[0](self.local_body(x), pattern)
+        return x + self.m_conv(out) * self.res_scale, pattern
+
+
+class LCoAN(nn.Module):
+    """LCoAN, without settings the one of the paper.
+
+    Args:
+        scale: 2, 3, 4 or 8.
+        n_resgroups: groups.
+        n_resblocks: residual blocks a group.
+        n_feats: feature channels.
+        reduction: the matching embedding has n_feats / reduction channels.
+        n_clusters: k-means clusters.
+        window_size: clustered pixels a window.
+        ema_decay: decay of the centroids' moving average.
+        n_hashes: independent clusterings, combined by their scores.
+        res_scale: factor of the attention's and each group's branch.
+        act: activation inside the blocks.
+        dilation: dilate the blocks' convolutions by 2.
+        rgb_range: value of white; black is 0.
+        n_colors: 3 (RGB) or 1 (luma).
+        shift_mean: subtract the mean colour first and add it last.
+
+    Maps (N, n_colors, H, W) to (N, n_colors, scale * H, scale * W), each image on its own.
+    """
+
+    def __init__(
+        self,
+        scale: int,
+        n_resgroups: int = 10,
+        n_resblocks: int = 4,
+        n_feats: int = 128,
+        reduction: int = 1,
+        n_clusters: int = 128,
+        window_size: int = 384,
+        ema_decay: float = 0.999,
+        n_hashes: int = 1,
+        res_scale: float = 0.1,
+        act: str = 'relu',
+        dilation: bool = False,
+        rgb_range: float = 1,
+        n_colors: int = 3,
+        shift_mean: bool = True,
+    ) -> None:
+        super().__init__()
+        if n_feats % reduction:
+            raise UserError(f'--reduction {reduction} does not divide --n_feats {n_feats}: choose a divisor.')
+        self.a = nn.Parameter(torch.ones(1))  # unused, but part of the official weights
+        self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)
+        self.head = nn.Sequential(conv(n_colors, n_feats, 3))
+        self.body = nn.ModuleList()
+        for _ in range(n_resgroups):
+            blocks = (ResBlock(n_feats, act, dilation=2 if dilation else 1) for _ in range(n_resblocks))
+            attention = CollaborativeAttention(
+                n_feats, reduction, n_hashes, n_clusters, window_size, ema_decay, res_scale
+            )
+            self.body.append(Group(nn.Sequential(*blocks), attention, n_feats, res_scale))
+        self.m_conv = nn.Sequential(conv(n_feats, n_feats, 3))
+        self.tail = nn.Sequential(Upsampler(scale, n_feats), conv(n_feats, n_colors, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        head = self.head(self.sub_mean(x))
+        x, pattern = head, None
+        for group in self.body:
+            x, pattern = group(x, pattern)
+        return self.add_mean(self.tail(self.m_conv(x) + head))
+
+
+# 15.7M parameters, 3.68T multiply-adds at a 1280x720 output / 16.4M 1.71T / 16.3M 1.06T at x2 / x3 / x4; of the
+# parameters 1.33M (match convolutions of groups 2-10) and their 306G / 136G / 76G in the official count are never used.
+NETWORKS = {'LCoAN': Network(LCoAN, scales=(2, 3, 4, 8), tiling_exact=False)}
