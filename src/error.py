@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The exceptions a user is meant to see."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     `main` prints it without a traceback (`--debug` shows the traceback) and exits with status 2.
     """
+
+
+class WriteError(UserError):
+    """A file could not be written; what was there before is unchanged."""

@@ -1,13 +1,26 @@
-"""Networks by name."""
+"""Networks by name, and the wrapper that runs one on images."""
 
 import inspect
-from torch import nn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from error import UserError
 from model import bicubic, edsr, lcoan
-from model.common import Network
+from model.bicubic import Bicubic
+from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
+from model.ensemble import self_ensemble
+from model.tiling import Tiler
 
 NETWORKS: dict[str, Network] = {**bicubic.NETWORKS, **edsr.NETWORKS, **lcoan.NETWORKS}
+
+
+def find(name: str) -> Network:
+    """The facts of network `name`."""
+    if name not in NETWORKS:
+        raise UserError(f'Unknown network {name!r}: choose one of {", ".join(NETWORKS)}.')
+    return NETWORKS[name]
 
 
 def build(name: str, scale: int, **settings: object) -> nn.Module:
@@ -16,9 +29,7 @@ def build(name: str, scale: int, **settings: object) -> nn.Module:
     Raises:
         UserError: unknown name, a scale or a setting that the network does not have.
     """
-    if name not in NETWORKS:
-        raise UserError(f'Unknown network {name!r}: choose one of {", ".join(NETWORKS)}.')
-    network = NETWORKS[name]
+    network = find(name)
     if scale not in network.scales:
         raise UserError(f'{name} cannot enlarge by {scale}: choose one of {", ".join(map(str, network.scales))}.')
     known = [p for p in inspect.signature(network.build).parameters if p != 'scale']
@@ -27,3 +38,87 @@ def build(name: str, scale: int, **settings: object) -> nn.Module:
             has = f'its settings are {", ".join(known)}' if known else 'it has no settings'
             raise UserError(f'{name} has no setting {setting!r} ({has}): leave it out.')
     return network.build(scale, **{**network.settings, **settings})
+
+
+class Model(nn.Module):
+    """A network that takes and gives images, whatever values it works in.
+
+    Args:
+        name: of the network.
+        scale: factor of enlargement.
+        device: where it runs.
+        tiler: cuts large images into tiles; None: whole images.
+        ensemble: average over the eight flips and rotations.
+        half: float16 under autocast in `upscale`.
+        settings: of the network; what is left out is as in its paper.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scale: int,
+        device: torch.device | str = 'cpu',
+        tiler: Tiler | None = None,
+        ensemble: bool = False,
+        half: bool = False,
+        **settings: object,
+    ) -> None:
+        super().__init__()
+        self.name, self.scale, self.device = name, scale, torch.device(device)
+        self.network = find(name)
+        self.net = build(name, scale, **settings).to(self.device)
+        self.tiler, self.ensemble, self.half_precision = tiler, ensemble, half
+        self.n_colors = settings.get('n_colors', 3)
+        parameters = inspect.signature(self.network.build).parameters
+        self.range = self.network.value_range
+        if 'rgb_range' in parameters:
+            self.range = (0.0, float(settings.get('rgb_range', parameters['rgb_range'].default)))  # type: ignore[arg-type]
+        self.chroma = Bicubic(scale)
+
+    def to_range(self, images: Tensor) -> Tensor:
+        """uint8 RGB (N, 3, H, W) to what the network works in: (N, n_colors, H, W) float32 on the device."""
+        return self._to_range(self._colours(unit(images.to(self.device))))
+
+    def forward(self, lr: Tensor) -> Tensor:
+        """uint8 RGB (N, 3, H, W) to the network's own output, in its own range."""
+        return self.net(self.to_range(lr))
+
+    @torch.inference_mode()
+    def upscale(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type, in evaluation mode."""
+        self.net.eval()
+        lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        white = torch.iinfo(lr.dtype).max
+
+        def finish(rows: Tensor) -> Tensor:
+            return (rows * white).round().clamp(0, white).to(torch.int32).to(lr.dtype)
+
+        if self.tiler is None:
+            sr = finish(self._upscale(lr.unsqueeze(0))[0].cpu())
+        else:
+            sr = self.tiler(self._upscale, lr, self.scale, finish)
+        return sr.permute(1, 2, 0).contiguous().numpy()
+
+    def _upscale(self, lr: Tensor) -> Tensor:
+        """Integer RGB tiles (N, 3, H, W) to float RGB tiles in [0, 1], on the device."""
+        rgb = unit(lr.to(self.device))
+        with torch.autocast(self.device.type, torch.float16, enabled=self.half_precision):
+            x = self._to_range(self._colours(rgb))
+            y = self_ensemble(self.net, x) if self.ensemble else self.net(x)
+        black, white = self.range
+        y = (y.float() - black) / (white - black)
+        if self.n_colors == 1:
+            y = ycbcr_to_rgb(torch.cat((y, self.chroma(rgb_to_ycbcr(rgb)[:, 1:])), 1))
+        return y
+
+    def _colours(self, rgb: Tensor) -> Tensor:
+        return rgb if self.n_colors == 3 else rgb_to_ycbcr(rgb)[:, :1]
+
+    def _to_range(self, x: Tensor) -> Tensor:
+        black, white = self.range
+        return x * (white - black) + black
+
+
+def unit(images: Tensor) -> Tensor:
+    """Integer images to float32 in [0, 1]."""
+    return images.to(torch.float32) / torch.iinfo(images.dtype).max

@@ -1,8 +1,8 @@
 """Bicubic interpolation as a network without weights: the baseline of every table.
 
 MATLAB's `imresize(image, scale, 'bicubic')` of a floating-point image: cubic convolution with a = -0.5 (Keys, "Cubic
-convolution interpolation for digital image processing", 1981) and mirrored borders. MATLAB rounds an 8-bit image between
-the two passes; here nothing is rounded inside, so that 16-bit images keep their depth (0.01 dB at most on the benchmarks).
+convolution interpolation for digital image processing", 1981) and mirrored borders. MATLAB rounds an 8-bit image
+between the two passes; here nothing is rounded inside, so that 16-bit images keep their depth.
 """
 
 import torch

@@ -83,9 +83,8 @@ class MeanShift(nn.Conv2d):
         mean = torch.tensor(RGB_MEAN)
         if n_colors == 1:
             mean = rgb_to_ycbcr(mean.view(1, 3, 1, 1))[0, :1, 0, 0]
-        self.weight.data.copy_(torch.eye(n_colors).view_as(self.weight))
-        self.bias.data.copy_(sign * rgb_range * mean)
-        self.requires_grad_(False)
+        self.weight = nn.Parameter(torch.eye(n_colors).view_as(self.weight), requires_grad=False)
+        self.bias = nn.Parameter(sign * rgb_range * mean, requires_grad=False)
 
 
 def mean_shifts(rgb_range: float, n_colors: int, shift_mean: bool) -> tuple[nn.Module, nn.Module]:

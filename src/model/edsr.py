@@ -3,8 +3,8 @@
 Lim, Son, Kim, Nah, Lee, "Enhanced Deep Residual Networks for Single Image Super-Resolution",
 https://arxiv.org/abs/1707.02921. Official weights load with `strict=True`.
 
-Departures from the official code: `dilation` dilates the convolutions of the residual blocks by 2 (the official module for
-it is missing), `act` is in force, and one colour channel has a mean of its own.
+Departures from the official code: `dilation` dilates the convolutions of the residual blocks by 2 (the official module
+for it is missing), `act` is in force, and one colour channel has a mean of its own.
 """
 
 from torch import Tensor, nn

@@ -4,15 +4,15 @@ Zhao, Zhang, Shi, Sun, Wang, Zhang, Xu, "Efficient Learnable Collaborative Atten
 https://arxiv.org/abs/2404.04922. Official weights load with `strict=True`.
 
 The first group clusters its pixels by k-means (the learnable sparse pattern), sorts them by cluster, cuts the sorted
-sequence into windows and attends within a window and its two neighbours. The attention map is computed there only; every
-later group multiplies the same map with values of its own (collaborative attention).
+sequence into windows and attends within a window and its two neighbours. The attention map is computed there only;
+every later group multiplies the same map with values of its own (collaborative attention).
 
 Departures from the official code:
 - The centroids follow an exponential moving average in training, as the paper says; the official code computes the
   average and throws it away. They are initialised by the first training batch, never by a test image: evaluating a
   network that was never trained is refused.
-- The match convolutions of groups 2 and later are parameters of the official weights, but their results are never used;
-  they are not run.
+- The match convolutions of groups 2 and later are parameters of the official weights, but their results are never
+  used; they are not run.
 - The sort is stable, so that results do not depend on the device.
 - An image with fewer pixels than the padding of its last window repeats its pixels cyclically (the official code fails).
 - `act` and `dilation` are in force.
@@ -79,7 +79,7 @@ class KMeans(nn.Module):
         return torch.einsum('nld,rkd->nrlk', x, self.means.to(x.dtype)).argmax(-1)
 
     def _centroids(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Normalised sums of the clusters' members over the batch and all ranks; an empty cluster keeps its centroid."""
+        """Normalised sums of the members over the batch and all ranks; an empty cluster keeps its centroid."""
         members = F.one_hot(codes, self.means.shape[1]).to(x.dtype)
         sums = torch.einsum('nrlk,nld->rkd', members, x).to(self.means.dtype)
         sizes = members.sum((0, 2))
@@ -88,7 +88,7 @@ class KMeans(nn.Module):
 
     def _initialise(self, x: Tensor) -> None:
         """Random pixels of the batch (of the first rank's), then Lloyd steps on the raw embedding."""
-        rounds, n_clusters, _ = self.means.shape
+        n_clusters = self.means.shape[1]
         pixels = x.flatten(0, 1)
         for means in self.means:
             if len(pixels) >= n_clusters:
@@ -173,7 +173,9 @@ class CollaborativeAttention(nn.Module):
 class Group(nn.Module):
     """Residual blocks (local), attention (non-local) and a convolution, scaled, plus the input."""
 
-    def __init__(self, blocks: nn.Sequential, attention: CollaborativeAttention, n_feats: int, res_scale: float) -> None:
+    def __init__(
+        self, blocks: nn.Sequential, attention: CollaborativeAttention, n_feats: int, res_scale: float
+    ) -> None:
         super().__init__()
         self.local_body = blocks
         self.attention = nn.ModuleList([attention])

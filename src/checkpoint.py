@@ -1,0 +1,126 @@
+"""The run folder: options, log, metrics, curves, results, weights and the state a run continues from.
+
+config.txt      the resolved options
+log.txt         for people
+metrics.jsonl   for machines: one line an epoch
+results.json    the last evaluation
+loss.png, test_<Set>.png
+model/          model_latest.pt, model_best.pt, model_<epoch>.pt
+state.pt        weights, optimiser, counters and log
+results-<Set>/  images
+"""
+
+import io
+import json
+import logging
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import picture
+from error import UserError
+from files import write_atomic
+from model.weights import read_torch
+
+log = logging.getLogger('frugalsr')
+
+OURS = ('config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'state.pt', 'loss.png')
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number that JSON does not know (infinite or not a number)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunFolder:
+    """Files of one run, below `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models = folder / 'model'
+
+    def holds_training(self) -> bool:
+        """Whether a training run left its state here."""
+        return (self.folder / 'state.pt').exists()
+
+    def clear(self) -> None:
+        """Delete what a run leaves, and nothing else."""
+        for name in OURS:
+            (self.folder / name).unlink(missing_ok=True)
+        for path in [*self.folder.glob('test_*.png'), *self.folder.glob('comparison-*.png')]:
+            path.unlink()
+        for path in [self.models, *self.folder.glob('results-*')]:
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def start_log(self) -> None:
+        """Send the program's messages to log.txt as well as to the screen."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log_file = logging.FileHandler(self.folder / 'log.txt', encoding='utf-8')
+        except OSError as error:
+            raise UserError(
+                f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
+            ) from error
+        log.handlers = [*(h for h in log.handlers if not isinstance(h, logging.FileHandler)), log_file]
+
+    def write(self, name: str, text: str) -> None:
+        """Write a text file."""
+        write_atomic(self.folder / name, text.encode())
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write results.json."""
+        self.write('results.json', json.dumps(finite(results), indent=1) + '\n')
+
+    def save(self, path: Path, content: object) -> None:
+        """Write tensors and plain values in PyTorch's format."""
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomic(path, buffer.getbuffer())
+
+    def save_epoch(self, state: dict[str, Any], best: bool, keep: bool) -> None:
+        """Write everything that an epoch leaves: weights, state, metrics and curves.
+
+        Args:
+            state: with 'model' (state dict), 'epoch' and 'log' (one record an epoch).
+            best: these are the best weights so far.
+            keep: keep the weights of this epoch under its number.
+        """
+        names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
+        for name in names:
+            self.save(self.models / f'model_{name}.pt', state['model'])
+        self.save(self.folder / 'state.pt', state)
+        self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in state['log']))
+        for name, image in picture.curves(state['log']).items():
+            write_atomic(self.folder / name, image)
+
+    def load_state(self) -> dict[str, Any]:
+        """What `save_epoch` wrote.
+
+        Raises:
+            UserError: no state, damaged, or not this program's.
+        """
+        path = self.folder / 'state.pt'
+        if not path.is_file():
+            raise UserError(
+                f'{self.folder} holds no state (state.pt) to continue from: train it first, without --load.'
+            )
+        state = read_torch(path)
+        if not isinstance(state, dict) or not state.keys() >= {'model', 'optimizer', 'epoch', 'samples', 'log'}:
+            raise UserError(f'{path} is not a state of this program: name another run with --load.')
+        return state
+
+
+def start_screen() -> None:
+    """Send the program's messages to standard output."""
+    log.setLevel(logging.INFO)
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.propagate = False

@@ -1,0 +1,1 @@
+"""Image sets, paired images and training samples."""

@@ -1,0 +1,207 @@
+"""Image files in and out: what a photograph may look like on disk is dealt with here and nowhere else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from data.png16 import HEAD_BYTES, is_png16, read_png16, write_png16
+from error import UserError
+from files import write_atomic
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
+MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # Pillow's pixel modes that convert to 8 bits
+MAX_PIXELS = 2**28
+
+# Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An upright image: `color` (H, W, 3) uint8 or uint16, `alpha` (H, W) of the same type or None if it has none.
+
+    `grey` tells that the file had one colour channel, repeated three times in `color`.
+    """
+
+    color: np.ndarray
+    alpha: np.ndarray | None
+    grey: bool
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files (SUFFIXES, in any case) directly in `folder`, sorted by name; hidden files are left out.
+
+    Raises:
+        UserError: `folder` is not a folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f'{folder} is not a folder; check the path')
+    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith('.'))
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.name)
+
+
+def read_photo(path: Path) -> Photo:
+    """Reads the first frame of a PNG, JPEG, BMP, TIFF or WebP file, turned as its EXIF orientation says.
+
+    PNG and TIFF with 16 bits a channel give uint16 in [0, 65535], everything else uint8 in [0, 255].
+
+    Raises:
+        UserError: the file is missing, damaged, larger than MAX_PIXELS, or holds something else, floats for example.
+    """
+    with _user_errors(path):
+        samples = _read_samples(path)
+    channels = samples.shape[2]
+    grey = channels < 3
+    color = samples[..., :1].repeat(3, axis=2) if grey else np.ascontiguousarray(samples[..., :3])
+    alpha = np.ascontiguousarray(samples[..., -1]) if channels in (2, 4) else None
+    return Photo(color, alpha, grey)
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Reads an image as contiguous (H, W, 3) uint8: grey repeated, alpha dropped, 16 bits rounded to 8.
+
+    Raises:
+        UserError: as in `read_photo`.
+    """
+    color = read_photo(path).color
+    # 65535 = 255 * 257, and 257 is odd: adding half of it before the division rounds without ties.
+    return color if color.dtype == np.uint8 else ((color.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, upright, from its header alone.
+
+    Raises:
+        UserError: as in `read_photo`, as far as the header tells.
+    """
+    with _user_errors(path), Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Writes uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4) as PNG, whole or not at all.
+
+    Raises:
+        WriteError: the file cannot be written; an older one stays as it was.
+    """
+    if image.dtype not in (np.uint8, np.uint16) or image.ndim < 2 or image.shape[2:] not in ((), (3,), (4,)):
+        raise ValueError(f'a PNG takes uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4), not {image.dtype} {image.shape}')
+    if image.dtype == np.uint16:
+        write_atomic(path, write_png16(image))
+    else:
+        write_atomic(path, iio.imwrite('<bytes>', image, extension='.png', compress_level=1))
+
+
+def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Gives fully transparent pixels the colour of the nearest visible one.
+
+    Their own colours are undefined, and would bleed into the visible ones when colour and alpha are upscaled apart.
+
+    Args:
+        color: (H, W, 3).
+        alpha: (H, W), 0 is fully transparent.
+
+    Returns:
+        (H, W, 3); `color` itself if nothing or everything is transparent.
+    """
+    hidden = alpha == 0
+    if hidden.all() or not hidden.any():
+        return color
+    from scipy.ndimage import distance_transform_edt  # takes a third of a second to import
+
+    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return color[rows, columns]
+
+
+@contextmanager
+def _user_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f'{path} does not exist; check the path') from error
+    except UnidentifiedImageError as error:
+        found = f'{path} ({path.stat().st_size} bytes) is not an image that can be read'
+        raise UserError(f'{found}; replace it by a PNG, JPEG, BMP, TIFF or WebP file') from error
+    except Exception as error:  # on a damaged file the decoders raise nearly anything
+        reason = str(error) or type(error).__name__
+        raise UserError(f'{path} cannot be read ({reason}); restore the file or save it again as PNG') from error
+
+
+def _read_samples(path: Path) -> np.ndarray:
+    """(H, W, C) uint8 or uint16, upright; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+    with path.open('rb') as file:
+        head = file.read(HEAD_BYTES)
+        image = Image.open(file, formats=FORMATS)  # seeks to the start itself
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f'{image.width} x {image.height} pixels, at most {MAX_PIXELS} are allowed')
+        if is_png16(head):
+            samples = read_png16(path.read_bytes())
+        elif isinstance(image, TiffImageFile) and 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ()):
+            samples = _read_tif16(path)
+        else:
+            samples = _read_8bit(image)
+        return _upright(samples, _orientation(image))
+
+
+def _read_8bit(image: ImageFile) -> np.ndarray:
+    if image.mode not in MODES:
+        raise ValueError(f'pixels of type {image.mode} are not supported')
+    if image.mode == 'L' and 'transparency' in image.info:
+        # Pillow widens the pixels of a 2- or 4-bit PNG to 8 bits, but not its transparent grey.
+        image.info['transparency'] *= {'L;2': 85, 'L;4': 17}.get(str(image.tile[0][3]), 1)
+    grey = image.mode in ('1', 'L', 'LA', 'La')
+    mode = ('L' if grey else 'RGB') + ('A' if image.has_transparency_data else '')
+    samples = np.array(image if image.mode == mode else image.convert(mode))
+    return samples[..., None] if samples.ndim == 2 else samples
+
+
+def _read_tif16(path: Path) -> np.ndarray:
+    from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, TiffFile  # rarely needed
+
+    with TiffFile(path) as tif:
+        page = tif.pages.first
+        colors = {PHOTOMETRIC.MINISBLACK: 1, PHOTOMETRIC.RGB: 3}.get(page.photometric)
+        plain = page.dtype == np.uint16 and page.bitspersample == 16 and page.imagedepth == 1
+        if colors is None or not plain or page.planarconfig != PLANARCONFIG.CONTIG:
+            raise ValueError(f'TIFF pixels of type {page.dtype} {page.axes} are not supported')
+        # tifffile fills up a tile cut short between two rows without a word.
+        ends = map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))
+        if max(ends) > tif.filehandle.size:
+            raise ValueError('the file ends early')
+        samples = page.asarray().astype(np.uint16).reshape(page.imagelength, page.imagewidth, -1)
+    extra = page.extrasamples[:1]
+    if extra == (EXTRASAMPLE.ASSOCALPHA,):
+        return _unmultiply(samples[..., : colors + 1])
+    return samples[..., : colors + (extra == (EXTRASAMPLE.UNASSALPHA,))]
+
+
+def _unmultiply(samples: np.ndarray) -> np.ndarray:
+    """Divides the colours of (H, W, C) uint16 by the alpha they were multiplied with."""
+    alpha = samples[..., -1:].astype(np.uint32)
+    color = (samples[..., :-1].astype(np.uint32) * 65535 + alpha // 2) // np.maximum(alpha, 1)
+    return np.concatenate((np.minimum(color, 65535), alpha), axis=2).astype(np.uint16)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, to be asked after loading: Pillow turns TIFF files itself and then reports 1."""
+    with suppress(Exception):  # a damaged EXIF block is no reason to refuse the pixels
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
+def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes an EXIF orientation (1 to 8, Exif 2.32 section 4.6.4)."""
+    if orientation in (5, 6, 7, 8):
+        samples = samples.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    return samples[::-1] if orientation in (3, 4, 7, 8) else samples

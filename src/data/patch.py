@@ -1,0 +1,75 @@
+"""Training patches: which image, where, and how it is turned, as a pure function of (seed, sample number)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random choice.
+
+    Attributes:
+        image: index of the image.
+        y: vertical place of the patch in [0, 1), 0 at the top.
+        x: horizontal place in [0, 1), 0 at the left.
+        flips: mirror left-right, mirror up-down, transpose.
+    """
+
+    image: int
+    y: float
+    x: float
+    flips: tuple[bool, bool, bool]
+
+
+@lru_cache(maxsize=4)
+def shuffled(seed: int, turn: int, length: int) -> np.ndarray:
+    """Order in which the images are seen the `turn`-th time round."""
+    return np.random.default_rng((seed, 0, turn)).permutation(length)
+
+
+def draw(seed: int, number: int, length: int) -> Draw:
+    """The random choice of sample `number`; every run of `length` samples sees each image once."""
+    turn, position = divmod(number, length)
+    y, x, *coins = np.random.default_rng((seed, 1, number)).random(5)
+    left, up, turned = (bool(coin < 0.5) for coin in coins)
+    return Draw(int(shuffled(seed, turn, length)[position]), float(y), float(x), (left, up, turned))
+
+
+def cut(lr: np.ndarray, hr: np.ndarray, scale: int, side: int, choice: Draw) -> tuple[np.ndarray, np.ndarray]:
+    """The patches of a draw, not yet flipped.
+
+    Args:
+        lr: (H, W, C).
+        hr: (scale * H, scale * W, C).
+        scale: factor between the two.
+        side: of the LR patch, in pixels. An image that is smaller is continued by its mirror image, which is what the
+            bicubic with mirrored borders assumes beyond the edge.
+        choice: where to cut.
+
+    Returns:
+        (side, side, C) and (scale * side, scale * side, C).
+    """
+    if min(lr.shape[:2]) < side:
+        lr, hr = mirrored(lr, side), mirrored(hr, scale * side)
+    y = int(choice.y * (lr.shape[0] - side + 1))
+    x = int(choice.x * (lr.shape[1] - side + 1))
+    top, left, hr_side = scale * y, scale * x, scale * side
+    return lr[y : y + side, x : x + side], hr[top : top + hr_side, left : left + hr_side]
+
+
+def mirrored(image: np.ndarray, side: int) -> np.ndarray:
+    """Continue (H, W, C) at the bottom and right by its mirror image to at least (side, side, C)."""
+    down, right = (max(0, side - n) for n in image.shape[:2])
+    return np.pad(image, ((0, down), (0, right), (0, 0)), mode='symmetric')
+
+
+def flip(image: np.ndarray, flips: tuple[bool, bool, bool]) -> np.ndarray:
+    """Mirror left-right, mirror up-down, transpose (H, W, C), in this order."""
+    left_right, up_down, transpose = flips
+    if left_right:
+        image = image[:, ::-1]
+    if up_down:
+        image = image[::-1]
+    return image.transpose(1, 0, 2) if transpose else image

@@ -1,0 +1,264 @@
+"""FrugalSR: options -> parts -> run.
+
+The parts are imported inside the functions that wire them, so that `--help` and a mistyped option do without torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import option
+from error import UserError
+
+if TYPE_CHECKING:
+    from checkpoint import RunFolder
+    from data.srdata import SRData
+    from model import Model
+    from trainer import Evaluation
+
+log = logging.getLogger('frugalsr')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(option.parse(argv))
+    except UserError as error:
+        if '--debug' in argv:
+            traceback.print_exc()
+        print(f'Error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('Interrupted.', file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: Namespace) -> None:
+    """Do what the options say: score files, test, or train."""
+    from checkpoint import RunFolder, start_screen
+
+    start_screen()
+    folder = RunFolder(args.save_dir / args.save)
+    if args.score:
+        score(args, folder)
+    elif args.test_only:
+        test(args, folder)
+    else:
+        train(args, folder)
+
+
+def score(args: Namespace, folder: RunFolder) -> None:
+    """Score images that any program made."""
+    from trainer import read_outputs
+
+    sets = test_sets(args)
+    upscale = read_outputs(sets, args.score)
+    folder.start_log()
+    evaluation = make_evaluation(args, sets, folder, save=False, ssim=True)
+    report(args, folder, evaluation, evaluation(upscale, args.score.name), {'scored': str(args.score)})
+
+
+def test(args: Namespace, folder: RunFolder) -> None:
+    """Score a network on the test sets, and enlarge the Demo folder."""
+    from trainer import enlarge_folder
+
+    sets = test_sets(args)
+    model = make_model(args)
+    load(args, folder, model)
+    folder.start_log()
+    describe(model, folder)
+    if sets:
+        evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=True)
+        report(args, folder, evaluation, evaluation(enlarger(model), args.model), protocol_of(args))
+    if 'Demo' in args.data_test:
+        enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo')
+
+
+def train(args: Namespace, folder: RunFolder) -> None:
+    """Train a network, testing after every epoch."""
+    from functools import partial
+
+    from data.traindata import train_loader
+    from loss import Loss
+    from optimizer import learning_rate, make_optimizer
+    from trainer import Trainer
+
+    if folder.holds_training() and not (args.load or args.reset):
+        raise UserError(
+            f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
+            'another --save keeps it.'
+        )
+    data, sets = train_data(args), test_sets(args)
+    model = make_model(args)
+    loss = Loss(args.loss)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f'{args.model} has nothing to train: use it with --test_only.')
+    optimizer = make_optimizer(
+        model.parameters(), args.optimizer, args.lr, args.weight_decay, tuple(args.betas), args.epsilon, args.momentum
+    )
+    evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
+
+    def evaluate() -> dict[str, Any]:
+        results = evaluation(enlarger(model), args.model)
+        write_results(args, folder, evaluation, results, protocol_of(args))
+        return results
+
+    trainer = Trainer(
+        model, loss, optimizer,
+        loader=partial(train_loader, data, args.batch_size, args.n_threads, pin_memory=model.device.type == 'cuda'),
+        name_of=data.name,
+        evaluate=evaluate,
+        run=folder,
+        batch_size=args.batch_size,
+        steps=args.test_every,
+        parts=args.split_batch,
+        rate=partial(learning_rate, args.lr, args.decay, args.gamma),
+        clip=args.gclip,
+        skip_threshold=args.skip_threshold,
+        print_every=args.print_every,
+        keep_all=args.save_models,
+    )  # fmt: skip
+    state = load(args, folder, model)
+    if args.reset:
+        folder.clear()
+    folder.start_log()
+    describe(model, folder)
+    if state is not None and args.resume > 0:
+        trainer.rewind(args.resume, state['log'])
+    elif state is not None:
+        trainer.resume(state)
+    folder.write('config.txt', option.write_config(args))
+    trainer.train(args.epochs)
+
+
+def device(args: Namespace) -> str:
+    """cuda, else mps, else cpu."""
+    import torch
+
+    if args.cpu or args.n_GPUs == 0:
+        return 'cpu'
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def make_model(args: Namespace) -> Model:
+    """The network, with random weights from the seed."""
+    import torch
+
+    from model import Model
+    from model.tiling import Tiler
+
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats its results only with this
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(args.seed)
+    tiler = Tiler(args.chop_size, args.chop_overlap, args.chop_batch) if args.chop else None
+    settings = option.network_settings(args)
+    half = args.precision == 'half'
+    return Model(args.model, args.scale, device(args), tiler, args.self_ensemble, half, **settings)
+
+
+def load(args: Namespace, folder: RunFolder, model: Model) -> dict[str, Any] | None:
+    """Fill the network from --load or --pre_train; returns the state of a loaded run."""
+    from model.weights import load_weights, read_weights
+
+    if args.load and not args.reset:
+        state = folder.load_state()
+        weights, source = state['model'], f'The run {args.load}'
+        if args.resume > 0:
+            if args.resume > state['epoch']:
+                raise UserError(f'--resume {args.resume}: the run {args.load} has {state["epoch"]} epochs.')
+            path = folder.models / f'model_{args.resume}.pt'
+            if not path.is_file():
+                raise UserError(f'--resume {args.resume}: no {path}; only --save_models keeps every epoch.')
+            weights, source = read_weights(path), str(path)
+        load_weights(model.net, weights, source)
+        return state
+    if args.pre_train:
+        path = Path(args.pre_train).expanduser()
+        path = path if path.is_file() else args.extend / path
+        upsampler = None if args.test_only else model.network.upsampler
+        new = load_weights(model.net, read_weights(path), str(path), upsampler)
+        log.info('Weights from %s%s', path, f'; new: {", ".join(new)}' if new else '')
+    elif args.test_only and model.net.state_dict():
+        raise UserError(f'{args.model} has no weights to test: give a file with --pre_train or a run with --load.')
+    return None
+
+
+def test_sets(args: Namespace) -> list[SRData]:
+    """The prepared test sets; Demo is not one, it has no HR."""
+    return [make_set(args, name, args.data_range[-1]) for name in args.data_test if name != 'Demo']
+
+
+def train_data(args: Namespace) -> Any:
+    """Patches of the training sets."""
+    from data.traindata import TrainData
+
+    sets = [make_set(args, name, args.data_range[0], cached=args.ext != 'img') for name in args.data_train]
+    return TrainData(sets, args.patch_size, args.seed, not args.no_augment)
+
+
+def make_set(args: Namespace, name: str, span: tuple[int, int], cached: bool = False) -> SRData:
+    """Find and prepare one set."""
+    from data.sets import find_set
+    from data.srdata import SRData
+
+    images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
+    data = SRData(images, args.scale, args.lr_border, cached)
+    data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset')
+    return data
+
+
+def make_evaluation(args: Namespace, sets: list[SRData], folder: RunFolder, save: bool, ssim: bool) -> Evaluation:
+    """The scores of the test sets, and their images if `save`."""
+    from trainer import Evaluation
+
+    return Evaluation(sets, ssim, folder.folder if save else None, args.save_gt)
+
+
+def enlarger(model: Model) -> Any:
+    """The network as a way of enlarging the images of a set."""
+    return lambda images, index: model.upscale(images.lr(index))
+
+
+def describe(model: Model, folder: RunFolder) -> None:
+    """Say what runs where."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
+    log.info('%s; run folder %s', what, folder.folder)
+
+
+def protocol_of(args: Namespace) -> dict[str, Any]:
+    """What of the options changes a score."""
+    chop = {'size': args.chop_size, 'overlap': args.chop_overlap} if args.chop else None
+    return {'chop': chop, 'self_ensemble': args.self_ensemble, 'precision': args.precision}
+
+
+def write_results(args: Namespace, folder: RunFolder, evaluation: Evaluation, sets: dict, protocol: dict) -> None:
+    """Write results.json."""
+    model = None if args.score else args.model
+    protocol = protocol | {'sets': evaluation.protocol()}
+    folder.write_results({'model': model, 'scale': args.scale, 'protocol': protocol, 'sets': sets})
+
+
+def report(args: Namespace, folder: RunFolder, evaluation: Evaluation, sets: dict, protocol: dict) -> None:
+    """Print the table and write results.json."""
+    from trainer import table
+
+    log.info('%s', table(sets))
+    write_results(args, folder, evaluation, sets, protocol)
+    if evaluation.folder:
+        log.info('Images: %s/results-*', folder.folder)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

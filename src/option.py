@@ -1,0 +1,341 @@
+"""The option set: EDSR's and LCoAN's options under their old names, and a few of our own."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from error import UserError
+from template import TEMPLATES
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ('Bicubic', 'EDSR', 'EDSR-baseline', 'LCoAN')
+
+# Left out, these are as in the network's paper; a network takes those of them that it has.
+NETWORK_SETTINGS = (
+    'n_resgroups', 'n_resblocks', 'n_feats', 'reduction', 'n_clusters', 'window_size', 'ema_decay', 'n_hashes',
+    'chunk_size', 'res_scale', 'act', 'dilation', 'rgb_range', 'n_colors', 'shift_mean',
+)  # fmt: skip
+FIXED_IN_A_RUN = ('model', 'scale', *NETWORK_SETTINGS)
+NOT_RESTORED = ('load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score')
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help where there is one to speak of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == '':
+            return action.help
+        if isinstance(action.default, list):
+            return f'{action.help} (default: {" ".join(map(str, action.default))})'
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f'{message[0].upper()}{message[1:]}; {self.prog} --help lists the options.')
+
+
+def number(kind: type, low: float, high: float = float('inf'), open_low: bool = False) -> Callable[[str], float]:
+    """Type of an option: a number in [low, high], or (low, high] if `open_low`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not (low < value if open_low else low <= value) or not value <= high:
+            what = 'a whole number' if kind is int else 'a number'
+            bound = f'above {low:g}' if open_low else f'of {low:g} or more'
+            bound += '' if high == float('inf') else f', at most {high:g}'
+            raise argparse.ArgumentTypeError(f'{text!r} is not {what} {bound}')
+        return value
+
+    return parse
+
+
+count = number(int, 1)
+natural = number(int, 0)
+positive = number(float, 0, 1e30, open_low=True)
+fraction = number(float, 0, 1)
+
+
+def truth(text: str) -> bool:
+    """'True' or 'False', as EDSR writes them."""
+    if text.lower() not in ('true', 'false'):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+    return text.lower() == 'true'
+
+
+def names(text: str) -> list[str]:
+    """Sets joined by '+', or one path to a folder."""
+    return [text] if Path(text).is_dir() and os.sep in text else [name for name in text.split('+') if name]
+
+
+def epochs_list(text: str) -> list[int]:
+    """Increasing epochs joined by '-'."""
+    try:
+        values = [int(part) for part in text.split('-')]
+    except ValueError:
+        values = []
+    if not values or values[0] < 1 or values != sorted(set(values)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of rising epochs such as 200-400')
+    return values
+
+
+def data_range(text: str) -> tuple[tuple[int, int], ...]:
+    """'first-last' or 'first-last/first-last', counted from 1."""
+    try:
+        spans = tuple((int(first), int(last)) for first, last in (part.split('-') for part in text.split('/')))
+    except ValueError:
+        spans = ()
+    if len(spans) not in (1, 2) or any(not 1 <= first <= last for first, last in spans):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a range of images such as 1-800/801-810')
+    return spans
+
+
+def folder(text: str) -> Path:
+    """A path, made absolute so that a run can be continued from anywhere."""
+    return Path(text).expanduser().absolute()
+
+
+def build_parser() -> Parser:
+    """All options, in groups, with their defaults and units."""
+    parser = Parser(
+        prog='main.py',
+        description='FrugalSR: train, test and use super-resolution networks.',
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+
+    g = parser.add_argument_group('program')
+    g.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    g.add_argument('--template', default='', metavar='NAME', help=f'recipe that sets defaults: {", ".join(TEMPLATES)}')
+
+    g = parser.add_argument_group('hardware')
+    g.add_argument('--n_threads', type=natural, default=min(6, os.cpu_count() or 1), help='processes that load data')
+    g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
+    g.add_argument('--n_GPUs', type=natural, default=1, help='GPUs to use: 1, or 0 for the CPU')
+    g.add_argument('--seed', type=natural, default=1, help='of everything that is random')
+
+    g = parser.add_argument_group('data')
+    g.add_argument('--dir_data', type=folder, default=ROOT / 'dataset', help='folder of the image sets')
+    g.add_argument('--dir_demo', type=folder, help='folder of the images that --data_test Demo enlarges')
+    g.add_argument(
+        '--data_train',
+        type=names,
+        default=['DIV2K'],
+        metavar='SETS',
+        help='training sets joined by +, or a path to a folder of HR images',
+    )
+    g.add_argument(
+        '--data_test',
+        type=names,
+        default=['Set5'],
+        metavar='SETS',
+        help='test sets joined by +: Set5 Set14 B100 Urban100 Manga109 DIV2K Flickr2K Sample Demo, or a path',
+    )
+    g.add_argument(
+        '--data_range',
+        type=data_range,
+        default=((1, 800), (801, 810)),
+        help='images of DIV2K to train / to test on, counted from 1',
+    )
+    g.add_argument(
+        '--ext',
+        choices=('sep', 'sep_reset', 'img'),
+        default='sep',
+        help='training images: keep decoded copies, make them anew, or decode each time',
+    )
+    g.add_argument('--scale', type=count, default=4, help='factor of enlargement')
+    g.add_argument('--patch_size', type=count, default=192, help='side of the HR training patch, pixels')
+    g.add_argument(
+        '--lr_border',
+        choices=('mirror', 'clamp'),
+        default='mirror',
+        help='border of the bicubic that makes missing LR: mirror as in the benchmarks of EDSR, clamp as in those of RCAN',
+    )
+    g.add_argument('--no_augment', action='store_true', help='no flips and rotations of training patches')
+    g.add_argument('--chop', action='store_true', help='enlarge in tiles, for small memories')
+    g.add_argument('--chop_size', type=count, default=192, help='largest side of a tile, LR pixels')
+    g.add_argument('--chop_overlap', type=natural, default=20, help='overlap of neighbouring tiles, LR pixels')
+    g.add_argument('--chop_batch', type=count, default=4, help='tiles a call')
+
+    g = parser.add_argument_group('network (left out: as in the paper of the network)')
+    g.add_argument('--model', default='LCoAN', metavar='NAME', help=', '.join(MODELS))
+    g.add_argument('--pre_train', default='', metavar='FILE', help='weights to start from')
+    g.add_argument(
+        '--extend',
+        type=folder,
+        default=ROOT / 'models',
+        help='folder in which --pre_train is looked up when it is not a path from here',
+    )
+    g.add_argument('--n_resgroups', type=count, help='residual groups')
+    g.add_argument('--n_resblocks', type=count, help='residual blocks (a group)')
+    g.add_argument('--n_feats', type=count, help='feature channels')
+    g.add_argument('--reduction', type=count, help='channels / reduction: width of the squeezed branch')
+    g.add_argument('--n_clusters', type=count, help='k-means clusters')
+    g.add_argument('--window_size', type=count, help='window of the attention, pixels (LCoAN: clustered pixels)')
+    g.add_argument('--ema_decay', type=fraction, help="decay a step of the moving average of LCoAN's centroids")
+    g.add_argument('--n_hashes', type=count, help='rounds of clustering')
+    g.add_argument('--chunk_size', type=count, help='window of attention by hashing, pixels (for NLSN)')
+    g.add_argument('--res_scale', type=positive, help='factor of residual branches')
+    g.add_argument('--act', metavar='NAME', help='activation: relu, leaky_relu, prelu, gelu, silu')
+    g.add_argument(
+        '--dilation', action='store_true', default=None, help='dilate the convolutions of the residual blocks by 2'
+    )
+    g.add_argument('--rgb_range', type=positive, help='value of white inside the network')
+    g.add_argument('--n_colors', type=count, choices=(1, 3), help='3: RGB; 1: luma, colour enlarged by bicubic')
+    g.add_argument('--shift_mean', type=truth, metavar='True|False', help='subtract the mean colour')
+    g.add_argument('--precision', choices=('single', 'half'), default='single', help='of the network in tests')
+
+    g = parser.add_argument_group('training')
+    g.add_argument('--reset', action='store_true', help='delete what an earlier run of this name left, and start over')
+    g.add_argument('--epochs', type=count, default=300, help='epochs to train for')
+    g.add_argument('--test_every', type=count, default=1000, help='batches an epoch; a test follows each')
+    g.add_argument('--batch_size', type=count, default=16, help='patches a step')
+    g.add_argument('--split_batch', type=count, default=1, help='parts a batch is computed in, one after the other')
+    g.add_argument('--gan_k', type=count, default=1, help='discriminator steps a step of the adversarial loss')
+
+    g = parser.add_argument_group('test')
+    g.add_argument('--test_only', action='store_true', help='test, do not train')
+    g.add_argument('--self_ensemble', action='store_true', help='average over the eight flips and rotations')
+    g.add_argument('--ssim', action='store_true', help='measure SSIM in the tests during training too')
+    g.add_argument('--score', type=folder, metavar='FOLDER', help='score the images in this folder, whatever made them')
+
+    g = parser.add_argument_group('optimisation')
+    g.add_argument('--lr', type=positive, default=1e-4, help='learning rate')
+    g.add_argument(
+        '--decay',
+        type=epochs_list,
+        default=[200],
+        metavar='E-E-...',
+        help='epochs after which the rate is multiplied by gamma',
+    )
+    g.add_argument('--gamma', type=positive, default=0.5, help='factor of the decay')
+    g.add_argument('--optimizer', choices=('SGD', 'ADAM', 'ADAMW', 'RMSprop'), default='ADAM', help='optimiser')
+    g.add_argument('--momentum', type=fraction, default=0.9, help='of SGD')
+    g.add_argument('--betas', type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.999], help='of ADAM and ADAMW')
+    g.add_argument('--epsilon', type=positive, default=1e-8, help='of ADAM, ADAMW and RMSprop')
+    g.add_argument('--weight_decay', type=number(float, 0), default=0.0, help='weight decay')
+    g.add_argument(
+        '--gclip', type=number(float, 0), default=0.0, help='gradients are clipped to +-gclip; 0: not at all'
+    )
+    g.add_argument('--loss', default='1*L1', help='weight*NAME joined by +; NAME is L1 or MSE')
+    g.add_argument(
+        '--skip_threshold',
+        type=positive,
+        default=1e8,
+        help='a batch is skipped if its loss exceeds this times that of the last epoch',
+    )
+
+    g = parser.add_argument_group('run folder')
+    g.add_argument('--save_dir', type=folder, default=ROOT / 'experiment', help='folder of the runs')
+    g.add_argument('--save', default='', metavar='NAME', help='name of the run (left out: <model>_x<scale>)')
+    g.add_argument('--load', default='', metavar='NAME', help='run to continue or to test, with its options')
+    g.add_argument(
+        '--resume',
+        type=number(int, -1),
+        default=-1,
+        metavar='EPOCH',
+        help='with --load: from the weights of this epoch (kept by --save_models); -1 or 0: the latest state',
+    )
+    g.add_argument('--save_models', action='store_true', help='keep the weights of every epoch')
+    g.add_argument('--print_every', type=count, default=100, help='batches between lines in the log')
+    g.add_argument('--save_results', action='store_true', help='save the enlarged images')
+    g.add_argument('--save_gt', action='store_true', help='save LR and HR beside them')
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of a command line: what is typed, else what the loaded run had, else the recipe's, else the default.
+
+    Raises:
+        UserError: unknown option, value out of range, unknown recipe, or a combination that cannot be.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.template:
+        if args.template not in TEMPLATES:
+            raise UserError(f'Unknown template {args.template!r}: choose one of {", ".join(TEMPLATES)}.')
+        parser.set_defaults(**TEMPLATES[args.template])
+    saved: dict[str, object] = {}
+    if args.load and not args.reset:
+        saved = read_config(args.save_dir / args.load / 'config.txt')
+        parser.set_defaults(**{key: value for key, value in saved.items() if key not in NOT_RESTORED})
+    args = parser.parse_args(argv)
+    _check(args)
+    for key in FIXED_IN_A_RUN:
+        if saved and getattr(args, key) != saved.get(key):
+            raise UserError(
+                f'--{key} {getattr(args, key)}: the run {args.load} has {key} {saved.get(key)}, '
+                'which cannot change in a run; leave it out, or start another run with --save.'
+            )
+    args.save = args.load or args.save or f'{args.model}_x{args.scale}'
+    return args
+
+
+def network_settings(args: argparse.Namespace) -> dict[str, object]:
+    """The network settings that were given; the others are as in the network's paper."""
+    return {key: value for key in NETWORK_SETTINGS if (value := getattr(args, key)) is not None}
+
+
+def write_config(args: argparse.Namespace) -> str:
+    """The text of config.txt: one `option: value` a line, the value as JSON."""
+    lines = (f'{key}: {json.dumps(value, default=str)}' for key, value in sorted(vars(args).items()))
+    return '\n'.join(lines) + '\n'
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """The options in a config.txt.
+
+    Raises:
+        UserError: no such file, or not one that this program wrote.
+    """
+    if not path.parent.is_dir():
+        runs = sorted(p.parent.name for p in path.parent.parent.glob('*/config.txt'))
+        raise UserError(f'No run at {path.parent}: the runs there are {", ".join(runs) or "none"}.')
+    try:
+        pairs = (line.split(': ', 1) for line in path.read_text().splitlines())
+        options = {key: json.loads(value) for key, value in pairs}
+        known = options.keys() >= {'model', 'scale'}
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise UserError(f'{path.parent} is not a run of this program: its config.txt is missing or unreadable.')
+    if 'data_range' in options:
+        options['data_range'] = tuple(tuple(span) for span in options['data_range'])
+    return options
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Combinations of options that cannot be."""
+    if args.n_GPUs > 1:
+        raise UserError(f'--n_GPUs {args.n_GPUs}: this version runs on one GPU; give 1, or 0 for the CPU.')
+    if args.gan_k != 1:
+        raise UserError(f'--gan_k {args.gan_k}: this version has no adversarial loss; leave it out.')
+    if args.patch_size % args.scale:
+        raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
+    if args.split_batch > args.batch_size:
+        raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
+    if args.chop_overlap >= args.chop_size:
+        raise UserError(
+            f'--chop_overlap {args.chop_overlap} is not below --chop_size {args.chop_size}: choose larger tiles.'
+        )
+    if 'Demo' in args.data_test:
+        if args.dir_demo is None:
+            raise UserError('--data_test Demo: give the folder of images with --dir_demo.')
+        if not args.test_only or args.score:
+            raise UserError('--data_test Demo: these images have no scores; use it with --test_only.')
+    if args.resume > 0 and not args.load:
+        raise UserError(f'--resume {args.resume}: name the run with --load.')
+    if args.reset and args.test_only:
+        raise UserError('--reset deletes a run and --test_only measures one: give one of them.')
+    for option in ('save', 'load'):
+        value = getattr(args, option)
+        if Path(value).name != value or value == '..':
+            raise UserError(f'--{option} {value}: give a name without folders; --save_dir is the folder of the runs.')

@@ -1,0 +1,78 @@
+"""Pictures of a run: curves over the epochs, and crops side by side."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CROP = 96  # side of a crop in HR pixels
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of a comparison sheet: images (H, W, 3) uint8 of equal size, with a caption each."""
+
+    name: str
+    images: Sequence[np.ndarray]
+    captions: Sequence[str]
+
+
+def curves(records: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+    """PNG files by name: the losses, and PSNR on each test set, over the epochs of a run's log."""
+    epochs = [record['epoch'] for record in records]
+    terms = records[-1]['loss']
+    losses = {term: [record['loss'].get(term) for record in records] for term in terms}
+    pictures = {'loss.png': _curve(epochs, losses, 'loss')}
+    for name in records[-1]['test']:
+        scores = [record['test'].get(name, {}).get('psnr') for record in records]
+        pictures[f'test_{name}.png'] = _curve(epochs, {name: scores}, 'PSNR (dB)')
+    return pictures
+
+
+def _curve(epochs: Sequence[int], lines: dict[str, list], label: str) -> bytes:
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    for name, values in lines.items():
+        axes.plot(epochs, np.array(values, dtype=float), label=name, marker='.' if len(epochs) < 30 else '')
+    axes.set(xlabel='epoch', ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _png(figure)
+
+
+def sheet(rows: Sequence[Comparison]) -> bytes:
+    """PNG of one row per image: a crop full of detail, the same in every version of the image."""
+    columns = len(rows[0].images)
+    figure = _figure(2.4 * columns, 2.75 * len(rows))
+    for row, comparison in enumerate(rows):
+        top, left = _detail(comparison.images[0])
+        for column, (image, caption) in enumerate(zip(comparison.images, comparison.captions, strict=True)):
+            axes = figure.add_subplot(len(rows), columns, row * columns + column + 1)
+            axes.imshow(image[top : top + CROP, left : left + CROP], interpolation='nearest')
+            axes.set(xticks=[], yticks=[], xlabel=caption, ylabel='' if column else comparison.name)
+    return _png(figure)
+
+
+def _detail(image: np.ndarray) -> tuple[int, int]:
+    """Top left corner of the crop with the largest variance of luma, among crops half a side apart."""
+    grey = image.mean(-1)
+    corners = [
+        (top, left)
+        for top in range(0, max(1, image.shape[0] - CROP + 1), CROP // 2)
+        for left in range(0, max(1, image.shape[1] - CROP + 1), CROP // 2)
+    ]
+    return max(corners, key=lambda at: grey[at[0] : at[0] + CROP, at[1] : at[1] + CROP].var())
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # matplotlib takes a third of a second to import
+
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    return buffer.getvalue()

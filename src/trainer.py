@@ -1,0 +1,374 @@
+"""The training loop and the evaluation loop."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import metric
+import picture
+from checkpoint import RunFolder
+from data.image import Photo, fill_hidden, find_images, read_photo, read_rgb, write_png
+from data.imresize import enlarge
+from data.outputs import match_outputs
+from data.srdata import SRData
+from error import UserError
+from files import write_atomic
+from loss import Loss
+from model import Model
+from optimizer import learning_rate, set_learning_rate
+
+log = logging.getLogger('frugalsr')
+
+SHEET_ROWS = 5
+
+Upscale = Callable[[SRData, int], np.ndarray]
+
+
+class Evaluation:
+    """Scores a way of enlarging on test sets, and saves its images where that is wanted.
+
+    Args:
+        sets: prepared paired images.
+        ssim: measure SSIM too.
+        folder: where images go, as `results-<Set>/<name>_x<scale>_SR.png`, and a comparison sheet a set; None: nowhere.
+        ground_truth: save LR and HR beside them.
+    """
+
+    def __init__(
+        self, sets: Sequence[SRData], ssim: bool, folder: Path | None = None, ground_truth: bool = False
+    ) -> None:
+        self.sets, self.ssim, self.folder, self.ground_truth = sets, ssim, folder, ground_truth
+
+    def __call__(self, upscale: Upscale, label: str) -> dict[str, Any]:
+        """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
+
+        Args:
+            upscale: gives the image of a set at an index, (H, W, 3) uint8.
+            label: what to call it in pictures.
+        """
+        return {images.name: self._set(images, upscale, label) for images in self.sets}
+
+    def protocol(self) -> dict[str, dict[str, Any]]:
+        """What each set's scores are measured on."""
+        return {s.name: {'channels': s.channels, 'shave': shave(s), 'lr_border': s.border} for s in self.sets}
+
+    def _set(self, images: SRData, upscale: Upscale, label: str) -> dict[str, Any]:
+        scores: dict[str, dict[str, float]] = {}
+        rows: list[picture.Comparison] = []
+        with Writer() as writer:
+            for index in progress(range(len(images)), f'{images.name} x{images.scale}'):
+                start = time.perf_counter()
+                sr = upscale(images, index)
+                seconds = time.perf_counter() - start
+                name, hr = images.names[index], images.hr(index)
+                scores[name] = self._score(images, sr, hr) | {'seconds': seconds}
+                if self.folder is not None:
+                    self._save(writer, images, index, sr)
+                    if len(rows) < SHEET_ROWS:
+                        rows.append(compare(images, index, sr, label))
+        if self.folder is not None:
+            write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet(rows))
+        means = {key: metric.mean(score[key] for score in scores.values()) for key in next(iter(scores.values()))}
+        return means | {'images': scores}
+
+    def _score(self, images: SRData, sr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
+        if min(hr.shape[:2]) <= 2 * shave(images):
+            return {'psnr': math.nan} | ({'ssim': math.nan} if self.ssim else {})
+        scores = {'psnr': metric.psnr(sr, hr, shave(images), images.channels)}
+        if self.ssim:
+            scores['ssim'] = metric.ssim(sr, hr, shave(images), images.channels)
+        return scores
+
+    def _save(self, writer: 'Writer', images: SRData, index: int, sr: np.ndarray) -> None:
+        assert self.folder is not None
+        stem = self.folder / f'results-{images.name}' / f'{images.names[index]}_x{images.scale}'
+        writer.write(stem.with_name(f'{stem.name}_SR.png'), sr)
+        if self.ground_truth:
+            writer.write(stem.with_name(f'{stem.name}_LR.png'), images.lr(index))
+            writer.write(stem.with_name(f'{stem.name}_HR.png'), images.hr(index))
+
+
+def shave(images: SRData) -> int:
+    """Pixels dropped at each border before scoring: the scale; EDSR's convention for RGB adds 6."""
+    return images.scale + (6 if images.channels == 'RGB' else 0)
+
+
+def compare(images: SRData, index: int, sr: np.ndarray, label: str) -> picture.Comparison:
+    """HR, bicubic and `sr` of one image, with their PSNR."""
+    hr = images.hr(index)
+    versions = {'bicubic': enlarge(images.lr(index), images.scale), label: sr}
+    tiny = min(hr.shape[:2]) <= 2 * shave(images)
+    captions = [
+        name if tiny else f'{name}  {metric.psnr(image, hr, shave(images), images.channels):.2f} dB'
+        for name, image in versions.items()
+    ]
+    return picture.Comparison(images.names[index], [hr, *versions.values()], ['HR', *captions])
+
+
+class Writer:
+    """Writes PNG files in the background; errors surface when it is closed."""
+
+    def __enter__(self) -> 'Writer':
+        self._pool = ThreadPoolExecutor(2)
+        self._futures: list[Future] = []
+        return self
+
+    def write(self, path: Path, image: np.ndarray) -> None:
+        """Write (H, W, C) uint8 or uint16 to `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if len(self._futures) > 8:
+            self._futures.pop(0).result()
+        self._futures.append(self._pool.submit(write_png, path, image))
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        for future in self._futures:
+            future.result()
+
+
+def progress(items: Any, title: str, **options: Any) -> tqdm:
+    """A progress bar that is shown on a terminal only and leaves no trace."""
+    return tqdm(items, desc=title, leave=False, disable=None, dynamic_ncols=True, **options)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Results by set, as text."""
+    width = max([len(name) for name in results] + [3])
+    lines = [f'{"Set":<{width}}  images    PSNR    SSIM  s/image']
+    for name, result in results.items():
+        psnr, ssim = result['psnr'], result.get('ssim', math.nan)
+        cells = f'{psnr:8.2f}' if not math.isnan(psnr) else f'{"-":>8}'
+        cells += f'{ssim:8.4f}' if not math.isnan(ssim) else f'{"-":>8}'
+        lines.append(f'{name:<{width}}  {len(result["images"]):6d}{cells}{result["seconds"]:9.3f}')
+    return '\n'.join(lines)
+
+
+def read_outputs(sets: Sequence[SRData], folder: Path) -> Upscale:
+    """Images that another program made, found by name, in place of a network.
+
+    `folder` holds the images of all sets, or a folder `<Set>` or `results-<Set>` for each.
+    """
+    files = {}
+    for images in sets:
+        own = [path for path in (folder / images.name, folder / f'results-{images.name}') if path.is_dir()]
+        files[images.name] = match_outputs(own[0] if own else folder, images.names)
+
+    def read(images: SRData, index: int) -> np.ndarray:
+        path = files[images.name][images.names[index]]
+        sr, expected = read_rgb(path), images.hr(index).shape
+        if sr.shape != expected:
+            raise UserError(
+                f'{path} is {sr.shape[1]}x{sr.shape[0]} pixels, but {images.names[index]} of {images.name} cropped for '
+                f'x{images.scale} is {expected[1]}x{expected[0]}: check --scale and the file.'
+            )
+        return sr
+
+    return read
+
+
+def enlarge_folder(model: Model, source: Path, target: Path) -> None:
+    """Enlarge every image of a folder; a file that cannot be read is named at the end, after the others are done.
+
+    Raises:
+        UserError: no folder, no images in it, or some that could not be read.
+    """
+    if not source.is_dir():
+        raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
+    files = find_images(source)
+    if not files:
+        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
+    stems = [path.stem for path in files]
+    failures: list[str] = []
+    start = time.perf_counter()
+    with Writer() as writer:
+        for path in progress(files, f'{source.name} x{model.scale}'):
+            name = path.name if stems.count(path.stem) > 1 else path.stem
+            try:
+                photo = read_photo(path)
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, photo))
+    seconds = (time.perf_counter() - start) / len(files)
+    log.info('%d images enlarged by %d, %.2f s each: %s', len(files) - len(failures), model.scale, seconds, target)
+    if failures:
+        raise UserError(f'{len(failures)} of {len(files)} images could not be read: {" ".join(failures)}')
+
+
+def enlarge_photo(model: Model, photo: Photo) -> np.ndarray:
+    """(H, W), (H, W, 3) or (H, W, 4) of the photograph's own depth; alpha is enlarged apart from the colour."""
+    if photo.alpha is None:
+        sr = model.upscale(photo.color)
+        return sr[..., 1] if photo.grey else sr
+    sr = model.upscale(fill_hidden(photo.color, photo.alpha))
+    alpha = model.upscale(np.repeat(photo.alpha[..., None], 3, -1))
+    return np.concatenate((sr, alpha[..., 1:2]), -1)
+
+
+class Trainer:
+    """Trains a model; one epoch is a fixed number of steps, followed by an evaluation and a save.
+
+    Args:
+        model: with its weights.
+        loss: between its output and the target.
+        optimizer: over its parameters.
+        loader: gives the batches of the sample numbers of a range, as (LR, HR), uint8.
+        name_of: which image a sample number is cut from.
+        evaluate: scores the model.
+        run: where everything goes.
+        batch_size: samples a step.
+        steps: steps an epoch.
+        parts: a batch is computed in this many parts.
+        rate: learning rate after a number of finished epochs.
+        clip: largest absolute value of a gradient; 0: any.
+        skip_threshold: a batch is skipped if its loss exceeds this times that of the last epoch.
+        print_every: steps between lines in the log.
+        keep_all: keep the weights of every epoch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        loader: Callable[[range], DataLoader],
+        name_of: Callable[[int], str],
+        evaluate: Callable[[], dict[str, Any]],
+        run: RunFolder,
+        batch_size: int,
+        steps: int,
+        parts: int = 1,
+        rate: Callable[[int], float] = lambda finished: learning_rate(1e-4, [200], 0.5, finished),
+        clip: float = 0.0,
+        skip_threshold: float = 1e8,
+        print_every: int = 100,
+        keep_all: bool = False,
+    ) -> None:
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
+        self.batch_size, self.steps, self.parts, self.rate = batch_size, steps, parts, rate
+        self.clip, self.skip_threshold, self.print_every, self.keep_all = clip, skip_threshold, print_every, keep_all
+        self.epoch = 0
+        self.samples = 0
+        self.log: list[dict[str, Any]] = []
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue after the last epoch of a state that `state` gave."""
+        try:
+            self.optimizer.load_state_dict(state['optimizer'])
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f'The optimiser of {self.run.folder} does not fit ({error}): give the --optimizer that the run has.'
+            ) from error
+        self.epoch, self.samples, self.log = state['epoch'], state['samples'], state['log']
+
+    def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
+        """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
+        self.log = log_of_run[:epoch]
+        self.epoch, self.samples = epoch, self.log[-1]['samples']
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the run continues from."""
+        return {
+            'model': self.model.net.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'epoch': self.epoch,
+            'samples': self.samples,
+            'log': self.log,
+        }
+
+    def train(self, epochs: int) -> None:
+        """Train until `epochs` epochs are done in all."""
+        if self.epoch >= epochs:
+            log.info('All %d epochs are done; a larger --epochs continues.', epochs)
+            return
+        last = self.samples + (epochs - self.epoch) * self.steps * self.batch_size
+        batches = iter(self.loader(range(self.samples, last)))
+        while self.epoch < epochs:
+            record = self._train_epoch(batches, epochs)
+            self.log.append(record)
+            results = self.evaluate()
+            record['test'] = {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()}
+            log.info('%s', table(results))
+            self.run.save_epoch(self.state(), self._is_best(), self.keep_all)
+
+    def _is_best(self) -> bool:
+        first = next(iter(self.log[-1]['test']))
+        scores = [record['test'][first]['psnr'] for record in self.log if first in record['test']]
+        return scores[-1] == max(scores)
+
+    def _train_epoch(self, batches: Iterator[tuple[Tensor, Tensor]], epochs: int) -> dict[str, Any]:
+        rate = self.rate(self.epoch)
+        set_learning_rate(self.optimizer, rate)
+        self.model.net.train()
+        totals = dict.fromkeys([*self.loss.terms, 'total'], 0.0)
+        waited, skipped, start = 0.0, 0, time.perf_counter()
+        bar = progress(range(1, self.steps + 1), f'Epoch {self.epoch + 1}/{epochs}')
+        for step in bar:
+            asked = time.perf_counter()
+            lr, hr = next(batches)
+            waited += time.perf_counter() - asked
+            values = self._step(lr, hr)
+            self.samples += self.batch_size
+            if values is None:
+                skipped += 1
+            else:
+                for name, value in values.items():
+                    totals[name] += value
+            seconds = time.perf_counter() - start
+            learned = max(1, step - skipped)
+            means = {name: total / learned for name, total in totals.items()}
+            speed, wait = step * self.batch_size / seconds, waited / seconds
+            bar.set_postfix_str(f'loss {means["total"]:.4g}, {speed:.1f} images/s, {wait:.0%} waiting', refresh=False)
+            if step % self.print_every == 0:
+                losses = ', '.join(f'{name} {value:.5g}' for name, value in means.items() if name != 'total')
+                log.info(
+                    'Epoch %d, batch %d/%d: %s, lr %.3g, %.1f images/s, %.0f%% waiting for data',
+                    self.epoch + 1, step, self.steps, losses, rate, speed, 100 * wait,
+                )  # fmt: skip
+        self.epoch += 1
+        return {
+            'epoch': self.epoch, 'samples': self.samples, 'lr': rate, 'loss': means, 'skipped': skipped,
+            'seconds': seconds, 'images_per_second': speed, 'wait': wait,
+        }  # fmt: skip
+
+    def _step(self, lr: Tensor, hr: Tensor) -> dict[str, float] | None:
+        """One step on a batch; its loss terms, or None if it was skipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = dict.fromkeys(self.loss.terms, 0.0)
+        for lr_part, hr_part in zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True):
+            share = len(lr_part) / len(lr)
+            losses = self.loss(self.model(lr_part), self.model.to_range(hr_part))
+            total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
+            total.backward()
+            for name, value in losses.items():
+                terms[name] += value.item() * share
+        values = terms | {'total': sum(terms.values())}
+        last = self.log[-1]['loss']['total'] if self.log else math.inf
+        if not math.isfinite(values['total']):
+            raise UserError(
+                f'The loss is {values["total"]} in epoch {self.epoch + 1}, on patches of {self._names()}: nothing was '
+                f'learned from them and epoch {self.epoch} is kept; continue it with --load {self.run.folder.name} and '
+                'a lower --lr or a --gclip.'
+            )
+        if values['total'] > self.skip_threshold * last:
+            log.warning('Batch skipped for its loss of %.4g: patches of %s.', values['total'], self._names())
+            return None
+        if self.clip:
+            torch.nn.utils.clip_grad_value_(self.model.net.parameters(), self.clip)
+        self.optimizer.step()
+        return values
+
+    def _names(self) -> str:
+        numbers = range(self.samples, self.samples + self.batch_size)
+        return ', '.join(dict.fromkeys(self.name_of(number) for number in numbers))

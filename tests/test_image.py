@@ -1,0 +1,462 @@
+"""Image files of every kind, made with Pillow and tifffile, and the ways in which they can be broken."""
+
+import errno
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import ExifTags, Image
+
+import data.image
+from data.image import fill_hidden, find_images, read_photo, read_rgb, write_png
+from data.png16 import write_png16
+from error import UserError
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (5, 7, 3)).astype(np.uint8)
+RGBA = RNG.integers(0, 256, (5, 7, 4)).astype(np.uint8)
+RGBA16 = RNG.integers(0, 65536, (5, 7, 4)).astype(np.uint16)
+
+UPRIGHT = {
+    1: lambda image: image,
+    2: np.fliplr,
+    3: lambda image: np.rot90(image, 2),
+    4: np.flipud,
+    5: lambda image: np.swapaxes(image, 0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(np.swapaxes(image, 0, 1), 2),
+    8: lambda image: np.rot90(image, 1),
+}
+
+
+def saved(path: Path, image, **options) -> Path:
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+    return path
+
+
+def exif(orientation: int) -> Image.Exif:
+    block = Image.Exif()
+    block[ExifTags.Base.Orientation] = orientation
+    return block
+
+
+def png_with(data: bytes, name: bytes, body: bytes) -> bytes:
+    """The PNG file `data` with one more chunk after IHDR."""
+    extra = struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+    return data[:33] + extra + data[33:]
+
+
+def test_find_images(tmp_path):
+    for name in ('b.png', 'a.JPG', 'c.TiFf', 'd.webp', '.hidden.png', 'notes.txt', 'png'):
+        (tmp_path / name).touch()
+    (tmp_path / 'folder.png').mkdir()
+    assert [path.name for path in find_images(tmp_path)] == ['a.JPG', 'b.png', 'c.TiFf', 'd.webp']
+
+
+def test_find_images_without_folder(tmp_path):
+    with pytest.raises(UserError, match='nowhere'):
+        find_images(tmp_path / 'nowhere')
+
+
+@pytest.mark.parametrize('suffix', ['png', 'bmp', 'tif', 'tiff'])
+@pytest.mark.parametrize('shape', [(1, 1), (1, 9), (9, 1), (5, 7)])
+def test_rgb_and_grey(tmp_path, suffix, shape):
+    image = RNG.integers(0, 256, (*shape, 3)).astype(np.uint8)
+    photo = read_photo(saved(tmp_path / f'x.{suffix}', image))
+    np.testing.assert_array_equal(photo.color, image)
+    assert (photo.alpha, photo.grey, photo.color.dtype) == (None, False, np.uint8)
+    photo = read_photo(saved(tmp_path / f'x.{suffix}', image[..., 0]))
+    np.testing.assert_array_equal(photo.color, image[..., [0, 0, 0]])
+    assert (photo.alpha, photo.grey, photo.color.dtype) == (None, True, np.uint8)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif', 'webp'])
+def test_rgba(tmp_path, suffix):
+    photo = read_photo(saved(tmp_path / f'x.{suffix}', RGBA, lossless=True, exact=True))
+    np.testing.assert_array_equal(photo.color, RGBA[..., :3])
+    np.testing.assert_array_equal(photo.alpha, RGBA[..., 3])
+    assert not photo.grey
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_grey_and_alpha(tmp_path, suffix):
+    photo = read_photo(saved(tmp_path / f'x.{suffix}', RGBA[..., :2].copy()))
+    np.testing.assert_array_equal(photo.color, RGBA[..., [0, 0, 0]])
+    np.testing.assert_array_equal(photo.alpha, RGBA[..., 1])
+    assert photo.grey
+
+
+@pytest.mark.parametrize('suffix', ['png', 'bmp', 'tif'])
+def test_one_bit(tmp_path, suffix):
+    bits = RGB[..., 0] > 127
+    photo = read_photo(saved(tmp_path / f'x.{suffix}', Image.fromarray(bits)))
+    np.testing.assert_array_equal(photo.color, np.where(bits[..., None], 255, 0).repeat(3, axis=2))
+    assert photo.grey
+    assert photo.color.dtype == np.uint8
+
+
+@pytest.mark.parametrize('transparency', [None, 2, bytes([0, 50, 100])])
+def test_palette(tmp_path, transparency):
+    colors = np.array([(10, 20, 30), (40, 50, 60), (70, 80, 90), (1, 2, 3)], np.uint8)
+    indices = RNG.integers(0, 4, (5, 7)).astype(np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(colors.tobytes())
+    path = saved(tmp_path / 'x.png', image, **({} if transparency is None else {'transparency': transparency}))
+    photo = read_photo(path)
+    np.testing.assert_array_equal(photo.color, colors[indices])
+    np.testing.assert_array_equal(read_rgb(path), colors[indices])
+    assert not photo.grey
+    if transparency is None:
+        assert photo.alpha is None
+    else:
+        alphas = (255, 255, 0, 255) if transparency == 2 else (0, 50, 100, 255)
+        np.testing.assert_array_equal(photo.alpha, np.array(alphas)[indices])
+
+
+def test_transparent_colour(tmp_path):
+    photo = read_photo(saved(tmp_path / 'x.png', RGB, transparency=tuple(int(v) for v in RGB[2, 3])))
+    np.testing.assert_array_equal(photo.color, RGB)
+    np.testing.assert_array_equal(photo.alpha, np.where(np.equal(RGB, RGB[2, 3]).all(axis=2), 0, 255))
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
+def test_transparent_grey(tmp_path, bits):
+    """A grey PNG of two pixels, 0 and 1, whose tRNS chunk makes 1 transparent."""
+    row = np.packbits(np.array([0] * (2 * bits - 1) + [1], np.uint8)[: 2 * bits])
+    header = struct.pack('>IIBBBBB', 2, 1, bits, 0, 0, 0, 0)
+    path = tmp_path / 'x.png'
+    data = b'\x89PNG\r\n\x1a\n'
+    for name, body in ((b'IHDR', header), (b'tRNS', b'\0\1'), (b'IDAT', zlib.compress(b'\0' + row.tobytes()))):
+        data += struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+    path.write_bytes(data + b'\0\0\0\0IEND\xaeB`\x82')
+    photo = read_photo(path)
+    np.testing.assert_array_equal(photo.color[..., 0], [[0, 255 // (2**bits - 1)]])
+    np.testing.assert_array_equal(photo.alpha, [[255, 0]])
+    assert photo.grey
+
+
+@pytest.mark.parametrize(('suffix', 'options'), [('jpg', {'quality': 95}), ('webp', {'quality': 90})])
+def test_lossy(tmp_path, suffix, options):
+    rows, columns = np.mgrid[:40, :60]
+    image = np.stack((rows * 4, columns * 3, rows + columns), axis=2).astype(np.uint8)
+    path = saved(tmp_path / f'x.{suffix}', image, **options)
+    np.testing.assert_array_equal(read_rgb(path), np.asarray(Image.open(path)))
+    assert np.abs(read_rgb(path).astype(int) - image).mean() < 4
+
+
+def test_grey_jpeg(tmp_path):
+    path = saved(tmp_path / 'x.jpeg', RGB[..., 0])
+    photo = read_photo(path)
+    np.testing.assert_array_equal(photo.color[..., 1], np.asarray(Image.open(path)))
+    assert photo.grey
+
+
+def test_cmyk_jpeg(tmp_path):
+    path = saved(tmp_path / 'x.jpg', Image.new('CMYK', (8, 8), (0, 255, 255, 0)), quality=100)
+    photo = read_photo(path)
+    assert np.abs(photo.color.astype(int) - (255, 0, 0)).max() <= 3
+    assert (photo.alpha, photo.grey) == (None, False)
+
+
+def test_suffix_does_not_decide(tmp_path):
+    saved(tmp_path / 'x.png', RGB).rename(tmp_path / 'x.jpg')
+    np.testing.assert_array_equal(read_rgb(tmp_path / 'x.jpg'), RGB)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif', 'webp'])
+def test_first_frame(tmp_path, suffix):
+    more = [Image.fromarray(255 - RGB)]
+    path = saved(tmp_path / f'x.{suffix}', RGB, save_all=True, append_images=more, lossless=True)
+    np.testing.assert_array_equal(read_rgb(path), RGB)
+
+
+@pytest.mark.parametrize('channels', [None, 1, 2, 3, 4])
+def test_png16(tmp_path, channels):
+    image = RGBA16[..., 0] if channels is None else RGBA16[..., :channels]
+    (tmp_path / 'x.png').write_bytes(write_png16(image))
+    check_16bit(read_photo(tmp_path / 'x.png'), channels or 1)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+@pytest.mark.parametrize('compression', [None, 'zlib'])
+@pytest.mark.parametrize('byteorder', ['<', '>'])
+def test_tif16(tmp_path, channels, compression, byteorder):
+    image = RGBA16[..., 0] if channels == 1 else RGBA16[..., :channels]
+    kind = 'minisblack' if channels == 1 else 'rgb'
+    extra = ['unassalpha'] if channels == 4 else None
+    options = {'photometric': kind, 'extrasamples': extra, 'compression': compression, 'byteorder': byteorder}
+    tifffile.imwrite(tmp_path / 'x.tif', image, **options)
+    check_16bit(read_photo(tmp_path / 'x.tif'), channels)
+
+
+def check_16bit(photo, channels):
+    color = RGBA16[..., [0, 0, 0]] if channels < 3 else RGBA16[..., :3]
+    np.testing.assert_array_equal(photo.color, color)
+    assert photo.color.dtype == np.uint16
+    assert photo.grey is (channels < 3)
+    if channels in (2, 4):
+        np.testing.assert_array_equal(photo.alpha, RGBA16[..., channels - 1])
+        assert photo.alpha.dtype == np.uint16
+    else:
+        assert photo.alpha is None
+
+
+def test_tif16_first_page_and_single_pixel(tmp_path):
+    tifffile.imwrite(tmp_path / 'x.tif', RGBA16[:2, ..., 0], photometric='minisblack')
+    tifffile.imwrite(tmp_path / 'pages.tif', np.stack((RGBA16[..., 0], RGBA16[..., 1])), photometric='minisblack')
+    tifffile.imwrite(tmp_path / 'one.tif', RGBA16[:1, :1, :3], photometric='rgb')
+    np.testing.assert_array_equal(read_photo(tmp_path / 'pages.tif').color[..., 0], RGBA16[..., 0])
+    np.testing.assert_array_equal(read_photo(tmp_path / 'one.tif').color, RGBA16[:1, :1, :3])
+
+
+def test_tif16_multiplied_by_alpha(tmp_path):
+    color, alpha = np.array([[[60000, 30000, 500], [9, 9, 9]]]), np.array([[[32768], [0]]])
+    stored = np.concatenate((np.round(color * alpha / 65535), alpha), axis=2).astype(np.uint16)
+    tifffile.imwrite(tmp_path / 'x.tif', stored, photometric='rgb', extrasamples=['assocalpha'])
+    photo = read_photo(tmp_path / 'x.tif')
+    assert np.abs(photo.color[0, 0].astype(int) - color[0, 0]).max() <= 1
+    np.testing.assert_array_equal(photo.alpha, alpha[..., 0])
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_orientation(tmp_path, orientation):
+    for name, image in (('x.png', RGB), ('grey.png', RGB[..., 0]), ('x.tif', RGB)):
+        read = read_rgb(saved(tmp_path / name, image, exif=exif(orientation)))
+        expected = RGB if image is RGB else RGB[..., [0, 0, 0]]
+        np.testing.assert_array_equal(read, UPRIGHT[orientation](expected))
+        assert read.flags.c_contiguous
+    for name in ('x.png', 'x.webp', 'x.tif'):
+        photo = read_photo(saved(tmp_path / name, RGBA, exif=exif(orientation), lossless=True, exact=True))
+        np.testing.assert_array_equal(photo.color, UPRIGHT[orientation](RGBA[..., :3]))
+        np.testing.assert_array_equal(photo.alpha, UPRIGHT[orientation](RGBA[..., 3]))
+    stored = np.asarray(Image.open(saved(tmp_path / 'plain.jpg', RGB)))
+    path = saved(tmp_path / 'x.jpg', RGB, exif=exif(orientation))
+    np.testing.assert_array_equal(read_rgb(path), UPRIGHT[orientation](stored))
+    path = saved(tmp_path / 'deflated.tif', RGB, exif=exif(orientation), compression='tiff_adobe_deflate')
+    np.testing.assert_array_equal(read_rgb(path), UPRIGHT[orientation](RGB))
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_orientation_16bit(tmp_path, orientation):
+    block = exif(orientation).tobytes().removeprefix(b'Exif\0\0')
+    (tmp_path / 'x.png').write_bytes(png_with(write_png16(RGBA16), b'eXIf', block))
+    tag = (ExifTags.Base.Orientation, 'H', 1, orientation, True)
+    tifffile.imwrite(tmp_path / 'x.tif', RGBA16, photometric='rgb', extrasamples=['unassalpha'], extratags=[tag])
+    for name in ('x.png', 'x.tif'):
+        photo = read_photo(tmp_path / name)
+        np.testing.assert_array_equal(photo.color, UPRIGHT[orientation](RGBA16[..., :3]))
+        np.testing.assert_array_equal(photo.alpha, UPRIGHT[orientation](RGBA16[..., 3]))
+
+
+def test_orientation_stored_after_the_pixels(tmp_path):
+    block = exif(6).tobytes().removeprefix(b'Exif\0\0')
+    chunk = struct.pack('>I', len(block)) + b'eXIf' + block + struct.pack('>I', zlib.crc32(b'eXIf' + block))
+    for image in (RGBA, RGBA16):
+        write_png(tmp_path / 'x.png', image)
+        data = (tmp_path / 'x.png').read_bytes()
+        (tmp_path / 'x.png').write_bytes(data[:-12] + chunk + data[-12:])
+        np.testing.assert_array_equal(read_photo(tmp_path / 'x.png').alpha, np.rot90(image[..., 3], -1))
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')
+@pytest.mark.parametrize('block', [b'II', b'no exif at all', b'MM\0*\0\0\0\xff'])
+def test_damaged_exif_is_ignored(tmp_path, block):
+    path = saved(tmp_path / 'x.png', RGB)
+    path.write_bytes(png_with(path.read_bytes(), b'eXIf', block))
+    np.testing.assert_array_equal(read_rgb(path), RGB)
+
+
+def test_read_rgb_rounds_16_bits(tmp_path):
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    write_png(tmp_path / 'x.png', values)
+    expected = np.round(values / 257).astype(np.uint8)[..., None].repeat(3, axis=2)
+    np.testing.assert_array_equal(read_rgb(tmp_path / 'x.png'), expected)
+
+
+@pytest.mark.parametrize('image', [RGB, RGB[..., 0], RGBA, RGBA16[..., :3], RGBA16[..., 0], RGBA16])
+def test_read_rgb_layout(tmp_path, image):
+    write_png(tmp_path / 'x.png', image)
+    read = read_rgb(tmp_path / 'x.png')
+    assert (read.dtype, read.shape) == (np.uint8, (5, 7, 3))
+    assert read.flags.c_contiguous
+    assert read.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'options'),
+    [
+        (np.float32, {'photometric': 'minisblack'}),
+        (np.float32, {'photometric': 'rgb'}),
+        (np.float16, {'photometric': 'rgb'}),
+        (np.uint32, {'photometric': 'rgb'}),
+        (np.int32, {'photometric': 'minisblack'}),
+        (np.int16, {'photometric': 'minisblack'}),
+        (np.uint16, {'photometric': 'miniswhite'}),
+        (np.uint16, {'photometric': 'rgb', 'planarconfig': 'separate'}),
+    ],
+)
+def test_exotic_tif(tmp_path, dtype, options):
+    image = RGBA16[..., :3].astype(dtype)
+    if options['photometric'] != 'rgb':
+        image = image[..., 0]
+    elif 'planarconfig' in options:
+        image = np.moveaxis(image, 2, 0)
+    tifffile.imwrite(tmp_path / 'x.tif', image, **options)
+    refused(tmp_path / 'x.tif')
+
+
+def refused(path: Path):
+    for read in (read_photo, read_rgb):
+        with pytest.raises(UserError) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('name', ['x.png', 'x.jpg', 'x.bmp', 'x.tif', 'x.webp', 'x16.png', 'x16.tif', 'deflated16.tif'])
+@pytest.mark.parametrize('kept', [0.05, 0.3, 0.6, 0.9])
+def test_truncated(tmp_path, name, kept):
+    path = tmp_path / name
+    image = RNG.integers(0, 65536, (40, 50, 3)).astype(np.uint16)
+    if path.suffix == '.tif' and '16' in name:
+        tifffile.imwrite(path, image, photometric='rgb', compression='zlib' if 'deflated' in name else None)
+    else:
+        saved(path, (image >> 8).astype(np.uint8)) if '16' not in name else write_png(path, image)
+    read_photo(path)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    refused(path)
+
+
+def test_truncated_between_the_rows_of_a_tile(tmp_path):
+    path = tmp_path / 'x.tif'
+    image = RNG.integers(0, 65536, (24, 20, 3)).astype(np.uint16)
+    tifffile.imwrite(path, image, photometric='rgb', tile=(16, 16))
+    np.testing.assert_array_equal(read_photo(path).color, image)
+    path.write_bytes(path.read_bytes()[: -14 * 16 * 6])
+    refused(path)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'bmp', 'tif', 'webp'])
+@pytest.mark.parametrize('content', [b'', b'\0', b'this is a text, not an image\n' * 9, bytes(1000)])
+def test_not_an_image(tmp_path, suffix, content):
+    path = tmp_path / f'x.{suffix}'
+    path.write_bytes(content)
+    refused(path)
+
+
+@pytest.mark.parametrize('image', [RGB, RGBA16])
+def test_damaged_png(tmp_path, image):
+    path = tmp_path / 'x.png'
+    write_png(path, image)
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(data)
+    refused(path)
+
+
+def test_interlaced_png16(tmp_path):
+    data = bytearray(write_png16(RGBA16))
+    data[28] = 1
+    data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
+    (tmp_path / 'x.png').write_bytes(data)
+    with pytest.raises(UserError, match='interlac'):
+        read_photo(tmp_path / 'x.png')
+
+
+def test_missing_file_and_folder(tmp_path):
+    refused(tmp_path / 'missing.png')
+    (tmp_path / 'folder.png').mkdir()
+    refused(tmp_path / 'folder.png')
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('factor', [1, 3])
+def test_bomb(tmp_path, monkeypatch, factor):
+    path = saved(tmp_path / 'x.png', np.zeros((30, 10 * factor + 1), np.uint8))
+    read_photo(path)
+    monkeypatch.setattr(data.image, 'MAX_PIXELS', 300)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)
+    refused(path)
+
+
+def test_large_photographs_are_allowed():
+    assert min(data.image.MAX_PIXELS, Image.MAX_IMAGE_PIXELS) > 200_000_000
+
+
+@pytest.mark.parametrize('image', [RGB, RGB[..., 0], RGBA, RGB[::-1, ::2], np.zeros((1, 1), np.uint8)])
+def test_write_png(tmp_path, image):
+    write_png(tmp_path / 'x.png', image)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'x.png')), image)
+    assert [path.name for path in tmp_path.iterdir()] == ['x.png']
+
+
+@pytest.mark.parametrize('image', [RGBA16[..., 0], RGBA16[..., :3], RGBA16])
+def test_write_png_16bit(tmp_path, image):
+    write_png(tmp_path / 'x.png', image)
+    photo = read_photo(tmp_path / 'x.png')
+    np.testing.assert_array_equal(photo.color, image[..., :3] if image.ndim == 3 else image[..., None].repeat(3, 2))
+    assert (photo.alpha is not None) == (image.shape[2:] == (4,))
+
+
+def test_write_png_gives_ordinary_permissions(tmp_path):
+    write_png(tmp_path / 'x.png', RGB)
+    (tmp_path / 'y').touch()
+    assert (tmp_path / 'x.png').stat().st_mode == (tmp_path / 'y').stat().st_mode
+
+
+@pytest.mark.parametrize('shape', [(4,), (4, 4, 2), (4, 4, 3, 1)])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_write_png_refuses_other_shapes(tmp_path, shape, dtype):
+    with pytest.raises(ValueError, match='a PNG takes'):
+        write_png(tmp_path / 'x.png', np.zeros(shape, dtype))
+
+
+def test_write_png_refuses_floats(tmp_path):
+    with pytest.raises(ValueError, match='a PNG takes'):
+        write_png(tmp_path / 'x.png', np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize('step', ['write_bytes', 'replace'])
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, step):
+    path = tmp_path / 'x.png'
+    write_png(path, RGB)
+
+    def fail(temporary, *_):
+        temporary.touch()
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(Path, step, fail)
+    with pytest.raises(UserError, match=r'x\.png.*No space left'):
+        write_png(path, 255 - RGB)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(read_rgb(path), RGB)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_png_without_folder(tmp_path):
+    (tmp_path / 'file').touch()
+    for folder in ('missing', 'file'):
+        with pytest.raises(UserError, match=r'x\.png'):
+            write_png(tmp_path / folder / 'x.png', RGB)
+
+
+def test_fill_hidden_takes_the_nearest_visible_colour():
+    alpha = np.where(RNG.random((9, 11)) < 0.3, 200, 0).astype(np.uint8)
+    color = RNG.integers(0, 256, (9, 11, 3)).astype(np.uint8)
+    filled = fill_hidden(color, alpha)
+    visible = np.argwhere(alpha > 0)
+    for r in range(9):
+        for c in range(11):
+            distances = ((visible - (r, c)) ** 2).sum(axis=1)
+            nearest = visible[distances == distances.min()]
+            assert any((filled[r, c] == color[i, j]).all() for i, j in nearest)
+    np.testing.assert_array_equal(filled[alpha > 0], color[alpha > 0])
+    assert filled.dtype == color.dtype
+
+
+@pytest.mark.parametrize('value', [0, 1, 255])
+def test_fill_hidden_without_contrast(value):
+    assert fill_hidden(RGB, np.full((5, 7), value, np.uint8)) is RGB

@@ -1,0 +1,148 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.imresize import enlarge, shrink
+
+SIZES = [(1, 1), (2, 3), (5, 4), (7, 13)]
+
+
+def cubic(x: float) -> float:
+    x = abs(x)
+    if x <= 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x <= 2 else 0.0
+
+
+def inside(tap: int, size: int, border: str) -> int:
+    """The pixel, counted from 1, that stands for any tap: found by walking, not by arithmetic."""
+    while not 1 <= tap <= size:
+        if border == 'clamp':
+            return 1 if tap < 1 else size
+        tap = 1 - tap if tap < 1 else 2 * size + 1 - tap
+    return tap
+
+
+def plain_line(line: list[int], scale: float, border: str) -> list[int]:
+    """MATLAB's formula for one line of pixels, one tap after the other, counted from 1 as MATLAB does."""
+    stretch = min(scale, 1)
+    support = 4 / stretch
+    result = []
+    for i in range(1, round(len(line) * scale) + 1):
+        centre = i / scale + 0.5 * (1 - 1 / scale)
+        first = math.floor(centre - support / 2)
+        taps = range(first, first + math.ceil(support) + 2)
+        weights = [stretch * cubic(stretch * (centre - tap)) for tap in taps]
+        pixels = [line[inside(tap, len(line), border) - 1] for tap in taps]
+        value = sum(w / sum(weights) * p for w, p in zip(weights, pixels, strict=True))
+        result.append(math.floor(min(max(value, 0), 255) + 0.5))
+    return result
+
+
+def plain_plane(plane: np.ndarray, scale: float, border: str) -> np.ndarray:
+    columns = [plain_line(column, scale, border) for column in plane.T.tolist()]
+    rows = np.array(columns).T.tolist()
+    return np.array([plain_line(row, scale, border) for row in rows])
+
+
+def plain(image: np.ndarray, scale: float, border: str) -> np.ndarray:
+    if image.ndim == 2:
+        return plain_plane(image, scale, border)
+    return np.stack([plain_plane(image[..., c], scale, border) for c in range(image.shape[2])], axis=2)
+
+
+def noise(*shape: int) -> np.ndarray:
+    """Black and white beside random values, so that the clipping is exercised."""
+    rng = np.random.default_rng(shape)
+    return np.clip(rng.integers(-128, 384, shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize('channels', [(), (3,)], ids=['grey', 'colour'])
+@pytest.mark.parametrize('border', ['mirror', 'clamp'])
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('size', SIZES)
+def test_shrink_is_the_formula(size, scale, border, channels):
+    height, width = (n * scale for n in size)
+    image = noise(height + 1, width + scale - 1, *channels)
+    result = shrink(image, scale, border)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, plain(image[:height, :width], 1 / scale, border))
+
+
+@pytest.mark.parametrize('channels', [(), (3,)], ids=['grey', 'colour'])
+@pytest.mark.parametrize('border', ['mirror', 'clamp'])
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('size', SIZES)
+def test_enlarge_is_the_formula(size, scale, border, channels):
+    image = noise(*size, *channels)
+    result = enlarge(image, scale, border)
+    assert result.dtype == np.uint8
+    np.testing.assert_array_equal(result, plain(image, scale, border))
+
+
+def test_shrink_an_edge_by_hand():
+    # The weights for 2 are (-3 -9 29 111 111 29 -9 -3)/256. The last output before the edge has the taps 29 -9 -3 on
+    # white, 255 * 17/256 = 16.9; the one before it only -3, clipped to 0. White to black is the same from the top.
+    image = np.repeat(np.array([[0] * 6 + [255] * 6], np.uint8), 2, axis=0)
+    assert shrink(image, 2).tolist() == [[0, 0, 17, 238, 255, 255]]
+
+
+def test_enlarge_an_edge_by_hand():
+    # The weights for 2 are (-3 29 111 -9)/128 and their mirror image: 255 * (29 - 3)/128 = 51.8 beside the edge.
+    assert enlarge(np.array([[0, 0, 255, 255]], np.uint8), 2).tolist() == [[0, 0, 0, 52, 203, 255, 255, 255]] * 2
+
+
+def test_borders_differ():
+    ramp = np.tile(np.arange(0, 256, 32, dtype=np.uint8), (8, 1))
+    assert not np.array_equal(shrink(ramp, 4, 'mirror'), shrink(ramp, 4, 'clamp'))
+
+
+@pytest.mark.parametrize('border', ['mirror', 'clamp'])
+@pytest.mark.parametrize('scale', [1, 2, 3, 4, 8])
+@pytest.mark.parametrize('value', [0, 1, 77, 255])
+def test_constant_images_stay_constant(value, scale, border):
+    image = np.full((19, 10, 3), value, np.uint8)
+    small = shrink(image, scale, border)
+    assert small.shape == (19 // scale, 10 // scale, 3)
+    assert (small == value).all()
+    assert (enlarge(small, scale, border) == value).all()
+
+
+def test_the_image_given_is_left_alone():
+    image = noise(9, 9, 3)
+    before = image.copy()
+    shrink(image, 2)
+    enlarge(image, 2)
+    np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize('shape', [(3, 9), (9, 3, 3), (0, 8)])
+def test_too_small_to_shrink(shape):
+    with pytest.raises(ValueError, match=f'{shape[0]}x{shape[1]} pixels cannot be shrunk by 4'):
+        shrink(np.zeros(shape, np.uint8), 4)
+
+
+@pytest.mark.parametrize('resize', [shrink, enlarge])
+def test_wrong_arguments(resize):
+    with pytest.raises(ValueError, match='float64'):
+        resize(np.zeros((8, 8)), 2)
+    with pytest.raises(ValueError, match='wrap'):
+        resize(np.zeros((8, 8), np.uint8), 2, 'wrap')
+
+
+def rgb(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert('RGB'))
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('name, count', [('Set5', 5), ('Set14', 14)])
+def test_official_files_bit_for_bit(shared, name, count, scale):
+    folder = shared / 'benchmark' / name
+    files = sorted((folder / 'HR').glob('*.png'))
+    assert len(files) == count
+    for file in files:
+        official = rgb(folder / 'LR_bicubic' / f'X{scale}' / f'{file.stem}x{scale}.png')
+        np.testing.assert_array_equal(shrink(rgb(file), scale), official, err_msg=file.name)

@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+
+from data.outputs import match_outputs
+from error import UserError
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    'file',
+    [
+        'baby.png',
+        'baby.JPG',
+        'baby.jpeg',
+        'baby.TIF',
+        'baby.tiff',
+        'baby.webp',
+        'babyx2.png',
+        'babyX4.png',
+        'baby_x4_SR.png',
+        'babyx4_SR.png',
+        'baby_SRF_4_HR.png',
+        'baby-LCoAN.bmp',
+        'baby (1).png',
+        'baby.x4.png',
+    ],
+)
+def test_any_suffix(tmp_path, file):
+    assert match_outputs(fill(tmp_path, file), ['baby']) == {'baby': tmp_path / file}
+
+
+@pytest.mark.parametrize(
+    'name, other',
+    [
+        ('3096', '30960.png'),
+        ('img_001', 'img_0012.png'),
+        ('man', 'mandrill.png'),
+        ('man', 'woman.png'),
+        ('baby', 'babyx2b.png'),
+        ('baby', 'babyx.png'),
+        ('baby', 'babyé.png'),
+        ('baby', 'Set5_baby.png'),
+        ('a.b', 'a_b.png'),
+    ],
+)
+def test_a_longer_word_is_another_name(tmp_path, name, other):
+    with pytest.raises(UserError, match='no image for 1 of 1'):
+        match_outputs(fill(tmp_path, other), [name])
+
+
+def test_a_file_belongs_to_the_longest_name(tmp_path):
+    fill(tmp_path, 'man_SR.png', 'man_2_SR.png', 'man_2_b_x4_SR.png')
+    assert match_outputs(tmp_path, ['man_2', 'man', 'man_2_b']) == {
+        'man_2': tmp_path / 'man_2_SR.png',
+        'man': tmp_path / 'man_SR.png',
+        'man_2_b': tmp_path / 'man_2_b_x4_SR.png',
+    }
+
+
+def test_the_order_is_that_of_the_names(tmp_path):
+    fill(tmp_path, 'a.png', 'b.png', 'c.png')
+    assert list(match_outputs(tmp_path, ['c', 'a', 'b'])) == ['c', 'a', 'b']
+
+
+def test_files_of_no_name_are_ignored(tmp_path):
+    fill(tmp_path, 'baby_SR.png', 'baby.txt', 'bird_SR.png')
+    assert match_outputs(tmp_path, ['baby']) == {'baby': tmp_path / 'baby_SR.png'}
+
+
+def test_sr_wins_over_what_lies_beside_it(tmp_path):
+    fill(tmp_path, 'baby_x4_SR.png', 'baby_x4_LR.png', 'baby_x4_HR.png')
+    assert match_outputs(tmp_path, ['baby']) == {'baby': tmp_path / 'baby_x4_SR.png'}
+
+
+@pytest.mark.parametrize(
+    'files', [('baby.png', 'baby-2.png'), ('baby_x2_SR.png', 'baby_x4_SR.png'), ('baby.png', 'baby.bmp')]
+)
+def test_several_files_for_one_name(tmp_path, files):
+    with pytest.raises(UserError) as error:
+        match_outputs(fill(tmp_path, *files), ['baby'])
+    for text in (str(tmp_path), '2 images for baby', *files, '_SR'):
+        assert text in str(error.value)
+
+
+def test_names_without_a_file(tmp_path):
+    names = ['baby', 'bird', 'butterfly', 'head', 'woman']
+    with pytest.raises(UserError) as error:
+        match_outputs(fill(tmp_path, 'head_SR.png', 'other.png'), names)
+    for text in (str(tmp_path), '4 of 5', 'baby, bird, butterfly and 1 more', 'head_SR.png, other.png'):
+        assert text in str(error.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserError, match='nowhere is not a folder'):
+        match_outputs(tmp_path / 'nowhere', ['baby'])
+
+
+def test_no_images(tmp_path):
+    with pytest.raises(UserError, match='holds no images'):
+        match_outputs(fill(tmp_path, 'baby.txt'), ['baby'])
