@@ -114,7 +114,9 @@ def train(args: Namespace, folder: RunFolder) -> None:
 
     trainer = Trainer(
         model, loss, optimizer,
-        loader=partial(train_loader, data, args.batch_size, args.n_threads, pin_memory=model.device.type == 'cuda'),
+        loader=lambda numbers: train_loader(
+            data, numbers, args.batch_size, args.n_threads, pin_memory=model.device.type == 'cuda'
+        ),
         name_of=data.name,
         evaluate=evaluate,
         run=folder,

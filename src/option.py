@@ -157,7 +157,7 @@ def build_parser() -> Parser:
         '--lr_border',
         choices=('mirror', 'clamp'),
         default='mirror',
-        help='border of the bicubic that makes missing LR: mirror as in the benchmarks of EDSR, clamp as in those of RCAN',
+        help='border of the bicubic that makes missing LR: mirror as in the files of EDSR, clamp as in those of RCAN',
     )
     g.add_argument('--no_augment', action='store_true', help='no flips and rotations of training patches')
     g.add_argument('--chop', action='store_true', help='enlarge in tiles, for small memories')

@@ -11,10 +11,10 @@ Departures from the official code:
 - The centroids follow an exponential moving average in training, as the paper says; the official code computes the
   average and throws it away. They are initialised by the first training batch, never by a test image: evaluating a
   network that was never trained is refused.
-- The match convolutions of groups 2 and later are parameters of the official weights, but their results are never
-  used; they are not run.
+- The match convolutions of groups 2 and later are part of the official weights, but their results are never used;
+  they are not run.
 - The sort is stable, so that results do not depend on the device.
-- An image with fewer pixels than the padding of its last window repeats its pixels cyclically (the official code fails).
+- An image with fewer pixels than the padding of its last window repeats its pixels cyclically; the official code fails.
 - `act` and `dilation` are in force.
 """
 
