@@ -191,7 +191,12 @@ def build_parser() -> Parser:
     g.add_argument('--rgb_range', type=positive, help='value of white inside the network')
     g.add_argument('--n_colors', type=count, choices=(1, 3), help='3: RGB; 1: luma, colour enlarged by bicubic')
     g.add_argument('--shift_mean', type=truth, metavar='True|False', help='subtract the mean colour')
-    g.add_argument('--precision', choices=('single', 'half'), default='single', help='of the network in tests')
+    g.add_argument(
+        '--precision',
+        choices=('single', 'half'),
+        default='single',
+        help='of the network in tests; half: float16, on a CPU bfloat16',
+    )
 
     g = parser.add_argument_group('training')
     g.add_argument('--reset', action='store_true', help='delete what an earlier run of this name left, and start over')

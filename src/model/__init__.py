@@ -49,7 +49,7 @@ class Model(nn.Module):
         device: where it runs.
         tiler: cuts large images into tiles; None: whole images.
         ensemble: average over the eight flips and rotations.
-        half: float16 under autocast in `upscale`.
+        half: half precision under autocast in `upscale`: float16, on a CPU (which has no fast float16) bfloat16.
         settings: of the network; what is left out is as in its paper.
     """
 
@@ -68,6 +68,7 @@ class Model(nn.Module):
         self.network = find(name)
         self.net = build(name, scale, **settings).to(self.device)
         self.tiler, self.ensemble, self.half_precision = tiler, ensemble, half
+        self.half_dtype = torch.bfloat16 if self.device.type == 'cpu' else torch.float16
         self.n_colors = settings.get('n_colors', 3)
         parameters = inspect.signature(self.network.build).parameters
         self.range = self.network.value_range
@@ -102,7 +103,7 @@ class Model(nn.Module):
     def _upscale(self, lr: Tensor) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) to float RGB tiles in [0, 1], on the device."""
         rgb = unit(lr.to(self.device))
-        with torch.autocast(self.device.type, torch.float16, enabled=self.half_precision):
+        with torch.autocast(self.device.type, self.half_dtype, enabled=self.half_precision):
             x = self._to_range(self._colours(rgb))
             y = self_ensemble(self.net, x) if self.ensemble else self.net(x)
         black, white = self.range

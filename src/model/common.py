@@ -30,7 +30,7 @@ class Network:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        half_safe: float16 inference under autocast keeps its scores.
+        half_safe: half-precision inference under autocast keeps its scores.
         upsampler: prefix of the parameters that depend on the scale; all others carry over to another scale.
     """
 

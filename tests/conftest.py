@@ -1,0 +1,43 @@
+"""Fixtures that several test modules use."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.image import write_png
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of reference data beside the checkout; without it a test is skipped, in CI it fails."""
+    if not SHARED.is_dir():
+        message = f'no reference data at {SHARED}'
+        if os.environ.get('CI'):
+            pytest.fail(message)
+        pytest.skip(message)
+    return SHARED
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    """A smooth random colour image with edges, (height, width, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = sum(np.sin(y * a + x * b + c) for a, b, c in rng.uniform(-0.4, 0.4, (6, 3)))
+    colours = rng.uniform(0, 255, (2, 3))
+    return np.where((waves > 0)[..., None], colours[0], colours[1]).round().astype(np.uint8)
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path) -> Path:
+    """A small --dir_data in EDSR's layout: DIV2K (6 images), SR291 (3) and Set5 (2), HR only."""
+    folder = tmp_path / 'data'
+    sizes = {'DIV2K/DIV2K_train_HR': 6, 'SR291/HR': 3, 'benchmark/Set5/HR': 2}
+    for name, number in sizes.items():
+        for i in range(number):
+            write_png(folder / name / f'{i + 1:04d}.png', picture(i, 72 + 5 * i, 64 + 3 * i))
+    return folder
