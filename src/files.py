@@ -1,7 +1,8 @@
 """Files written whole or not at all."""
 
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from error import WriteError
@@ -15,22 +16,18 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     Raises:
         WriteError: the disk is full or the folder cannot be written; the old file is whole and nothing is left over.
     """
-    aside = None
+    # Not tempfile: it makes private files, and the umask that an ordinary one needs cannot be read safely by threads.
+    aside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file, aside = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
-        with os.fdopen(file, 'wb') as stream:
+        with aside.open('xb') as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(aside).chmod(0o666 & ~umask)
-        Path(aside).replace(path)
-        aside = None
+        aside.replace(path)
     except OSError as error:
         reason = error.strerror or error
         raise WriteError(f'{path} could not be written ({reason}); what was there before is unchanged.') from error
     finally:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()

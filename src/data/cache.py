@@ -1,17 +1,18 @@
 """Decoded copies of images, so that training reads a crop without decoding the whole file."""
 
-import contextlib
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from data.image import read_rgb
+from error import WriteError
 from files import write_atomic
 
 
 class DecodedCache:
-    """One uint8 array file per image, opened memory-mapped.
+    """One uint8 array file per image, memory-mapped anew at each reading: a map kept open would hold a file handle.
 
     A copy carries its source's size and modification time in its name, so a changed source is decoded again.
 
@@ -21,7 +22,6 @@ class DecodedCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[Path, np.ndarray] = {}
 
     def path(self, source: Path) -> Path:
         """Where the copy of `source`, as it is now, is kept."""
@@ -44,14 +44,20 @@ class DecodedCache:
         write_atomic(path, content.getbuffer())
 
     def remove(self, source: Path) -> None:
-        """Delete every copy of `source`."""
+        """Delete every copy of `source`.
+
+        Raises:
+            WriteError: the folder cannot be written.
+        """
         for old in self.folder.glob('*.npy'):
             if old.name.rsplit('.', 2)[0] == source.name:
-                old.unlink(missing_ok=True)
+                try:
+                    old.unlink(missing_ok=True)
+                except OSError as error:
+                    raise WriteError(f'{old} could not be removed ({error.strerror or error}).') from error
 
     def read(self, source: Path) -> np.ndarray:
         """(H, W, 3) uint8, memory-mapped where there is a copy, decoded otherwise."""
-        if source not in self._open:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                self._open[source] = np.load(self.path(source), mmap_mode='r', allow_pickle=False)
-        return self._open[source] if source in self._open else read_rgb(source)
+        with suppress(OSError, ValueError, EOFError):  # no copy, or a damaged one
+            return np.load(self.path(source), mmap_mode='r', allow_pickle=False)
+        return read_rgb(source)

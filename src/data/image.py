@@ -1,6 +1,6 @@
 """Image files in and out: what a photograph may look like on disk is dealt with here and nowhere else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +77,18 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, upright, from its header alone.
+    """Height and width of an image, upright, from its header alone: EXIF data stored after the pixels is not seen.
 
     Raises:
         UserError: as in `read_photo`, as far as the header tells.
     """
     with _user_errors(path), Image.open(path, formats=FORMATS) as image:
         width, height = image.size
-        return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+        if isinstance(image, TiffImageFile):  # whose size Pillow may have turned already
+            width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+        # Not image.getexif, for which Pillow decodes a PNG file that begins without EXIF data.
+        turned = _orientation(lambda: Image.Image.getexif(image)) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
@@ -149,7 +153,7 @@ def _read_samples(path: Path) -> np.ndarray:
             samples = _read_tif16(path)
         else:
             samples = _read_8bit(image)
-        return _upright(samples, _orientation(image))
+        return _upright(samples, _orientation(image.getexif))
 
 
 def _read_8bit(image: ImageFile) -> np.ndarray:
@@ -191,10 +195,10 @@ def _unmultiply(samples: np.ndarray) -> np.ndarray:
     return np.concatenate((np.minimum(color, 65535), alpha), axis=2).astype(np.uint16)
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(getexif: Callable[[], Image.Exif]) -> int:
     """EXIF orientation, to be asked after loading: Pillow turns TIFF files itself and then reports 1."""
     with suppress(Exception):  # a damaged EXIF block is no reason to refuse the pixels
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return getexif().get(ExifTags.Base.Orientation, 1)
     return 1
 
 

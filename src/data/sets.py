@@ -132,7 +132,7 @@ def _from_folders(name: str, folders: Sequence[tuple[Path, Path]], channels: Cha
     if twice:
         raise UserError(f'The set {name!r} has several images called {twice[0]!r}: give each a name of its own.')
     if '/' in name or os.sep in name or name in ('.', '..'):
-        folder = folders[0][0].resolve()
+        folder = Path(os.path.abspath(folders[0][0]))  # noqa: PTH100  a link keeps its own name
         name = folder.parent.name if folder.name == 'HR' else folder.name
     return ImageSet(name, hr, lr, channels)
 
@@ -140,8 +140,8 @@ def _from_folders(name: str, folders: Sequence[tuple[Path, Path]], channels: Cha
 def _ranged(images: ImageSet, span: Range) -> ImageSet:
     first, last = span
     if last > len(images.hr):
+        folders = ', '.join(dict.fromkeys(str(path.parent) for path in images.hr))
         raise UserError(
-            f'--data_range {first}-{last} reaches beyond {images.name}: {len(images.hr)} images are in '
-            f'{images.hr[0].parent}.'
+            f'--data_range {first}-{last} reaches beyond {images.name}: {len(images.hr)} images are in {folders}.'
         )
     return images[first - 1 : last]

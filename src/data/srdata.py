@@ -1,7 +1,6 @@
 """Paired images of a set: HR cropped to a multiple of the scale, LR from its file or made by MATLAB's bicubic."""
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from data.image import read_rgb, read_size, write_png
 from data.imresize import Border, shrink
 from data.sets import ImageSet
 from error import UserError, WriteError
+from files import write_atomic
 
 log = logging.getLogger('frugalsr')
 
@@ -39,8 +39,9 @@ class SRData:
         self._made: dict[int, np.ndarray] = {}
         self._caches: dict[Path, DecodedCache] = {}
         if cached:
-            for path in [*self._hr, *filter(None, self._lr)]:
-                self._caches.setdefault(path.parent, DecodedCache(cache_folder(path.parent)))
+            for hr, lr in zip(self._hr, self._lr, strict=True):
+                for path in (hr, lr) if lr else ():  # an image without an LR folder lies where nothing may be written
+                    self._caches.setdefault(path.parent, DecodedCache(cache_folder(path.parent)))
 
     def __len__(self) -> int:
         return len(self._hr)
@@ -73,60 +74,69 @@ class SRData:
             else:
                 missing.append(index)
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            self._each(pool, self._make_lr, missing, f'Making LR of {self.name} x{self.scale}')
+            self._make_missing(pool, missing)
             if self._caches:
                 self._fill_caches(pool, renew_cache)
 
+    def _make_missing(self, pool: ThreadPoolExecutor, missing: Sequence[int]) -> None:
+        """Make LR images, with a note beside them of the border, so that no other border is taken for it."""
+        notes = {path.parent / '.lr_border' for path in self._lr if path is not None}
+        for note in notes:
+            if note.is_file() and (border := note.read_text().strip()) != self.border:
+                raise UserError(f'The LR images in {note.parent} have --lr_border {border}: give that, or remove it.')
+        errors = [error for error in self._each(pool, self._make_lr, missing, f'Making LR of {self.name}') if error]
+        if errors:
+            log.warning('LR images of %s x%d are kept in memory: %s', self.name, self.scale, errors[0])
+        elif missing:
+            for note in notes:
+                write_atomic(note, f'{self.border}\n'.encode())
+
     def _fill_caches(self, pool: ThreadPoolExecutor, renew: bool) -> None:
-        files = [path for path in [*self._hr, *filter(None, self._lr)] if path.is_file()]
-        if renew:
-            for path in files:
-                self._caches[path.parent].remove(path)
-        todo = [path for path in files if not self._caches[path.parent].path(path).exists()]
+        files = [path for path in (*self._hr, *filter(None, self._lr)) if path.parent in self._caches]
+        files = [path for path in files if path.is_file()]
         try:
+            if renew:
+                for path in files:
+                    self._caches[path.parent].remove(path)
+            todo = [path for path in files if not self._caches[path.parent].path(path).exists()]
             self._each(pool, lambda path: self._caches[path.parent].write(path), todo, f'Decoding {self.name}')
         except WriteError as error:
             log.warning('Images of %s are decoded whenever they are read: %s', self.name, error)
 
-    def _each(self, pool: ThreadPoolExecutor, work: Callable, items: Sequence, title: str) -> None:
+    def _each(self, pool: ThreadPoolExecutor, work: Callable, items: Sequence, title: str) -> list:
         disable = None if items else True  # None: shown on a terminal only
-        for _ in tqdm(pool.map(work, items), title, len(items), leave=False, disable=disable):
-            pass
+        return list(tqdm(pool.map(work, items), title, len(items), leave=False, disable=disable))
 
     def _read(self, path: Path) -> np.ndarray:
         cache = self._caches.get(path.parent)
         return read_rgb(path) if cache is None else cache.read(path)
 
-    def _make_lr(self, index: int) -> None:
+    def _make_lr(self, index: int) -> WriteError | None:
         path = self._lr[index]
         image = self._in_memory(index)
-        if path is None:
-            return
-        try:
-            write_png(path, image)
-        except WriteError as error:
-            self._warn_unwritable(path.parent, error)
-        else:
+        if path is not None:
+            try:
+                write_png(path, image)
+            except WriteError as error:
+                return error
             del self._made[index]
+        return None
 
     def _in_memory(self, index: int) -> np.ndarray:
         if index not in self._made:
             hr = self._read(self._hr[index])
-            if min(hr.shape[:2]) < self.scale:
-                height, width = hr.shape[:2]
-                raise UserError(f'{self._hr[index]} has {width}x{height} pixels, too few for x{self.scale}: remove it.')
+            self._check_large_enough(self._hr[index], *hr.shape[:2])
             self._made[index] = shrink(hr, self.scale, self.border)
         return self._made[index]
 
-    def _warn_unwritable(self, folder: Path, error: Exception) -> None:
-        with _warning:
-            if folder not in _warned:
-                _warned.add(folder)
-                log.warning('LR images of %s x%d are kept in memory: %s', self.name, self.scale, error)
+    def _check_large_enough(self, path: Path, height: int, width: int) -> None:
+        if min(height, width) < self.scale:
+            raise UserError(f'{path} has {width}x{height} pixels, too few for x{self.scale}: remove it.')
 
     def _check_size(self, hr: Path, lr: Path) -> None:
-        expected = tuple(n // self.scale for n in read_size(hr))
-        found = read_size(lr)
+        height, width = read_size(hr)
+        self._check_large_enough(hr, height, width)
+        expected, found = (height // self.scale, width // self.scale), read_size(lr)
         if found != expected:
             raise UserError(
                 f'{lr} is {found[1]}x{found[0]} pixels, but {hr} shrunk by {self.scale} is '
@@ -134,12 +144,8 @@ class SRData:
             )
 
 
-_warning = threading.Lock()
-_warned: set[Path] = set()
-
-
 def cache_folder(folder: Path) -> Path:
-    """Where EDSR keeps decoded copies of a folder's images: `bin` beside `HR` and `LR_bicubic`."""
+    """Where decoded copies of a folder's images are kept: as in EDSR in `bin` beside `HR` and `LR_bicubic`."""
     if folder.parent.name.endswith('LR_bicubic'):
         return folder.parent.parent / 'bin' / folder.parent.name / folder.name
-    return folder.parent / 'bin' / folder.name
+    return folder.parent / 'bin' / folder.name if folder.name.endswith('HR') else folder / 'bin' / folder.name
