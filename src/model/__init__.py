@@ -92,7 +92,7 @@ class Model(nn.Module):
         white = torch.iinfo(lr.dtype).max
 
         def finish(rows: Tensor) -> Tensor:
-            return (rows * white).round().clamp(0, white).to(torch.int32).to(lr.dtype)
+            return rows.mul_(white).round_().clamp_(0, white).to(lr.dtype)
 
         if self.tiler is None:
             sr = finish(self._upscale(lr.unsqueeze(0))[0].cpu())

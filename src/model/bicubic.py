@@ -29,8 +29,8 @@ def enlarge_rows(x: Tensor, scale: int) -> Tensor:
     for phase in range(scale):
         centre = (phase + 0.5) / scale - 0.5
         first = -2 if centre < 0 else -1
-        taps = torch.arange(first, first + 4, device=x.device, dtype=torch.float64)
-        weights = cubic(centre - taps).to(x.dtype)
+        taps = torch.arange(first, first + 4, dtype=torch.float64)
+        weights = cubic(centre - taps).to(x.device, x.dtype)
         phases.append(windows[..., first + 2 : first + 2 + n, :] @ weights)
     return torch.stack(phases, -1).flatten(-2)
 

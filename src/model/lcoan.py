@@ -152,7 +152,7 @@ class CollaborativeAttention(nn.Module):
 
     def find_pattern(self, embedding: Tensor) -> Pattern:
         """Clusters, windows and the attention map of the matching embedding (N, L, dim)."""
-        order = self.kmeans(embedding.detach()).argsort(dim=-1, stable=True)
+        order = self.kmeans(embedding).argsort(dim=-1, stable=True)
         length = order.shape[-1]
         positions = torch.arange(length, device=order.device).expand_as(order)
         inverse = torch.empty_like(order).scatter_(-1, order, positions)

@@ -139,13 +139,17 @@ def _fade_in(new: Tensor, old: Tensor, dim: int) -> None:
 
 
 def _concatenate(pieces: Iterator[Tensor], length: int, dim: int) -> Tensor:
-    """`torch.cat` of non-empty pieces, `length` in all, that never holds more than one of them."""
+    """`torch.cat` of non-empty (C, H, W) pieces, `length` in all, that never holds more than one of them.
+
+    The result lies in memory as images do, (H, W, C), so that it becomes one without a copy.
+    """
     result, filled = torch.empty(0), 0
     for piece in pieces:
         if not filled:
             shape = list(piece.shape)
             shape[dim] = length
-            result = piece.new_empty(shape)
+            channels, height, width = shape
+            result = piece.new_empty(height, width, channels).permute(2, 0, 1)
         steps = piece.shape[dim]
         result.narrow(dim, filled, steps).copy_(piece)
         filled += steps

@@ -1,0 +1,78 @@
+"""Weights and inputs of the recorded references (reference.json), and how a network compares with one.
+
+The weights follow from a tensor's key and shape alone, so that two implementations get the same ones without a file
+going between them. They keep activations of order one and make every tensor count; they do not restore images.
+"""
+
+import hashlib
+import json
+import math
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name('reference.json').read_text())
+CASES: dict[str, dict[str, Any]] = REFERENCE['networks']
+
+BIAS = {'EDSR': 10.0, 'EDSR-baseline': 10.0, 'LCoAN': 0.1}
+# Of the weights relative to 1 / sqrt(fan in): the first that is found in the key, otherwise 1.
+GAIN = {
+    'EDSR': {r'^body\.\d+\.body': 2.0},
+    'EDSR-baseline': {r'^body\.\d+\.body': 0.7},
+    'LCoAN': {r'^head': 2.0, r'local_body': 0.7, r'conv_match': 2.0, r'conv_assembly': 3.0, r'^body\.\d+\.m_conv': 3.0},
+}
+
+
+def uniform(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Input in [0, 1), float32."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).random(shape).astype(np.float32))
+
+
+def weight(name: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor at `key` of network `name`."""
+    noise = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape)
+    if key.endswith('.means'):
+        return noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+    if len(shape) < 2:
+        return BIAS[name] * noise
+    gain = next((value for pattern, value in GAIN[name].items() if re.search(pattern, key)), 1.0)
+    return gain / math.sqrt(math.prod(shape[1:])) * noise
+
+
+def fill(net: nn.Module, name: str) -> None:
+    """Load the recipe's weights, strictly; the mean colour stays as the network made it."""
+    first = weight('EDSR', 'probe.weight', (4, 3, 3, 3))[0, 0, 0, 0]
+    assert abs(first - REFERENCE['first_draw']) < 1e-6, 'this numpy draws other numbers than the references used'
+    state = net.state_dict()
+    for key, tensor in state.items():
+        if key.endswith('initted'):
+            state[key] = torch.tensor(True)
+        elif not key.startswith(('sub_mean', 'add_mean')):
+            state[key] = torch.from_numpy(np.asarray(weight(name, key, tuple(tensor.shape)), np.float32))
+    net.load_state_dict(state, strict=True)
+
+
+def layout(net: nn.Module) -> dict[str, Any]:
+    """Number of parameters, and of the state dict's entries; hash of their names, shapes and types in order."""
+    entries = [f'{k} {list(v.shape)} {str(v.dtype).removeprefix("torch.")}\n' for k, v in net.state_dict().items()]
+    return {
+        'trainable': sum(p.numel() for p in net.parameters() if p.requires_grad),
+        'entries': len(entries),
+        'sha256': hashlib.sha256(''.join(entries).encode()).hexdigest(),
+    }
+
+
+def worst_error(net: nn.Module, case: dict[str, Any]) -> float:
+    """Largest deviation from the recorded pixels, mean and maximum, as a share of the largest output."""
+    fill(net, case['name'])
+    x = uniform(case['seed'], (1, 3, case['height'], case['width'])) * case['rgb_range']
+    with torch.no_grad():
+        y = net.eval()(x)[0].double()
+    errors = [abs(y.mean().item() - case['mean']), abs(y.abs().max().item() - case['largest'])]
+    errors += [abs(y[c, i, j].item() - value) for c, i, j, value in case['pixels']]
+    return max(errors) / case['largest']
