@@ -10,11 +10,11 @@ state.pt        weights, optimiser, counters and log
 results-<Set>/  images
 """
 
+import contextlib
 import io
 import json
 import logging
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,13 @@ class RunFolder:
         """Delete what a run leaves, and nothing else."""
         for name in OURS:
             (self.folder / name).unlink(missing_ok=True)
-        for path in [*self.folder.glob('test_*.png'), *self.folder.glob('comparison-*.png')]:
-            path.unlink()
+        images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR'))
+        for pattern in ('test_*.png', 'comparison-*.png', 'model/model_*.pt', *images):
+            for path in list(self.folder.glob(pattern)):
+                path.unlink()
         for path in [self.models, *self.folder.glob('results-*')]:
-            if path.is_dir():
-                shutil.rmtree(path)
+            with contextlib.suppress(OSError):  # not a folder, or a stranger's file is in it
+                path.rmdir()
 
     def start_log(self) -> None:
         """Send the program's messages to log.txt as well as to the screen."""
@@ -124,3 +126,4 @@ def start_screen() -> None:
     log.setLevel(logging.INFO)
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.propagate = False
+    logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line

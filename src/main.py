@@ -71,11 +71,11 @@ def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
     from trainer import enlarge_folder
 
-    sets = test_sets(args)
     model = make_model(args)
-    load(args, folder, model)
+    _, origin = load(args, folder, model)
+    sets = test_sets(args)
     folder.start_log()
-    describe(model, folder)
+    describe(model, folder, origin)
     if sets:
         evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=True)
         report(args, folder, evaluation, evaluation(enlarger(model), args.model), protocol_of(args))
@@ -97,14 +97,15 @@ def train(args: Namespace, folder: RunFolder) -> None:
             f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
             'another --save keeps it.'
         )
-    data, sets = train_data(args), test_sets(args)
-    model = make_model(args)
     loss = Loss(args.loss)
+    model = make_model(args)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'{args.model} has nothing to train: use it with --test_only.')
     optimizer = make_optimizer(
         model.parameters(), args.optimizer, args.lr, args.weight_decay, tuple(args.betas), args.epsilon, args.momentum
     )
+    state, origin = load(args, folder, model)
+    data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
     def evaluate() -> dict[str, Any]:
@@ -129,11 +130,10 @@ def train(args: Namespace, folder: RunFolder) -> None:
         print_every=args.print_every,
         keep_all=args.save_models,
     )  # fmt: skip
-    state = load(args, folder, model)
     if args.reset:
         folder.clear()
     folder.start_log()
-    describe(model, folder)
+    describe(model, folder, origin)
     if state is not None and args.resume > 0:
         trainer.rewind(args.resume, state['log'])
     elif state is not None:
@@ -169,13 +169,13 @@ def make_model(args: Namespace) -> Model:
     return Model(args.model, args.scale, device(args), tiler, args.self_ensemble, half, **settings)
 
 
-def load(args: Namespace, folder: RunFolder, model: Model) -> dict[str, Any] | None:
-    """Fill the network from --load or --pre_train; returns the state of a loaded run."""
+def load(args: Namespace, folder: RunFolder, model: Model) -> tuple[dict[str, Any] | None, str]:
+    """Fill the network from --load or --pre_train; returns the state of a loaded run, and what the weights are."""
     from model.weights import load_weights, read_weights
 
     if args.load and not args.reset:
         state = folder.load_state()
-        weights, source = state['model'], f'The run {args.load}'
+        weights, source = state['model'], f'the run {args.load}, epoch {state["epoch"]}'
         if args.resume > 0:
             if args.resume > state['epoch']:
                 raise UserError(f'--resume {args.resume}: the run {args.load} has {state["epoch"]} epochs.')
@@ -184,16 +184,16 @@ def load(args: Namespace, folder: RunFolder, model: Model) -> dict[str, Any] | N
                 raise UserError(f'--resume {args.resume}: no {path}; only --save_models keeps every epoch.')
             weights, source = read_weights(path), str(path)
         load_weights(model.net, weights, source)
-        return state
+        return state, f'weights from {source}'
     if args.pre_train:
         path = Path(args.pre_train).expanduser()
         path = path if path.is_file() else args.extend / path
         upsampler = None if args.test_only else model.network.upsampler
         new = load_weights(model.net, read_weights(path), str(path), upsampler)
-        log.info('Weights from %s%s', path, f'; new: {", ".join(new)}' if new else '')
-    elif args.test_only and model.net.state_dict():
+        return None, f'weights from {path}' + (f'; new: {", ".join(new)}' if new else '')
+    if args.test_only and model.net.state_dict():
         raise UserError(f'{args.model} has no weights to test: give a file with --pre_train or a run with --load.')
-    return None
+    return None, 'new weights' if model.net.state_dict() else 'no weights'
 
 
 def test_sets(args: Namespace) -> list[SRData]:
@@ -232,11 +232,11 @@ def enlarger(model: Model) -> Any:
     return lambda images, index: model.upscale(images.lr(index))
 
 
-def describe(model: Model, folder: RunFolder) -> None:
+def describe(model: Model, folder: RunFolder, origin: str) -> None:
     """Say what runs where."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
-    log.info('%s; run folder %s', what, folder.folder)
+    log.info('%s, %s; run folder %s', what, origin, folder.folder)
 
 
 def protocol_of(args: Namespace) -> dict[str, Any]:

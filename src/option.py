@@ -18,12 +18,26 @@ NETWORK_SETTINGS = (
     'n_resgroups', 'n_resblocks', 'n_feats', 'reduction', 'n_clusters', 'window_size', 'ema_decay', 'n_hashes',
     'chunk_size', 'res_scale', 'act', 'dilation', 'rgb_range', 'n_colors', 'shift_mean',
 )  # fmt: skip
-FIXED_IN_A_RUN = ('model', 'scale', *NETWORK_SETTINGS)
+EXAMPLES = """examples:
+  score bicubic on photographs that come with scikit-image
+    python main.py --model Bicubic --test_only --data_test Sample
+  enlarge a folder of images
+    python main.py --template LCoAN-small_x4 --pre_train LCoAN-small_x4.pt --test_only --data_test Demo \\
+      --dir_demo FOLDER
+  train the LCoAN of the paper, and continue it
+    python main.py --template LCoAN_x2 --dir_data /data --save LCoAN_x2
+    python main.py --load LCoAN_x2
+"""
+
+FIXED_IN_A_RUN = ('model', 'scale', 'optimizer', *NETWORK_SETTINGS)
 NOT_RESTORED = ('load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score')
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help where there is one to speak of."""
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds the default to an option's help where there is one to speak of; keeps the lines of the examples."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default == '':
@@ -41,14 +55,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = float('inf'), open_low: bool = False) -> Callable[[str], float]:
-    """Type of an option: a number in [low, high], or (low, high] if `open_low`."""
+    """Type of an option: a finite number in [low, high], or (low, high] if `open_low`."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not (low < value if open_low else low <= value) or not value <= high:
+        fits = value is not None and abs(value) < float('inf') and value <= high
+        if not fits or not (low < value if open_low else low <= value):
             what = 'a whole number' if kind is int else 'a number'
             bound = f'above {low:g}' if open_low else f'of {low:g} or more'
             bound += '' if high == float('inf') else f', at most {high:g}'
@@ -72,8 +87,11 @@ def truth(text: str) -> bool:
 
 
 def names(text: str) -> list[str]:
-    """Sets joined by '+', or one path to a folder."""
-    return [text] if Path(text).is_dir() and os.sep in text else [name for name in text.split('+') if name]
+    """Sets joined by '+', or one path to a folder; paths are made absolute."""
+    found = [text] if Path(text).is_dir() and os.sep in text else [name for name in text.split('+') if name]
+    if not found:
+        raise argparse.ArgumentTypeError(f'{text!r} names no set')
+    return [str(folder(name)) if os.sep in name else name for name in found]
 
 
 def epochs_list(text: str) -> list[int]:
@@ -107,7 +125,9 @@ def build_parser() -> Parser:
     """All options, in groups, with their defaults and units."""
     parser = Parser(
         prog='main.py',
+        usage='python main.py [options]',
         description='FrugalSR: train, test and use super-resolution networks.',
+        epilog=EXAMPLES,
         formatter_class=Formatter,
         allow_abbrev=False,
     )
@@ -117,32 +137,41 @@ def build_parser() -> Parser:
     g.add_argument('--template', default='', metavar='NAME', help=f'recipe that sets defaults: {", ".join(TEMPLATES)}')
 
     g = parser.add_argument_group('hardware')
-    g.add_argument('--n_threads', type=natural, default=min(6, os.cpu_count() or 1), help='processes that load data')
+    g.add_argument(
+        '--n_threads', metavar='N', type=natural, default=min(6, os.cpu_count() or 1), help='processes that load data'
+    )
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
-    g.add_argument('--n_GPUs', type=natural, default=1, help='GPUs to use: 1, or 0 for the CPU')
-    g.add_argument('--seed', type=natural, default=1, help='of everything that is random')
+    g.add_argument('--n_GPUs', metavar='N', type=natural, default=1, help='GPUs to use: 1, or 0 for the CPU')
+    g.add_argument(
+        '--seed', metavar='N', type=number(int, 0, 2**63 - 1), default=1, help='of everything that is random'
+    )
 
     g = parser.add_argument_group('data')
-    g.add_argument('--dir_data', type=folder, default=ROOT / 'dataset', help='folder of the image sets')
-    g.add_argument('--dir_demo', type=folder, help='folder of the images that --data_test Demo enlarges')
+    g.add_argument(
+        '--dir_data', metavar='FOLDER', type=folder, default=ROOT / 'dataset', help='folder of the image sets'
+    )
+    g.add_argument(
+        '--dir_demo', metavar='FOLDER', type=folder, help='folder of the images that --data_test Demo enlarges'
+    )
     g.add_argument(
         '--data_train',
         type=names,
-        default=['DIV2K'],
+        default='DIV2K',
         metavar='SETS',
         help='training sets joined by +, or a path to a folder of HR images',
     )
     g.add_argument(
         '--data_test',
         type=names,
-        default=['Set5'],
+        default='Set5',
         metavar='SETS',
         help='test sets joined by +: Set5 Set14 B100 Urban100 Manga109 DIV2K Flickr2K Sample Demo, or a path',
     )
     g.add_argument(
         '--data_range',
+        metavar='TRAIN/TEST',
         type=data_range,
-        default=((1, 800), (801, 810)),
+        default='1-800/801-810',
         help='images of DIV2K to train / to test on, counted from 1',
     )
     g.add_argument(
@@ -151,8 +180,8 @@ def build_parser() -> Parser:
         default='sep',
         help='training images: keep decoded copies, make them anew, or decode each time',
     )
-    g.add_argument('--scale', type=count, default=4, help='factor of enlargement')
-    g.add_argument('--patch_size', type=count, default=192, help='side of the HR training patch, pixels')
+    g.add_argument('--scale', metavar='N', type=count, default=4, help='factor of enlargement')
+    g.add_argument('--patch_size', metavar='N', type=count, default=192, help='side of the HR training patch, pixels')
     g.add_argument(
         '--lr_border',
         choices=('mirror', 'clamp'),
@@ -161,36 +190,77 @@ def build_parser() -> Parser:
     )
     g.add_argument('--no_augment', action='store_true', help='no flips and rotations of training patches')
     g.add_argument('--chop', action='store_true', help='enlarge in tiles, for small memories')
-    g.add_argument('--chop_size', type=count, default=192, help='largest side of a tile, LR pixels')
-    g.add_argument('--chop_overlap', type=natural, default=20, help='overlap of neighbouring tiles, LR pixels')
-    g.add_argument('--chop_batch', type=count, default=4, help='tiles a call')
+    g.add_argument('--chop_size', metavar='N', type=count, default=192, help='largest side of a tile, LR pixels')
+    g.add_argument(
+        '--chop_overlap', metavar='N', type=natural, default=20, help='overlap of neighbouring tiles, LR pixels'
+    )
+    g.add_argument('--chop_batch', metavar='N', type=count, default=4, help='tiles a call')
 
     g = parser.add_argument_group('network (left out: as in the paper of the network)')
     g.add_argument('--model', default='LCoAN', metavar='NAME', help=', '.join(MODELS))
     g.add_argument('--pre_train', default='', metavar='FILE', help='weights to start from')
     g.add_argument(
         '--extend',
+        metavar='FOLDER',
         type=folder,
         default=ROOT / 'models',
         help='folder in which --pre_train is looked up when it is not a path from here',
     )
-    g.add_argument('--n_resgroups', type=count, help='residual groups')
-    g.add_argument('--n_resblocks', type=count, help='residual blocks (a group)')
-    g.add_argument('--n_feats', type=count, help='feature channels')
-    g.add_argument('--reduction', type=count, help='channels / reduction: width of the squeezed branch')
-    g.add_argument('--n_clusters', type=count, help='k-means clusters')
-    g.add_argument('--window_size', type=count, help='window of the attention, pixels (LCoAN: clustered pixels)')
-    g.add_argument('--ema_decay', type=fraction, help="decay a step of the moving average of LCoAN's centroids")
-    g.add_argument('--n_hashes', type=count, help='rounds of clustering')
-    g.add_argument('--chunk_size', type=count, help='window of attention by hashing, pixels (for NLSN)')
-    g.add_argument('--res_scale', type=positive, help='factor of residual branches')
-    g.add_argument('--act', metavar='NAME', help='activation: relu, leaky_relu, prelu, gelu, silu')
+    g.add_argument('--n_resgroups', metavar='N', type=count, help='residual groups (LCoAN 10)')
     g.add_argument(
-        '--dilation', action='store_true', default=None, help='dilate the convolutions of the residual blocks by 2'
+        '--n_resblocks',
+        metavar='N',
+        type=count,
+        help='residual blocks, of LCoAN a group (EDSR 32, EDSR-baseline 16, LCoAN 4)',
     )
-    g.add_argument('--rgb_range', type=positive, help='value of white inside the network')
-    g.add_argument('--n_colors', type=count, choices=(1, 3), help='3: RGB; 1: luma, colour enlarged by bicubic')
-    g.add_argument('--shift_mean', type=truth, metavar='True|False', help='subtract the mean colour')
+    g.add_argument(
+        '--n_feats', metavar='N', type=count, help='feature channels (EDSR 256, EDSR-baseline 64, LCoAN 128)'
+    )
+    g.add_argument(
+        '--reduction', metavar='N', type=count, help='the matching embedding has n_feats / reduction channels (LCoAN 1)'
+    )
+    g.add_argument('--n_clusters', metavar='N', type=count, help='k-means clusters (LCoAN 128)')
+    g.add_argument(
+        '--window_size', metavar='N', type=count, help='window of the attention, clustered pixels (LCoAN 384)'
+    )
+    g.add_argument(
+        '--ema_decay',
+        metavar='X',
+        type=fraction,
+        help='decay a step of the moving average of the centroids (LCoAN 0.999)',
+    )
+    g.add_argument('--n_hashes', metavar='N', type=count, help='rounds of clustering (LCoAN 1)')
+    g.add_argument(
+        '--chunk_size', metavar='N', type=count, help='window of hashed attention, pixels (of NLSN, which comes later)'
+    )
+    g.add_argument(
+        '--res_scale',
+        metavar='X',
+        type=positive,
+        help='factor of residual branches (EDSR 0.1, EDSR-baseline 1, LCoAN 0.1)',
+    )
+    g.add_argument('--act', metavar='NAME', help='activation: relu (all papers), leaky_relu, prelu, gelu, silu')
+    g.add_argument(
+        '--dilation',
+        action='store_true',
+        default=None,
+        help='dilate the convolutions of the residual blocks by 2 (no paper)',
+    )
+    g.add_argument(
+        '--rgb_range',
+        metavar='X',
+        type=positive,
+        help='value of white inside the network (EDSR, EDSR-baseline 255, LCoAN 1)',
+    )
+    g.add_argument(
+        '--n_colors',
+        type=count,
+        choices=(1, 3),
+        help='3: RGB (all papers); 1: luma, with the colour enlarged by bicubic',
+    )
+    g.add_argument(
+        '--shift_mean', type=truth, metavar='True|False', help='subtract the mean colour of DIV2K (all papers True)'
+    )
     g.add_argument(
         '--precision',
         choices=('single', 'half'),
@@ -200,11 +270,19 @@ def build_parser() -> Parser:
 
     g = parser.add_argument_group('training')
     g.add_argument('--reset', action='store_true', help='delete what an earlier run of this name left, and start over')
-    g.add_argument('--epochs', type=count, default=300, help='epochs to train for')
-    g.add_argument('--test_every', type=count, default=1000, help='batches an epoch; a test follows each')
-    g.add_argument('--batch_size', type=count, default=16, help='patches a step')
-    g.add_argument('--split_batch', type=count, default=1, help='parts a batch is computed in, one after the other')
-    g.add_argument('--gan_k', type=count, default=1, help='discriminator steps a step of the adversarial loss')
+    g.add_argument('--epochs', metavar='N', type=count, default=300, help='epochs to train for')
+    g.add_argument('--test_every', metavar='N', type=count, default=1000, help='batches an epoch; a test follows each')
+    g.add_argument('--batch_size', metavar='N', type=count, default=16, help='patches a step')
+    g.add_argument(
+        '--split_batch', metavar='N', type=count, default=1, help='parts a batch is computed in, one after the other'
+    )
+    g.add_argument(
+        '--gan_k',
+        metavar='N',
+        type=count,
+        default=1,
+        help='discriminator steps a step of the adversarial loss (which comes later)',
+    )
 
     g = parser.add_argument_group('test')
     g.add_argument('--test_only', action='store_true', help='test, do not train')
@@ -213,34 +291,50 @@ def build_parser() -> Parser:
     g.add_argument('--score', type=folder, metavar='FOLDER', help='score the images in this folder, whatever made them')
 
     g = parser.add_argument_group('optimisation')
-    g.add_argument('--lr', type=positive, default=1e-4, help='learning rate')
+    g.add_argument('--lr', metavar='X', type=positive, default=1e-4, help='learning rate')
     g.add_argument(
         '--decay',
         type=epochs_list,
-        default=[200],
+        default='200',
         metavar='E-E-...',
         help='epochs after which the rate is multiplied by gamma',
     )
-    g.add_argument('--gamma', type=positive, default=0.5, help='factor of the decay')
+    g.add_argument('--gamma', metavar='X', type=positive, default=0.5, help='factor of the decay')
     g.add_argument('--optimizer', choices=('SGD', 'ADAM', 'ADAMW', 'RMSprop'), default='ADAM', help='optimiser')
-    g.add_argument('--momentum', type=fraction, default=0.9, help='of SGD')
-    g.add_argument('--betas', type=number(float, 0, 0.999999), nargs=2, default=[0.9, 0.999], help='of ADAM and ADAMW')
-    g.add_argument('--epsilon', type=positive, default=1e-8, help='of ADAM, ADAMW and RMSprop')
-    g.add_argument('--weight_decay', type=number(float, 0), default=0.0, help='weight decay')
+    g.add_argument('--momentum', metavar='X', type=fraction, default=0.9, help='of SGD')
     g.add_argument(
-        '--gclip', type=number(float, 0), default=0.0, help='gradients are clipped to +-gclip; 0: not at all'
+        '--betas',
+        metavar=('B1', 'B2'),
+        type=number(float, 0, 0.999999),
+        nargs=2,
+        default=[0.9, 0.999],
+        help='of ADAM and ADAMW',
     )
-    g.add_argument('--loss', default='1*L1', help='weight*NAME joined by +; NAME is L1 or MSE')
+    g.add_argument('--epsilon', metavar='X', type=positive, default=1e-8, help='of ADAM, ADAMW and RMSprop')
+    g.add_argument(
+        '--weight_decay', metavar='X', type=number(float, 0), default=0.0, help='pull of the weights towards 0'
+    )
+    g.add_argument(
+        '--gclip',
+        metavar='X',
+        type=number(float, 0),
+        default=0.0,
+        help='gradients are clipped to +-gclip; 0: not at all',
+    )
+    g.add_argument('--loss', metavar='TERMS', default='1*L1', help='weight*NAME joined by +; NAME is L1 or MSE')
     g.add_argument(
         '--skip_threshold',
+        metavar='X',
         type=positive,
-        default=1e8,
+        default='1e8',
         help='a batch is skipped if its loss exceeds this times that of the last epoch',
     )
 
     g = parser.add_argument_group('run folder')
-    g.add_argument('--save_dir', type=folder, default=ROOT / 'experiment', help='folder of the runs')
-    g.add_argument('--save', default='', metavar='NAME', help='name of the run (left out: <model>_x<scale>)')
+    g.add_argument('--save_dir', metavar='FOLDER', type=folder, default=ROOT / 'experiment', help='folder of the runs')
+    g.add_argument(
+        '--save', default='', metavar='NAME', help='name of the run (left out: that of the recipe, or <model>_x<scale>)'
+    )
     g.add_argument('--load', default='', metavar='NAME', help='run to continue or to test, with its options')
     g.add_argument(
         '--resume',
@@ -250,7 +344,7 @@ def build_parser() -> Parser:
         help='with --load: from the weights of this epoch (kept by --save_models); -1 or 0: the latest state',
     )
     g.add_argument('--save_models', action='store_true', help='keep the weights of every epoch')
-    g.add_argument('--print_every', type=count, default=100, help='batches between lines in the log')
+    g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
     g.add_argument('--save_results', action='store_true', help='save the enlarged images')
     g.add_argument('--save_gt', action='store_true', help='save LR and HR beside them')
     return parser
@@ -280,7 +374,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f'--{key} {getattr(args, key)}: the run {args.load} has {key} {saved.get(key)}, '
                 'which cannot change in a run; leave it out, or start another run with --save.'
             )
-    args.save = args.load or args.save or f'{args.model}_x{args.scale}'
+    args.save = args.load or args.save or args.template or f'{args.model}_x{args.scale}'
     return args
 
 
@@ -307,18 +401,19 @@ def read_config(path: Path) -> dict[str, object]:
     try:
         pairs = (line.split(': ', 1) for line in path.read_text().splitlines())
         options = {key: json.loads(value) for key, value in pairs}
-        known = options.keys() >= {'model', 'scale'}
+        known = options.keys() >= {'model', 'scale', 'data_range'}
     except (OSError, ValueError):
         known = False
     if not known:
         raise UserError(f'{path.parent} is not a run of this program: its config.txt is missing or unreadable.')
-    if 'data_range' in options:
-        options['data_range'] = tuple(tuple(span) for span in options['data_range'])
+    options['data_range'] = tuple(tuple(span) for span in options['data_range'])
     return options
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Combinations of options that cannot be."""
+    """Combinations of options that cannot be, and names that there are not."""
+    if args.model not in MODELS:
+        raise UserError(f'Unknown network {args.model!r}: choose one of {", ".join(MODELS)}.')
     if args.n_GPUs > 1:
         raise UserError(f'--n_GPUs {args.n_GPUs}: this version runs on one GPU; give 1, or 0 for the CPU.')
     if args.gan_k != 1:

@@ -22,7 +22,8 @@ class Comparison:
 def curves(records: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """PNG files by name: the losses, and PSNR on each test set, over the epochs of a run's log."""
     epochs = [record['epoch'] for record in records]
-    terms = records[-1]['loss']
+    terms = list(records[-1]['loss'])
+    terms = terms[:1] if len(terms) == 2 else terms  # the only term is the total
     losses = {term: [record['loss'].get(term) for record in records] for term in terms}
     pictures = {'loss.png': _curve(epochs, losses, 'loss')}
     for name in records[-1]['test']:
@@ -56,14 +57,14 @@ def sheet(rows: Sequence[Comparison]) -> bytes:
 
 
 def _detail(image: np.ndarray) -> tuple[int, int]:
-    """Top left corner of the crop with the largest variance of luma, among crops half a side apart."""
-    grey = image.mean(-1)
+    """Top left corner of the crop with the most edges, among crops half a side apart."""
+    edges = sum(np.abs(step) for step in np.gradient(image.mean(-1)))
     corners = [
         (top, left)
         for top in range(0, max(1, image.shape[0] - CROP + 1), CROP // 2)
         for left in range(0, max(1, image.shape[1] - CROP + 1), CROP // 2)
     ]
-    return max(corners, key=lambda at: grey[at[0] : at[0] + CROP, at[1] : at[1] + CROP].var())
+    return max(corners, key=lambda at: edges[at[0] : at[0] + CROP, at[1] : at[1] + CROP].sum())
 
 
 def _figure(width: float, height: float) -> Any:

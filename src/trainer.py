@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metric
@@ -32,6 +31,7 @@ log = logging.getLogger('frugalsr')
 SHEET_ROWS = 5
 
 Upscale = Callable[[SRData, int], np.ndarray]
+Batch = tuple[Tensor, Tensor]
 
 
 class Evaluation:
@@ -104,9 +104,9 @@ def shave(images: SRData) -> int:
 
 
 def compare(images: SRData, index: int, sr: np.ndarray, label: str) -> picture.Comparison:
-    """HR, bicubic and `sr` of one image, with their PSNR."""
+    """HR, bicubic and `sr` of one image, with their PSNR; bicubic once if that is what `sr` is."""
     hr = images.hr(index)
-    versions = {'bicubic': enlarge(images.lr(index), images.scale), label: sr}
+    versions = {'Bicubic': enlarge(images.lr(index), images.scale)} | {label: sr}
     tiny = min(hr.shape[:2]) <= 2 * shave(images)
     captions = [
         name if tiny else f'{name}  {metric.psnr(image, hr, shave(images), images.channels):.2f} dB'
@@ -125,7 +125,6 @@ class Writer:
 
     def write(self, path: Path, image: np.ndarray) -> None:
         """Write (H, W, C) uint8 or uint16 to `path`."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         if len(self._futures) > 8:
             self._futures.pop(0).result()
         self._futures.append(self._pool.submit(write_png, path, image))
@@ -215,6 +214,14 @@ def enlarge_photo(model: Model, photo: Photo) -> np.ndarray:
     return np.concatenate((sr, alpha[..., 1:2]), -1)
 
 
+def plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """`batches`; the error of a process that loads them comes as it was, without the traceback PyTorch puts in it."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rpartition('error.UserError: ')[2].strip()) from error
+
+
 class Trainer:
     """Trains a model; one epoch is a fixed number of steps, followed by an evaluation and a save.
 
@@ -241,7 +248,7 @@ class Trainer:
         model: Model,
         loss: Loss,
         optimizer: torch.optim.Optimizer,
-        loader: Callable[[range], DataLoader],
+        loader: Callable[[range], Iterable[Batch]],
         name_of: Callable[[int], str],
         evaluate: Callable[[], dict[str, Any]],
         run: RunFolder,
@@ -263,13 +270,14 @@ class Trainer:
         self.log: list[dict[str, Any]] = []
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue after the last epoch of a state that `state` gave."""
+        """Continue after the last epoch of a state that `state` gave; hyperparameters stay those of `optimizer`."""
+        own = [{key: value for key, value in g.items() if key != 'params'} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state['optimizer'])
         except (ValueError, KeyError) as error:
-            raise UserError(
-                f'The optimiser of {self.run.folder} does not fit ({error}): give the --optimizer that the run has.'
-            ) from error
+            raise UserError(f'The optimiser of {self.run.folder} does not fit ({error}): start another run.') from error
+        for group, hyperparameters in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(hyperparameters)
         self.epoch, self.samples, self.log = state['epoch'], state['samples'], state['log']
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
@@ -293,7 +301,7 @@ class Trainer:
             log.info('All %d epochs are done; a larger --epochs continues.', epochs)
             return
         last = self.samples + (epochs - self.epoch) * self.steps * self.batch_size
-        batches = iter(self.loader(range(self.samples, last)))
+        batches = plain_errors(self.loader(range(self.samples, last)))
         while self.epoch < epochs:
             record = self._train_epoch(batches, epochs)
             self.log.append(record)
@@ -307,7 +315,7 @@ class Trainer:
         scores = [record['test'][first]['psnr'] for record in self.log if first in record['test']]
         return scores[-1] == max(scores)
 
-    def _train_epoch(self, batches: Iterator[tuple[Tensor, Tensor]], epochs: int) -> dict[str, Any]:
+    def _train_epoch(self, batches: Iterator[Batch], epochs: int) -> dict[str, Any]:
         rate = self.rate(self.epoch)
         set_learning_rate(self.optimizer, rate)
         self.model.net.train()
@@ -326,8 +334,8 @@ class Trainer:
                 for name, value in values.items():
                     totals[name] += value
             seconds = time.perf_counter() - start
-            learned = max(1, step - skipped)
-            means = {name: total / learned for name, total in totals.items()}
+            learned = step - skipped
+            means = {name: total / learned if learned else math.nan for name, total in totals.items()}
             speed, wait = step * self.batch_size / seconds, waited / seconds
             bar.set_postfix_str(f'loss {means["total"]:.4g}, {speed:.1f} images/s, {wait:.0%} waiting', refresh=False)
             if step % self.print_every == 0:
@@ -354,13 +362,14 @@ class Trainer:
             for name, value in losses.items():
                 terms[name] += value.item() * share
         values = terms | {'total': sum(terms.values())}
-        last = self.log[-1]['loss']['total'] if self.log else math.inf
         if not math.isfinite(values['total']):
+            again = f'epoch {self.epoch} is kept: continue it with --load {self.run.folder.name}, with'
             raise UserError(
-                f'The loss is {values["total"]} in epoch {self.epoch + 1}, on patches of {self._names()}: nothing was '
-                f'learned from them and epoch {self.epoch} is kept; continue it with --load {self.run.folder.name} and '
-                'a lower --lr or a --gclip.'
+                f'The loss is {values["total"]} in epoch {self.epoch + 1}, on patches of {self._names()}; '
+                f'{again if self.epoch else "start again with"} a lower --lr or a --gclip.'
             )
+        learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
+        last = learned[-1] if learned else math.inf
         if values['total'] > self.skip_threshold * last:
             log.warning('Batch skipped for its loss of %.4g: patches of %s.', values['total'], self._names())
             return None

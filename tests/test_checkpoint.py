@@ -1,0 +1,215 @@
+import json
+import logging
+import math
+import pickle
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from checkpoint import RunFolder, finite, start_screen
+from error import UserError, WriteError
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / 'run')
+
+
+def state(*psnr: float) -> dict:
+    """What a run of len(psnr) epochs leaves."""
+    log = [
+        {'epoch': i + 1, 'loss': {'L1': 1 / (i + 1), 'total': 1 / (i + 1)}, 'test': {'Set5': {'psnr': value}}}
+        for i, value in enumerate(psnr)
+    ]
+    weights = {'body.weight': torch.full((30, 30), float(len(psnr)))}
+    return {'model': weights, 'optimizer': {'state': {}}, 'epoch': len(psnr), 'samples': 4 * len(psnr), 'log': log}
+
+
+def strict(text: str) -> object:
+    """JSON without NaN and Infinity, which other programs refuse."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+@contextmanager
+def full_disk(room: int = 1000) -> Iterator[None]:
+    """No file can grow beyond `room` bytes: writes fail in the middle, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Malice:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple:
+        return Path.mkdir, (self.proof,)
+
+
+def test_finite():
+    value = {'a': [1.5, math.nan, {'b': math.inf}], 'c': -math.inf, 'd': 'nan', 'e': 3}
+    assert finite(value) == {'a': [1.5, None, {'b': None}], 'c': None, 'd': 'nan', 'e': 3}
+
+
+def test_an_epoch_leaves_these_files(run):
+    run.save_epoch(state(30.0), best=True, keep=True)
+    models = ['model/model_1.pt', 'model/model_best.pt', 'model/model_latest.pt']
+    assert sorted(files(run.folder)) == ['loss.png', 'metrics.jsonl', *models, 'state.pt', 'test_Set5.png']
+    for name in models:
+        weights = torch.load(run.folder / name, weights_only=True)
+        assert torch.equal(weights['body.weight'], state(30.0)['model']['body.weight'])
+    with Image.open(run.folder / 'loss.png') as image:
+        image.load()
+
+
+def test_best_and_kept_weights(run):
+    for epoch, best in enumerate([True, True, False], 1):
+        run.save_epoch(state(*[30.0] * epoch), best, keep=epoch == 1)
+    kept = {path.stem: torch.load(path, weights_only=True)['body.weight'][0, 0] for path in run.models.iterdir()}
+    assert kept == {'model_1': 1, 'model_best': 2, 'model_latest': 3}
+
+
+def test_metrics_are_one_line_of_strict_json_an_epoch(run):
+    run.save_epoch(state(30.5, math.inf, math.nan), best=False, keep=False)
+    records = [strict(line) for line in (run.folder / 'metrics.jsonl').read_text().splitlines()]
+    assert [record['epoch'] for record in records] == [1, 2, 3]
+    assert [record['test']['Set5']['psnr'] for record in records] == [30.5, None, None]
+
+
+def test_results_are_strict_json(run):
+    run.write_results({'sets': {'Set5': {'psnr': math.inf, 'images': {'baby': {'psnr': math.nan, 'ssim': 1.0}}}}})
+    text = (run.folder / 'results.json').read_text()
+    assert strict(text) == {'sets': {'Set5': {'psnr': None, 'images': {'baby': {'psnr': None, 'ssim': 1.0}}}}}
+
+
+def test_state_round_trip(run):
+    saved = state(30.0, math.inf)
+    run.save_epoch(saved, best=False, keep=False)
+    loaded = run.load_state()
+    assert torch.equal(loaded.pop('model')['body.weight'], saved.pop('model')['body.weight'])
+    assert loaded == saved
+    assert run.holds_training()
+
+
+def test_a_full_disk_leaves_the_last_epoch_whole(run):
+    run.save_epoch(state(30.0), best=True, keep=False)
+    before = files(run.folder)
+    with full_disk(), pytest.raises(WriteError, match=r'model_latest\.pt could not be written .*unchanged'):
+        run.save_epoch(state(30.0, 31.0), best=True, keep=False)
+    assert files(run.folder) == before
+
+
+def test_every_write_can_fail(run):
+    run.save_epoch(state(30.0), best=True, keep=False)
+    before = files(run.folder)
+    with full_disk(10):
+        for write in (run.write, lambda name, text: run.save(run.folder / name, text)):
+            for name in before:
+                with pytest.raises(WriteError, match=Path(name).name):
+                    write(name, 'something longer than ten bytes')
+    assert files(run.folder) == before
+
+
+@pytest.mark.parametrize('content', [b'', b'garbage', b'PK\x03\x04 not a zip', bytes(range(256)) * 40])
+def test_a_damaged_state(run, content):
+    run.folder.mkdir()
+    (run.folder / 'state.pt').write_bytes(content)
+    with pytest.raises(UserError, match=r'state\.pt is not .*damaged'):
+        run.load_state()
+
+
+@pytest.mark.parametrize('share', [0.1, 0.5, 0.99])
+def test_a_truncated_state(run, share):
+    run.save_epoch(state(30.0), best=False, keep=False)
+    path = run.folder / 'state.pt'
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=r'state\.pt is not .*damaged'):
+        run.load_state()
+
+
+def test_no_state(run):
+    assert not run.holds_training()
+    with pytest.raises(UserError, match='holds no state'):
+        run.load_state()
+
+
+@pytest.mark.parametrize('content', [{'params': torch.ones(1)}, torch.ones(2), [1, 2]])
+def test_the_state_of_another_program(run, content):
+    run.save(run.folder / 'state.pt', content)
+    with pytest.raises(UserError, match=r'state\.pt is not a state of this program'):
+        run.load_state()
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.parametrize('dump', [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_code_in_a_state_is_not_run(run, tmp_path, dump):
+    run.folder.mkdir()
+    dump({'model': Malice(tmp_path / 'proof')}, run.folder / 'state.pt')
+    with pytest.raises(UserError, match=r'state\.pt'):
+        run.load_state()
+    assert not (tmp_path / 'proof').exists()
+    pickle.loads(pickle.dumps(Malice(tmp_path / 'proof')))  # it would have worked
+    assert (tmp_path / 'proof').exists()
+
+
+def test_clear_deletes_what_a_run_left_and_nothing_else(run):
+    run.save_epoch(state(30.0), best=True, keep=True)
+    run.write('config.txt', 'x')
+    run.write('log.txt', 'x')
+    run.write_results({})
+    for name in ('results-Set5/a_x2_SR.png', 'results-Set5/a_x2_HR.png', 'comparison-Set5.png'):
+        run.write(name, 'x')
+    mine = ['notes.txt', 'mine/a.pt', 'model/mine.pt', 'results-Set14/notes.txt', 'results-2024', 'best.png']
+    for name in mine:
+        run.write(name, 'mine')
+    run.clear()
+    assert sorted(files(run.folder)) == sorted(mine)
+    assert not (run.folder / 'results-Set5').exists()
+
+
+def test_clear_of_nothing(run):
+    run.clear()
+    assert not run.folder.exists()
+
+
+def test_log_goes_to_screen_and_file_and_is_continued(run, capsys):
+    log = logging.getLogger('frugalsr')
+    for message in ('first', 'second'):
+        start_screen()
+        run.start_log()
+        log.info('%s message', message)
+    assert (run.folder / 'log.txt').read_text() == 'first message\nsecond message\n'
+    assert capsys.readouterr().out == 'first message\nsecond message\n'
+
+
+def test_a_log_on_a_full_disk_says_nothing(run, capsys):
+    run.folder.mkdir()
+    (run.folder / 'log.txt').symlink_to('/dev/full')
+    start_screen()
+    run.start_log()
+    logging.getLogger('frugalsr').info('message')
+    assert capsys.readouterr() == ('message\n', '')
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').write_text('x')
+    with pytest.raises(UserError, match=r'file/run cannot be written .*--save_dir'):
+        RunFolder(tmp_path / 'file' / 'run').start_log()

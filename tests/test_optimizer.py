@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn, optim
+
+from optimizer import learning_rate, make_optimizer, set_learning_rate
+
+
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3), requires_grad=False), nn.Parameter(torch.ones(4))]
+
+
+@pytest.mark.parametrize(
+    'name, kind, expected',
+    [
+        ('SGD', optim.SGD, {'momentum': 0.7, 'nesterov': False}),
+        ('ADAM', optim.Adam, {'betas': (0.8, 0.95), 'eps': 1e-6}),
+        ('ADAMW', optim.AdamW, {'betas': (0.8, 0.95), 'eps': 1e-6}),
+        ('RMSprop', optim.RMSprop, {'eps': 1e-6, 'momentum': 0}),
+    ],
+)
+def test_class_and_hyperparameters(name, kind, expected):
+    values = parameters()
+    optimizer = make_optimizer(values, name, 0.02, 0.3, (0.8, 0.95), 1e-6, 0.7)
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    expected |= {'lr': 0.02, 'weight_decay': 0.3}
+    assert {key: group[key] for key in expected} == expected
+    assert [id(p) for p in group['params']] == [id(values[0]), id(values[2])]  # the frozen one is left out
+
+
+@pytest.mark.parametrize('name', ['SGD', 'ADAM', 'ADAMW', 'RMSprop'])
+def test_first_step_by_hand(name):
+    """On x^2 / 2 from 1, so the gradient is 1; without weight decay."""
+    x = nn.Parameter(torch.ones(1))
+    optimizer = make_optimizer([x], name, 0.1)
+    (x**2 / 2).sum().backward()
+    optimizer.step()
+    moved = {'SGD': 0.1, 'ADAM': 0.1, 'ADAMW': 0.1, 'RMSprop': 0.1 / 0.01**0.5}[name]
+    assert x.item() == pytest.approx(1 - moved, abs=1e-6)
+
+
+@pytest.mark.parametrize('milestones', [[1], [3], [2, 4, 5], [1, 2, 3], [100]])
+@pytest.mark.parametrize('gamma', [0.5, 0.1])
+def test_schedule_is_that_of_pytorch(milestones, gamma):
+    optimizer = optim.SGD([nn.Parameter(torch.ones(1))], 0.03)
+    schedule = optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma)
+    for finished in range(8):
+        assert learning_rate(0.03, milestones, gamma, finished) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_set_learning_rate():
+    optimizer = optim.SGD([{'params': [p]} for p in parameters()], 0.1)
+    set_learning_rate(optimizer, 0.5)
+    assert [group['lr'] for group in optimizer.param_groups] == [0.5, 0.5, 0.5]

@@ -1,0 +1,328 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import model
+import option
+from error import UserError
+from option import data_range, epochs_list, names, parse, read_config, write_config
+
+# The options of EDSR and LCoAN, as issue 2 lists them.
+OLD = """
+    debug template n_threads cpu n_GPUs seed dir_data dir_demo data_train data_test data_range ext scale patch_size
+    rgb_range n_colors chop no_augment model act pre_train extend n_resblocks n_feats res_scale shift_mean dilation
+    precision n_clusters window_size ema_decay n_hashes chunk_size n_resgroups reduction reset test_every epochs
+    batch_size split_batch self_ensemble test_only gan_k lr decay gamma optimizer momentum betas epsilon weight_decay
+    gclip loss skip_threshold save_dir save load resume save_models print_every save_results save_gt ssim
+"""
+NEW = 'lr_border chop_size chop_overlap chop_batch score'
+ALL = {*OLD.split(), *NEW.split()}
+
+NETWORK = (
+    '--chop --n_resgroups 10 --n_resblocks 4 --reduction 1 --n_feats 128 --n_clusters 128 --window_size 384 '
+    '--ema_decay 0.999 --res_scale 0.1'
+)
+HEAD = '--model LCoAN --data_test Set5 --save_dir ../output/ --dir_data ../../SrTrainingData --n_GPUs 1 --n_threads 8'
+TRAIN = f'{HEAD} --rgb_range 1 --save_models --save_results --lr 1e-4 {NETWORK} --batch_size 16 --data_train DIV2K'
+TRAIN_X2 = (
+    f'{TRAIN} --epochs 1500 --save LCoAN_x2 --decay 300-600-900-1200 --scale 2 --patch_size 96 --data_range 1-800/1-5'
+)
+TRAIN_X4 = (
+    f'{TRAIN} --epochs 500 --save LCoAN_x4 --decay 100-200-300-400 --scale 4 --patch_size 192 --data_range 1-800/1-5 '
+    '--pre_train ../LCoAN_x2.pt'
+)
+TEST_X4 = (
+    '--test_only --data_test Set5+Set14+B100+Urban100+Manga109 --save_results --pre_train ../LCoAN_x4.pt '
+    f'--model LCoAN --scale 4 --rgb_range 1 {NETWORK}'
+)
+
+DEFAULTS = {
+    'debug': False, 'template': '', 'cpu': False, 'n_GPUs': 1, 'seed': 1, 'dir_demo': None, 'data_train': ['DIV2K'],
+    'data_test': ['Set5'], 'data_range': ((1, 800), (801, 810)), 'ext': 'sep', 'scale': 4, 'patch_size': 192,
+    'rgb_range': None, 'n_colors': None, 'chop': False, 'no_augment': False, 'model': 'LCoAN', 'act': None,
+    'pre_train': '', 'n_resblocks': None, 'n_feats': None, 'res_scale': None, 'shift_mean': None, 'dilation': None,
+    'precision': 'single', 'n_clusters': None, 'window_size': None, 'ema_decay': None, 'n_hashes': None,
+    'chunk_size': None, 'n_resgroups': None, 'reduction': None, 'reset': False, 'test_every': 1000, 'epochs': 300,
+    'batch_size': 16, 'split_batch': 1, 'self_ensemble': False, 'test_only': False, 'gan_k': 1, 'lr': 1e-4,
+    'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': 0.9, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
+    'weight_decay': 0.0, 'gclip': 0.0, 'loss': '1*L1', 'skip_threshold': 1e8, 'load': '', 'resume': -1,
+    'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
+    'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None,
+}  # fmt: skip
+LCOAN = {
+    'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
+    'n_clusters': 128, 'window_size': 384, 'ema_decay': 0.999, 'res_scale': 0.1, 'rgb_range': 1,
+}  # fmt: skip
+TRAINED = LCOAN | {
+    'n_threads': 8, 'n_GPUs': 1, 'save_models': True, 'save_results': True, 'lr': 1e-4, 'batch_size': 16,
+    'data_train': ['DIV2K'], 'data_test': ['Set5'], 'data_range': ((1, 800), (1, 5)),
+}  # fmt: skip
+
+
+def options(command: str) -> Namespace:
+    return parse(command.split())
+
+
+def help_page() -> tuple[str, set[str]]:
+    """What --help prints in a process of its own, and the modules that were imported for it."""
+    code = (
+        'import sys, atexit, main\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\nmain.main(["--help"])'
+    )
+    environment = os.environ | {'PYTHONPATH': str(ROOT / 'src'), 'COLUMNS': '200'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    return done.stdout, set(done.stderr.split())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A --save_dir that holds the options of one run, called old."""
+    args = options('--model EDSR --scale 2 --n_feats 16 --lr 0.01 --batch_size 3 --data_range 2-9 --decay 5-7')
+    (tmp_path / 'old').mkdir()
+    (tmp_path / 'old' / 'config.txt').write_text(write_config(args))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'command, expected',
+    [
+        (TRAIN_X2, {'epochs': 1500, 'save': 'LCoAN_x2', 'decay': [300, 600, 900, 1200], 'scale': 2, 'patch_size': 96}),
+        (
+            TRAIN_X4,
+            {'epochs': 500, 'save': 'LCoAN_x4', 'decay': [100, 200, 300, 400], 'pre_train': '../LCoAN_x2.pt'},
+        ),
+    ],
+)
+def test_published_training(command, expected):
+    paths = {'save_dir': Path('../output').absolute(), 'dir_data': Path('../../SrTrainingData').absolute()}
+    found = vars(options(command))
+    assert found == DEFAULTS | {'extend': ROOT / 'models'} | paths | TRAINED | expected
+
+
+def test_published_benchmark():
+    found = vars(options(TEST_X4))
+    sets = ['Set5', 'Set14', 'B100', 'Urban100', 'Manga109']
+    expected = {'test_only': True, 'data_test': sets, 'save_results': True, 'pre_train': '../LCoAN_x4.pt'}
+    paths = {'extend': ROOT / 'models', 'dir_data': ROOT / 'dataset', 'save_dir': ROOT / 'experiment'}
+    own = {'save': 'LCoAN_x4', 'n_threads': found['n_threads']}
+    assert found == DEFAULTS | paths | LCOAN | expected | own
+
+
+def test_every_option_has_its_old_name():
+    assert set(vars(parse([]))) == ALL
+
+
+def test_networks():
+    assert tuple(model.NETWORKS) == option.MODELS
+
+
+def test_help():
+    text, modules = help_page()
+    groups = [line for line in text.splitlines() if line.endswith(':') and not line.startswith((' ', 'usage'))]
+    assert len(groups) >= 6
+    entries = [entry.split('\n\n')[0] for entry in text.split('\n  --')[1:]]
+    described = {entry.split()[0]: re.split(r'\s{2,}', entry, maxsplit=1)[1:] for entry in entries}
+    assert set(described) == ALL
+    assert [name for name, description in described.items() if not description] == []
+    for name, default in {'lr': '0.0001', 'epochs': '300', 'data_test': 'Set5', 'decay': '200'}.items():
+        assert f'(default: {default})' in described[name][0]
+    assert 'pixels' in described['patch_size'][0]
+    assert 'main' in modules
+    assert not {'torch', 'numpy', 'matplotlib'} & modules
+
+
+def test_importing_parses_nothing(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['main.py', '--nonsense'])
+    assert parse([]).model == 'LCoAN'
+
+
+def test_typed_before_saved_before_recipe_before_default(saved):
+    args = options(f'--save_dir {saved} --load old --template EDSR_x2 --lr 0.5')
+    assert args.lr == 0.5  # typed, though the run has 0.01
+    assert args.batch_size == 3  # of the run
+    assert args.decay == [5, 7]  # of the run, though the recipe has 200
+    assert args.data_test == ['Set5']  # of the run, though the recipe has DIV2K
+    assert args.gamma == 0.5  # default
+    assert options('--template EDSR_x2 --epochs 7').epochs == 7
+    assert options('--template LCoAN_x2').epochs == 1500
+    assert parse([]).epochs == 300
+
+
+@pytest.mark.parametrize('typed', ['300', '200'])
+def test_typing_the_default_wins_over_the_recipe(typed):
+    assert options(f'--template LCoAN_x4 --epochs {typed}').epochs == int(typed)
+
+
+def test_load_restores_the_run(saved):
+    args = options(f'--save_dir {saved} --load old')
+    expected = ('EDSR', 2, 16, 0.01, ((2, 9),), 'old', 'old')
+    assert expected == (args.model, args.scale, args.n_feats, args.lr, args.data_range, args.save, args.load)
+
+
+def test_reset_does_not_restore(saved):
+    assert options(f'--save_dir {saved} --load old --reset').model == 'LCoAN'
+
+
+@pytest.mark.parametrize('change', ['--model LCoAN', '--scale 4', '--n_feats 32', '--act gelu', '--optimizer SGD'])
+def test_what_cannot_change_in_a_run(saved, change):
+    with pytest.raises(UserError, match=f'{change}: the run old has .*cannot change'):
+        options(f'--save_dir {saved} --load old {change}')
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a+b').mkdir()
+    args = options('--dir_data data --save_dir ../runs --extend w --data_train my/HR --data_test ./a+b --score s')
+    assert args.dir_data == tmp_path / 'data'
+    assert args.save_dir.resolve() == tmp_path.parent / 'runs'
+    assert args.save_dir.is_absolute()
+    assert args.extend == tmp_path / 'w'
+    assert args.data_train == [str(tmp_path / 'my' / 'HR')]
+    assert args.data_test == [str(tmp_path / 'a+b')]
+    assert args.score == tmp_path / 's'
+
+
+def test_default_paths_do_not_depend_on_where_one_is(tmp_path, monkeypatch):
+    before = parse([])
+    monkeypatch.chdir(tmp_path)
+    assert vars(parse([])) == vars(before)
+    assert before.dir_data == ROOT / 'dataset'
+
+
+def test_default_name_of_a_run():
+    assert options('--model EDSR --scale 2').save == 'EDSR_x2'
+
+
+@pytest.mark.parametrize(
+    'parser, text, value',
+    [
+        (data_range, '1-800/801-810', ((1, 800), (801, 810))),
+        (data_range, '3-3', ((3, 3),)),
+        (epochs_list, '200', [200]),
+        (epochs_list, '1-2-30', [1, 2, 30]),
+        (names, 'Set5', ['Set5']),
+        (names, 'Set5+Set14+', ['Set5', 'Set14']),
+    ],
+)
+def test_values(parser, text, value):
+    assert parser(text) == value
+
+
+def test_more_values():
+    args = options('--betas 0.5 0.25 --shift_mean False --dilation --gclip 0 --resume -1 --momentum 1')
+    assert args.betas == [0.5, 0.25]
+    assert args.shift_mean is False
+    assert args.dilation is True
+    assert parse(['--shift_mean', 'true']).shift_mean is True
+
+
+COUNTS = """
+    scale patch_size chop_size chop_batch n_resgroups n_resblocks n_feats reduction n_clusters window_size n_hashes
+    chunk_size epochs test_every batch_size split_batch gan_k print_every
+"""
+NATURALS = 'n_threads n_GPUs seed chop_overlap'
+POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold'
+BAD = [
+    *[(name, text) for name in COUNTS.split() for text in ('0', '-1', '1.5', 'many', '')],
+    *[(name, text) for name in NATURALS.split() for text in ('-1', '0.5', 'inf')],
+    *[(name, text) for name in POSITIVES.split() for text in ('0', '-1', 'nan', 'inf', 'x')],
+    *[(name, text) for name in ('ema_decay', 'momentum') for text in ('-0.1', '1.1', 'nan')],
+    *[(name, text) for name in ('weight_decay', 'gclip') for text in ('-1', 'nan', 'inf')],
+    *[('betas', text) for text in ('0.9', '0.9 1', '-0.1 0.9', '0.9 0.99 0.999', '(0.9, 0.99)')],
+    *[('data_range', text) for text in ('0-5', '5-1', '5', '1-2-3', '1-2/3-4/5-6', 'all', '')],
+    *[('decay', text) for text in ('0', '200-100', '100-100', '1.5', 'never', '')],
+    *[(name, text) for name in ('data_train', 'data_test') for text in ('', '+')],
+    ('seed', str(2**64)), ('resume', '-2'), ('n_colors', '2'), ('shift_mean', 'maybe'), ('ext', 'npy'),
+    ('optimizer', 'Lion'), ('precision', 'double'), ('lr_border', 'wrap'), ('lr', '1e31'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name, text', BAD)
+def test_out_of_range(name, text):
+    values = text.split(' ') if name == 'betas' else [text]
+    with pytest.raises(UserError, match=r'^\S.*\.$') as caught:
+        parse([f'--{name}', *values])
+    message = str(caught.value)
+    assert '\n' not in message
+    assert name in message or text == '0.9 0.99 0.999'  # what is one too many is named instead
+    assert values[0] in message or values[-1] in message or text in ('0.9', '0.9 1')
+
+
+@pytest.mark.parametrize(
+    'command, words',
+    [
+        ('--model Foo', ['Foo', *option.MODELS]),
+        ('--nonsense 3', ['--nonsense', '--help']),
+        ('--n_feat 3', ['--n_feat', '--help']),  # no guessing from a beginning
+        ('--template Foo', ['Foo', 'LCoAN_x2', 'EDSR_x4']),
+        ('--n_GPUs 2', ['--n_GPUs 2', 'one GPU']),
+        ('--gan_k 2', ['--gan_k 2', 'adversarial']),
+        ('--patch_size 97 --scale 2', ['97', '--scale 2']),
+        ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
+        ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),
+        ('--data_test Demo --test_only', ['--dir_demo']),
+        ('--data_test Demo --dir_demo .', ['Demo', '--test_only']),
+        ('--resume 3', ['--resume 3', '--load']),
+        ('--reset --test_only', ['--reset', '--test_only']),
+        ('--save a/b', ['a/b', '--save_dir']),
+        ('--save ..', ['..', '--save_dir']),
+    ],
+)
+def test_what_cannot_be(command, words):
+    with pytest.raises(UserError) as caught:
+        options(command)
+    message = str(caught.value)
+    assert '\n' not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_config_round_trip(tmp_path):
+    args = options(f'{TRAIN_X4} --betas 0.8 0.99 --dilation --shift_mean False --dir_demo photos')
+    path = tmp_path / 'config.txt'
+    path.write_text(write_config(args))
+    expected = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    assert read_config(path) == expected
+
+
+def test_config_is_one_option_a_line():
+    lines = write_config(parse([])).splitlines()
+    pairs = dict(line.split(': ', 1) for line in lines)
+    assert set(pairs) == ALL
+    assert json.loads(pairs['betas']) == [0.9, 0.999]
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        None,
+        b'',
+        b'\xff\xfe\x00garbage',
+        b'2024-01-01-12:00:00\n\ndebug: False\ntemplate: .\nmodel: EDSR\nscale: [2]\n',  # as EDSR writes it
+        b'scale: 2\n',
+        b'model: "EDSR"\nscale: {\n',
+    ],
+)
+def test_config_of_another_program(tmp_path, content):
+    (tmp_path / 'run').mkdir()
+    if content is not None:
+        (tmp_path / 'run' / 'config.txt').write_bytes(content)
+    with pytest.raises(UserError, match='run is not a run of this program'):
+        options(f'--save_dir {tmp_path} --load run')
+
+
+def test_load_names_the_runs_there_are(saved):
+    with pytest.raises(UserError, match=r'No run at .*other: the runs there are old\.'):
+        options(f'--save_dir {saved} --load other')
+
+
+def test_settings_left_out_are_left_to_the_network():
+    assert option.network_settings(parse([])) == {}
+    given = option.network_settings(options('--n_feats 8 --shift_mean False --res_scale 0.5'))
+    assert given == {'n_feats': 8, 'shift_mean': False, 'res_scale': 0.5}

@@ -1,0 +1,408 @@
+"""The training and evaluation loops, run by the program on small data with tiny networks."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from test_checkpoint import strict
+from torch import Tensor, optim
+
+import main
+import picture as pictures
+from data.image import read_rgb, write_png
+from data.sets import ImageSet
+from data.srdata import SRData
+from trainer import Evaluation, Writer, table
+
+TINY = (
+    '--cpu --n_threads 0 --data_train SR291 --data_test Set5 --scale 2 --patch_size 16 --batch_size 4 --test_every 2 '
+    '--epochs 1'
+)
+LCOAN = f'{TINY} --model LCoAN --n_resgroups 2 --n_resblocks 1 --n_feats 8 --n_clusters 4 --window_size 16'
+EDSR = f'{TINY} --model EDSR --n_resblocks 1 --n_feats 8'
+NETWORKS = pytest.mark.parametrize('network', [EDSR, LCOAN], ids=['EDSR', 'LCoAN'])
+
+
+def arguments(data: Path, *options: str) -> list[str]:
+    """A command line on the data folder, with its runs beside it."""
+    folders = ['--dir_data', str(data), '--save_dir', str(data.parent / 'runs')]
+    return [*folders, *' '.join(options).split()]
+
+
+def train(data: Path, *options: str, name: str = 'run') -> Path:
+    """Run the program; returns the run folder."""
+    own = [] if '--load' in ' '.join(options) else ['--save', name]
+    assert main.main([*arguments(data, *options), *own]) == 0
+    return data.parent / 'runs' / name
+
+
+def weights(run: Path, which: str = 'latest') -> dict[str, Tensor]:
+    return torch.load(run / 'model' / f'model_{which}.pt', weights_only=True)
+
+
+def state(run: Path) -> dict:
+    return torch.load(run / 'state.pt', weights_only=True)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [strict(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+
+
+def learned(run: Path) -> list[dict]:
+    """The log of a run without what depends on the clock."""
+    clock = ('seconds', 'images_per_second', 'wait')
+    records = [{key: value for key, value in record.items() if key not in clock} for record in metrics(run)]
+    for record in records:
+        record['test'] = {name: scores['psnr'] for name, scores in record['test'].items()}
+    return records
+
+
+def equal(a: object, b: object) -> bool:
+    """Bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Drawing them takes five times as long as the training."""
+    monkeypatch.setattr(pictures, 'curves', lambda records: {})
+
+
+@NETWORKS
+@pytest.mark.parametrize('optimizer', ['SGD --lr 1e-6', 'ADAM', 'ADAMW', 'RMSprop'])
+def test_a_continued_run_equals_an_unbroken_one(data_folder, network, optimizer):
+    more = f'--optimizer {optimizer} --decay 2 --weight_decay 0.01'
+    whole = train(data_folder, network, more, '--epochs 3', name='whole')
+    train(data_folder, network, more, name='parts')
+    parts = train(data_folder, '--load parts --epochs 2', name='parts')
+    parts = train(data_folder, '--load parts --epochs 3', name='parts')
+    assert learned(parts) == learned(whole)
+    assert len(learned(whole)) == 3
+    for key in ('model', 'optimizer', 'epoch', 'samples'):
+        assert equal(state(parts)[key], state(whole)[key]), key
+    assert equal(weights(parts, 'best'), weights(whole, 'best'))
+    assert not equal(weights(train(data_folder, network, more, name='once')), weights(whole))
+
+
+def test_nothing_is_left_to_do(data_folder, capsys):
+    run = train(data_folder, EDSR)
+    before = state(run)
+    train(data_folder, '--load run')
+    assert equal(state(run), before)
+    assert 'All 1 epochs are done' in capsys.readouterr().out
+
+
+def test_resume_goes_back_to_an_epoch(data_folder):
+    """With a rate too small to change a weight, what is saved next is what was read."""
+    run = train(data_folder, EDSR, '--epochs 3 --save_models --decay 1-2 --gamma 0.1 --lr 0.01')
+    before = metrics(run)
+    train(data_folder, '--load run --resume 1 --epochs 2 --lr 1e-25')
+    after = metrics(run)
+    assert [record['epoch'] for record in after] == [1, 2]
+    assert after[0] == before[0]
+    assert after[1]['lr'] == pytest.approx(1e-26)
+    assert after[1]['samples'] == before[1]['samples']
+    assert equal(weights(run), weights(run, '1'))
+    assert equal(weights(run, '2'), weights(run, '1'))
+    assert not equal(weights(run, '3'), weights(run, '1'))
+
+
+@pytest.mark.parametrize('epoch', [-1, 0])
+def test_resume_of_the_latest(data_folder, epoch):
+    run = train(data_folder, EDSR, '--epochs 2')
+    train(data_folder, f'--load run --resume {epoch} --epochs 3')
+    assert [record['epoch'] for record in metrics(run)] == [1, 2, 3]
+
+
+def test_what_is_typed_wins_over_the_saved_optimiser(data_folder):
+    run = train(data_folder, EDSR, '--betas 0.9 0.99')
+    train(data_folder, '--load run --epochs 2 --betas 0.5 0.6 --weight_decay 0.25')
+    (group,) = state(run)['optimizer']['param_groups']
+    assert (tuple(group['betas']), group['weight_decay']) == ((0.5, 0.6), 0.25)
+
+
+def test_reset_starts_over_and_spares_what_it_did_not_write(data_folder):
+    run = train(data_folder, EDSR, '--epochs 2 --save_models --save_results')
+    first = learned(run)
+    for name in ('notes.txt', 'model/mine.pt', 'results-Set5/mine.txt'):
+        (run / name).write_text('mine')
+    train(data_folder, EDSR, '--reset')
+    assert learned(run) == first[:1]
+    assert not (run / 'model' / 'model_1.pt').exists()
+    assert not (run / 'results-Set5' / '0001_x2_SR.png').exists()
+    for name in ('notes.txt', 'model/mine.pt', 'results-Set5/mine.txt'):
+        assert (run / name).read_text() == 'mine'
+
+
+@NETWORKS
+def test_a_run_repeats_and_the_seed_changes_it(data_folder, network):
+    runs = [train(data_folder, network, f'--seed {seed}', name=f'{i}') for i, seed in enumerate([1, 1, 2])]
+    assert equal(weights(runs[0]), weights(runs[1]))
+    assert learned(runs[0]) == learned(runs[1])
+    assert learned(runs[0])[0]['loss'] != learned(runs[2])[0]['loss']
+
+
+@NETWORKS
+def test_workers_do_not_change_a_run(data_folder, network):
+    one, none = (train(data_folder, network, f'--n_threads {n}', name=str(n)) for n in (1, 0))
+    assert equal(state(one)['model'], state(none)['model'])
+    assert learned(one) == learned(none)
+
+
+def test_decoded_copies_do_not_change_a_run(data_folder):
+    kinds = ('img', 'sep', 'sep', 'sep_reset')
+    runs = [train(data_folder, EDSR, f'--ext {kind}', name=str(i)) for i, kind in enumerate(kinds)]
+    assert all(equal(weights(run), weights(runs[0])) for run in runs)
+    assert list((data_folder / 'SR291' / 'bin' / 'HR').glob('*.npy'))
+
+
+@pytest.mark.parametrize('parts', [2, 3, 4])
+def test_parts_of_a_batch_add_up_to_it(data_folder, parts):
+    base = f'{EDSR} --optimizer SGD --lr 1e-4 --loss 1*L1+0.01*MSE'
+    whole = train(data_folder, base, name='whole')
+    split = train(data_folder, base, f'--split_batch {parts}', name='split')
+    start = train(data_folder, base, '--lr 1e-25', name='start')
+    change = {key: value - weights(start)[key] for key, value in weights(whole).items()}
+    for key, value in weights(split).items():
+        torch.testing.assert_close(value - weights(start)[key], change[key], rtol=1e-3, atol=1e-6)
+    assert max(value.abs().max() for value in change.values()) > 1e-3
+    assert metrics(split)[0]['loss'] == pytest.approx(metrics(whole)[0]['loss'], rel=1e-5)
+
+
+def test_gradients_are_clipped(data_folder):
+    """A step of plain gradient descent at rate 1 moves a weight by its gradient."""
+    base = f'{EDSR} --optimizer SGD --momentum 0 --test_every 1'
+    start = weights(train(data_folder, base, '--lr 1e-25', name='start'))
+    moved = {}
+    for clip in (0, 1e-3):
+        end = weights(train(data_folder, base, f'--lr 1 --gclip {clip}', name=f'clip{clip}'))
+        moved[clip] = torch.cat([(end[key] - start[key]).flatten() for key in end])
+    assert moved[0].abs().max() > 0.1
+    expected = moved[0].clamp(-1e-3, 1e-3)
+    torch.testing.assert_close(moved[1e-3], expected, rtol=0, atol=1e-6)
+
+
+def test_learning_rate_is_that_of_pytorch(data_folder):
+    run = train(data_folder, EDSR, '--epochs 4 --lr 0.02 --decay 1-3 --gamma 0.3 --test_every 1')
+    schedule = optim.lr_scheduler.MultiStepLR(optim.SGD([torch.ones(1)], 0.02), [1, 3], 0.3)
+    for record in metrics(run):
+        assert record['lr'] == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        schedule.optimizer.step()
+        schedule.step()
+
+
+def test_an_epoch_has_test_every_steps(data_folder):
+    run = train(data_folder, EDSR, '--test_every 3 --batch_size 2 --epochs 2')
+    assert [record['samples'] for record in metrics(run)] == [6, 12]
+    steps = [entry['step'].item() for entry in state(run)['optimizer']['state'].values()]
+    assert set(steps) == {6}
+
+
+def test_log_names_each_term_and_the_total(data_folder):
+    run = train(data_folder, EDSR, '--loss 2*L1+0.5*MSE --print_every 1')
+    (record,) = metrics(run)
+    assert list(record['loss']) == ['L1', 'MSE', 'total']
+    assert record['loss']['total'] == pytest.approx(record['loss']['L1'] + record['loss']['MSE'])
+    assert min(record['loss'].values()) > 0
+    lines = re.findall(r'Epoch 1, batch (\d)/2: L1 [\d.]+, MSE [\d.]+, lr 0.0001, .* images/s, .*%', log(run))
+    assert lines == ['1', '2']
+
+
+@pytest.mark.parametrize('every, expected', [(1, ['1', '2', '3', '4']), (2, ['2', '4']), (3, ['3']), (5, [])])
+def test_print_every(data_folder, every, expected):
+    run = train(data_folder, EDSR, f'--test_every 4 --print_every {every}')
+    assert re.findall(r'batch (\d)/4', log(run)) == expected
+
+
+def test_weights_of_every_epoch_and_the_best(data_folder, monkeypatch):
+    """The best epoch is the one with the highest PSNR on the first test set."""
+    scores = {'Set5': iter([30.0, 31.0, 29.0]), 'SR291': iter([20.0, 10.0, 40.0])}
+
+    def rigged(images: SRData, *_: object) -> dict:
+        return {'psnr': next(scores[images.name]), 'seconds': 1.0, 'images': {}}
+
+    monkeypatch.setattr(Evaluation, '_set', lambda self, *options: rigged(*options))
+    run = train(data_folder, EDSR, '--epochs 3 --save_models --data_test Set5+SR291')
+    assert sorted(path.stem for path in (run / 'model').iterdir()) == [
+        'model_1', 'model_2', 'model_3', 'model_best', 'model_latest'
+    ]  # fmt: skip
+    assert equal(weights(run, 'best'), weights(run, '2'))
+    assert equal(weights(run, 'latest'), weights(run, '3'))
+    assert not equal(weights(run, '2'), weights(run, '3'))
+    assert [record['test']['SR291']['psnr'] for record in metrics(run)] == [20, 10, 40]
+
+
+def test_what_is_saved_only_when_wanted(data_folder):
+    plain = train(data_folder, EDSR, name='plain')
+    assert not [*plain.glob('results-*'), *plain.glob('comparison-*')]
+    assert sorted(path.stem for path in (plain / 'model').iterdir()) == ['model_best', 'model_latest']
+    assert 'ssim' not in json.loads((plain / 'results.json').read_text())['sets']['Set5']
+    full = train(data_folder, EDSR, '--save_results --save_gt --ssim', name='full')
+    results = json.loads((full / 'results.json').read_text())['sets']['Set5']
+    assert 0 < results['ssim'] < 1
+    assert metrics(full)[0]['test']['Set5']['ssim'] == results['ssim']
+    images = full / 'results-Set5'
+    names = [f'{name}_x2_{kind}.png' for name in ('0001', '0002') for kind in ('HR', 'LR', 'SR')]
+    assert sorted(path.name for path in images.iterdir()) == names
+    hr = read_rgb(data_folder / 'benchmark' / 'Set5' / 'HR' / '0002.png')
+    lr = read_rgb(data_folder / 'benchmark' / 'Set5' / 'LR_bicubic' / 'X2' / '0002x2.png')
+    height, width = (2 * (n // 2) for n in hr.shape[:2])
+    assert (read_rgb(images / '0002_x2_HR.png') == hr[:height, :width]).all()
+    assert (read_rgb(images / '0002_x2_LR.png') == lr).all()
+    assert read_rgb(images / '0002_x2_SR.png').shape == (height, width, 3)
+    assert read_rgb(full / 'comparison-Set5.png').size
+
+
+@pytest.mark.parametrize('setting', ['--n_colors 1', '--shift_mean False', '--dilation', '--act gelu', '--rgb_range 2'])
+@NETWORKS
+def test_settings_build_train_and_test(data_folder, network, setting):
+    run = train(data_folder, network, setting)
+    plain = train(data_folder, network, name='plain')
+    assert metrics(run)[0]['loss'] != metrics(plain)[0]['loss']
+    assert main.main([*arguments(data_folder, '--load run --test_only')]) == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(data_folder, capsys):
+    run = train(data_folder, EDSR, '--epochs 2')
+    before, record = state(run), metrics(run)
+    capsys.readouterr()
+    assert main.main(arguments(data_folder, '--load run --epochs 3 --lr 1e30')) == 2
+    message = capsys.readouterr().err
+    assert re.fullmatch(r'Error: The loss is (nan|inf) in epoch 3, on patches of .*\n', message)
+    assert set(re.findall(r'SR291/000\d', message)) <= {'SR291/0001', 'SR291/0002', 'SR291/0003'} != set()
+    assert 'epoch 2 is kept' in message
+    assert equal(state(run), before)
+    assert metrics(run) == record
+    train(data_folder, '--load run --epochs 3 --lr 1e-4')
+    assert len(metrics(run)) == 3
+
+
+def test_a_loss_that_is_not_finite_at_once(data_folder, capsys):
+    assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --save run')) == 2
+    assert 'start again with a lower --lr' in capsys.readouterr().err
+    train(data_folder, EDSR)  # nothing is in the way
+
+
+def test_batches_of_too_great_a_loss_are_skipped(data_folder):
+    run = train(data_folder, EDSR)
+    before = weights(run)
+    train(data_folder, '--load run --epochs 3 --skip_threshold 1e-9')  # of the last epoch that learned anything
+    assert equal(weights(run), before)
+    skipped = re.findall(
+        r'Batch skipped for its loss of [\d.]+: patches of (SR291/000\d(?:, SR291/000\d)*)\.', log(run)
+    )
+    assert len(skipped) == 4
+    train(data_folder, '--load run --epochs 4 --skip_threshold 100')
+    assert not equal(weights(run), before)
+    records = metrics(run)
+    assert [record['skipped'] for record in records] == [0, 2, 2, 0]
+    assert records[1]['loss'] == {'L1': None, 'total': None}
+    assert records[3]['loss']['total'] > 0
+
+
+def test_a_skipped_batch_is_named_by_its_images(data_folder):
+    """Black is the output of a new network without the mean colour: the brighter an image, the greater its loss."""
+    for i, brightness in enumerate([100, 101, 200, 102]):
+        write_png(data_folder / 'Grey' / 'HR' / f'{i}.png', np.full((40, 40, 3), brightness, np.uint8))
+    train(data_folder, EDSR, '--data_train Grey --batch_size 1 --test_every 4 --lr 1e-25 --shift_mean False')
+    run = train(data_folder, '--load run --epochs 2 --skip_threshold 1.2')
+    assert re.findall(r'Batch skipped .*: patches of (.*)\.\n', log(run)) == ['Grey/2']
+    assert [record['skipped'] for record in metrics(run)] == [0, 1]
+
+
+def test_an_error_in_a_loading_process_is_one_sentence(data_folder, capsys):
+    train(data_folder, EDSR, name='first')  # makes LR
+    path = data_folder / 'SR291' / 'HR' / '0002.png'
+    path.write_bytes(path.read_bytes()[:-300])
+    capsys.readouterr()
+    assert main.main(arguments(data_folder, EDSR, '--ext img --n_threads 1 --save second')) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f'Error: {path} cannot be read')
+    assert message.count('\n') == 1
+
+
+def log(run: Path) -> str:
+    return (run / 'log.txt').read_text()
+
+
+@pytest.fixture
+def pair(tmp_path) -> SRData:
+    """A set of three images, one too small to be scored."""
+    files = [tmp_path / f'{name}.png' for name in ('a', 'b', 'tiny')]
+    for i, (path, size) in enumerate(zip(files, [(40, 30), (25, 26), (4, 9)], strict=True)):
+        write_png(path, picture(i, *size))
+    data = SRData(ImageSet('Some', files, [None] * 3), 2)
+    data.prepare()
+    return data
+
+
+def test_evaluation(pair):
+    """One grey level off everywhere: the MSE of luma is (219/255)^2."""
+
+    def off_by_one(images: SRData, index: int) -> np.ndarray:
+        hr = images.hr(index)
+        return np.where(hr > 127, hr - 1, hr + 1).astype(np.uint8)
+
+    grey = {i: np.full(pair.hr(i).shape, 50 * (i + 1), np.uint8) for i in range(3)}
+    pair.hr = grey.__getitem__
+    results = Evaluation([pair], ssim=True)(off_by_one, 'x')
+    assert list(results) == ['Some']
+    images = results['Some']['images']
+    assert list(images) == ['a', 'b', 'tiny']
+    expected = 20 * math.log10(255 * 255 / 219)
+    assert images['a']['psnr'] == pytest.approx(expected)
+    assert images['b']['psnr'] == pytest.approx(expected)
+    assert math.isnan(images['tiny']['psnr'])
+    assert images['a']['ssim'] < 1
+    assert all(image['seconds'] >= 0 for image in images.values())
+
+
+@pytest.mark.parametrize('channels, border', [('Y', 2), ('RGB', 8)])
+def test_protocol_and_shaved_border(pair, channels, border):
+    """An image that is wrong only in the border that is not scored is perfect."""
+    pair.channels = channels
+
+    def wrong_border(width: int):
+        def upscale(images: SRData, index: int) -> np.ndarray:
+            sr = 255 - images.hr(index)
+            sr[width:-width, width:-width] = images.hr(index)[width:-width, width:-width]
+            return sr
+
+        return upscale
+
+    evaluation = Evaluation([pair], ssim=False)
+    assert evaluation.protocol() == {'Some': {'channels': channels, 'shave': border, 'lr_border': 'mirror'}}
+    assert evaluation(wrong_border(border), 'x')['Some']['images']['a']['psnr'] == math.inf
+    assert evaluation(wrong_border(border + 1), 'x')['Some']['images']['a']['psnr'] < 60
+
+
+def test_table():
+    image = {'psnr': 30.0, 'ssim': 0.9, 'seconds': 0.5}
+    results = {
+        'Set5': {'psnr': 30.125, 'ssim': 0.91239, 'seconds': 0.5, 'images': {'a': image, 'b': image}},
+        'Manga109': {'psnr': math.inf, 'ssim': math.nan, 'seconds': 0.25, 'images': {'a': image}},
+        'X': {'psnr': math.nan, 'seconds': 0.25, 'images': {'a': image}},
+    }
+    lines = [line.split() for line in table(results).splitlines()]
+    assert lines == [
+        ['Set', 'images', 'PSNR', 'SSIM', 's/image'],
+        ['Set5', '2', '30.12', '0.9124', '0.500'],
+        ['Manga109', '1', 'inf', '-', '0.250'],
+        ['X', '1', '-', '-', '0.250'],
+    ]
+    assert len({len(line) for line in table(results).splitlines()}) == 1
+
+
+def test_an_image_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / 'results').write_text('in the way')
+    with pytest.raises(Exception, match=r'a\.png could not be written'), Writer() as writer:
+        writer.write(tmp_path / 'results' / 'a.png', picture(0, 5, 5))
