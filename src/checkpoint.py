@@ -104,6 +104,12 @@ class RunFolder:
         for name, image in picture.curves(state['log']).items():
             write_atomic(self.folder / name, image)
 
+    def keep_best(self, epoch: int) -> None:
+        """Make the kept weights of `epoch` the best ones, if they were kept."""
+        path = self.models / f'model_{epoch}.pt'
+        if path.is_file():
+            write_atomic(self.models / 'model_best.pt', path.read_bytes())
+
     def load_state(self) -> dict[str, Any]:
         """What `save_epoch` wrote.
 

@@ -333,7 +333,7 @@ def build_parser() -> Parser:
     g = parser.add_argument_group('run folder')
     g.add_argument('--save_dir', metavar='FOLDER', type=folder, default=ROOT / 'experiment', help='folder of the runs')
     g.add_argument(
-        '--save', default='', metavar='NAME', help='name of the run (left out: that of the recipe, or <model>_x<scale>)'
+        '--save', default='', metavar='NAME', help='name of the run (left out: recipe or <model>_x<scale>, and _test)'
     )
     g.add_argument('--load', default='', metavar='NAME', help='run to continue or to test, with its options')
     g.add_argument(
@@ -374,8 +374,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f'--{key} {getattr(args, key)}: the run {args.load} has {key} {saved.get(key)}, '
                 'which cannot change in a run; leave it out, or start another run with --save.'
             )
-    args.save = args.load or args.save or args.template or f'{args.model}_x{args.scale}'
+    args.save = args.load or args.save or _default_name(args)
     return args
+
+
+def _default_name(args: argparse.Namespace) -> str:
+    """Name of a run that was given none; a test never writes into the folder of a training run."""
+    if args.score:
+        return f'{args.score.name}_score'
+    name = args.template or f'{args.model}_x{args.scale}'
+    return f'{name}_test' if args.test_only else name
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, object]:

@@ -24,7 +24,7 @@ from error import UserError
 from files import write_atomic
 from loss import Loss
 from model import Model
-from optimizer import learning_rate, set_learning_rate
+from optimizer import set_learning_rate
 
 log = logging.getLogger('frugalsr')
 
@@ -235,8 +235,8 @@ class Trainer:
         run: where everything goes.
         batch_size: samples a step.
         steps: steps an epoch.
-        parts: a batch is computed in this many parts.
         rate: learning rate after a number of finished epochs.
+        parts: a batch is computed in this many parts.
         clip: largest absolute value of a gradient; 0: any.
         skip_threshold: a batch is skipped if its loss exceeds this times that of the last epoch.
         print_every: steps between lines in the log.
@@ -254,8 +254,8 @@ class Trainer:
         run: RunFolder,
         batch_size: int,
         steps: int,
+        rate: Callable[[int], float],
         parts: int = 1,
-        rate: Callable[[int], float] = lambda finished: learning_rate(1e-4, [200], 0.5, finished),
         clip: float = 0.0,
         skip_threshold: float = 1e8,
         print_every: int = 100,
@@ -284,6 +284,8 @@ class Trainer:
         """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
         self.log = log_of_run[:epoch]
         self.epoch, self.samples = epoch, self.log[-1]['samples']
+        best = [record['epoch'] for record in self.log if self._is_best(record['epoch'])]
+        self.run.keep_best(best[-1])
 
     def state(self) -> dict[str, Any]:
         """Everything that the run continues from."""
@@ -304,16 +306,19 @@ class Trainer:
         batches = plain_errors(self.loader(range(self.samples, last)))
         while self.epoch < epochs:
             record = self._train_epoch(batches, epochs)
+            if not all(p.isfinite().all() for p in self.model.net.parameters()):
+                raise UserError(f'The weights are no longer finite after epoch {self.epoch}; {self._advice()}')
             self.log.append(record)
             results = self.evaluate()
             record['test'] = {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()}
             log.info('%s', table(results))
-            self.run.save_epoch(self.state(), self._is_best(), self.keep_all)
+            self.run.save_epoch(self.state(), self._is_best(self.epoch), self.keep_all)
 
-    def _is_best(self) -> bool:
-        first = next(iter(self.log[-1]['test']))
-        scores = [record['test'][first]['psnr'] for record in self.log if first in record['test']]
-        return scores[-1] == max(scores)
+    def _is_best(self, epoch: int) -> bool:
+        """Whether no epoch up to this one had a better PSNR on the first test set."""
+        tests = [record['test'] for record in self.log[:epoch]]
+        first = next(iter(tests[-1]))
+        return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
 
     def _train_epoch(self, batches: Iterator[Batch], epochs: int) -> dict[str, Any]:
         rate = self.rate(self.epoch)
@@ -363,11 +368,8 @@ class Trainer:
                 terms[name] += value.item() * share
         values = terms | {'total': sum(terms.values())}
         if not math.isfinite(values['total']):
-            again = f'epoch {self.epoch} is kept: continue it with --load {self.run.folder.name}, with'
-            raise UserError(
-                f'The loss is {values["total"]} in epoch {self.epoch + 1}, on patches of {self._names()}; '
-                f'{again if self.epoch else "start again with"} a lower --lr or a --gclip.'
-            )
+            where = f'in epoch {self.epoch + 1}, on patches of {self._names()}'
+            raise UserError(f'The loss is {values["total"]} {where}; {self._advice()}')
         learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
         last = learned[-1] if learned else math.inf
         if values['total'] > self.skip_threshold * last:
@@ -377,6 +379,12 @@ class Trainer:
             torch.nn.utils.clip_grad_value_(self.model.net.parameters(), self.clip)
         self.optimizer.step()
         return values
+
+    def _advice(self) -> str:
+        if not self.log:
+            return 'start again with a lower --lr or a --gclip.'
+        kept = f'epoch {len(self.log)} is kept'
+        return f'{kept}: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
 
     def _names(self) -> str:
         numbers = range(self.samples, self.samples + self.batch_size)

@@ -111,7 +111,7 @@ def test_published_benchmark():
     sets = ['Set5', 'Set14', 'B100', 'Urban100', 'Manga109']
     expected = {'test_only': True, 'data_test': sets, 'save_results': True, 'pre_train': '../LCoAN_x4.pt'}
     paths = {'extend': ROOT / 'models', 'dir_data': ROOT / 'dataset', 'save_dir': ROOT / 'experiment'}
-    own = {'save': 'LCoAN_x4', 'n_threads': found['n_threads']}
+    own = {'save': 'LCoAN_x4_test', 'n_threads': found['n_threads']}
     assert found == DEFAULTS | paths | LCOAN | expected | own
 
 
@@ -198,6 +198,10 @@ def test_default_paths_do_not_depend_on_where_one_is(tmp_path, monkeypatch):
 
 def test_default_name_of_a_run():
     assert options('--model EDSR --scale 2').save == 'EDSR_x2'
+    assert options('--template LCoAN-small_x4').save == 'LCoAN-small_x4'
+    assert options('--model EDSR --scale 2 --test_only').save == 'EDSR_x2_test'
+    assert options('--score some/results --scale 2').save == 'results_score'
+    assert options('--test_only --save mine').save == 'mine'
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,18 @@ def test_resume_goes_back_to_an_epoch(data_folder):
     assert not equal(weights(run, '3'), weights(run, '1'))
 
 
+def test_resume_at_an_epoch_takes_back_the_best(data_folder, monkeypatch):
+    scores = iter([20.0, 30.0, 40.0])
+    monkeypatch.setattr('metric.psnr', lambda *_: next(scores))
+    for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
+        path.unlink()
+    run = train(data_folder, EDSR, '--epochs 3 --save_models --lr 0.01')
+    assert equal(weights(run, 'best'), weights(run, '3'))
+    monkeypatch.setattr('metric.psnr', lambda *_: 10.0)
+    train(data_folder, '--load run --resume 2 --epochs 3')
+    assert equal(weights(run, 'best'), weights(run, '2'))
+
+
 @pytest.mark.parametrize('epoch', [-1, 0])
 def test_resume_of_the_latest(data_folder, epoch):
     run = train(data_folder, EDSR, '--epochs 2')
@@ -284,6 +296,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_folder, capsys):
     assert metrics(run) == record
     train(data_folder, '--load run --epochs 3 --lr 1e-4')
     assert len(metrics(run)) == 3
+
+
+def test_weights_that_are_not_finite_are_not_kept(data_folder, capsys):
+    """The last step of an epoch may break them after a loss that was still finite."""
+    run = train(data_folder, EDSR)
+    before = state(run)
+    capsys.readouterr()
+    command = '--load run --epochs 2 --test_every 1 --lr 1e30 --epsilon 1e-30 --betas 0 0 --weight_decay 1e30'
+    assert main.main(arguments(data_folder, command)) == 2
+    assert 'The weights are no longer finite after epoch 2; epoch 1 is kept' in capsys.readouterr().err
+    assert equal(state(run), before)
 
 
 def test_a_loss_that_is_not_finite_at_once(data_folder, capsys):
