@@ -35,5 +35,5 @@ TEMPLATES: dict[str, Recipe] = {
     'LCoAN_x2': {**LCOAN, 'scale': 2, 'patch_size': 96, 'epochs': 1500, 'decay': [300, 600, 900, 1200]},
     'LCoAN_x4': {**LCOAN, 'scale': 4, 'patch_size': 192, 'epochs': 500, 'decay': [100, 200, 300, 400]},
     'LCoAN-small_x2': {**SMALL, 'scale': 2, 'patch_size': 64},
-    'LCoAN-small_x4': {**SMALL, 'scale': 4, 'patch_size': 128},
+    'LCoAN-small_x4': {**SMALL, 'scale': 4, 'patch_size': 128, 'epochs': 12, 'decay': [6, 9, 11]},
 }
