@@ -60,7 +60,7 @@ class Evaluation:
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""
-        return {s.name: {'channels': s.channels, 'shave': shave(s), 'lr_border': s.border} for s in self.sets}
+        return {s.name: {'channels': s.channels, 'shave': shave(s), 'lr_border': s.lr_border} for s in self.sets}
 
     def _set(self, images: SRData, upscale: Upscale, label: str) -> dict[str, Any]:
         scores: dict[str, dict[str, float]] = {}

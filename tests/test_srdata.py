@@ -235,9 +235,9 @@ def test_copies_that_cannot_be_removed(tmp_path, warnings, renew):
 def test_lr_of_another_border_is_not_taken(tmp_path):
     write_png(tmp_path / 'HR' / 'a.png', picture(1, 16, 16))
     images = find_set(f'{tmp_path}/HR', tmp_path, tmp_path)
-    prepared(images, 2, border='mirror')
+    assert prepared(images, 2, border='mirror').lr_border == 'mirror'
     assert 'LR_bicubic/X2 have --lr_border mirror' in message(images, 2, border='clamp')
-    prepared(images, 2, border='mirror')
+    assert prepared(images, 2, border='mirror').lr_border == 'mirror'
 
 
 def test_given_lr_suits_any_border(tmp_path):
@@ -246,4 +246,6 @@ def test_given_lr_suits_any_border(tmp_path):
     write_png(tmp_path / 'LR_bicubic' / 'X2' / 'ax2.png', hr[::2, ::2])
     images = find_set(f'{tmp_path}/HR', tmp_path, tmp_path)
     for border in ('mirror', 'clamp'):
-        np.testing.assert_array_equal(prepared(images, 2, border=border).lr(0), hr[::2, ::2])
+        data = prepared(images, 2, border=border)
+        np.testing.assert_array_equal(data.lr(0), hr[::2, ::2])
+        assert data.lr_border is None

@@ -31,6 +31,7 @@ class SRData:
     def __init__(self, images: ImageSet, scale: int, border: Border = 'mirror', cached: bool = False) -> None:
         self.name, self.channels, self.names = images.name, images.channels, images.names
         self.scale, self.border = scale, border
+        self.lr_border: Border | None = None  # known only of LR that was made here
         self._hr = list(images.hr)
         self._lr = [
             None if folder is None else folder / f'X{scale}' / f'{path.stem}x{scale}.png'
@@ -90,6 +91,8 @@ class SRData:
         elif missing:
             for note in notes:
                 write_atomic(note, f'{self.border}\n'.encode())
+        if missing or any(note.is_file() for note in notes):
+            self.lr_border = self.border
 
     def _fill_caches(self, pool: ThreadPoolExecutor, renew: bool) -> None:
         files = [path for path in (*self._hr, *filter(None, self._lr)) if path.parent in self._caches]
