@@ -1,6 +1,7 @@
 """Networks by name, and the wrapper that runs one on images."""
 
 import inspect
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class Model(nn.Module):
 
     def to_range(self, images: Tensor) -> Tensor:
         """uint8 RGB (N, 3, H, W) to what the network works in: (N, n_colors, H, W) float32 on the device."""
-        return self._to_range(self._colours(unit(images.to(self.device))))
+        return self._to_range(self._colours(images.to(self.device).float() / 255))
 
     def forward(self, lr: Tensor) -> Tensor:
         """uint8 RGB (N, 3, H, W) to the network's own output, in its own range."""
@@ -88,21 +89,20 @@ class Model(nn.Module):
     def upscale(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type, in evaluation mode."""
         self.net.eval()
-        lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-        white = torch.iinfo(lr.dtype).max
+        peak = np.iinfo(image.dtype).max
+        integers = np.uint8 if peak == 255 else np.int32  # few operations of PyTorch know uint16
+        lr = torch.from_numpy(np.ascontiguousarray(image, integers)).permute(2, 0, 1)
+        run = partial(self._upscale, peak=peak)
 
         def finish(rows: Tensor) -> Tensor:
-            return rows.mul_(white).round_().clamp_(0, white).to(lr.dtype)
+            return rows.mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
 
-        if self.tiler is None:
-            sr = finish(self._upscale(lr.unsqueeze(0))[0].cpu())
-        else:
-            sr = self.tiler(self._upscale, lr, self.scale, finish)
-        return sr.permute(1, 2, 0).contiguous().numpy()
+        sr = self.tiler(run, lr, self.scale, finish) if self.tiler else finish(run(lr.unsqueeze(0))[0].cpu())
+        return np.ascontiguousarray(sr.permute(1, 2, 0).numpy(), image.dtype)
 
-    def _upscale(self, lr: Tensor) -> Tensor:
-        """Integer RGB tiles (N, 3, H, W) to float RGB tiles in [0, 1], on the device."""
-        rgb = unit(lr.to(self.device))
+    def _upscale(self, lr: Tensor, peak: int) -> Tensor:
+        """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
+        rgb = lr.to(self.device, torch.float32) / peak
         with torch.autocast(self.device.type, self.half_dtype, enabled=self.half_precision):
             x = self._to_range(self._colours(rgb))
             y = self_ensemble(self.net, x) if self.ensemble else self.net(x)
@@ -118,8 +118,3 @@ class Model(nn.Module):
     def _to_range(self, x: Tensor) -> Tensor:
         black, white = self.range
         return x * (white - black) + black
-
-
-def unit(images: Tensor) -> Tensor:
-    """Integer images to float32 in [0, 1]."""
-    return images.to(torch.float32) / torch.iinfo(images.dtype).max
