@@ -2,7 +2,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 set_up() {
-    local python=${PYTHON:-python3} stamp
+    local python=${PYTHON:-python3} stamp file
     stamp=$root/.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
     if [ -e "$stamp" ]; then return; fi
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
@@ -11,6 +11,8 @@ set_up() {
     }
     echo "Setting up $root/.venv (the first time only) ..."
     "$python" -m venv "$root/.venv"
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")
+    for file in "$@"; do
+        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
+    done
     touch "$stamp"
 }

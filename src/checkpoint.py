@@ -23,12 +23,11 @@ import torch
 
 import picture
 from error import UserError
-from files import write_atomic
-from model.weights import read_torch
+from files import read_torch, write_atomic
 
 log = logging.getLogger('frugalsr')
 
-OURS = ('config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'state.pt', 'loss.png')
+OURS = ('state.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
 
 
 def finite(value: Any) -> Any:
@@ -41,10 +40,10 @@ def finite(value: Any) -> Any:
 
 
 class RunFolder:
-    """Files of one run, below `folder`."""
+    """Files of one run, below `folder`; `config` is the text of its config.txt."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, config: str = '') -> None:
+        self.folder, self.config = folder, config
         self.models = folder / 'model'
 
     def holds_training(self) -> bool:
@@ -52,7 +51,17 @@ class RunFolder:
         return (self.folder / 'state.pt').exists()
 
     def clear(self) -> None:
-        """Delete what a run leaves, and nothing else."""
+        """Delete what a run leaves, and nothing else.
+
+        Raises:
+            UserError: a file could not be deleted.
+        """
+        try:
+            self._clear()
+        except OSError as error:
+            raise UserError(f'{error.filename} could not be deleted ({error.strerror}): see to it.') from error
+
+    def _clear(self) -> None:
         for name in OURS:
             (self.folder / name).unlink(missing_ok=True)
         images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR'))
@@ -99,6 +108,7 @@ class RunFolder:
         names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
         for name in names:
             self.save(self.models / f'model_{name}.pt', state['model'])
+        self.write('config.txt', self.config)
         self.save(self.folder / 'state.pt', state)
         self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in state['log']))
         for name, image in picture.curves(state['log']).items():

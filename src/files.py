@@ -1,11 +1,14 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and files of tensors read without running anything they contain."""
 
 import os
+import pickle
 import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from error import WriteError
+import torch
+
+from error import UserError, WriteError
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:
@@ -31,3 +34,24 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def read_torch(path: Path) -> object:
+    """What a file written by `torch.save` holds, on the CPU; only tensors and plain values are unpickled.
+
+    Raises:
+        UserError: no such file, not a file of PyTorch, damaged, or with anything but tensors and plain values in it.
+    """
+    if not path.is_file():
+        raise UserError(f'No weights at {path}: check the path.')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        if 'GLOBAL' in str(error):  # the name of what the file wants to call
+            raise UserError(
+                f'{path} holds Python objects besides tensors and was not opened, since they could run code: '
+                'ask its author for a plain state dict.'
+            ) from error
+        raise UserError(f'{path} is not a file of weights, or it is damaged: fetch or make it again.') from error
+    except Exception as error:  # on a damaged file torch raises nearly anything
+        raise UserError(f'{path} is not a file of weights, or it is damaged: fetch or make it again.') from error

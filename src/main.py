@@ -39,6 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        from model.tiling import out_of_memory
+
+        if not out_of_memory(error) or '--debug' in argv:
+            raise
+        help_ = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'
+        print(f'Error: Memory ran out: give {help_}.', file=sys.stderr)
+        return 2
     return 0
 
 
@@ -47,7 +55,7 @@ def run(args: Namespace) -> None:
     from checkpoint import RunFolder, start_screen
 
     start_screen()
-    folder = RunFolder(args.save_dir / args.save)
+    folder = RunFolder(args.save_dir / args.save, option.write_config(args))
     if args.score:
         score(args, folder)
     elif args.test_only:
@@ -58,27 +66,38 @@ def run(args: Namespace) -> None:
 
 def score(args: Namespace, folder: RunFolder) -> None:
     """Score images that any program made."""
-    from trainer import read_outputs
+    from trainer import read_outputs, table
 
-    sets = test_sets(args)
+    sets = test_sets(args, prepare=False)
     upscale = read_outputs(sets, args.score)
     folder.start_log()
     evaluation = make_evaluation(args, sets, folder, save=False, ssim=True)
-    report(args, folder, evaluation, evaluation(upscale, args.score.name), {'scored': str(args.score)})
+    results = evaluation(upscale, args.score.name)
+    log.info('%s', table(results))
+    protocol = {'scored': str(args.score), 'sets': evaluation.protocol()}
+    folder.write_results({'model': None, 'scale': args.scale, 'protocol': protocol, 'sets': results})
 
 
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
-    from trainer import enlarge_folder
+    from trainer import enlarge_folder, table, timed
 
+    if folder.holds_training() and not args.load:
+        raise UserError(
+            f'{folder.folder} holds a training run: test it with --load {args.save}, or give another --save.'
+        )
     model = make_model(args)
     _, origin = load(args, folder, model)
     sets = test_sets(args)
     folder.start_log()
     describe(model, folder, origin)
+    if not args.load:
+        folder.write('config.txt', folder.config)
     if sets:
         evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=True)
-        report(args, folder, evaluation, evaluation(enlarger(model), args.model), protocol_of(args))
+        results = evaluation(timed(model), args.model)
+        log.info('%s', table(results))
+        write_results(args, folder, evaluation, results, model, origin)
     if 'Demo' in args.data_test:
         enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo')
 
@@ -90,7 +109,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
     from data.traindata import train_loader
     from loss import Loss
     from optimizer import learning_rate, make_optimizer
-    from trainer import Trainer
+    from trainer import Trainer, timed
 
     if folder.holds_training() and not (args.load or args.reset):
         raise UserError(
@@ -109,8 +128,8 @@ def train(args: Namespace, folder: RunFolder) -> None:
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
     def evaluate() -> dict[str, Any]:
-        results = evaluation(enlarger(model), args.model)
-        write_results(args, folder, evaluation, results, protocol_of(args))
+        results = evaluation(timed(model), args.model)
+        write_results(args, folder, evaluation, results, model, f'epoch {trainer.epoch}')
         return results
 
     trainer = Trainer(
@@ -138,7 +157,8 @@ def train(args: Namespace, folder: RunFolder) -> None:
         trainer.rewind(args.resume, state['log'])
     elif state is not None:
         trainer.resume(state)
-    folder.write('config.txt', option.write_config(args))
+    if state is None:
+        folder.write('config.txt', folder.config)
     trainer.train(args.epochs)
 
 
@@ -187,7 +207,10 @@ def load(args: Namespace, folder: RunFolder, model: Model) -> tuple[dict[str, An
         return state, f'weights from {source}'
     if args.pre_train:
         path = Path(args.pre_train).expanduser()
-        path = path if path.is_file() else args.extend / path
+        if not path.is_file():
+            path = args.extend / path
+            if not path.is_file():
+                raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}: check the path.')
         upsampler = None if args.test_only else model.network.upsampler
         new = load_weights(model.net, read_weights(path), str(path), upsampler)
         return None, f'weights from {path}' + (f'; new: {", ".join(new)}' if new else '')
@@ -196,27 +219,33 @@ def load(args: Namespace, folder: RunFolder, model: Model) -> tuple[dict[str, An
     return None, 'new weights' if model.net.state_dict() else 'no weights'
 
 
-def test_sets(args: Namespace) -> list[SRData]:
-    """The prepared test sets; Demo is not one, it has no HR."""
-    return [make_set(args, name, args.data_range[-1]) for name in args.data_test if name != 'Demo']
+def test_sets(args: Namespace, prepare: bool = True) -> list[SRData]:
+    """The test sets; Demo is not one, it has no HR. Without `prepare` only their HR images are to be read."""
+    sets = [make_set(args, name, args.data_range[-1], prepare) for name in args.data_test if name != 'Demo']
+    twice = {images.name for images in sets if [other.name for other in sets].count(images.name) > 1}
+    if twice:
+        raise UserError(f'--data_test names {twice.pop()} twice: give each set once, or folders of different names.')
+    return sets
 
 
 def train_data(args: Namespace) -> Any:
     """Patches of the training sets."""
     from data.traindata import TrainData
 
-    sets = [make_set(args, name, args.data_range[0], cached=args.ext != 'img') for name in args.data_train]
+    cached = args.ext != 'img'
+    sets = [make_set(args, name, args.data_range[0], cached=cached) for name in args.data_train]
     return TrainData(sets, args.patch_size, args.seed, not args.no_augment)
 
 
-def make_set(args: Namespace, name: str, span: tuple[int, int], cached: bool = False) -> SRData:
-    """Find and prepare one set."""
+def make_set(args: Namespace, name: str, span: tuple[int, int], prepare: bool = True, cached: bool = False) -> SRData:
+    """Find one set, and prepare it."""
     from data.sets import find_set
     from data.srdata import SRData
 
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
     data = SRData(images, args.scale, args.lr_border, cached)
-    data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset')
+    if prepare:
+        data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset')
     return data
 
 
@@ -227,37 +256,28 @@ def make_evaluation(args: Namespace, sets: list[SRData], folder: RunFolder, save
     return Evaluation(sets, ssim, folder.folder if save else None, args.save_gt)
 
 
-def enlarger(model: Model) -> Any:
-    """The network as a way of enlarging the images of a set."""
-    return lambda images, index: model.upscale(images.lr(index))
-
-
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
     """Say what runs where."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
     log.info('%s, %s; run folder %s', what, origin, folder.folder)
+    if model.tiler and not model.network.tiling_exact:
+        log.info('Tiles change the result of %s: its attention sees one tile at a time.', model.name)
 
 
-def protocol_of(args: Namespace) -> dict[str, Any]:
-    """What of the options changes a score."""
-    chop = {'size': args.chop_size, 'overlap': args.chop_overlap} if args.chop else None
-    return {'chop': chop, 'self_ensemble': args.self_ensemble, 'precision': args.precision}
-
-
-def write_results(args: Namespace, folder: RunFolder, evaluation: Evaluation, sets: dict, protocol: dict) -> None:
-    """Write results.json."""
-    model = None if args.score else args.model
-    protocol = protocol | {'sets': evaluation.protocol()}
-    folder.write_results({'model': model, 'scale': args.scale, 'protocol': protocol, 'sets': sets})
-
-
-def report(args: Namespace, folder: RunFolder, evaluation: Evaluation, sets: dict, protocol: dict) -> None:
-    """Print the table and write results.json."""
-    from trainer import table
-
-    log.info('%s', table(sets))
-    write_results(args, folder, evaluation, sets, protocol)
+def write_results(
+    args: Namespace, folder: RunFolder, evaluation: Evaluation, results: dict, model: Model, weights: str
+) -> None:
+    """Write results.json: the scores, and everything that has a say in them."""
+    tiler = model.tiler
+    protocol = {
+        'chop': {'size': tiler.size, 'overlap': tiler.overlap} if tiler else None,
+        'self_ensemble': args.self_ensemble,
+        'precision': args.precision,
+        'sets': evaluation.protocol(),
+    }
+    about = {'model': args.model, 'scale': args.scale, 'weights': weights, 'protocol': protocol}
+    folder.write_results(about | {'sets': results})
     if evaluation.folder:
         log.info('Images: %s/results-*', folder.folder)
 

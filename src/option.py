@@ -91,7 +91,7 @@ def names(text: str) -> list[str]:
     found = [text] if Path(text).is_dir() and os.sep in text else [name for name in text.split('+') if name]
     if not found:
         raise argparse.ArgumentTypeError(f'{text!r} names no set')
-    return [str(folder(name)) if os.sep in name else name for name in found]
+    return [str(folder(name)) if os.sep in name or '/' in name else name for name in found]
 
 
 def epochs_list(text: str) -> list[int]:
@@ -346,7 +346,7 @@ def build_parser() -> Parser:
     g.add_argument('--save_models', action='store_true', help='keep the weights of every epoch')
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
     g.add_argument('--save_results', action='store_true', help='save the enlarged images')
-    g.add_argument('--save_gt', action='store_true', help='save LR and HR beside them')
+    g.add_argument('--save_gt', action='store_true', help='save LR and HR beside them (and with it the enlarged ones)')
     return parser
 
 
@@ -365,16 +365,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     saved: dict[str, object] = {}
     if args.load and not args.reset:
         saved = read_config(args.save_dir / args.load / 'config.txt')
-        parser.set_defaults(**{key: value for key, value in saved.items() if key not in NOT_RESTORED})
+        for key, value in saved.items():
+            if key not in NOT_RESTORED:  # numbers as text, to be checked like typed ones
+                parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value})
     args = parser.parse_args(argv)
     _check(args)
     for key in FIXED_IN_A_RUN:
         if saved and getattr(args, key) != saved.get(key):
             raise UserError(
                 f'--{key} {getattr(args, key)}: the run {args.load} has {key} {saved.get(key)}, '
-                'which cannot change in a run; leave it out, or start another run with --save.'
+                'which cannot change in a run; leave it out, or start another run.'
             )
     args.save = args.load or args.save or _default_name(args)
+    args.save_results |= args.save_gt
     return args
 
 
@@ -409,12 +412,12 @@ def read_config(path: Path) -> dict[str, object]:
     try:
         pairs = (line.split(': ', 1) for line in path.read_text().splitlines())
         options = {key: json.loads(value) for key, value in pairs}
-        known = options.keys() >= {'model', 'scale', 'data_range'}
-    except (OSError, ValueError):
+        options['data_range'] = tuple((int(first), int(last)) for first, last in options['data_range'])
+        known = options.keys() >= {'model', 'scale'}
+    except (OSError, ValueError, TypeError, KeyError):
         known = False
     if not known:
         raise UserError(f'{path.parent} is not a run of this program: its config.txt is missing or unreadable.')
-    options['data_range'] = tuple(tuple(span) for span in options['data_range'])
     return options
 
 
@@ -426,9 +429,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f'--n_GPUs {args.n_GPUs}: this version runs on one GPU; give 1, or 0 for the CPU.')
     if args.gan_k != 1:
         raise UserError(f'--gan_k {args.gan_k}: this version has no adversarial loss; leave it out.')
-    if args.patch_size % args.scale:
+    training = not (args.test_only or args.score)
+    if training and args.patch_size % args.scale:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
-    if args.split_batch > args.batch_size:
+    if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
     if args.chop_overlap >= args.chop_size:
         raise UserError(
@@ -439,6 +443,16 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError('--data_test Demo: give the folder of images with --dir_demo.')
         if not args.test_only or args.score:
             raise UserError('--data_test Demo: these images have no scores; use it with --test_only.')
+    if args.load and not args.reset:
+        for option in ('pre_train', 'template'):
+            if getattr(args, option):
+                raise UserError(f'--{option} {getattr(args, option)}: the run {args.load} has its own; leave it out.')
+        if args.save not in ('', args.load):
+            raise UserError(f'--save {args.save}: the run {args.load} goes on in its own folder; leave it out.')
+    if args.score:
+        for option in ('load', 'pre_train', 'reset', 'save_results', 'save_gt', 'chop', 'self_ensemble'):
+            if getattr(args, option):
+                raise UserError(f'--{option}: --score measures files and runs no network; leave it out.')
     if args.resume > 0 and not args.load:
         raise UserError(f'--resume {args.resume}: name the run with --load.')
     if args.reset and args.test_only:

@@ -30,7 +30,7 @@ log = logging.getLogger('frugalsr')
 
 SHEET_ROWS = 5
 
-Upscale = Callable[[SRData, int], np.ndarray]
+Upscale = Callable[[SRData, int], tuple[np.ndarray, float]]
 Batch = tuple[Tensor, Tensor]
 
 
@@ -53,7 +53,7 @@ class Evaluation:
         """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
 
         Args:
-            upscale: gives the image of a set at an index, (H, W, 3) uint8.
+            upscale: gives the image of a set at an index, (H, W, 3) uint8, and the seconds that it took.
             label: what to call it in pictures.
         """
         return {images.name: self._set(images, upscale, label) for images in self.sets}
@@ -67,9 +67,7 @@ class Evaluation:
         rows: list[picture.Comparison] = []
         with Writer() as writer:
             for index in progress(range(len(images)), f'{images.name} x{images.scale}'):
-                start = time.perf_counter()
-                sr = upscale(images, index)
-                seconds = time.perf_counter() - start
+                sr, seconds = upscale(images, index)
                 name, hr = images.names[index], images.hr(index)
                 scores[name] = self._score(images, sr, hr) | {'seconds': seconds}
                 if self.folder is not None:
@@ -125,7 +123,7 @@ class Writer:
 
     def write(self, path: Path, image: np.ndarray) -> None:
         """Write (H, W, C) uint8 or uint16 to `path`."""
-        if len(self._futures) > 8:
+        if len(self._futures) > 1:
             self._futures.pop(0).result()
         self._futures.append(self._pool.submit(write_png, path, image))
 
@@ -148,7 +146,8 @@ def table(results: dict[str, Any]) -> str:
         psnr, ssim = result['psnr'], result.get('ssim', math.nan)
         cells = f'{psnr:8.2f}' if not math.isnan(psnr) else f'{"-":>8}'
         cells += f'{ssim:8.4f}' if not math.isnan(ssim) else f'{"-":>8}'
-        lines.append(f'{name:<{width}}  {len(result["images"]):6d}{cells}{result["seconds"]:9.3f}')
+        cells += f'{result["seconds"]:9.3f}' if not math.isnan(result['seconds']) else f'{"-":>9}'
+        lines.append(f'{name:<{width}}  {len(result["images"]):6d}{cells}')
     return '\n'.join(lines)
 
 
@@ -162,7 +161,7 @@ def read_outputs(sets: Sequence[SRData], folder: Path) -> Upscale:
         own = [path for path in (folder / images.name, folder / f'results-{images.name}') if path.is_dir()]
         files[images.name] = match_outputs(own[0] if own else folder, images.names)
 
-    def read(images: SRData, index: int) -> np.ndarray:
+    def read(images: SRData, index: int) -> tuple[np.ndarray, float]:
         path = files[images.name][images.names[index]]
         sr, expected = read_rgb(path), images.hr(index).shape
         if sr.shape != expected:
@@ -170,9 +169,21 @@ def read_outputs(sets: Sequence[SRData], folder: Path) -> Upscale:
                 f'{path} is {sr.shape[1]}x{sr.shape[0]} pixels, but {images.names[index]} of {images.name} cropped for '
                 f'x{images.scale} is {expected[1]}x{expected[0]}: check --scale and the file.'
             )
-        return sr
+        return sr, math.nan
 
     return read
+
+
+def timed(model: Model) -> Upscale:
+    """A network as a way of enlarging the images of a set; reading them is not timed."""
+
+    def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:
+        lr = images.lr(index)
+        start = time.perf_counter()
+        sr = model.upscale(lr)
+        return sr, time.perf_counter() - start
+
+    return upscale
 
 
 def enlarge_folder(model: Model, source: Path, target: Path) -> None:
@@ -186,32 +197,47 @@ def enlarge_folder(model: Model, source: Path, target: Path) -> None:
     files = find_images(source)
     if not files:
         raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
-    stems = [path.stem for path in files]
+    plain = Model('Bicubic', model.scale, model.device, model.tiler)
     failures: list[str] = []
     start = time.perf_counter()
     with Writer() as writer:
-        for path in progress(files, f'{source.name} x{model.scale}'):
-            name = path.name if stems.count(path.stem) > 1 else path.stem
+        for path, name in progress(zip(files, output_names(files), strict=True), source.name, total=len(files)):
             try:
                 photo = read_photo(path)
             except UserError as error:
                 failures.append(str(error))
                 continue
-            writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, photo))
+            writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, plain, photo))
     seconds = (time.perf_counter() - start) / len(files)
     log.info('%d images enlarged by %d, %.2f s each: %s', len(files) - len(failures), model.scale, seconds, target)
     if failures:
         raise UserError(f'{len(failures)} of {len(files)} images could not be read: {" ".join(failures)}')
 
 
-def enlarge_photo(model: Model, photo: Photo) -> np.ndarray:
-    """(H, W), (H, W, 3) or (H, W, 4) of the photograph's own depth; alpha is enlarged apart from the colour."""
+def output_names(files: Sequence[Path]) -> list[str]:
+    """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
+    stems = [path.stem for path in files]
+    names: list[str] = []
+    for path in files:
+        name = path.stem if stems.count(path.stem) == 1 else path.name
+        while name in names:
+            name += '_'
+        names.append(name)
+    return names
+
+
+def enlarge_photo(model: Model, plain: Model, photo: Photo) -> np.ndarray:
+    """(H, W), (H, W, 3) or (H, W, 4) of the photograph's own depth.
+
+    Alpha is enlarged apart from the colour and by `plain`, the bicubic: what is opaque stays opaque, which a network
+    does not guarantee.
+    """
     if photo.alpha is None:
         sr = model.upscale(photo.color)
         return sr[..., 1] if photo.grey else sr
     sr = model.upscale(fill_hidden(photo.color, photo.alpha))
-    alpha = model.upscale(np.repeat(photo.alpha[..., None], 3, -1))
-    return np.concatenate((sr, alpha[..., 1:2]), -1)
+    alpha = plain.upscale(np.repeat(photo.alpha[..., None], 3, -1))
+    return np.concatenate((sr, alpha[..., :1]), -1)
 
 
 def plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -267,6 +293,8 @@ class Trainer:
         self.clip, self.skip_threshold, self.print_every, self.keep_all = clip, skip_threshold, print_every, keep_all
         self.epoch = 0
         self.samples = 0
+        self.saved = 0  # the epoch of the state on the disk
+        self.rewound = False
         self.log: list[dict[str, Any]] = []
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -279,13 +307,13 @@ class Trainer:
         for group, hyperparameters in zip(self.optimizer.param_groups, own, strict=True):
             group.update(hyperparameters)
         self.epoch, self.samples, self.log = state['epoch'], state['samples'], state['log']
+        self.saved = self.epoch
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
         """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
         self.log = log_of_run[:epoch]
         self.epoch, self.samples = epoch, self.log[-1]['samples']
-        best = [record['epoch'] for record in self.log if self._is_best(record['epoch'])]
-        self.run.keep_best(best[-1])
+        self.saved, self.rewound = len(log_of_run), True
 
     def state(self) -> dict[str, Any]:
         """Everything that the run continues from."""
@@ -312,7 +340,10 @@ class Trainer:
             results = self.evaluate()
             record['test'] = {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()}
             log.info('%s', table(results))
+            if self.rewound:
+                self.run.keep_best(max(epoch for epoch in range(1, self.epoch) if self._is_best(epoch)))
             self.run.save_epoch(self.state(), self._is_best(self.epoch), self.keep_all)
+            self.saved, self.rewound = self.epoch, False
 
     def _is_best(self, epoch: int) -> bool:
         """Whether no epoch up to this one had a better PSNR on the first test set."""
@@ -381,9 +412,9 @@ class Trainer:
         return values
 
     def _advice(self) -> str:
-        if not self.log:
+        if not self.saved:
             return 'start again with a lower --lr or a --gclip.'
-        kept = f'epoch {len(self.log)} is kept'
+        kept = f'epoch {self.saved} is kept'
         return f'{kept}: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
 
     def _names(self) -> str:

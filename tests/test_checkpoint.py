@@ -72,7 +72,8 @@ def test_finite():
 def test_an_epoch_leaves_these_files(run):
     run.save_epoch(state(30.0), best=True, keep=True)
     models = ['model/model_1.pt', 'model/model_best.pt', 'model/model_latest.pt']
-    assert sorted(files(run.folder)) == ['loss.png', 'metrics.jsonl', *models, 'state.pt', 'test_Set5.png']
+    others = ['loss.png', 'metrics.jsonl', *models, 'state.pt', 'test_Set5.png']
+    assert sorted(files(run.folder)) == ['config.txt', *others]
     for name in models:
         weights = torch.load(run.folder / name, weights_only=True)
         assert torch.equal(weights['body.weight'], state(30.0)['model']['body.weight'])

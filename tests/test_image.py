@@ -483,3 +483,10 @@ def test_fill_hidden_takes_the_nearest_visible_colour():
 @pytest.mark.parametrize('value', [0, 1, 255])
 def test_fill_hidden_without_contrast(value):
     assert fill_hidden(RGB, np.full((5, 7), value, np.uint8)) is RGB
+
+
+def test_dangling_link_is_found_and_named(tmp_path):
+    (tmp_path / 'gone.png').symlink_to(tmp_path / 'nowhere.png')
+    (path,) = find_images(tmp_path)
+    with pytest.raises(UserError, match=r'gone\.png does not exist'):
+        read_rgb(path)

@@ -334,6 +334,24 @@ def test_photographs_through_a_network(data_folder, photos, no_curves):
     }
 
 
+def test_what_is_opaque_stays_opaque(data_folder, tmp_path, no_curves):
+    run = train(data_folder, LCOAN)
+    (tmp_path / 'photos').mkdir()
+    Image.fromarray(np.full((20, 30, 4), 255, np.uint8)).save(tmp_path / 'photos' / 'a.png')
+    assert (
+        main.main(arguments(data_folder, f'--load run --test_only --data_test Demo --dir_demo {tmp_path}/photos')) == 0
+    )
+    with Image.open(run / 'results-Demo' / 'a_x2_SR.png') as image:
+        assert (np.asarray(image)[..., 3] == 255).all()
+
+
+def test_photographs_of_one_name(data_folder, tmp_path):
+    for name in ('a.png', 'a.bmp', 'a.png.bmp', 'b.png'):
+        Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / name)
+    assert demo(data_folder, tmp_path) == 0
+    assert len(list((data_folder.parent / 'runs' / 'demo' / 'results-Demo').iterdir())) == 4
+
+
 def test_a_broken_photograph_does_not_keep_the_others(data_folder, photos, capsys):
     good = (photos / 'rgb.png').read_bytes()
     (photos / 'cut.png').write_bytes(good[: len(good) // 2])
@@ -489,6 +507,22 @@ BAD = {
     'another optimiser in a run': (nothing, '--load edsr --optimizer SGD', ['--optimizer SGD', 'ADAM']),
     'an epoch to come': (nothing, '--load edsr --resume 7 --epochs 9', ['--resume 7', '1 epochs']),
     'an epoch not kept': (nothing, '--load edsr --resume 1 --epochs 2', ['--resume 1', 'model_1.pt', '--save_models']),
+    'numbers that are none': (
+        edit('runs/edsr/config.txt', lambda text: text.replace(b'\nlr: ', b'\nlr: -')), '--load edsr',
+        ['--lr', "'-0.0"],
+    ),
+    'a range that is none': (
+        edit('runs/edsr/config.txt', lambda text: re.sub(rb'data_range: .*', b'data_range: 5', text)), '--load edsr',
+        ['runs/edsr', 'config.txt'],
+    ),
+    'a run under another name': (nothing, '--load edsr --save other', ['--save other', 'edsr']),
+    'a run with other weights': (nothing, '--load edsr --pre_train w.pt', ['--pre_train w.pt', 'edsr']),
+    'a run with a recipe': (nothing, '--load edsr --template EDSR_x2', ['--template EDSR_x2', 'edsr']),
+    'a test in a training run': (
+        nothing, f'{BICUBIC} --scale 2 --save edsr', ['runs/edsr', '--load edsr', 'another --save'],
+    ),
+    'a set twice': (nothing, f'{BICUBIC} --scale 2 --data_test Set5+Set5', ['Set5', 'twice']),
+    'a score of a network': (nothing, '--score FOLDER --scale 2 --chop', ['--chop', '--score']),
     'a run folder that is a file': (
         edit('file', lambda _: b'x'), f'{EDSR} --save_dir FOLDER/file', ['FOLDER/file', '--save_dir'],
     ),
@@ -509,7 +543,8 @@ def test_bad_input(trained, capsys, monkeypatch, trouble):
     before = fingerprint(trained)
     capsys.readouterr()
     typed = command.replace('FOLDER', str(trained))
-    assert main.main([*arguments(trained / 'data'), '--save', 'new', *typed.split()]) == 2
+    own = [] if '--load' in typed else ['--save', 'new']
+    assert main.main([*arguments(trained / 'data'), *own, *typed.split()]) == 2
     message = capsys.readouterr().err
     assert re.fullmatch(r'Error: \S.*\.?\n', message)
     assert [word for word in words if word.replace('FOLDER', str(trained)) not in message] == []

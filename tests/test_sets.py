@@ -145,6 +145,13 @@ def test_an_empty_folder(tmp_path):
 def test_two_images_of_one_name(tmp_path):
     fill(tmp_path / 'Set5' / 'HR', 'a.png', 'b.png', 'b.jpg')
     assert "'b'" in message('Set5', tmp_path, tmp_path)
+
+
+def test_validation_images_copied_into_the_training_folder(tmp_path):
     fill(tmp_path / 'DIV2K' / 'DIV2K_train_HR', '0001.png', '0002.png')
     fill(tmp_path / 'DIV2K' / 'DIV2K_valid_HR', '0002.png')
-    assert "'0002'" in message('DIV2K', tmp_path, tmp_path)
+    files = find_set('DIV2K', tmp_path, tmp_path).hr
+    assert [str(path.relative_to(tmp_path / 'DIV2K')) for path in files] == [
+        'DIV2K_train_HR/0001.png',
+        'DIV2K_train_HR/0002.png',
+    ]

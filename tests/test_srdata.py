@@ -249,3 +249,25 @@ def test_given_lr_suits_any_border(tmp_path):
         data = prepared(images, 2, border=border)
         np.testing.assert_array_equal(data.lr(0), hr[::2, ::2])
         assert data.lr_border is None
+
+
+def test_given_lr_is_not_completed_with_another_border(tmp_path):
+    for name in 'ab':
+        write_png(tmp_path / 'HR' / f'{name}.png', picture(1, 16, 16))
+    write_png(tmp_path / 'LR_bicubic' / 'X2' / 'ax2.png', picture(1, 8, 8))
+    images = find_set(f'{tmp_path}/HR', tmp_path, tmp_path)
+    assert 'unknown border' in message(images, 2, border='clamp')
+    assert prepared(images, 2).lr_border is None
+    assert not (tmp_path / 'LR_bicubic' / 'X2' / '.lr_border').exists()
+
+
+def test_border_is_noted_before_a_failure(tmp_path):
+    for name in 'ab':
+        write_png(tmp_path / 'HR' / f'{name}.png', picture(1, 16, 16))
+    broken = tmp_path / 'HR' / 'b.png'
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-40])
+    images = find_set(f'{tmp_path}/HR', tmp_path, tmp_path)
+    assert 'b.png' in message(images, 2, border='clamp')
+    broken.write_bytes(whole)
+    assert '--lr_border clamp' in message(images, 2, border='mirror')

@@ -353,6 +353,30 @@ def test_an_error_in_a_loading_process_is_one_sentence(data_folder, capsys):
     assert message.count('\n') == 1
 
 
+def test_a_failed_continuation_changes_nothing(data_folder, capsys):
+    run = train(data_folder, EDSR, '--epochs 3 --save_models')
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file() and path.name != 'log.txt'}
+    for options in ('--epochs 5 --lr 1e30', '--resume 1 --epochs 3 --lr 1e30'):
+        capsys.readouterr()
+        assert main.main(arguments(data_folder, f'--load run {options}')) == 2
+        assert 'epoch 3 is kept' in capsys.readouterr().err
+    train(data_folder, '--load run --epochs 1')
+    train(data_folder, '--load run --resume 1 --epochs 1')
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory')])
+def test_out_of_memory_is_one_sentence(data_folder, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr('model.Model.forward', fail)
+    assert main.main(arguments(data_folder, EDSR)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith('Error: Memory ran out')
+    assert '--batch_size' in message
+
+
 def log(run: Path) -> str:
     return (run / 'log.txt').read_text()
 
@@ -371,9 +395,9 @@ def pair(tmp_path) -> SRData:
 def test_evaluation(pair):
     """One grey level off everywhere: the MSE of luma is (219/255)^2."""
 
-    def off_by_one(images: SRData, index: int) -> np.ndarray:
+    def off_by_one(images: SRData, index: int) -> tuple[np.ndarray, float]:
         hr = images.hr(index)
-        return np.where(hr > 127, hr - 1, hr + 1).astype(np.uint8)
+        return np.where(hr > 127, hr - 1, hr + 1).astype(np.uint8), 0.25
 
     grey = {i: np.full(pair.hr(i).shape, 50 * (i + 1), np.uint8) for i in range(3)}
     pair.hr = grey.__getitem__
@@ -386,7 +410,7 @@ def test_evaluation(pair):
     assert images['b']['psnr'] == pytest.approx(expected)
     assert math.isnan(images['tiny']['psnr'])
     assert images['a']['ssim'] < 1
-    assert all(image['seconds'] >= 0 for image in images.values())
+    assert results['Some']['seconds'] == 0.25
 
 
 @pytest.mark.parametrize('channels, border', [('Y', 2), ('RGB', 8)])
@@ -395,10 +419,10 @@ def test_protocol_and_shaved_border(pair, channels, border):
     pair.channels = channels
 
     def wrong_border(width: int):
-        def upscale(images: SRData, index: int) -> np.ndarray:
+        def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:
             sr = 255 - images.hr(index)
             sr[width:-width, width:-width] = images.hr(index)[width:-width, width:-width]
-            return sr
+            return sr, 0.0
 
         return upscale
 

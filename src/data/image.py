@@ -43,9 +43,10 @@ def find_images(folder: Path) -> list[Path]:
         UserError: `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise UserError(f'{folder} is not a folder; check the path')
+        raise UserError(f'{folder} is not a folder: check the path.')
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith('.'))
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.name)
+    # A dangling link is kept, to be named when it is read.
+    return sorted((path for path in found if not path.is_dir()), key=lambda path: path.name)
 
 
 def read_photo(path: Path) -> Photo:
@@ -131,13 +132,13 @@ def _user_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f'{path} does not exist; check the path') from error
+        raise UserError(f'{path} does not exist: check the path.') from error
     except UnidentifiedImageError as error:
         found = f'{path} ({path.stat().st_size} bytes) is not an image that can be read'
-        raise UserError(f'{found}; replace it by a PNG, JPEG, BMP, TIFF or WebP file') from error
+        raise UserError(f'{found}: replace it by a PNG, JPEG, BMP, TIFF or WebP file.') from error
     except Exception as error:  # on a damaged file the decoders raise nearly anything
         reason = str(error) or type(error).__name__
-        raise UserError(f'{path} cannot be read ({reason}); restore the file or save it again as PNG') from error
+        raise UserError(f'{path} cannot be read ({reason}): restore it, or save it again as PNG.') from error
 
 
 def _read_samples(path: Path) -> np.ndarray:

@@ -22,10 +22,10 @@ def match_outputs(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     Raises UserError if the folder or its images are missing, a name has no file, or the choice is not clear.
     """
     if not folder.is_dir():
-        raise UserError(f'{folder} is not a folder; name the folder that holds the images to score')
+        raise UserError(f'{folder} is not a folder: name the folder that holds the images to score.')
     files = find_images(folder)
     if not files:
-        raise UserError(f'{folder} holds no images; name the folder that holds the images to score')
+        raise UserError(f'{folder} holds no images: name the folder that holds the images to score.')
     candidates = defaultdict(list)
     for file in files:
         candidates[_owner(file.stem, names)].append(file)
@@ -33,7 +33,7 @@ def match_outputs(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     if missing:
         raise UserError(
             f'{folder} has no image for {len(missing)} of {len(names)} names ({_some(missing)}); it holds '
-            f'{_some([file.name for file in files])}; name every image after its HR image, as in {missing[0]}_SR.png'
+            f'{_some([file.name for file in files])}; name every image after its HR image, as in {missing[0]}_SR.png.'
         )
     return {name: _choose(name, candidates[name]) for name in names}
 
@@ -49,7 +49,7 @@ def _choose(name: str, files: list[Path]) -> Path:
     if len(preferred) != 1:
         raise UserError(
             f'{files[0].parent} has {len(files)} images for {name} ({_some([file.name for file in files])}); '
-            'leave one, or let exactly one end in _SR'
+            'leave one, or let exactly one end in _SR.'
         )
     return preferred[0]
 

@@ -121,7 +121,8 @@ def _from_folders(name: str, folders: Sequence[tuple[Path, Path]], channels: Cha
     for folder, lr_folder in folders:
         if not folder.is_dir():
             raise UserError(f'No folder {folder}: give the path of a folder of HR images.')
-        files = find_images(folder)
+        seen = {path.stem for path in hr}  # DIV2K's validation images are often copied into the training folder
+        files = [path for path in find_images(folder) if path.stem not in seen]
         hr += files
         lr += [lr_folder] * len(files)
     if not hr:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ class SRData:
     def __init__(self, images: ImageSet, scale: int, border: Border = 'mirror', cached: bool = False) -> None:
         self.name, self.channels, self.names = images.name, images.channels, images.names
         self.scale, self.border = scale, border
-        self.lr_border: Border | None = None  # known only of LR that was made here
+        self.lr_border: Border | None = border  # None once LR files of unknown origin are found
         self._hr = list(images.hr)
         self._lr = [
             None if folder is None else folder / f'X{scale}' / f'{path.stem}x{scale}.png'
@@ -80,19 +81,28 @@ class SRData:
                 self._fill_caches(pool, renew_cache)
 
     def _make_missing(self, pool: ThreadPoolExecutor, missing: Sequence[int]) -> None:
-        """Make LR images, with a note beside them of the border, so that no other border is taken for it."""
-        notes = {path.parent / '.lr_border' for path in self._lr if path is not None}
-        for note in notes:
-            if note.is_file() and (border := note.read_text().strip()) != self.border:
-                raise UserError(f'The LR images in {note.parent} have --lr_border {border}: give that, or remove it.')
+        incomplete = {path.parent for index in missing if (path := self._lr[index])}
+        for folder in dict.fromkeys(path.parent for path in self._lr if path is not None):
+            self._note_border(folder, folder in incomplete)
         errors = [error for error in self._each(pool, self._make_lr, missing, f'Making LR of {self.name}') if error]
         if errors:
             log.warning('LR images of %s x%d are kept in memory: %s', self.name, self.scale, errors[0])
-        elif missing:
-            for note in notes:
+
+    def _note_border(self, folder: Path, making: bool) -> None:
+        """LR images made here have a note of their border beside them, so that no other is taken for it."""
+        note = folder / '.lr_border'
+        if note.is_file():
+            if (border := note.read_text().strip()) != self.border:
+                raise UserError(f'The LR images in {folder} have --lr_border {border}: give that, or remove it.')
+        elif any(folder.glob('*.png')):
+            if making and self.border != 'mirror':
+                raise UserError(
+                    f'{folder} holds LR images of unknown border, but not all: complete it, or leave out --lr_border.'
+                )
+            self.lr_border = None
+        elif making:
+            with suppress(WriteError):  # the images will say so
                 write_atomic(note, f'{self.border}\n'.encode())
-        if missing or any(note.is_file() for note in notes):
-            self.lr_border = self.border
 
     def _fill_caches(self, pool: ThreadPoolExecutor, renew: bool) -> None:
         files = [path for path in (*self._hr, *filter(None, self._lr)) if path.parent in self._caches]

@@ -70,11 +70,12 @@ class Model(nn.Module):
         self.net = build(name, scale, **settings).to(self.device)
         self.tiler, self.ensemble, self.half_precision = tiler, ensemble, half
         self.half_dtype = torch.bfloat16 if self.device.type == 'cpu' else torch.float16
-        self.n_colors = settings.get('n_colors', 3)
-        parameters = inspect.signature(self.network.build).parameters
+        taken = inspect.signature(self.network.build).bind(scale, **{**self.network.settings, **settings})
+        taken.apply_defaults()
+        self.n_colors = taken.arguments.get('n_colors', 3)
         self.range = self.network.value_range
-        if 'rgb_range' in parameters:
-            self.range = (0.0, float(settings.get('rgb_range', parameters['rgb_range'].default)))  # type: ignore[arg-type]
+        if 'rgb_range' in taken.arguments:
+            self.range = (0.0, float(taken.arguments['rgb_range']))
         self.chroma = Bicubic(scale)
 
     def to_range(self, images: Tensor) -> Tensor:
@@ -87,7 +88,10 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def upscale(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type, in evaluation mode."""
+        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type.
+
+        Leaves the network in evaluation mode.
+        """
         self.net.eval()
         peak = np.iinfo(image.dtype).max
         integers = np.uint8 if peak == 255 else np.int32  # few operations of PyTorch know uint16

@@ -30,7 +30,6 @@ class Network:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        half_safe: half-precision inference under autocast keeps its scores.
         upsampler: prefix of the parameters that depend on the scale; all others carry over to another scale.
     """
 
@@ -39,7 +38,6 @@ class Network:
     settings: Mapping[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
-    half_safe: bool = True
     upsampler: str = 'tail.0.'
 
 

@@ -13,6 +13,7 @@ Departures from the official code:
   network that was never trained is refused.
 - The match convolutions of groups 2 and later are part of the official weights, but their results are never used;
   they are not run.
+- The average moves once a forward pass in training, so `--split_batch` moves it once a part.
 - The sort is stable, so that results do not depend on the device.
 - An image with fewer pixels than the padding of its last window repeats its pixels cyclically; the official code fails.
 - `act` and `dilation` are in force.

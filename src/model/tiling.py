@@ -68,7 +68,7 @@ class Tiler:
             try:
                 return self._attempt(run, image, scale, finish)
             except RuntimeError as error:
-                if not _out_of_memory(error) or not self._shrink(*image.shape[-2:]):
+                if not out_of_memory(error) or not self._shrink(*image.shape[-2:]):
                     raise
             # Only here, past the handler, is the traceback gone and with it the tensors of the failed attempt.
             if torch.cuda.is_available():
@@ -157,7 +157,9 @@ def _concatenate(pieces: Iterator[Tensor], length: int, dim: int) -> Tensor:
     return result
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of the device or of the host."""
     # The allocator of the CPU raises a plain RuntimeError; its wording depends on the platform.
     said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or 'not enough memory' in said or "can't allocate memory" in said
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or 'not enough memory' in said or "can't allocate memory" in said

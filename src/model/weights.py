@@ -1,33 +1,11 @@
 """Weights from files: read without running anything they contain, and matched to a network key by key."""
 
-import pickle
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from error import UserError
-
-
-def read_torch(path: Path) -> object:
-    """What a file written by `torch.save` holds, on the CPU; only tensors and plain values are unpickled.
-
-    Raises:
-        UserError: no such file, not a file of PyTorch, damaged, or with anything but tensors and plain values in it.
-    """
-    if not path.is_file():
-        raise UserError(f'No weights at {path}: check the path.')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        if 'GLOBAL' in str(error):  # the name of what the file wants to call
-            raise UserError(
-                f'{path} holds Python objects besides tensors and was not opened, since they could run code: '
-                'ask its author for a plain state dict.'
-            ) from error
-        raise UserError(f'{path} is not a file of weights, or it is damaged: fetch or make it again.') from error
-    except Exception as error:  # on a damaged file torch raises nearly anything
-        raise UserError(f'{path} is not a file of weights, or it is damaged: fetch or make it again.') from error
+from files import read_torch
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
