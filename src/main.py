@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not out_of_memory(error) or '--debug' in argv:
             raise
-        help_ = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'
-        print(f'Error: Memory ran out: give {help_}.', file=sys.stderr)
+        less = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'
+        print(f'Error: Memory ran out: give {less}.', file=sys.stderr)
         return 2
     return 0
 
@@ -82,16 +82,12 @@ def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
     from trainer import enlarge_folder, table, timed
 
-    if folder.holds_training() and not args.load:
-        raise UserError(
-            f'{folder.folder} holds a training run: test it with --load {args.save}, or give another --save.'
-        )
     model = make_model(args)
     _, origin = load(args, folder, model)
     sets = test_sets(args)
     folder.start_log()
     describe(model, folder, origin)
-    if not args.load:
+    if not folder.holds_training():
         folder.write('config.txt', folder.config)
     if sets:
         evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=True)

@@ -518,9 +518,6 @@ BAD = {
     'a run under another name': (nothing, '--load edsr --save other', ['--save other', 'edsr']),
     'a run with other weights': (nothing, '--load edsr --pre_train w.pt', ['--pre_train w.pt', 'edsr']),
     'a run with a recipe': (nothing, '--load edsr --template EDSR_x2', ['--template EDSR_x2', 'edsr']),
-    'a test in a training run': (
-        nothing, f'{BICUBIC} --scale 2 --save edsr', ['runs/edsr', '--load edsr', 'another --save'],
-    ),
     'a set twice': (nothing, f'{BICUBIC} --scale 2 --data_test Set5+Set5', ['Set5', 'twice']),
     'a score of a network': (nothing, '--score FOLDER --scale 2 --chop', ['--chop', '--score']),
     'a run folder that is a file': (
@@ -552,6 +549,15 @@ def test_bad_input(trained, capsys, monkeypatch, trouble):
     assert {name: after.get(name) for name in before} == before
     assert [name for name in set(after) - set(before) if not name.startswith('runs/new') and 'LR_' not in name] == []
     assert not (trained / 'runs' / 'new' / 'state.pt').exists()
+
+
+def test_a_test_in_the_folder_of_a_training_run_leaves_the_run_whole(trained):
+    before = fingerprint(trained / 'runs' / 'edsr')
+    weights = trained / 'runs' / 'edsr' / 'model' / 'model_best.pt'
+    command = f'{TEST_EDSR} --save edsr --pre_train {weights} --batch_size 7'
+    assert main.main(arguments(trained / 'data', command)) == 0
+    after = fingerprint(trained / 'runs' / 'edsr')
+    assert {name for name in before if after[name] != before[name]} <= {'log.txt', 'results.json'}
 
 
 def test_debug_shows_the_traceback(capsys):
