@@ -178,6 +178,8 @@ def make_model(args: Namespace) -> Model:
 
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats its results only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Costs time, and nothing here reads memory before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(args.seed)
     tiler = Tiler(args.chop_size, args.chop_overlap, args.chop_batch) if args.chop else None
     settings = option.network_settings(args)
