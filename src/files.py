@@ -3,12 +3,20 @@
 import os
 import pickle
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from error import UserError, WriteError
+
+
+def list_names(paths: Iterable[Path]) -> str:
+    """Names of files for a message: the first five in alphabetical order, and how many more."""
+    names = sorted(path.name for path in paths)
+    more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+    return ', '.join(names[:5]) + more or 'nothing'
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:

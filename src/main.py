@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'Error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('Interrupted.', file=sys.stderr)
+        print('Interrupted: --load NAME continues a training run after its last finished epoch.', file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         from model.tiling import out_of_memory
@@ -52,10 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: Namespace) -> None:
     """Do what the options say: score files, test, or train."""
-    from checkpoint import RunFolder, start_screen
+    try:
+        from checkpoint import RunFolder, start_screen
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
+        ) from error
 
     start_screen()
-    folder = RunFolder(args.save_dir / args.save, option.write_config(args))
+    folder = RunFolder(args.save_dir / args.save)
     if args.score:
         score(args, folder)
     elif args.test_only:
@@ -71,6 +76,7 @@ def score(args: Namespace, folder: RunFolder) -> None:
     sets = test_sets(args, prepare=False)
     upscale = read_outputs(sets, args.score)
     folder.start_log()
+    log.info('Scores of %s x%d; run folder %s', args.score, args.scale, folder.folder)
     evaluation = make_evaluation(args, sets, folder, save=False, ssim=True)
     results = evaluation(upscale, args.score.name)
     log.info('%s', table(results))
@@ -83,15 +89,15 @@ def test(args: Namespace, folder: RunFolder) -> None:
     from trainer import enlarge_folder, table, timed
 
     model = make_model(args)
-    _, origin = load(args, folder, model)
+    _, origin = load(args, model)
     sets = test_sets(args)
     folder.start_log()
     describe(model, folder, origin)
     if not folder.holds_training():
-        folder.write('config.txt', folder.config)
+        folder.write('config.txt', option.write_config(args, model.settings))
     if sets:
         evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=True)
-        results = evaluation(timed(model), args.model)
+        results = evaluation(timed(model), label(args))
         log.info('%s', table(results))
         write_results(args, folder, evaluation, results, model, origin)
     if 'Demo' in args.data_test:
@@ -119,12 +125,13 @@ def train(args: Namespace, folder: RunFolder) -> None:
     optimizer = make_optimizer(
         model.parameters(), args.optimizer, args.lr, args.weight_decay, tuple(args.betas), args.epsilon, args.momentum
     )
-    state, origin = load(args, folder, model)
+    folder.config = option.write_config(args, model.settings)
+    state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
     def evaluate() -> dict[str, Any]:
-        results = evaluation(timed(model), args.model)
+        results = evaluation(timed(model), label(args))
         write_results(args, folder, evaluation, results, model, f'epoch {trainer.epoch}')
         return results
 
@@ -187,17 +194,20 @@ def make_model(args: Namespace) -> Model:
     return Model(args.model, args.scale, device(args), tiler, args.self_ensemble, half, **settings)
 
 
-def load(args: Namespace, folder: RunFolder, model: Model) -> tuple[dict[str, Any] | None, str]:
+def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
     """Fill the network from --load or --pre_train; returns the state of a loaded run, and what the weights are."""
+    from checkpoint import RunFolder
+    from files import list_names
     from model.weights import load_weights, read_weights
 
-    if args.load and not args.reset:
-        state = folder.load_state()
+    if args.load:
+        run = RunFolder(args.save_dir / args.load)
+        state = run.load_state()
         weights, source = state['model'], f'the run {args.load}, epoch {state["epoch"]}'
         if args.resume > 0:
             if args.resume > state['epoch']:
                 raise UserError(f'--resume {args.resume}: the run {args.load} has {state["epoch"]} epochs.')
-            path = folder.models / f'model_{args.resume}.pt'
+            path = run.models / f'model_{args.resume}.pt'
             if not path.is_file():
                 raise UserError(f'--resume {args.resume}: no {path}; only --save_models keeps every epoch.')
             weights, source = read_weights(path), str(path)
@@ -208,7 +218,10 @@ def load(args: Namespace, folder: RunFolder, model: Model) -> tuple[dict[str, An
         if not path.is_file():
             path = args.extend / path
             if not path.is_file():
-                raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}: check the path.')
+                there = list_names(args.extend.glob('*.pt'))
+                raise UserError(
+                    f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.'
+                )
         upsampler = None if args.test_only else model.network.upsampler
         new = load_weights(model.net, read_weights(path), str(path), upsampler)
         return None, f'weights from {path}' + (f'; new: {", ".join(new)}' if new else '')
@@ -254,6 +267,11 @@ def make_evaluation(args: Namespace, sets: list[SRData], folder: RunFolder, save
     return Evaluation(sets, ssim, folder.folder if save else None, args.save_gt)
 
 
+def label(args: Namespace) -> str:
+    """What pictures call the network: its recipe, or its name."""
+    return args.template.rpartition('_x')[0] or args.model
+
+
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
     """Say what runs where."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -277,7 +295,7 @@ def write_results(
     about = {'model': args.model, 'scale': args.scale, 'weights': weights, 'protocol': protocol}
     folder.write_results(about | {'sets': results})
     if evaluation.folder:
-        log.info('Images: %s/results-*', folder.folder)
+        log.info('Images: %s', folder.folder)
 
 
 if __name__ == '__main__':

@@ -3,8 +3,9 @@
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from error import UserError
@@ -23,7 +24,7 @@ EXAMPLES = """examples:
     python main.py --model Bicubic --test_only --data_test Sample
   enlarge a folder of images
     python main.py --template LCoAN-small_x4 --pre_train LCoAN-small_x4.pt --test_only --data_test Demo \\
-      --dir_demo FOLDER
+      --dir_demo FOLDER --chop
   train the LCoAN of the paper, and continue it
     python main.py --template LCoAN_x2 --dir_data /data --save LCoAN_x2
     python main.py --load LCoAN_x2
@@ -363,7 +364,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise UserError(f'Unknown template {args.template!r}: choose one of {", ".join(TEMPLATES)}.')
         parser.set_defaults(**TEMPLATES[args.template])
     saved: dict[str, object] = {}
-    if args.load and not args.reset:
+    if args.load:
         saved = read_config(args.save_dir / args.load / 'config.txt')
         for key, value in saved.items():
             if key not in NOT_RESTORED:  # numbers as text, to be checked like typed ones
@@ -376,7 +377,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f'--{key} {getattr(args, key)}: the run {args.load} has {key} {saved.get(key)}, '
                 'which cannot change in a run; leave it out, or start another run.'
             )
-    args.save = args.load or args.save or _default_name(args)
+    args.save = args.save or args.load or _default_name(args)
     args.save_results |= args.save_gt
     return args
 
@@ -394,9 +395,9 @@ def network_settings(args: argparse.Namespace) -> dict[str, object]:
     return {key: value for key in NETWORK_SETTINGS if (value := getattr(args, key)) is not None}
 
 
-def write_config(args: argparse.Namespace) -> str:
-    """The text of config.txt: one `option: value` a line, the value as JSON."""
-    lines = (f'{key}: {json.dumps(value, default=str)}' for key, value in sorted(vars(args).items()))
+def write_config(args: argparse.Namespace, settings: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The text of config.txt: one `option: value` a line, the value as JSON; `settings` are those of the network."""
+    lines = (f'{key}: {json.dumps(value, default=str)}' for key, value in sorted({**vars(args), **settings}.items()))
     return '\n'.join(lines) + '\n'
 
 
@@ -443,11 +444,13 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError('--data_test Demo: give the folder of images with --dir_demo.')
         if not args.test_only or args.score:
             raise UserError('--data_test Demo: these images have no scores; use it with --test_only.')
-    if args.load and not args.reset:
+    if args.load:
         for option in ('pre_train', 'template'):
             if getattr(args, option):
                 raise UserError(f'--{option} {getattr(args, option)}: the run {args.load} has its own; leave it out.')
-        if args.save not in ('', args.load):
+        if args.reset:
+            raise UserError(f'--reset deletes the run that --load {args.load} continues: give one of them.')
+        if args.save not in ('', args.load) and not args.test_only:
             raise UserError(f'--save {args.save}: the run {args.load} goes on in its own folder; leave it out.')
     if args.score:
         for option in ('load', 'pre_train', 'reset', 'save_results', 'save_gt', 'chop', 'self_ensemble'):

@@ -38,6 +38,7 @@ def _curve(epochs: Sequence[int], lines: dict[str, list], label: str) -> bytes:
     for name, values in lines.items():
         axes.plot(epochs, np.array(values, dtype=float), label=name, marker='.' if len(epochs) < 30 else '')
     axes.set(xlabel='epoch', ylabel=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)

@@ -21,7 +21,7 @@ from data.imresize import enlarge
 from data.outputs import match_outputs
 from data.srdata import SRData
 from error import UserError
-from files import write_atomic
+from files import list_names, write_atomic
 from loss import Loss
 from model import Model
 from optimizer import set_learning_rate
@@ -209,7 +209,9 @@ def enlarge_folder(model: Model, source: Path, target: Path) -> None:
                 continue
             writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, plain, photo))
     seconds = (time.perf_counter() - start) / len(files)
-    log.info('%d images enlarged by %d, %.2f s each: %s', len(files) - len(failures), model.scale, seconds, target)
+    log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
+    if others := [path for path in source.iterdir() if path not in files]:
+        log.info('Left out, no images of a known kind: %s', list_names(others))
     if failures:
         raise UserError(f'{len(failures)} of {len(files)} images could not be read: {" ".join(failures)}')
 
@@ -381,6 +383,7 @@ class Trainer:
                     self.epoch + 1, step, self.steps, losses, rate, speed, 100 * wait,
                 )  # fmt: skip
         self.epoch += 1
+        log.info('Epoch %d/%d: loss %.5g, lr %.3g, %.0f s', self.epoch, epochs, means['total'], rate, seconds)
         return {
             'epoch': self.epoch, 'samples': self.samples, 'lr': rate, 'loss': means, 'skipped': skipped,
             'seconds': seconds, 'images_per_second': speed, 'wait': wait,

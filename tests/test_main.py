@@ -560,6 +560,25 @@ def test_a_test_in_the_folder_of_a_training_run_leaves_the_run_whole(trained):
     assert {name for name in before if after[name] != before[name]} <= {'log.txt', 'results.json'}
 
 
+def test_a_loaded_run_is_tested_elsewhere(trained):
+    before = fingerprint(trained / 'runs' / 'edsr')
+    assert main.main(arguments(trained / 'data', '--load edsr --test_only --save elsewhere')) == 0
+    assert fingerprint(trained / 'runs' / 'edsr') == before
+    assert (trained / 'runs' / 'elsewhere' / 'results.json').is_file()
+
+
+def test_without_torch_is_one_sentence():
+    command = [sys.executable, '-S', ROOT / 'src' / 'main.py', '--model', 'Bicubic', '--test_only']
+    result = subprocess.run(command, capture_output=True, text=True, env={})
+    assert result.returncode == 2
+    assert re.fullmatch(r'Error: \S+ is missing in .*requirements\.txt\.\n', result.stderr)
+
+
+def test_config_holds_the_settings_of_the_network(trained):
+    lines = (trained / 'runs' / 'edsr' / 'config.txt').read_text().splitlines()
+    assert {'res_scale: 0.1', 'rgb_range: 255', 'act: "relu"', 'n_colors: 3', 'shift_mean: true'} <= set(lines)
+
+
 def test_debug_shows_the_traceback(capsys):
     assert main.main(['--model', 'Foo', '--debug']) == 2
     message = capsys.readouterr().err
@@ -581,7 +600,9 @@ def test_ctrl_c(monkeypatch, capsys):
 
     monkeypatch.setattr(main, 'run', interrupt)
     assert main.main([]) == 130
-    assert capsys.readouterr().err == 'Interrupted.\n'
+    assert (
+        capsys.readouterr().err == 'Interrupted: --load NAME continues a training run after its last finished epoch.\n'
+    )
 
 
 def test_lcoan_that_was_never_trained_is_not_tested(trained, capsys):

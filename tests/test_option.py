@@ -165,8 +165,14 @@ def test_load_restores_the_run(saved):
     assert expected == (args.model, args.scale, args.n_feats, args.lr, args.data_range, args.save, args.load)
 
 
-def test_reset_does_not_restore(saved):
-    assert options(f'--save_dir {saved} --load old --reset').model == 'LCoAN'
+def test_reset_and_load_exclude_each_other(saved):
+    with pytest.raises(UserError, match='--reset deletes the run that --load old continues'):
+        options(f'--save_dir {saved} --load old --reset')
+
+
+def test_a_loaded_run_is_tested_under_another_name(saved):
+    assert options(f'--save_dir {saved} --load old --test_only').save == 'old'
+    assert options(f'--save_dir {saved} --load old --test_only --save new').save == 'new'
 
 
 @pytest.mark.parametrize('change', ['--model LCoAN', '--scale 4', '--n_feats 32', '--act gelu', '--optimizer SGD'])

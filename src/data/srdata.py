@@ -32,7 +32,7 @@ class SRData:
     def __init__(self, images: ImageSet, scale: int, border: Border = 'mirror', cached: bool = False) -> None:
         self.name, self.channels, self.names = images.name, images.channels, images.names
         self.scale, self.border = scale, border
-        self.lr_border: Border | None = border  # None once LR files of unknown origin are found
+        self.lr_border: Border | None = None  # known once LR is found or made that is not of unknown origin
         self._hr = list(images.hr)
         self._lr = [
             None if folder is None else folder / f'X{scale}' / f'{path.stem}x{scale}.png'
@@ -82,6 +82,7 @@ class SRData:
 
     def _make_missing(self, pool: ThreadPoolExecutor, missing: Sequence[int]) -> None:
         incomplete = {path.parent for index in missing if (path := self._lr[index])}
+        self.lr_border = self.border
         for folder in dict.fromkeys(path.parent for path in self._lr if path is not None):
             self._note_border(folder, folder in incomplete)
         errors = [error for error in self._each(pool, self._make_lr, missing, f'Making LR of {self.name}') if error]

@@ -72,10 +72,11 @@ class Model(nn.Module):
         self.half_dtype = torch.bfloat16 if self.device.type == 'cpu' else torch.float16
         taken = inspect.signature(self.network.build).bind(scale, **{**self.network.settings, **settings})
         taken.apply_defaults()
-        self.n_colors = taken.arguments.get('n_colors', 3)
+        self.settings = {key: value for key, value in taken.arguments.items() if key != 'scale'}
+        self.n_colors = self.settings.get('n_colors', 3)
         self.range = self.network.value_range
-        if 'rgb_range' in taken.arguments:
-            self.range = (0.0, float(taken.arguments['rgb_range']))
+        if 'rgb_range' in self.settings:
+            self.range = (0.0, float(self.settings['rgb_range']))
         self.chroma = Bicubic(scale)
 
     def to_range(self, images: Tensor) -> Tensor:
