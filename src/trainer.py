@@ -121,11 +121,11 @@ class Writer:
         self._futures: list[Future] = []
         return self
 
-    def write(self, path: Path, image: np.ndarray) -> None:
-        """Write (H, W, C) uint8 or uint16 to `path`."""
+    def write(self, path: Path, image: np.ndarray, icc: bytes | None = None) -> None:
+        """Write (H, W, C) uint8 or uint16, with its colour profile, to `path`."""
         if len(self._futures) > 1:
             self._futures.pop(0).result()
-        self._futures.append(self._pool.submit(write_png, path, image))
+        self._futures.append(self._pool.submit(write_png, path, image, icc))
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
@@ -207,7 +207,7 @@ def enlarge_folder(model: Model, source: Path, target: Path) -> None:
             except UserError as error:
                 failures.append(str(error))
                 continue
-            writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, plain, photo))
+            writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, plain, photo), photo.icc)
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
     if others := [path for path in source.iterdir() if path not in files]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 from PIL.ImageFile import ImageFile
 
 import data.image
@@ -490,3 +490,27 @@ def test_dangling_link_is_found_and_named(tmp_path):
     (path,) = find_images(tmp_path)
     with pytest.raises(UserError, match=r'gone\.png does not exist'):
         read_rgb(path)
+
+
+def profile(space: bytes, size: int = 200) -> bytes:
+    """Bytes with the header fields of an ICC profile that matter here."""
+    return bytes(16) + space + bytes(range(size))
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_colour_profile_is_kept(tmp_path, dtype):
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+    write_png(tmp_path / 'a.png', np.full((3, 4, 3), 7, dtype), icc)
+    assert read_photo(tmp_path / 'a.png').icc == icc
+    assert (read_photo(tmp_path / 'a.png').color == 7).all()
+    with Image.open(tmp_path / 'a.png') as image:
+        image.load()
+        assert image.info['icc_profile'] == icc
+    Image.new('RGB', (4, 4)).save(tmp_path / 'b.jpg', icc_profile=icc)
+    assert read_photo(tmp_path / 'b.jpg').icc == icc
+
+
+@pytest.mark.parametrize('shape, space', [((3, 4), b'RGB '), ((3, 4, 3), b'GRAY'), ((3, 4, 4), b'CMYK')])
+def test_profile_of_another_colour_space_is_left_out(tmp_path, shape, space):
+    write_png(tmp_path / 'a.png', np.zeros(shape, np.uint8), profile(space))
+    assert b'iCCP' not in (tmp_path / 'a.png').read_bytes()

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from data.png16 import HEAD_BYTES, is_png16, read_png16, write_png16
+from data.png16 import HEAD_BYTES, is_png16, read_png16, with_profile, write_png16
 from error import UserError
 from files import write_atomic
 
@@ -28,12 +28,13 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 class Photo:
     """An upright image: `color` (H, W, 3) uint8 or uint16, `alpha` (H, W) of the same type or None if it has none.
 
-    `grey` tells that the file had one colour channel, repeated three times in `color`.
+    `grey` tells that the file had one colour channel, repeated three times in `color`; `icc` is its colour profile.
     """
 
     color: np.ndarray
     alpha: np.ndarray | None
     grey: bool
+    icc: bytes | None = None
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -58,12 +59,12 @@ def read_photo(path: Path) -> Photo:
         UserError: the file is missing, damaged, larger than MAX_PIXELS, or holds something else, floats for example.
     """
     with _user_errors(path):
-        samples = _read_samples(path)
+        samples, icc = _read_samples(path)
     channels = samples.shape[2]
     grey = channels < 3
     color = samples[..., :1].repeat(3, axis=2) if grey else np.ascontiguousarray(samples[..., :3])
     alpha = np.ascontiguousarray(samples[..., -1]) if channels in (2, 4) else None
-    return Photo(color, alpha, grey)
+    return Photo(color, alpha, grey, icc)
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -92,8 +93,10 @@ def read_size(path: Path) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
+def write_png(path: Path, image: np.ndarray, icc: bytes | None = None) -> None:
     """Writes uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4) as PNG, whole or not at all.
+
+    The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey.
 
     Raises:
         WriteError: the file cannot be written; an older one stays as it was.
@@ -101,9 +104,13 @@ def write_png(path: Path, image: np.ndarray) -> None:
     if image.dtype not in (np.uint8, np.uint16) or image.ndim < 2 or image.shape[2:] not in ((), (3,), (4,)):
         raise ValueError(f'a PNG takes uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4), not {image.dtype} {image.shape}')
     if image.dtype == np.uint16:
-        write_atomic(path, write_png16(image))
+        png = write_png16(image)
     else:
-        write_atomic(path, iio.imwrite('<bytes>', image, extension='.png', compress_level=1))
+        png = iio.imwrite('<bytes>', image, extension='.png', compress_level=1)
+    space = b'GRAY' if image.ndim == 2 else b'RGB '
+    if icc is not None and icc[16:20] == space:  # ICC.1:2022, section 7.2: data colour space
+        png = with_profile(png, icc)
+    write_atomic(path, png)
 
 
 def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -141,8 +148,8 @@ def _user_errors(path: Path) -> Iterator[None]:
         raise UserError(f'{path} cannot be read ({reason}): restore it, or save it again as PNG.') from error
 
 
-def _read_samples(path: Path) -> np.ndarray:
-    """(H, W, C) uint8 or uint16, upright; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+def _read_samples(path: Path) -> tuple[np.ndarray, bytes | None]:
+    """(H, W, C) uint8 or uint16, upright; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; and the ICC profile."""
     with path.open('rb') as file:
         head = file.read(HEAD_BYTES)
         image = Image.open(file, formats=FORMATS)  # seeks to the start itself
@@ -154,7 +161,7 @@ def _read_samples(path: Path) -> np.ndarray:
             samples = _read_tif16(path)
         else:
             samples = _read_8bit(image)
-        return _upright(samples, _orientation(image.getexif))
+        return _upright(samples, _orientation(image.getexif)), image.info.get('icc_profile')
 
 
 def _read_8bit(image: ImageFile) -> np.ndarray:
