@@ -2,17 +2,17 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 set_up() {
-    local python=${PYTHON:-python3} stamp file
-    stamp=$root/.venv/installed-$(cat "$@" | cksum | cut -d ' ' -f 1)
-    if [ -e "$stamp" ]; then return; fi
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "Error: $python is not Python 3.10 or newer: install one, or name it with PYTHON=/path/to/python." >&2
-        exit 2
-    }
-    echo "Setting up $root/.venv (the first time only) ..."
-    "$python" -m venv "$root/.venv"
+    local python=${PYTHON:-python3} file stamp
     for file in "$@"; do
+        stamp=$root/.venv/installed-$(cksum <"$file" | cut -d ' ' -f 1)
+        if [ -e "$stamp" ]; then continue; fi
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "Error: $python is not Python 3.10 or newer: install one, or name it with PYTHON=/path/to/python." >&2
+            exit 2
+        }
+        echo "Setting up $root/.venv for $file (the first time only) ..."
+        [ -x "$root/.venv/bin/pip" ] || "$python" -m venv "$root/.venv"
         "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
+        touch "$stamp"
     done
-    touch "$stamp"
 }
