@@ -39,12 +39,19 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def serialized(content: object) -> memoryview:
+    """Tensors and plain values in PyTorch's file format."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
 class RunFolder:
     """Files of one run, below `folder`; `config` is the text of its config.txt."""
 
-    def __init__(self, folder: Path, config: str = '') -> None:
-        self.folder, self.config = folder, config
-        self.models = folder / 'model'
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.models = folder, folder / 'model'
+        self.config = ''
 
     def holds_training(self) -> bool:
         """Whether a training run left its state here."""
@@ -93,9 +100,7 @@ class RunFolder:
 
     def save(self, path: Path, content: object) -> None:
         """Write tensors and plain values in PyTorch's format."""
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_atomic(path, buffer.getbuffer())
+        write_atomic(path, serialized(content))
 
     def save_epoch(self, state: dict[str, Any], best: bool, keep: bool) -> None:
         """Write everything that an epoch leaves: weights, state, metrics and curves.
@@ -106,8 +111,9 @@ class RunFolder:
             keep: keep the weights of this epoch under its number.
         """
         names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
+        weights = serialized(state['model'])
         for name in names:
-            self.save(self.models / f'model_{name}.pt', state['model'])
+            write_atomic(self.models / f'model_{name}.pt', weights)
         self.write('config.txt', self.config)
         self.save(self.folder / 'state.pt', state)
         self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in state['log']))

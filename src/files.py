@@ -3,7 +3,7 @@
 import os
 import pickle
 import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,11 +12,9 @@ import torch
 from error import UserError, WriteError
 
 
-def list_names(paths: Iterable[Path]) -> str:
-    """Names of files for a message: the first five in alphabetical order, and how many more."""
-    names = sorted(path.name for path in paths)
-    more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-    return ', '.join(names[:5]) + more or 'nothing'
+def some(names: Sequence[str]) -> str:
+    """Names for a message: the first three, and how many more."""
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> None:

@@ -156,12 +156,12 @@ def train(args: Namespace, folder: RunFolder) -> None:
         folder.clear()
     folder.start_log()
     describe(model, folder, origin)
-    if state is not None and args.resume > 0:
-        trainer.rewind(args.resume, state['log'])
-    elif state is not None:
-        trainer.resume(state)
     if state is None:
         folder.write('config.txt', folder.config)
+    elif args.resume > 0:
+        trainer.rewind(args.resume, state['log'])
+    else:
+        trainer.resume(state)
     trainer.train(args.epochs)
 
 
@@ -197,7 +197,7 @@ def make_model(args: Namespace) -> Model:
 def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
     """Fill the network from --load or --pre_train; returns the state of a loaded run, and what the weights are."""
     from checkpoint import RunFolder
-    from files import list_names
+    from files import some
     from model.weights import load_weights, read_weights
 
     if args.load:
@@ -218,7 +218,7 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
         if not path.is_file():
             path = args.extend / path
             if not path.is_file():
-                there = list_names(args.extend.glob('*.pt'))
+                there = some(sorted(file.name for file in args.extend.glob('*.pt'))) or 'none'
                 raise UserError(
                     f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.'
                 )

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ from data.imresize import enlarge
 from data.outputs import match_outputs
 from data.srdata import SRData
 from error import UserError
-from files import list_names, write_atomic
+from files import some, write_atomic
 from loss import Loss
 from model import Model
 from optimizer import set_learning_rate
@@ -71,29 +72,27 @@ class Evaluation:
                 name, hr = images.names[index], images.hr(index)
                 scores[name] = self._score(images, sr, hr) | {'seconds': seconds}
                 if self.folder is not None:
-                    self._save(writer, images, index, sr)
+                    self._save(writer, images, index, hr, sr)
                     if len(rows) < SHEET_ROWS:
-                        rows.append(compare(images, index, sr, label))
+                        rows.append(compare(images, index, hr, {label: sr}))
         if self.folder is not None:
             write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet(rows))
         means = {key: metric.mean(score[key] for score in scores.values()) for key in next(iter(scores.values()))}
         return means | {'images': scores}
 
     def _score(self, images: SRData, sr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
-        if min(hr.shape[:2]) <= 2 * shave(images):
-            return {'psnr': math.nan} | ({'ssim': math.nan} if self.ssim else {})
-        scores = {'psnr': metric.psnr(sr, hr, shave(images), images.channels)}
+        scores = {'psnr': score(metric.psnr, images, sr, hr)}
         if self.ssim:
-            scores['ssim'] = metric.ssim(sr, hr, shave(images), images.channels)
+            scores['ssim'] = score(metric.ssim, images, sr, hr)
         return scores
 
-    def _save(self, writer: 'Writer', images: SRData, index: int, sr: np.ndarray) -> None:
+    def _save(self, writer: 'Writer', images: SRData, index: int, hr: np.ndarray, sr: np.ndarray) -> None:
         assert self.folder is not None
         stem = self.folder / f'results-{images.name}' / f'{images.names[index]}_x{images.scale}'
         writer.write(stem.with_name(f'{stem.name}_SR.png'), sr)
         if self.ground_truth:
             writer.write(stem.with_name(f'{stem.name}_LR.png'), images.lr(index))
-            writer.write(stem.with_name(f'{stem.name}_HR.png'), images.hr(index))
+            writer.write(stem.with_name(f'{stem.name}_HR.png'), hr)
 
 
 def shave(images: SRData) -> int:
@@ -101,14 +100,19 @@ def shave(images: SRData) -> int:
     return images.scale + (6 if images.channels == 'RGB' else 0)
 
 
-def compare(images: SRData, index: int, sr: np.ndarray, label: str) -> picture.Comparison:
-    """HR, bicubic and `sr` of one image, with their PSNR; bicubic once if that is what `sr` is."""
-    hr = images.hr(index)
-    versions = {'Bicubic': enlarge(images.lr(index), images.scale)} | {label: sr}
-    tiny = min(hr.shape[:2]) <= 2 * shave(images)
+def score(measure: Callable[..., float], images: SRData, sr: np.ndarray, hr: np.ndarray) -> float:
+    """PSNR or SSIM (`metric.psnr`, `metric.ssim`) by the set's protocol; nan where nothing is left to score."""
+    if min(hr.shape[:2]) <= 2 * shave(images):
+        return math.nan
+    return measure(sr, hr, shave(images), images.channels)
+
+
+def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.ndarray]) -> picture.Comparison:
+    """HR, bicubic and `outputs` of one image, with their PSNR; bicubic once if that is one of the outputs."""
+    versions = {'Bicubic': enlarge(images.lr(index), images.scale)} | outputs
+    scores = [score(metric.psnr, images, image, hr) for image in versions.values()]
     captions = [
-        name if tiny else f'{name}  {metric.psnr(image, hr, shave(images), images.channels):.2f} dB'
-        for name, image in versions.items()
+        name if math.isnan(psnr) else f'{name}  {psnr:.2f} dB' for name, psnr in zip(versions, scores, strict=True)
     ]
     return picture.Comparison(images.names[index], [hr, *versions.values()], ['HR', *captions])
 
@@ -211,21 +215,21 @@ def enlarge_folder(model: Model, source: Path, target: Path) -> None:
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
     if others := [path for path in source.iterdir() if path not in files]:
-        log.info('Left out, no images of a known kind: %s', list_names(others))
+        log.info('Left out, no images of a known kind: %s', some(sorted(path.name for path in others)))
     if failures:
         raise UserError(f'{len(failures)} of {len(files)} images could not be read: {" ".join(failures)}')
 
 
 def output_names(files: Sequence[Path]) -> list[str]:
     """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
-    stems = [path.stem for path in files]
-    names: list[str] = []
+    stems = Counter(path.stem for path in files)
+    names: dict[str, None] = {}
     for path in files:
-        name = path.stem if stems.count(path.stem) == 1 else path.name
+        name = path.stem if stems[path.stem] == 1 else path.name
         while name in names:
             name += '_'
-        names.append(name)
-    return names
+        names[name] = None
+    return list(names)
 
 
 def enlarge_photo(model: Model, plain: Model, photo: Photo) -> np.ndarray:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.image import find_images
 from error import UserError
+from files import some
 
 # What may follow a name: a scale such as 'x2', then nothing or a character that is neither letter nor digit.
 SUFFIX = re.compile(r'(x\d+)?(?![^\W_])', re.IGNORECASE)
@@ -32,8 +33,8 @@ def match_outputs(folder: Path, names: Sequence[str]) -> dict[str, Path]:
     missing = [name for name in names if name not in candidates]
     if missing:
         raise UserError(
-            f'{folder} has no image for {len(missing)} of {len(names)} names ({_some(missing)}); it holds '
-            f'{_some([file.name for file in files])}; name every image after its HR image, as in {missing[0]}_SR.png.'
+            f'{folder} has no image for {len(missing)} of {len(names)} names ({some(missing)}); it holds '
+            f'{some([file.name for file in files])}; name every image after its HR image, as in {missing[0]}_SR.png.'
         )
     return {name: _choose(name, candidates[name]) for name in names}
 
@@ -48,11 +49,7 @@ def _choose(name: str, files: list[Path]) -> Path:
     preferred = [file for file in files if file.stem.endswith('_SR')] if len(files) > 1 else files
     if len(preferred) != 1:
         raise UserError(
-            f'{files[0].parent} has {len(files)} images for {name} ({_some([file.name for file in files])}); '
+            f'{files[0].parent} has {len(files)} images for {name} ({some([file.name for file in files])}); '
             'leave one, or let exactly one end in _SR.'
         )
     return preferred[0]
-
-
-def _some(items: Sequence[str]) -> str:
-    return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')

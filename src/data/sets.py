@@ -13,7 +13,6 @@ from error import UserError
 Channels = Literal['Y', 'RGB']
 Range = tuple[int, int]
 
-BENCHMARKS = ('Set5', 'Set14', 'B100', 'Urban100', 'Manga109')
 SAMPLE = ('astronaut.png', 'camera.png', 'chelsea.png', 'coffee.png', 'rocket.jpg')
 
 
