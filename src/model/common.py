@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError as UserError
@@ -31,6 +32,9 @@ class Network:
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
         upsampler: prefix of the parameters that depend on the scale; all others carry over to another scale.
+        half: the types below float32 that autocast may use without a visible loss.
+        recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
+            them; None for the weights of another network.
     """
 
     build: Callable[..., nn.Module]
@@ -39,6 +43,35 @@ class Network:
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
     upsampler: str = 'tail.0.'
+    half: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
+
+
+def how_many(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of modules in the list at `prefix` (which ends in the dot before their index)."""
+    return len({key.removeprefix(prefix).split('.')[0] for key in state if key.startswith(prefix)})
+
+
+def check_images(x: Tensor, n_colors: int = 3) -> None:
+    """Refuse what is not a batch of images (N, n_colors, H, W)."""
+    if x.dim() != 4 or x.shape[1] != n_colors or 0 in x.shape:
+        raise UserError(
+            f'This network takes a batch of images of {n_colors} channels, (N, {n_colors}, H, W), '
+            f'and was given {tuple(x.shape)}: convert them first.'
+        )
+
+
+def mirror_pad(x: Tensor, multiple: int) -> Tensor:
+    """(N, C, H, W) grown right and below to multiples of `multiple` by its mirror image, the edge pixel repeated.
+
+    An image smaller than its padding is mirrored again and again.
+    """
+    for axis in (2, 3):
+        size = x.shape[axis]
+        if size % multiple:
+            position = torch.arange(size + -size % multiple, device=x.device) % (2 * size)
+            x = x.index_select(axis, torch.minimum(position, 2 * size - 1 - position))
+    return x
 
 
 def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
@@ -116,3 +149,64 @@ class Upsampler(nn.Sequential):
         for step in steps:
             layers += [conv(n_feats, n_feats * step**2, 3), nn.PixelShuffle(step)]
         super().__init__(*layers)
+
+
+class DirectUpsampler(nn.Sequential):
+    """One 3x3 convolution to all pixels of the output, and PixelShuffle, whatever the scale."""
+
+    def __init__(self, scale: int, n_feats: int) -> None:
+        super().__init__(conv(n_feats, 3 * scale**2, 3), nn.PixelShuffle(scale))
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalisation over the channels of each pixel, (N, C, H, W), biased variance, in float32 or more."""
+
+    def __init__(self, n_feats: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_feats))
+        self.bias = nn.Parameter(torch.zeros(n_feats))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+class GatedFFN(nn.Module):
+    """Gated feed-forward network with a depthwise 3x3 (Restormer, section 3.2): project_out(gelu(a) * b)."""
+
+    def __init__(self, n_feats: int, hidden: int) -> None:
+        super().__init__()
+        self.project_in = conv(n_feats, 2 * hidden, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = conv(hidden, n_feats, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.dwconv(self.project_in(x)).chunk(2, 1)
+        return self.project_out(F.gelu(gate) * value)
+
+
+class TransposedAttention(nn.Module):
+    """Attention between channels (Restormer, section 3.1): each head's map is (C / heads) x (C / heads).
+
+    A network's own class decides which pixels a map is computed from.
+    """
+
+    def __init__(self, n_feats: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.temperature = nn.Parameter(torch.ones(n_heads, 1, 1))
+        self.qkv = conv(n_feats, 3 * n_feats, 1, bias=False)
+        self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
+        self.project_out = conv(n_feats, n_feats, 1, bias=False)
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """What makes a map of the scaled cosines."""
+        return logits.softmax(-1)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Tokens of one group of pixels: (B, 3 * C, L) to (B, C, L)."""
+        q, k, v = qkv.unflatten(1, (3, self.n_heads, -1)).unbind(1)
+        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return (self.weights(cosines * self.temperature) @ v).flatten(1, 2)
