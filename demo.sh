@@ -20,20 +20,50 @@ add LCoAN_x2 "train LCoAN x2 on DIV2K, as published" \
     "$train_lcoan --scale 2 --patch_size 96 --epochs 1500 --decay 300-600-900-1200 --save LCoAN_x2"
 add LCoAN_x4 "train LCoAN x4 from the x2 weights, as published" \
     "$train_lcoan --scale 4 --patch_size 192 --epochs 500 --decay 100-200-300-400 --save LCoAN_x4 --pre_train LCoAN_x2.pt"
-for scale in 2 4; do
+for scale in 2 3 4; do
     add LCoAN_x${scale}_test "score LCoAN x$scale on the benchmarks" \
         "$lcoan $benchmarks --scale $scale --save LCoAN_x${scale}_test --pre_train LCoAN_x$scale.pt"
 done
-for net in EDSR-baseline EDSR; do
-    add ${net}_x2 "train $net x2 on DIV2K, as published" "--template ${net}_x2"
-    for scale in 3 4; do
-        add ${net}_x$scale "train $net x$scale from the x2 weights, as published" \
-            "--template ${net}_x$scale --pre_train ${net}_x2.pt"
+# recipe NAME SCALES DATA [WEIGHTS]: train by the recipe of that name, from those weights
+recipe() {
+    local name=$1 scale
+    for scale in $2; do
+        add "${name}_x$scale" "train ${name%-finetune} x$scale on $3${4:+, from $4}" "--template ${name}_x$scale${4:+ --pre_train $4}"
     done
+}
+# tests NAME...: score weights by the test protocol of the recipe
+tests() {
+    local name scale
+    for name in "$@"; do
+        for scale in 2 3 4; do
+            add "${name}_x${scale}_test" "score $name x$scale on the benchmarks, by its protocol" \
+                "--template ${name}_x$scale $benchmarks --pre_train ${name}_x$scale.pt"
+        done
+    done
+}
+recipe LCoAN 3 DIV2K LCoAN_x2.pt
+for net in EDSR-baseline EDSR RCAN; do
+    recipe $net 2 DIV2K
+    recipe $net '3 4' DIV2K ${net}_x2.pt
 done
+recipe NLSN '2 3 4' DIV2K
+for net in ASID ASIDd8; do
+    recipe $net '2 3 4' DIV2K
+    for scale in 2 3 4; do recipe $net-finetune $scale DIV2K ${net}_x$scale.pt; done
+done
+for net in DLGSANet DLGSANet-light DLGSANet-tiny OmniSR; do recipe $net '2 3 4' DIV2K; done
+recipe ATD 2 DF2K
+recipe ATD-finetune 2 DF2K ATD_x2.pt
+recipe ATD '3 4' DF2K ATD-finetune_x2.pt
+for net in ATD-light SwinIR-light; do
+    recipe $net 2 DIV2K
+    recipe $net '3 4' DIV2K ${net}_x2.pt
+done
+tests EDSR-baseline EDSR RCAN NLSN ASID ASIDd8 DLGSANet DLGSANet-light DLGSANet-tiny ATD ATD-light OmniSR SwinIR-light
 for scale in 2 3 4; do
     add Bicubic_x${scale}_test "score bicubic x$scale on the benchmarks" "--model Bicubic $benchmarks --scale $scale"
 done
+add costs 'print what every network costs, beside the published figures' '--costs --model all --scale 2+3+4'
 add LCoAN-small_x2 "train the small LCoAN x2 on SR291 (ours)" "--template LCoAN-small_x2"
 add LCoAN-small_x4 "train the small LCoAN x4 from the x2 weights (ours)" \
     "--template LCoAN-small_x4 --pre_train LCoAN-small_x2.pt"
@@ -54,7 +84,7 @@ case ${1-} in
     ;;
 list)
     echo 'bash demo.sh NAME [options of src/main.py, such as --dir_data FOLDER]'
-    for i in "${!names[@]}"; do printf '  %-18s %s\n' "${names[i]}" "${about[i]}"; done
+    for i in "${!names[@]}"; do printf '  %-24s %s\n' "${names[i]}" "${about[i]}"; done
     ;;
 *)
     for i in "${!names[@]}"; do

@@ -6,7 +6,7 @@ metrics.jsonl   for machines: one line an epoch
 results.json    the last evaluation
 loss.png, test_<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
-state.pt        weights, optimiser, counters and log
+state.pt        weights and their average, optimiser, counters and log
 results-<Set>/  images
 """
 
@@ -26,6 +26,8 @@ from error import UserError
 from files import read_torch, write_atomic
 
 log = logging.getLogger('frugalsr')
+
+STATE = {'model', 'average', 'optimizer', 'epoch', 'step', 'samples', 'log'}
 
 OURS = ('state.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
 
@@ -94,6 +96,10 @@ class RunFolder:
         """Write a text file."""
         write_atomic(self.folder / name, text.encode())
 
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write any other file."""
+        write_atomic(self.folder / name, content)
+
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
         self.write('results.json', json.dumps(finite(results), indent=1) + '\n')
@@ -106,12 +112,12 @@ class RunFolder:
         """Write everything that an epoch leaves: weights, state, metrics and curves.
 
         Args:
-            state: with 'model' (state dict), 'epoch' and 'log' (one record an epoch).
+            state: with 'model' (state dict), 'average' (another, or None), 'epoch' and 'log' (one record an epoch).
             best: these are the best weights so far.
             keep: keep the weights of this epoch under its number.
         """
         names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
-        weights = serialized(state['model'])
+        weights = serialized(state['average'] or state['model'])
         for name in names:
             write_atomic(self.models / f'model_{name}.pt', weights)
         self.write('config.txt', self.config)
@@ -138,7 +144,7 @@ class RunFolder:
                 f'{self.folder} holds no state (state.pt) to continue from: train it first, without --load.'
             )
         state = read_torch(path)
-        if not isinstance(state, dict) or not state.keys() >= {'model', 'optimizer', 'epoch', 'samples', 'log'}:
+        if not isinstance(state, dict) or not state.keys() >= STATE:
             raise UserError(f'{path} is not a state of this program: name another run with --load.')
         return state
 

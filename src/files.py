@@ -1,5 +1,7 @@
 """Files written whole or not at all, and files of tensors read without running anything they contain."""
 
+import json
+import math
 import os
 import pickle
 import secrets
@@ -8,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from error import UserError, WriteError
 
@@ -61,3 +64,39 @@ def read_torch(path: Path) -> object:
         raise UserError(f'{path} is not a file of weights, or it is damaged: fetch or make it again.') from error
     except Exception as error:  # on a damaged file torch raises nearly anything
         raise UserError(f'{path} is not a file of weights, or it is damaged: fetch or make it again.') from error
+
+
+SAFETENSORS = {
+    'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+    'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool,
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in the safetensors format: a length, a JSON header of that length, and the raw data.
+
+    Raises:
+        UserError: no such file, or not one of that format.
+    """
+    if not path.is_file():
+        raise UserError(f'No weights at {path}: check the path.')
+    content = path.read_bytes()
+    try:
+        start = 8 + int.from_bytes(content[:8], 'little')
+        header = json.loads(content[8:start])
+        header.pop('__metadata__', None)
+        return {key: _tensor(content[start:], **entry) for key, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+        raise UserError(f'{path} is not a whole file of safetensors: fetch or make it again.') from error
+
+
+def _tensor(data: bytes, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> Tensor:
+    start, end = data_offsets
+    kind = SAFETENSORS[dtype]
+    if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * kind.itemsize:
+        raise ValueError(f'{shape} of {dtype} at {data_offsets}')
+    return (
+        torch.frombuffer(bytearray(data[start:end]), dtype=kind).view(shape)
+        if end > start
+        else torch.empty(shape, dtype=kind)
+    )

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    """Do what the options say: score files, test, or train."""
+    """Do what the options say: measure costs, score files, test, or train."""
     try:
         from checkpoint import RunFolder, start_screen
     except ModuleNotFoundError as error:
@@ -60,13 +60,50 @@ def run(args: Namespace) -> None:
         ) from error
 
     start_screen()
+    if args.model == 'auto':
+        settle(args)
     folder = RunFolder(args.save_dir / args.save)
-    if args.score:
+    if args.costs:
+        costs(args, folder)
+    elif args.score:
         score(args, folder)
     elif args.test_only:
         test(args, folder)
     else:
         train(args, folder)
+
+
+def costs(args: Namespace, folder: RunFolder) -> None:
+    """Print what networks cost, and write it as JSON and as a picture."""
+    import json
+
+    from costs import measure_all, points, table
+    from picture import scatter
+
+    scales = args.scale if isinstance(args.scale, list) else [args.scale]
+    folder.start_log()
+    rows = measure_all(option.cost_models(args), scales, device(args), log.info)
+    for line in table(rows).splitlines():
+        log.info('%s', line)
+    folder.write('costs.json', json.dumps(rows, indent=1) + '\n')
+    folder.write_bytes('costs.png', scatter(points(rows), 'Urban100, as published; area: multiply-adds at 1280x720'))
+    log.info('Written: %s', folder.folder)
+
+
+def settle(args: Namespace) -> None:
+    """Find out which network the weights of --pre_train belong to."""
+    from model.detect import recognise
+    from model.weights import read_weights
+
+    path = weights_file(args)
+    try:
+        found = recognise(read_weights(path)[0])
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+    option.settle(args, found.name, found.scale, found.settings)
+    log.info('%s holds weights of %s', path, found)
+    if found.settings and found.unseen:
+        log.info('What its weights do not show is as in the paper of %s: %s', found.name, ', '.join(found.unseen))
 
 
 def score(args: Namespace, folder: RunFolder) -> None:
@@ -106,8 +143,6 @@ def test(args: Namespace, folder: RunFolder) -> None:
 
 def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
-    from functools import partial
-
     from data.traindata import train_loader
     from loss import Loss
     from optimizer import learning_rate, make_optimizer
@@ -146,11 +181,13 @@ def train(args: Namespace, folder: RunFolder) -> None:
         batch_size=args.batch_size,
         steps=args.test_every,
         parts=args.split_batch,
-        rate=partial(learning_rate, args.lr, args.decay, args.gamma),
+        rate=lambda epochs, steps: learning_rate(args.lr, args.decay, args.gamma, epochs, args.warmup, steps),
         clip=args.gclip,
         skip_threshold=args.skip_threshold,
         print_every=args.print_every,
         keep_all=args.save_models,
+        average_decay=args.weight_ema,
+        seed=args.seed,
     )  # fmt: skip
     if args.reset:
         folder.clear()
@@ -181,14 +218,15 @@ def make_model(args: Namespace) -> Model:
     import torch
 
     from model import Model
-    from model.tiling import Tiler
+    from model.tiling import MeanTiler, Tiler
 
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats its results only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Costs time, and nothing here reads memory before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(args.seed)
-    tiler = Tiler(args.chop_size, args.chop_overlap, args.chop_batch) if args.chop else None
+    kind = MeanTiler if args.chop_blend == 'mean' else Tiler
+    tiler = kind(args.chop_size, args.chop_overlap, args.chop_batch) if args.chop else None
     settings = option.network_settings(args)
     half = args.precision == 'half'
     return Model(args.model, args.scale, device(args), tiler, args.self_ensemble, half, **settings)
@@ -197,7 +235,6 @@ def make_model(args: Namespace) -> Model:
 def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
     """Fill the network from --load or --pre_train; returns the state of a loaded run, and what the weights are."""
     from checkpoint import RunFolder
-    from files import some
     from model.weights import load_weights, read_weights
 
     if args.load:
@@ -210,24 +247,34 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
             path = run.models / f'model_{args.resume}.pt'
             if not path.is_file():
                 raise UserError(f'--resume {args.resume}: no {path}; only --save_models keeps every epoch.')
-            weights, source = read_weights(path), str(path)
+            weights, source = read_weights(path)[0], str(path)
+        elif args.test_only:
+            weights = state['average'] or weights
         load_weights(model.net, weights, source)
         return state, f'weights from {source}'
     if args.pre_train:
-        path = Path(args.pre_train).expanduser()
-        if not path.is_file():
-            path = args.extend / path
-            if not path.is_file():
-                there = some(sorted(file.name for file in args.extend.glob('*.pt'))) or 'none'
-                raise UserError(
-                    f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.'
-                )
+        path = weights_file(args)
+        weights, unwrapped = read_weights(path)
         upsampler = None if args.test_only else model.network.upsampler
-        new = load_weights(model.net, read_weights(path), str(path), upsampler)
-        return None, f'weights from {path}' + (f'; new: {", ".join(new)}' if new else '')
+        new = load_weights(model.net, weights, str(path), upsampler)
+        inside = f' ({unwrapped})' if unwrapped else ''
+        return None, f'weights from {path}{inside}' + (f'; new: {", ".join(new)}' if new else '')
     if args.test_only and model.net.state_dict():
         raise UserError(f'{args.model} has no weights to test: give a file with --pre_train or a run with --load.')
     return None, 'new weights' if model.net.state_dict() else 'no weights'
+
+
+def weights_file(args: Namespace) -> Path:
+    """The file that --pre_train means: a path from here, or a name in --extend."""
+    from files import some
+
+    path = Path(args.pre_train).expanduser()
+    if not path.is_file():
+        path = args.extend / path
+    if not path.is_file():
+        there = some(sorted(file.name for file in args.extend.glob('*.pt'))) or 'none'
+        raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.')
+    return path
 
 
 def test_sets(args: Namespace, prepare: bool = True) -> list[SRData]:
@@ -254,7 +301,7 @@ def make_set(args: Namespace, name: str, span: tuple[int, int], prepare: bool = 
     from data.srdata import SRData
 
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
-    data = SRData(images, args.scale, args.lr_border, cached)
+    data = SRData(images, args.scale, args.lr_border, cached, args.shave)
     if prepare:
         data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset')
     return data
@@ -272,11 +319,18 @@ def label(args: Namespace) -> str:
     return args.template.rpartition('_x')[0] or args.model
 
 
+def precision(model: Model) -> str:
+    """What the network computes in, in tests: float32, float16 or bfloat16."""
+    return str(model.dtype).removeprefix('torch.')
+
+
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
     """Say what runs where."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
     log.info('%s, %s; run folder %s', what, origin, folder.folder)
+    if model.half:
+        log.info('Half precision: computed in %s.', precision(model))
     if model.tiler and not model.network.tiling_exact:
         log.info('Tiles change the result of %s: its attention sees one tile at a time.', model.name)
 
@@ -287,9 +341,9 @@ def write_results(
     """Write results.json: the scores, and everything that has a say in them."""
     tiler = model.tiler
     protocol = {
-        'chop': {'size': tiler.size, 'overlap': tiler.overlap} if tiler else None,
+        'chop': {'size': tiler.size, 'overlap': tiler.overlap, 'blend': args.chop_blend} if tiler else None,
         'self_ensemble': args.self_ensemble,
-        'precision': args.precision,
+        'precision': precision(model),
         'sets': evaluation.protocol(),
     }
     about = {'model': args.model, 'scale': args.scale, 'weights': weights, 'protocol': protocol}

@@ -1,8 +1,10 @@
-"""Optimisers and the learning-rate schedule, under EDSR's names."""
+"""Optimisers, the learning-rate schedule and the weight average, under EDSR's and BasicSR's names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
 
 
 def make_optimizer(
@@ -24,15 +26,55 @@ def make_optimizer(
     return adam(trainable, lr, betas, epsilon, weight_decay)
 
 
-def learning_rate(lr: float, milestones: Sequence[int], gamma: float, finished: int) -> float:
-    """Step decay: the rate after `finished` epochs is `lr` times `gamma` once per milestone reached.
+def learning_rate(
+    lr: float, milestones: Sequence[int], gamma: float, epochs: int, warmup: int = 0, steps: int = 0
+) -> float:
+    """The rate of the next step, after `epochs` finished epochs and `steps` finished steps.
 
-    A function of the epoch alone, so a resumed run needs no state of a schedule.
+    Step decay: `lr` times `gamma` once per milestone (an epoch) reached. Linear warm-up: step n of the first `warmup`
+    ones has n / warmup of that. A function of the counters alone, so a resumed run needs no state of a schedule.
     """
-    return lr * gamma ** sum(milestone <= finished for milestone in milestones)
+    rate = lr * gamma ** sum(milestone <= epochs for milestone in milestones)
+    return rate * min(1.0, (steps + 1) / warmup) if warmup else rate
 
 
 def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:
     """Give every parameter group the rate `lr`."""
     for group in optimizer.param_groups:
         group['lr'] = lr
+
+
+class WeightAverage:
+    """Exponential moving average of a network's parameters: average <- decay * average + (1 - decay) * parameters.
+
+    It starts as a copy of the network. Buffers are not averaged, the network's own are taken.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.net, self.decay = net, decay
+        self.state = {key: value.detach().clone() for key, value in net.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the network's weights after a step into the average."""
+        parameters = dict(self.net.named_parameters())
+        averages = [self.state[key] for key in parameters]
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - self.decay)
+        for key, buffer in self.net.named_buffers():
+            if key in self.state:
+                self.state[key].copy_(buffer)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from the average in `state`."""
+        for key, value in self.state.items():
+            value.copy_(state[key])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this block the network has the averaged weights."""
+        own = {key: value.clone() for key, value in self.net.state_dict().items()}
+        self.net.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            self.net.load_state_dict(own)

@@ -12,12 +12,16 @@ from error import UserError
 from template import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ('Bicubic', 'EDSR', 'EDSR-baseline', 'LCoAN')
+MODELS = (
+    'Bicubic', 'EDSR', 'EDSR-baseline', 'RCAN', 'NLSN', 'LCoAN', 'ASID', 'ASIDd8', 'DLGSANet', 'DLGSANet-light',
+    'DLGSANet-tiny', 'ATD', 'ATD-light', 'OmniSR', 'SwinIR-light',
+)  # fmt: skip
 
 # Left out, these are as in the network's paper; a network takes those of them that it has.
 NETWORK_SETTINGS = (
     'n_resgroups', 'n_resblocks', 'n_feats', 'reduction', 'n_clusters', 'window_size', 'ema_decay', 'n_hashes',
-    'chunk_size', 'res_scale', 'act', 'dilation', 'rgb_range', 'n_colors', 'shift_mean',
+    'chunk_size', 'res_scale', 'act', 'dilation', 'n_heads', 'mlp_ratio', 'kernel_size', 'group_channels', 'tlc_size',
+    'category_size', 'n_tokens', 'reduced_dim', 'direct_upsampler', 'drop_path', 'rgb_range', 'n_colors', 'shift_mean',
 )  # fmt: skip
 EXAMPLES = """examples:
   score bicubic on photographs that come with scikit-image
@@ -95,6 +99,15 @@ def names(text: str) -> list[str]:
     return [str(folder(name)) if os.sep in name or '/' in name else name for name in found]
 
 
+def scales(text: str) -> int | list[int]:
+    """One factor, or several joined by '+'."""
+    try:
+        factors = [int(count(part)) for part in text.split('+')]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a factor such as 4, or several such as 2+3+4') from error
+    return factors[0] if len(factors) == 1 else factors
+
+
 def epochs_list(text: str) -> list[int]:
     """Increasing epochs joined by '-'."""
     try:
@@ -135,6 +148,11 @@ def build_parser() -> Parser:
 
     g = parser.add_argument_group('program')
     g.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    g.add_argument(
+        '--costs',
+        action='store_true',
+        help='print parameters, multiply-adds, latency and memory of networks beside the published ones',
+    )
     g.add_argument('--template', default='', metavar='NAME', help=f'recipe that sets defaults: {", ".join(TEMPLATES)}')
 
     g = parser.add_argument_group('hardware')
@@ -181,7 +199,12 @@ def build_parser() -> Parser:
         default='sep',
         help='training images: keep decoded copies, make them anew, or decode each time',
     )
-    g.add_argument('--scale', metavar='N', type=count, default=4, help='factor of enlargement')
+    g.add_argument(
+        '--scale',
+        metavar='N',
+        type=scales,
+        help='factor of enlargement (left out: 4, or that of the weights with --model auto); with --costs also 2+3+4',
+    )
     g.add_argument('--patch_size', metavar='N', type=count, default=192, help='side of the HR training patch, pixels')
     g.add_argument(
         '--lr_border',
@@ -196,9 +219,21 @@ def build_parser() -> Parser:
         '--chop_overlap', metavar='N', type=natural, default=20, help='overlap of neighbouring tiles, LR pixels'
     )
     g.add_argument('--chop_batch', metavar='N', type=count, default=4, help='tiles a call')
+    g.add_argument(
+        '--chop_blend',
+        choices=('ramp', 'mean'),
+        default='ramp',
+        help='where tiles overlap: a short cross-fade of equal tiles, or the plain mean of tiles of exactly chop_size',
+    )
 
     g = parser.add_argument_group('network (left out: as in the paper of the network)')
-    g.add_argument('--model', default='LCoAN', metavar='NAME', help=', '.join(MODELS))
+    g.add_argument(
+        '--model',
+        default='LCoAN',
+        metavar='NAME',
+        help=f'{", ".join(MODELS)}; auto: what the file given with --pre_train holds; with --costs also all, or names '
+        'joined by +',
+    )
     g.add_argument('--pre_train', default='', metavar='FILE', help='weights to start from')
     g.add_argument(
         '--extend',
@@ -207,22 +242,41 @@ def build_parser() -> Parser:
         default=ROOT / 'models',
         help='folder in which --pre_train is looked up when it is not a path from here',
     )
-    g.add_argument('--n_resgroups', metavar='N', type=count, help='residual groups (LCoAN 10)')
+    g.add_argument(
+        '--n_resgroups',
+        metavar='N',
+        type=count,
+        help='groups of blocks (LCoAN, RCAN 10, ASID 3, ASIDd8 8, OmniSR 5, DLGSANet, ATD 6, DLGSANet-light, '
+        'ATD-light, SwinIR-light 4, DLGSANet-tiny 3)',
+    )
     g.add_argument(
         '--n_resblocks',
         metavar='N',
         type=count,
-        help='residual blocks, of LCoAN a group (EDSR 32, EDSR-baseline 16, LCoAN 4)',
+        help='blocks a group, or in all (EDSR, NLSN 32, EDSR-baseline 16; RCAN 20, LCoAN, DLGSANet 4, DLGSANet-light, '
+        'DLGSANet-tiny 3, ATD, ATD-light, SwinIR-light 6 a group)',
     )
     g.add_argument(
-        '--n_feats', metavar='N', type=count, help='feature channels (EDSR 256, EDSR-baseline 64, LCoAN 128)'
+        '--n_feats',
+        metavar='N',
+        type=count,
+        help='feature channels (EDSR, NLSN 256, EDSR-baseline, RCAN, OmniSR 64, LCoAN 128, ASID, ASIDd8, '
+        'DLGSANet-light, DLGSANet-tiny, ATD-light 48, DLGSANet 90, ATD 210, SwinIR-light 60)',
     )
     g.add_argument(
-        '--reduction', metavar='N', type=count, help='the matching embedding has n_feats / reduction channels (LCoAN 1)'
+        '--reduction',
+        metavar='N',
+        type=count,
+        help='divisor of n_feats: channels of the matching embedding (LCoAN 1, NLSN 4), of the channel '
+        'attention (RCAN 16)',
     )
     g.add_argument('--n_clusters', metavar='N', type=count, help='k-means clusters (LCoAN 128)')
     g.add_argument(
-        '--window_size', metavar='N', type=count, help='window of the attention, clustered pixels (LCoAN 384)'
+        '--window_size',
+        metavar='N',
+        type=count,
+        help='window of the attention: clustered pixels (LCoAN 384), or pixels a side (ASID, ASIDd8, OmniSR, '
+        'SwinIR-light 8, ATD, ATD-light 16)',
     )
     g.add_argument(
         '--ema_decay',
@@ -230,15 +284,13 @@ def build_parser() -> Parser:
         type=fraction,
         help='decay a step of the moving average of the centroids (LCoAN 0.999)',
     )
-    g.add_argument('--n_hashes', metavar='N', type=count, help='rounds of clustering (LCoAN 1)')
-    g.add_argument(
-        '--chunk_size', metavar='N', type=count, help='window of hashed attention, pixels (of NLSN, which comes later)'
-    )
+    g.add_argument('--n_hashes', metavar='N', type=count, help='rounds of clustering (LCoAN 1) or hashing (NLSN 4)')
+    g.add_argument('--chunk_size', metavar='N', type=count, help='window of hashed attention, pixels (NLSN 144)')
     g.add_argument(
         '--res_scale',
         metavar='X',
         type=positive,
-        help='factor of residual branches (EDSR 0.1, EDSR-baseline 1, LCoAN 0.1)',
+        help='factor of residual branches (EDSR, NLSN, LCoAN 0.1, EDSR-baseline 1)',
     )
     g.add_argument('--act', metavar='NAME', help='activation: relu (all papers), leaky_relu, prelu, gelu, silu')
     g.add_argument(
@@ -248,10 +300,65 @@ def build_parser() -> Parser:
         help='dilate the convolutions of the residual blocks by 2 (no paper)',
     )
     g.add_argument(
+        '--n_heads',
+        metavar='N',
+        type=count,
+        help='attention heads (OmniSR, ATD-light 4, DLGSANet, DLGSANet-light, DLGSANet-tiny, ATD, SwinIR-light 6)',
+    )
+    g.add_argument(
+        '--mlp_ratio',
+        metavar='X',
+        type=positive,
+        help='channels inside the feed-forward networks, times n_feats (ATD-light 1; DLGSANet, DLGSANet-light, '
+        'DLGSANet-tiny, ATD, SwinIR-light 2)',
+    )
+    g.add_argument(
+        '--kernel_size',
+        metavar='N',
+        type=count,
+        help='side of the dynamic (DLGSANet, DLGSANet-light, DLGSANet-tiny 7) or depthwise (ATD 5, ATD-light 7) '
+        'kernels',
+    )
+    g.add_argument(
+        '--group_channels',
+        metavar='N',
+        type=count,
+        help='channels that share a dynamic kernel (DLGSANet, DLGSANet-light, DLGSANet-tiny 6)',
+    )
+    g.add_argument(
+        '--tlc_size',
+        metavar='N',
+        type=count,
+        help='window of the channel attention in tests, pixels a side (DLGSANet, DLGSANet-light, DLGSANet-tiny '
+        '96 / 72 / 48 at x2 / x3 / x4)',
+    )
+    g.add_argument(
+        '--category_size', metavar='N', type=count, help='pixels a group of one category (ATD 256, ATD-light 128)'
+    )
+    g.add_argument('--n_tokens', metavar='N', type=count, help='tokens of the dictionary (ATD 128, ATD-light 64)')
+    g.add_argument(
+        '--reduced_dim',
+        metavar='N',
+        type=count,
+        help='channels of queries and keys of the dictionary (ATD 20, ATD-light 8)',
+    )
+    g.add_argument(
+        '--direct_upsampler',
+        type=truth,
+        metavar='True|False',
+        help='one convolution to all pixels of the output (ATD False, ATD-light True)',
+    )
+    g.add_argument(
+        '--drop_path',
+        metavar='X',
+        type=fraction,
+        help='largest rate of stochastic depth in training (SwinIR-light 0.1)',
+    )
+    g.add_argument(
         '--rgb_range',
         metavar='X',
         type=positive,
-        help='value of white inside the network (EDSR, EDSR-baseline 255, LCoAN 1)',
+        help='value of white inside the network (EDSR, EDSR-baseline, RCAN 255, NLSN, LCoAN 1)',
     )
     g.add_argument(
         '--n_colors',
@@ -289,6 +396,12 @@ def build_parser() -> Parser:
     g.add_argument('--test_only', action='store_true', help='test, do not train')
     g.add_argument('--self_ensemble', action='store_true', help='average over the eight flips and rotations')
     g.add_argument('--ssim', action='store_true', help='measure SSIM in the tests during training too')
+    g.add_argument(
+        '--shave',
+        metavar='N',
+        type=natural,
+        help='pixels left out of the scores at each border (left out: the scale; 6 more on DIV2K and Flickr2K)',
+    )
     g.add_argument('--score', type=folder, metavar='FOLDER', help='score the images in this folder, whatever made them')
 
     g = parser.add_argument_group('optimisation')
@@ -301,6 +414,16 @@ def build_parser() -> Parser:
         help='epochs after which the rate is multiplied by gamma',
     )
     g.add_argument('--gamma', metavar='X', type=positive, default=0.5, help='factor of the decay')
+    g.add_argument(
+        '--warmup', metavar='N', type=natural, default=0, help='steps over which the rate rises linearly to its value'
+    )
+    g.add_argument(
+        '--weight_ema',
+        metavar='X',
+        type=number(float, 0, 0.999999),
+        default=0.0,
+        help='decay a step of the moving average of the weights, which is then tested and saved; 0: no average',
+    )
     g.add_argument('--optimizer', choices=('SGD', 'ADAM', 'ADAMW', 'RMSprop'), default='ADAM', help='optimiser')
     g.add_argument('--momentum', metavar='X', type=fraction, default=0.9, help='of SGD')
     g.add_argument(
@@ -370,6 +493,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             if key not in NOT_RESTORED:  # numbers as text, to be checked like typed ones
                 parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value})
     args = parser.parse_args(argv)
+    if args.scale is None and args.model != 'auto':
+        args.scale = 4
     _check(args)
     for key in FIXED_IN_A_RUN:
         if saved and getattr(args, key) != saved.get(key):
@@ -377,17 +502,41 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f'--{key} {getattr(args, key)}: the run {args.load} has {key} {saved.get(key)}, '
                 'which cannot change in a run; leave it out, or start another run.'
             )
-    args.save = args.save or args.load or _default_name(args)
     args.save_results |= args.save_gt
+    if args.model != 'auto':
+        args.save = args.save or args.load or _default_name(args)
     return args
+
+
+def settle(args: argparse.Namespace, name: str, scale: int, settings: Mapping[str, object]) -> None:
+    """Put the network that --model auto found into the options; settings that are typed stay.
+
+    Raises:
+        UserError: the options do not go with it.
+    """
+    if args.scale not in (None, scale):
+        raise UserError(f'--scale {args.scale}: {args.pre_train} holds weights of {name} x{scale}; leave it out.')
+    args.model, args.scale = name, scale
+    for key, value in settings.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    _check(args)
+    args.save = args.save or _default_name(args)
 
 
 def _default_name(args: argparse.Namespace) -> str:
     """Name of a run that was given none; a test never writes into the folder of a training run."""
     if args.score:
         return f'{args.score.name}_score'
+    if args.costs:
+        return 'costs'
     name = args.template or f'{args.model}_x{args.scale}'
     return f'{name}_test' if args.test_only else name
+
+
+def cost_models(args: argparse.Namespace) -> list[str]:
+    """The networks of --costs: one, several joined by +, or all that have weights."""
+    return [name for name in MODELS if name != 'Bicubic'] if args.model == 'all' else args.model.split('+')
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, object]:
@@ -424,14 +573,24 @@ def read_config(path: Path) -> dict[str, object]:
 
 def _check(args: argparse.Namespace) -> None:
     """Combinations of options that cannot be, and names that there are not."""
-    if args.model not in MODELS:
-        raise UserError(f'Unknown network {args.model!r}: choose one of {", ".join(MODELS)}.')
+    for name in cost_models(args) if args.costs else [args.model]:
+        if name not in (*MODELS, 'auto'):
+            raise UserError(f'Unknown network {name!r}: choose one of {", ".join(MODELS)}.')
+    if args.model == 'auto' and not args.pre_train:
+        raise UserError('--model auto: give the weights to recognise with --pre_train.')
+    if args.costs:
+        for option in ('load', 'pre_train', 'test_only', 'score', 'reset', 'chop', 'self_ensemble'):
+            if getattr(args, option):
+                raise UserError(f'--{option}: --costs measures networks without weights; leave it out.')
+        return
+    if isinstance(args.scale, list):
+        raise UserError(f'--scale {"+".join(map(str, args.scale))}: only --costs takes several; give one.')
     if args.n_GPUs > 1:
         raise UserError(f'--n_GPUs {args.n_GPUs}: this version runs on one GPU; give 1, or 0 for the CPU.')
     if args.gan_k != 1:
         raise UserError(f'--gan_k {args.gan_k}: this version has no adversarial loss; leave it out.')
     training = not (args.test_only or args.score)
-    if training and args.patch_size % args.scale:
+    if training and args.scale and args.patch_size % args.scale:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
     if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')

@@ -44,6 +44,21 @@ def _curve(epochs: Sequence[int], lines: dict[str, list], label: str) -> bytes:
     return _png(figure)
 
 
+def scatter(panels: dict[str, Sequence[tuple[str, float, float, float]]], note: str) -> bytes:
+    """PNG of one panel a title: PSNR against the number of parameters, as (name, parameters, PSNR, multiply-adds)."""
+    figure = _figure(6 * len(panels), 5)
+    for number, (title, points) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for name, parameters, psnr, multiply_adds in points:
+            axes.scatter(parameters / 1e6, psnr, s=multiply_adds**0.5 / 4e3, alpha=0.5)
+            axes.annotate(name, (parameters / 1e6, psnr), fontsize=8, xytext=(4, 4), textcoords='offset points')
+        axes.set(title=title, xlabel='parameters (millions)', ylabel='PSNR (dB)', xscale='log')
+        axes.margins(0.15)
+        axes.grid(alpha=0.3, which='both')
+    figure.supxlabel(note, fontsize=8)
+    return _png(figure)
+
+
 def sheet(rows: Sequence[Comparison]) -> bytes:
     """PNG of one row per image: a crop full of detail, the same in every version of the image."""
     columns = len(rows[0].images)

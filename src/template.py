@@ -1,13 +1,84 @@
-"""Recipes: published settings as option defaults (`--template NAME`); what is typed wins."""
+"""Recipes: published settings as option defaults (`--template NAME`); what is typed wins.
+
+A recipe is both the training and the test protocol of a network.
+"""
 
 Recipe = dict[str, object]
 
-# https://github.com/sanghyun-son/EDSR-PyTorch, demo.sh; x3 and x4 start from x2 (--pre_train)
-EDSR: Recipe = {'model': 'EDSR', 'data_train': ['DIV2K'], 'data_test': ['DIV2K'], 'epochs': 300, 'decay': [200]}
-BASELINE = {**EDSR, 'model': 'EDSR-baseline'}
+DIV2K: Recipe = {'data_train': ['DIV2K'], 'data_range': ((1, 800), (801, 810))}
+DF2K: Recipe = {'data_train': ['DIV2K', 'Flickr2K'], 'data_range': ((1, 800), (801, 810))}
 
-# https://github.com/YigangZhao/LCoAN, README; x4 starts from x2
+
+def milestones(*values: int) -> Recipe:
+    """Epochs after which the rate is halved, and the last epoch."""
+    return {'decay': list(values[:-1]), 'epochs': values[-1]}
+
+
+def at_scales(name: str, recipe: Recipe, lr_patch: int, scales: tuple[int, ...] = (2, 3, 4)) -> dict[str, Recipe]:
+    """One recipe a scale, whose HR patch is `scale` times the LR patch of the paper."""
+    return {f'{name}_x{scale}': {**recipe, 'scale': scale, 'patch_size': scale * lr_patch} for scale in scales}
+
+
+# https://github.com/sanghyun-son/EDSR-PyTorch, demo.sh; x3 and x4 start from x2
+EDSR: Recipe = {'model': 'EDSR', **DIV2K, 'data_test': ['DIV2K'], **milestones(200, 300)}
+BASELINE: Recipe = {**EDSR, 'model': 'EDSR-baseline'}
+
+# https://github.com/yulunzhang/RCAN, RCAN_TrainCode (option.py, TrainRCAN_scripts.sh); x3 and x4 start from x2
+RCAN: Recipe = {
+    'model': 'RCAN', 'data_train': ['DIV2K'], 'data_test': ['DIV2K'], 'data_range': ((1, 800), (801, 805)),
+    'chop': True, **milestones(200, 400, 600, 800, 1000),
+}  # fmt: skip
+
+# https://github.com/HarukiYqM/Non-Local-Sparse-Attention, README; published for x2 only, x3 and x4 by its pattern
+NLSN: Recipe = {'model': 'NLSN', **DIV2K, 'chop': True, **milestones(200, 400, 600, 800, 1000)}
+
+# https://github.com/YigangZhao/LCoAN, README; x4 starts from x2; x3 (not published) by the pattern of x4
 LCOAN: Recipe = {'model': 'LCoAN', 'data_train': ['DIV2K'], 'data_range': ((1, 800), (1, 5)), 'chop': True}
+
+# https://github.com/saturnian77/ASID, README and yamls: an epoch is 64 patches of each of the 800 images; its
+# augmentation flips two of three images, here all eight orientations are equally likely. Tested in tiles, as OmniSR.
+TILES: Recipe = {'chop': True, 'chop_size': 64, 'chop_overlap': 24, 'chop_blend': 'mean'}
+ADAMW: Recipe = {'optimizer': 'ADAMW', 'weight_decay': 1e-4}
+ASID: Recipe = {
+    'model': 'ASID', **DIV2K, **TILES, **ADAMW, 'lr': 5e-4, 'batch_size': 16, 'test_every': 3200,
+    **milestones(250, 500),
+}  # fmt: skip
+ASID_TUNED: Recipe = {**ASID, 'lr': 4e-4, **milestones(250, 500, 750, 1000)}
+
+# https://github.com/Francis0625/Omni-SR, train_yamls
+OMNISR: Recipe = {
+    'model': 'OmniSR', **DIV2K, **TILES, **ADAMW, 'lr': 5e-4, 'batch_size': 64, 'test_every': 800,
+    **milestones(250, 500, 750, 1000),
+}  # fmt: skip
+
+# https://github.com/NeonLeexiang/DLGSANet, options; every scale from scratch; scores leave out 4 pixels at every scale
+DLGSANET: Recipe = {
+    'model': 'DLGSANet', **DIV2K, 'lr': 5e-4, 'betas': [0.9, 0.99], 'batch_size': 16, 'weight_ema': 0.999, 'shave': 4,
+    **milestones(250, 400, 450, 475, 500),
+}  # fmt: skip
+
+# https://github.com/LabShuHangGU/Adaptive-Token-Dictionary, options; x2 is trained, then fine-tuned on larger patches,
+# x3 and x4 start from x2; tested on whole images
+ATD_COMMON: Recipe = {
+    'optimizer': 'ADAMW', 'betas': [0.9, 0.9], 'batch_size': 32, 'weight_ema': 0.999, 'chop': False,
+}  # fmt: skip
+ATD: Recipe = {
+    'model': 'ATD', **DF2K, **ATD_COMMON, 'lr': 2e-4, 'warmup': 10000, **milestones(250, 300),
+}  # fmt: skip
+ATD_TUNED: Recipe = {**ATD, **milestones(150, 200, 225, 240, 250)}
+ATD_LIGHT: Recipe = {
+    'model': 'ATD-light', **DIV2K, **ATD_COMMON, 'lr': 5e-4, 'warmup': 20000,
+    **milestones(250, 400, 450, 475, 490, 500),
+}  # fmt: skip
+ATD_LIGHT_TUNED: Recipe = {**ATD_LIGHT, 'lr': 2e-4, 'warmup': 10000, **milestones(150, 200, 225, 240, 250)}
+
+# https://github.com/cszn/KAIR, options/swinir/train_swinir_sr_lightweight.json; x3 and x4 start from x2, with half the
+# rate and half the steps (there in epochs of 500, since a milestone is at step 237,500)
+SWINIR: Recipe = {
+    'model': 'SwinIR-light', **DIV2K, 'lr': 2e-4, 'batch_size': 64, 'weight_ema': 0.999,
+    **milestones(250, 400, 450, 475, 500),
+}  # fmt: skip
+SWINIR_TUNED: Recipe = {**SWINIR, 'lr': 1e-4, 'test_every': 500}
 
 # Ours: sized for an hour on two CPU cores; the weights in models/
 SMALL: Recipe = {
@@ -21,19 +92,30 @@ SMALL: Recipe = {
     'batch_size': 8,
     'lr': 5e-4,
     'test_every': 500,
-    'epochs': 20,
-    'decay': [10, 14, 17, 19],
 }
 
 TEMPLATES: dict[str, Recipe] = {
-    'EDSR-baseline_x2': {**BASELINE, 'scale': 2, 'patch_size': 96},
-    'EDSR-baseline_x3': {**BASELINE, 'scale': 3, 'patch_size': 144},
-    'EDSR-baseline_x4': {**BASELINE, 'scale': 4, 'patch_size': 192},
-    'EDSR_x2': {**EDSR, 'scale': 2, 'patch_size': 96},
-    'EDSR_x3': {**EDSR, 'scale': 3, 'patch_size': 144},
-    'EDSR_x4': {**EDSR, 'scale': 4, 'patch_size': 192},
-    'LCoAN_x2': {**LCOAN, 'scale': 2, 'patch_size': 96, 'epochs': 1500, 'decay': [300, 600, 900, 1200]},
-    'LCoAN_x4': {**LCOAN, 'scale': 4, 'patch_size': 192, 'epochs': 500, 'decay': [100, 200, 300, 400]},
-    'LCoAN-small_x2': {**SMALL, 'scale': 2, 'patch_size': 64},
-    'LCoAN-small_x4': {**SMALL, 'scale': 4, 'patch_size': 128, 'epochs': 12, 'decay': [6, 9, 11]},
+    **at_scales('EDSR-baseline', BASELINE, 48),
+    **at_scales('EDSR', EDSR, 48),
+    **at_scales('RCAN', RCAN, 48),
+    **at_scales('NLSN', NLSN, 48),
+    **at_scales('LCoAN', {**LCOAN, **milestones(300, 600, 900, 1200, 1500)}, 48, (2,)),
+    **at_scales('LCoAN', {**LCOAN, **milestones(100, 200, 300, 400, 500)}, 48, (3, 4)),
+    **at_scales('ASID', ASID, 64),
+    **at_scales('ASID-finetune', ASID_TUNED, 64),
+    **at_scales('ASIDd8', {**ASID, 'model': 'ASIDd8'}, 64),
+    **at_scales('ASIDd8-finetune', {**ASID_TUNED, 'model': 'ASIDd8'}, 64),
+    **at_scales('DLGSANet', DLGSANET, 48),
+    **at_scales('DLGSANet-light', {**DLGSANET, 'model': 'DLGSANet-light'}, 48),
+    **at_scales('DLGSANet-tiny', {**DLGSANET, 'model': 'DLGSANet-tiny'}, 48),
+    **at_scales('ATD', ATD, 64, (2,)),
+    **at_scales('ATD-finetune', ATD_TUNED, 96, (2,)),
+    **at_scales('ATD', ATD_TUNED, 96, (3, 4)),
+    **at_scales('ATD-light', ATD_LIGHT, 64, (2,)),
+    **at_scales('ATD-light', ATD_LIGHT_TUNED, 64, (3, 4)),
+    **at_scales('OmniSR', OMNISR, 64),
+    **at_scales('SwinIR-light', SWINIR, 64, (2,)),
+    **at_scales('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
+    **at_scales('LCoAN-small', {**SMALL, **milestones(10, 14, 17, 19, 20)}, 32, (2,)),
+    **at_scales('LCoAN-small', {**SMALL, **milestones(6, 9, 11, 12)}, 32, (4,)),
 }

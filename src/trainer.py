@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from error import UserError
 from files import some, write_atomic
 from loss import Loss
 from model import Model
-from optimizer import set_learning_rate
+from optimizer import WeightAverage, set_learning_rate
 
 log = logging.getLogger('frugalsr')
 
@@ -61,7 +62,7 @@ class Evaluation:
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""
-        return {s.name: {'channels': s.channels, 'shave': shave(s), 'lr_border': s.lr_border} for s in self.sets}
+        return {s.name: {'channels': s.channels, 'shave': s.shave, 'lr_border': s.lr_border} for s in self.sets}
 
     def _set(self, images: SRData, upscale: Upscale, label: str) -> dict[str, Any]:
         scores: dict[str, dict[str, float]] = {}
@@ -95,16 +96,11 @@ class Evaluation:
             writer.write(stem.with_name(f'{stem.name}_HR.png'), hr)
 
 
-def shave(images: SRData) -> int:
-    """Pixels dropped at each border before scoring: the scale; EDSR's convention for RGB adds 6."""
-    return images.scale + (6 if images.channels == 'RGB' else 0)
-
-
 def score(measure: Callable[..., float], images: SRData, sr: np.ndarray, hr: np.ndarray) -> float:
     """PSNR or SSIM (`metric.psnr`, `metric.ssim`) by the set's protocol; nan where nothing is left to score."""
-    if min(hr.shape[:2]) <= 2 * shave(images):
+    if min(hr.shape[:2]) <= 2 * images.shave:
         return math.nan
-    return measure(sr, hr, shave(images), images.channels)
+    return measure(sr, hr, images.shave, images.channels)
 
 
 def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.ndarray]) -> picture.Comparison:
@@ -267,12 +263,14 @@ class Trainer:
         run: where everything goes.
         batch_size: samples a step.
         steps: steps an epoch.
-        rate: learning rate after a number of finished epochs.
+        rate: learning rate of the next step, after numbers of finished epochs and finished steps.
         parts: a batch is computed in this many parts.
         clip: largest absolute value of a gradient; 0: any.
         skip_threshold: a batch is skipped if its loss exceeds this times that of the last epoch.
         print_every: steps between lines in the log.
         keep_all: keep the weights of every epoch.
+        average_decay: of the average of the weights, which is what is tested and saved as weights; 0: none.
+        seed: of what a network draws in training, together with the number of the step.
     """
 
     def __init__(
@@ -286,19 +284,22 @@ class Trainer:
         run: RunFolder,
         batch_size: int,
         steps: int,
-        rate: Callable[[int], float],
+        rate: Callable[[int, int], float],
         parts: int = 1,
         clip: float = 0.0,
         skip_threshold: float = 1e8,
         print_every: int = 100,
         keep_all: bool = False,
+        average_decay: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
         self.batch_size, self.steps, self.parts, self.rate = batch_size, steps, parts, rate
         self.clip, self.skip_threshold, self.print_every, self.keep_all = clip, skip_threshold, print_every, keep_all
-        self.epoch = 0
-        self.samples = 0
+        self.seed = seed
+        self.average = WeightAverage(model.net, average_decay) if average_decay else None
+        self.epoch = self.step = self.samples = 0
         self.saved = 0  # the epoch of the state on the disk
         self.rewound = False
         self.log: list[dict[str, Any]] = []
@@ -312,21 +313,25 @@ class Trainer:
             raise UserError(f'The optimiser of {self.run.folder} does not fit ({error}): start another run.') from error
         for group, hyperparameters in zip(self.optimizer.param_groups, own, strict=True):
             group.update(hyperparameters)
-        self.epoch, self.samples, self.log = state['epoch'], state['samples'], state['log']
+        if self.average and state['average']:
+            self.average.load(state['average'])
+        self.epoch, self.step, self.samples, self.log = (state[key] for key in ('epoch', 'step', 'samples', 'log'))
         self.saved = self.epoch
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
         """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
         self.log = log_of_run[:epoch]
-        self.epoch, self.samples = epoch, self.log[-1]['samples']
+        self.epoch, self.step, self.samples = epoch, self.log[-1]['step'], self.log[-1]['samples']
         self.saved, self.rewound = len(log_of_run), True
 
     def state(self) -> dict[str, Any]:
         """Everything that the run continues from."""
         return {
             'model': self.model.net.state_dict(),
+            'average': self.average.state if self.average else None,
             'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch,
+            'step': self.step,
             'samples': self.samples,
             'log': self.log,
         }
@@ -343,7 +348,8 @@ class Trainer:
             if not all(p.isfinite().all() for p in self.model.net.parameters()):
                 raise UserError(f'The weights are no longer finite after epoch {self.epoch}; {self._advice()}')
             self.log.append(record)
-            results = self.evaluate()
+            with self.average.applied() if self.average else nullcontext():
+                results = self.evaluate()
             record['test'] = {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()}
             log.info('%s', table(results))
             if self.rewound:
@@ -358,17 +364,19 @@ class Trainer:
         return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
 
     def _train_epoch(self, batches: Iterator[Batch], epochs: int) -> dict[str, Any]:
-        rate = self.rate(self.epoch)
-        set_learning_rate(self.optimizer, rate)
         self.model.net.train()
         totals = dict.fromkeys([*self.loss.terms, 'total'], 0.0)
         waited, skipped, start = 0.0, 0, time.perf_counter()
         bar = progress(range(1, self.steps + 1), f'Epoch {self.epoch + 1}/{epochs}')
-        for step in bar:
+        for batch in bar:
             asked = time.perf_counter()
             lr, hr = next(batches)
             waited += time.perf_counter() - asked
+            rate = self.rate(self.epoch, self.step)
+            set_learning_rate(self.optimizer, rate)
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0]))
             values = self._step(lr, hr)
+            self.step += 1
             self.samples += self.batch_size
             if values is None:
                 skipped += 1
@@ -376,21 +384,21 @@ class Trainer:
                 for name, value in values.items():
                     totals[name] += value
             seconds = time.perf_counter() - start
-            learned = step - skipped
+            learned = batch - skipped
             means = {name: total / learned if learned else math.nan for name, total in totals.items()}
-            speed, wait = step * self.batch_size / seconds, waited / seconds
+            speed, wait = batch * self.batch_size / seconds, waited / seconds
             bar.set_postfix_str(f'loss {means["total"]:.4g}, {speed:.1f} images/s, {wait:.0%} waiting', refresh=False)
-            if step % self.print_every == 0:
+            if batch % self.print_every == 0:
                 losses = ', '.join(f'{name} {value:.5g}' for name, value in means.items() if name != 'total')
                 log.info(
                     'Epoch %d, batch %d/%d: %s, lr %.3g, %.1f images/s, %.0f%% waiting for data',
-                    self.epoch + 1, step, self.steps, losses, rate, speed, 100 * wait,
+                    self.epoch + 1, batch, self.steps, losses, rate, speed, 100 * wait,
                 )  # fmt: skip
         self.epoch += 1
         log.info('Epoch %d/%d: loss %.5g, lr %.3g, %.0f s', self.epoch, epochs, means['total'], rate, seconds)
         return {
-            'epoch': self.epoch, 'samples': self.samples, 'lr': rate, 'loss': means, 'skipped': skipped,
-            'seconds': seconds, 'images_per_second': speed, 'wait': wait,
+            'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate, 'loss': means,
+            'skipped': skipped, 'seconds': seconds, 'images_per_second': speed, 'wait': wait,
         }  # fmt: skip
 
     def _step(self, lr: Tensor, hr: Tensor) -> dict[str, float] | None:
@@ -416,6 +424,8 @@ class Trainer:
         if self.clip:
             torch.nn.utils.clip_grad_value_(self.model.net.parameters(), self.clip)
         self.optimizer.step()
+        if self.average:
+            self.average.update()
         return values
 
     def _advice(self) -> str:

@@ -19,13 +19,30 @@ from torch import Tensor, nn
 REFERENCE: dict[str, Any] = json.loads(Path(__file__).with_name('reference.json').read_text())
 CASES: dict[str, dict[str, Any]] = REFERENCE['networks']
 
-BIAS = {'EDSR': 10.0, 'EDSR-baseline': 10.0, 'LCoAN': 0.1}
+BIAS = {'EDSR': 10.0, 'EDSR-baseline': 10.0, 'RCAN': 10.0}  # these work in [0, 255]; the others 0.1
 # Of the weights relative to 1 / sqrt(fan in): the first that is found in the key, otherwise 1.
+DYNAMIC = {r'IDynamicDWConv\.conv\.conv2': 0.15}
 GAIN = {
     'EDSR': {r'^body\.\d+\.body': 2.0},
     'EDSR-baseline': {r'^body\.\d+\.body': 0.7},
+    'RCAN': {
+        r'conv_du\.0': 0.05, r'conv_du\.2': 1.0, r'^body\.\d+\.body\.\d+\.body': 0.7, r'^body\.\d+\.body': 0.4,
+    },
+    'NLSN': {r'^head': 2.0, r'^body\.\d+\.body': 2.0, r'conv_match': 2.0, r'conv_assembly': 3.0},
     'LCoAN': {r'^head': 2.0, r'local_body': 0.7, r'conv_match': 2.0, r'conv_assembly': 3.0, r'^body\.\d+\.m_conv': 3.0},
-}
+    'DLGSANet': DYNAMIC,
+    'DLGSANet-light': DYNAMIC,
+    'DLGSANet-tiny': DYNAMIC,
+    'ATD': {r'\.wqkv\.': 0.35, r'\.wv\.': 0.4},
+    'ATD-light': {r'\.wqkv\.': 0.5, r'\.wv\.': 0.4},
+}  # fmt: skip
+# Other parameters, by the end of their key: mean and standard deviation.
+OTHERS = {
+    '.td': (0, 1), '.sigma': (0, 0.5), '.scale': (0.5, 0.3), '.logit_scale': (math.log(10), 0.1 * math.log(10)),
+    '.temperature': (1, 0.1), '.relative_position_bias_table': (0, 1.5), '.rel_pos_bias.weight': (0, 1.5),
+}  # fmt: skip
+# Left as the network made them: the mean colour, and tables that follow from the sizes.
+OWN = re.compile(r'^(sub|add)_mean\.|relative_position_index|attn_mask$')
 
 
 def uniform(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -38,21 +55,24 @@ def weight(name: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape)
     if key.endswith('.means'):
         return noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+    for end, (mean, deviation) in OTHERS.items():
+        if key.endswith(end):
+            return mean + deviation * noise
     if len(shape) < 2:
-        return BIAS[name] * noise
-    gain = next((value for pattern, value in GAIN[name].items() if re.search(pattern, key)), 1.0)
+        return 1 + 0.1 * noise if key.endswith('.weight') else BIAS.get(name, 0.1) * noise
+    gain = next((value for pattern, value in GAIN.get(name, {}).items() if re.search(pattern, key)), 1.0)
     return gain / math.sqrt(math.prod(shape[1:])) * noise
 
 
 def fill(net: nn.Module, name: str) -> None:
-    """Load the recipe's weights, strictly; the mean colour stays as the network made it."""
+    """Load the recipe's weights, strictly."""
     first = weight('EDSR', 'probe.weight', (4, 3, 3, 3))[0, 0, 0, 0]
     assert abs(first - REFERENCE['first_draw']) < 1e-6, 'this numpy draws other numbers than the references used'
     state = net.state_dict()
     for key, tensor in state.items():
         if key.endswith('initted'):
             state[key] = torch.tensor(True)
-        elif not key.startswith(('sub_mean', 'add_mean')):
+        elif not OWN.search(key):
             state[key] = torch.from_numpy(np.asarray(weight(name, key, tuple(tensor.shape)), np.float32))
     net.load_state_dict(state, strict=True)
 

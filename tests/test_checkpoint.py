@@ -27,7 +27,8 @@ def state(*psnr: float) -> dict:
         for i, value in enumerate(psnr)
     ]
     weights = {'body.weight': torch.full((30, 30), float(len(psnr)))}
-    return {'model': weights, 'optimizer': {'state': {}}, 'epoch': len(psnr), 'samples': 4 * len(psnr), 'log': log}
+    counters = {'epoch': len(psnr), 'step': 2 * len(psnr), 'samples': 4 * len(psnr)}
+    return {'model': weights, 'average': None, 'optimizer': {'state': {}}, **counters, 'log': log}
 
 
 def strict(text: str) -> object:

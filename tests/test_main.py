@@ -20,6 +20,7 @@ from test_option import TEST_X4, TRAIN_X2, TRAIN_X4
 from test_trainer import EDSR, LCOAN, TINY, arguments, equal, learned, log, metrics, state, train, weights
 
 import main
+import metric
 import model
 import option
 import picture as pictures
@@ -83,7 +84,7 @@ def test_published_commands(data_folder):
     assert main.main(f'{TEST_X4} {benchmark} --pre_train {published} --save bench'.split()) == 0
     found = results(runs / 'bench')
     assert (found['model'], found['scale']) == ('LCoAN', 4)
-    assert found['protocol']['chop'] == {'size': 192, 'overlap': 20}
+    assert found['protocol']['chop'] == {'size': 192, 'overlap': 20, 'blend': 'ramp'}
     assert list(found['sets']) == ['Set5', 'Set14', 'B100', 'Urban100', 'Manga109']
     for name, values in found['sets'].items():
         assert {'psnr', 'ssim', 'seconds', 'images'} == set(values)
@@ -199,13 +200,14 @@ def test_what_changes_a_score_is_recorded(data_folder, no_curves):
     plain = train(data_folder, '--load run --test_only')
     expected = {'Set5': {'channels': 'Y', 'shave': 2, 'lr_border': 'mirror'}}
     assert results(plain)['protocol'] == {
-        'chop': None, 'self_ensemble': False, 'precision': 'single', 'sets': expected,
+        'chop': None, 'self_ensemble': False, 'precision': 'float32', 'sets': expected,
     }  # fmt: skip
     scores = {'plain': results(plain)['sets']['Set5']['psnr']}
+    recorded = {'chop': {'size': 16, 'overlap': 2, 'blend': 'ramp'}, 'precision': 'bfloat16'}
     tiles = '--chop --chop_size 16 --chop_overlap 2 --chop_batch 3'
     for what, flags in {'chop': tiles, 'self_ensemble': '--self_ensemble', 'precision': '--precision half'}.items():
         changed = results(train(data_folder, '--load run --test_only', flags))
-        assert changed['protocol'][what] == {'chop': {'size': 16, 'overlap': 2}, 'precision': 'half'}.get(what, True)
+        assert changed['protocol'][what] == recorded.get(what, True)
         scores[what] = changed['sets']['Set5']['psnr']
     assert len(set(scores.values())) == 4
     assert scores['precision'] == pytest.approx(scores['plain'], abs=0.1)
@@ -219,6 +221,60 @@ def test_div2k_is_scored_on_rgb(data_folder):
     hr = read_rgb(data_folder / 'DIV2K' / 'DIV2K_train_HR' / '0005.png')
     lr = read_rgb(data_folder / 'DIV2K' / 'DIV2K_train_LR_bicubic' / 'X4' / '0005x4.png')
     assert lr.shape[:2] == (hr.shape[0] // 4, hr.shape[1] // 4)
+
+
+def test_the_protocol_of_a_paper_is_recorded(data_folder):
+    run = train(data_folder, f'{BICUBIC} --scale 3 --template ASID_x3 --shave 4 --data_test Set5 --chop_size 32')
+    protocol = results(run)['protocol']
+    assert protocol['chop'] == {'size': 32, 'overlap': 24, 'blend': 'mean'}
+    assert protocol['sets']['Set5']['shave'] == 4
+
+
+@pytest.mark.parametrize('shave', [0, 1, 9])
+def test_shave_leaves_out_a_border(data_folder, shave):
+    run = train(data_folder, f'{BICUBIC} --scale 2 --data_test Set5 --shave {shave} --save_results --save_gt')
+    for name, scores in results(run)['sets']['Set5']['images'].items():
+        sr, hr = (read_rgb(run / 'results-Set5' / f'{name}_x2_{kind}.png') for kind in ('SR', 'HR'))
+        inside = slice(shave, -shave or None)
+        expected = metric.psnr(sr[inside, inside], hr[inside, inside], 0)
+        assert scores['psnr'] == pytest.approx(expected, abs=1e-9)
+
+
+def test_auto_finds_the_network_in_its_weights(data_folder, no_curves, capsys):
+    run = train(data_folder, LCOAN)
+    expected = results(run)['sets']['Set5']['psnr']
+    content = {'params_ema': {f'module.{key}': value for key, value in torch.load(run / 'model/model_best.pt').items()}}
+    torch.save(content, data_folder / 'x.pth')
+    capsys.readouterr()
+    typed = f'--cpu --n_threads 0 --data_test Set5 --pre_train {data_folder}/x.pth --window_size 16 --test_only'
+    found = train(data_folder, f'--model auto {typed}', name='auto')
+    assert results(found)['sets']['Set5']['psnr'] == expected
+    assert results(found)['model'] == 'LCoAN'
+    said = capsys.readouterr().out
+    assert 'holds weights of LCoAN x2 (n_resgroups 2, n_resblocks 1, n_feats 8, n_clusters 4)' in said
+    assert 'What its weights do not show' in said
+    assert "(params_ema, without the prefix 'module.')" in said
+
+
+def test_auto_says_what_it_saw(data_folder, capsys):
+    torch.save({'some.weight': torch.ones(3), 'other': torch.ones(1)}, data_folder / 'x.pt')
+    assert main.main(arguments(data_folder, f'--model auto --pre_train {data_folder}/x.pt --test_only')) == 2
+    message = capsys.readouterr().err
+    assert 'No network known here has such weights: 2 tensors, some.weight, other' in message
+    assert main.main(arguments(data_folder, '--model auto --pre_train missing.pt --test_only')) == 2
+    assert '--pre_train missing.pt: no such file' in capsys.readouterr().err
+
+
+def test_costs(data_folder, capsys):
+    run = train(data_folder, '--costs --model EDSR-baseline+ASID+ATD-light --scale 4 --cpu', name='costs')
+    rows = json.loads((run / 'costs.json').read_text())
+    assert [(row['model'], row['scale'], row['parameters']) for row in rows] == [
+        ('EDSR-baseline', 4, 1517571), ('ASID', 4, 313104), ('ATD-light', 4, 768792)
+    ]  # fmt: skip
+    assert all(row['latency'] > 0 and row['memory'] > 4 * row['parameters'] for row in rows)
+    said = capsys.readouterr().out
+    assert re.search(r'ASID +x4 +313\.1 +313\.1 +20\.8 +20\.8 ', said)
+    assert read_rgb(run / 'costs.png').size
 
 
 def test_weights_are_looked_up_in_a_folder(data_folder, no_curves, monkeypatch, tmp_path):
@@ -461,11 +517,11 @@ BAD = {
     'no such weights': (nothing, f'{TEST_EDSR} --pre_train none.pt', ['none.pt']),
     'weights of another network': (
         nothing, f'{TEST_EDSR} --pre_train FOLDER/runs/lcoan/model/model_best.pt',
-        ['model_best.pt', 'body.0.body.0.weight', 'another network'],
+        ['model_best.pt', 'body.0.body.0.weight', 'weights of LCoAN x2 (n_resgroups 2,'],
     ),
     'training from another network': (
         nothing, f'{LCOAN} --pre_train FOLDER/runs/edsr/model/model_best.pt',
-        ['model_best.pt', 'another network', "'a'"],
+        ['model_best.pt', 'weights of EDSR-baseline x2 (', ' a, '],
     ),
     'weights of another size': (
         nothing, f'{TEST_EDSR} --n_feats 4 --pre_train FOLDER/runs/edsr/model/model_best.pt',
@@ -473,7 +529,7 @@ BAD = {
     ),
     'weights of another scale': (
         nothing, f'{TEST_EDSR} --scale 4 --pre_train FOLDER/runs/edsr/model/model_best.pt',
-        ['another scale', 'tail.0.2.weight', '--scale'],
+        ['weights of EDSR-baseline x2 (', 'tail.0.2.weight', '--model auto'],
     ),
     'weights with code': (malice('w.pt'), f'{TEST_EDSR} --pre_train FOLDER/w.pt', ['w.pt', 'run code']),
     'training from code': (malice('w.pt'), f'{EDSR} --pre_train FOLDER/w.pt', ['w.pt', 'run code']),
@@ -583,14 +639,14 @@ def test_debug_shows_the_traceback(capsys):
     assert main.main(['--model', 'Foo', '--debug']) == 2
     message = capsys.readouterr().err
     assert message.startswith('Traceback')
-    assert message.endswith('choose one of Bicubic, EDSR, EDSR-baseline, LCoAN.\n')
+    assert message.endswith(f'choose one of {", ".join(option.MODELS)}.\n')
 
 
 def test_the_status_of_the_process(tmp_path):
     command = [sys.executable, str(ROOT / 'src' / 'main.py'), '--model', 'Foo']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == "Error: Unknown network 'Foo': choose one of Bicubic, EDSR, EDSR-baseline, LCoAN.\n"
+    assert done.stderr == f"Error: Unknown network 'Foo': choose one of {', '.join(option.MODELS)}.\n"
     assert not list(tmp_path.iterdir())
 
 

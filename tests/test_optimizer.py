@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from optimizer import learning_rate, make_optimizer, set_learning_rate
+from optimizer import WeightAverage, learning_rate, make_optimizer, set_learning_rate
 
 
 def parameters() -> list[nn.Parameter]:
@@ -54,3 +54,60 @@ def test_set_learning_rate():
     optimizer = optim.SGD([{'params': [p]} for p in parameters()], 0.1)
     set_learning_rate(optimizer, 0.5)
     assert [group['lr'] for group in optimizer.param_groups] == [0.5, 0.5, 0.5]
+
+
+def test_warm_up_rises_linearly_to_the_rate_of_the_schedule():
+    rates = [learning_rate(0.4, [2], 0.5, steps // 3, 4, steps) for steps in range(9)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.2, 0.2, 0.2])
+
+
+def test_warm_up_meets_a_milestone():
+    assert learning_rate(0.4, [1], 0.5, 1, 4, 2) == pytest.approx(0.15)
+
+
+class Scaled(nn.Module):
+    """A parameter, a frozen one, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+        self.fixed = nn.Parameter(torch.tensor(5.0), requires_grad=False)
+        self.register_buffer('count', torch.tensor(0))
+
+
+def test_average_by_hand():
+    net = Scaled()
+    average = WeightAverage(net, 0.75)
+    expected = torch.tensor([1.0, -2.0])
+    for step in range(1, 6):
+        with torch.no_grad():
+            net.weight += step
+            net.count += 1
+        average.update()
+        expected = 0.75 * expected + 0.25 * net.weight.detach()
+    torch.testing.assert_close(average.state['weight'], expected)
+    assert average.state['fixed'] == 5
+    assert average.state['count'] == 5
+
+
+def test_average_is_applied_and_taken_back():
+    net = Scaled()
+    average = WeightAverage(net, 0.75)
+    with torch.no_grad():
+        net.weight += 4
+    average.update()
+    with pytest.raises(KeyError), average.applied():
+        assert net.weight.tolist() == [2.0, -1.0]
+        raise KeyError
+    assert net.weight.tolist() == [5.0, 2.0]
+    assert average.state['weight'].tolist() == [2.0, -1.0]
+
+
+def test_average_continues_from_a_saved_one():
+    first, second = (WeightAverage(Scaled(), 0.75) for _ in range(2))
+    saved = {key: value + 1 for key, value in first.state.items()}
+    second.load(saved)
+    assert all(torch.equal(second.state[key], saved[key]) for key in saved)
+    second.update()
+    torch.testing.assert_close(second.state['weight'], torch.tensor([1.75, -1.25]))
+    assert saved['weight'].tolist() == [2.0, -1.0]  # copied, not shared

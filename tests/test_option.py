@@ -22,7 +22,10 @@ OLD = """
     batch_size split_batch self_ensemble test_only gan_k lr decay gamma optimizer momentum betas epsilon weight_decay
     gclip loss skip_threshold save_dir save load resume save_models print_every save_results save_gt ssim
 """
-NEW = 'lr_border chop_size chop_overlap chop_batch score'
+NEW = """
+    lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
+    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path
+"""
 ALL = {*OLD.split(), *NEW.split()}
 
 NETWORK = (
@@ -54,7 +57,10 @@ DEFAULTS = {
     'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': 0.9, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
     'weight_decay': 0.0, 'gclip': 0.0, 'loss': '1*L1', 'skip_threshold': 1e8, 'load': '', 'resume': -1,
     'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
-    'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None,
+    'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
+    'shave': None, 'costs': False, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
+    'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
+    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -209,6 +215,27 @@ def test_default_name_of_a_run():
     assert options('--test_only --save mine').save == 'mine'
 
 
+def test_costs_of_several():
+    args = options('--costs --model EDSR+ATD-light --scale 2+4')
+    assert (option.cost_models(args), args.scale, args.save) == (['EDSR', 'ATD-light'], [2, 4], 'costs')
+    args = options('--costs --model all')
+    assert (option.cost_models(args), args.scale) == (list(option.MODELS[1:]), 4)
+
+
+def test_recognised_network_settles_the_options():
+    args = options('--model auto --pre_train x.pt --test_only --res_scale 0.5')
+    assert (args.scale, args.save) == (None, '')
+    option.settle(args, 'EDSR', 3, {'n_feats': 8, 'res_scale': 0.1})
+    assert (args.model, args.scale, args.n_feats, args.res_scale, args.save) == ('EDSR', 3, 8, 0.5, 'EDSR_x3_test')
+
+
+def test_recognised_network_meets_the_checks_of_any_other():
+    with pytest.raises(UserError, match=r'--scale 2: x\.pt holds weights of EDSR x3; leave it out'):
+        option.settle(options('--model auto --pre_train x.pt --scale 2'), 'EDSR', 3, {})
+    with pytest.raises(UserError, match='--patch_size 100 is not a multiple of --scale 3'):
+        option.settle(options('--model auto --pre_train x.pt --patch_size 100'), 'EDSR', 3, {})
+
+
 @pytest.mark.parametrize(
     'parser, text, value',
     [
@@ -234,22 +261,25 @@ def test_more_values():
 
 COUNTS = """
     scale patch_size chop_size chop_batch n_resgroups n_resblocks n_feats reduction n_clusters window_size n_hashes
-    chunk_size epochs test_every batch_size split_batch gan_k print_every
+    chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
+    category_size n_tokens reduced_dim
 """
-NATURALS = 'n_threads n_GPUs seed chop_overlap'
-POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold'
+NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup'
+POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'
 BAD = [
     *[(name, text) for name in COUNTS.split() for text in ('0', '-1', '1.5', 'many', '')],
     *[(name, text) for name in NATURALS.split() for text in ('-1', '0.5', 'inf')],
     *[(name, text) for name in POSITIVES.split() for text in ('0', '-1', 'nan', 'inf', 'x')],
-    *[(name, text) for name in ('ema_decay', 'momentum') for text in ('-0.1', '1.1', 'nan')],
+    *[(name, text) for name in ('ema_decay', 'momentum', 'drop_path') for text in ('-0.1', '1.1', 'nan')],
     *[(name, text) for name in ('weight_decay', 'gclip') for text in ('-1', 'nan', 'inf')],
+    *[('weight_ema', text) for text in ('-1', '1', 'nan')],
     *[('betas', text) for text in ('0.9', '0.9 1', '-0.1 0.9', '0.9 0.99 0.999', '(0.9, 0.99)')],
     *[('data_range', text) for text in ('0-5', '5-1', '5', '1-2-3', '1-2/3-4/5-6', 'all', '')],
     *[('decay', text) for text in ('0', '200-100', '100-100', '1.5', 'never', '')],
     *[(name, text) for name in ('data_train', 'data_test') for text in ('', '+')],
     ('seed', str(2**64)), ('resume', '-2'), ('n_colors', '2'), ('shift_mean', 'maybe'), ('ext', 'npy'),
     ('optimizer', 'Lion'), ('precision', 'double'), ('lr_border', 'wrap'), ('lr', '1e31'),
+    ('chop_blend', 'max'), ('scale', '2+'), ('scale', '2+x'),
 ]  # fmt: skip
 
 
@@ -282,6 +312,12 @@ def test_out_of_range(name, text):
         ('--reset --test_only', ['--reset', '--test_only']),
         ('--save a/b', ['a/b', '--save_dir']),
         ('--save ..', ['..', '--save_dir']),
+        ('--scale 2+4', ['--scale 2+4', '--costs']),
+        ('--model all', ["'all'", *option.MODELS]),
+        ('--model auto', ['--model auto', '--pre_train']),
+        ('--costs --model LCoAN+Foo', ["'Foo'", *option.MODELS]),
+        ('--costs --test_only', ['--test_only', '--costs']),
+        ('--costs --pre_train x.pt', ['--pre_train', '--costs']),
     ],
 )
 def test_what_cannot_be(command, words):

@@ -1,21 +1,73 @@
+import math
+
 import pytest
 import torch
 
 from model import build
+from optimizer import learning_rate
 from option import network_settings, parse
 from template import TEMPLATES
 
 # Parameter counts as the tables of the field give them.
 PARAMETERS = {
-    'EDSR-baseline_x2': 1.37e6,
-    'EDSR-baseline_x3': 1.55e6,
-    'EDSR-baseline_x4': 1.52e6,
-    'EDSR_x2': 40.7e6,
-    'EDSR_x3': 43.7e6,
-    'EDSR_x4': 43.1e6,
-    'LCoAN_x2': 15.7e6,
-    'LCoAN_x4': 16.3e6,
+    'EDSR-baseline': (1.37e6, 1.55e6, 1.52e6),
+    'EDSR': (40.7e6, 43.7e6, 43.1e6),
+    'RCAN': (15.44e6, 15.63e6, 15.59e6),
+    'NLSN': (41.8e6, 44.75e6, 44.16e6),
+    'LCoAN': (15.67e6, 16.41e6, 16.26e6),
+    'ASID': (297.5e3, 304.0e3, 313.1e3),
+    'ASIDd8': (732.1e3, 738.6e3, 747.7e3),
+    'DLGSANet': (4.73e6, 4.74e6, 4.76e6),
+    'DLGSANet-light': (745.2e3, 751.7e3, 760.8e3),
+    'DLGSANet-tiny': (565.7e3, 572.2e3, 581.3e3),
+    'ATD': (20.1e6, 20.3e6, 20.3e6),
+    'ATD-light': (753.2e3, 759.7e3, 768.8e3),
+    'OmniSR': (785e3, 793e3, 805e3),
+    'SwinIR-light': (910e3, 918e3, 930e3),
 }
+
+# LR patch, batch, optimiser, betas, weight decay, rate, steps in all, steps at which the rate halves, warm-up steps,
+# weight average, training sets. In thousands of steps; 3.2 is the epoch of ASID.
+K = 1000
+ADAM, ADAMW = ('ADAM', [0.9, 0.999], 0.0), ('ADAMW', [0.9, 0.999], 1e-4)
+DIV2K, DF2K = ['DIV2K'], ['DIV2K', 'Flickr2K']
+FIFTHS = (200, 400, 600, 800)
+DLGSANET = (48, 16, 'ADAM', [0.9, 0.99], 0.0, 5e-4, 500, (250, 400, 450, 475), 0, 0.999, DIV2K)
+ATD_TUNED = (96, 32, 'ADAMW', [0.9, 0.9], 0.0, 2e-4, 250, (150, 200, 225, 240), 10, 0.999, DF2K)
+ASID_SCRATCH = (64, 16, *ADAMW, 5e-4, 1600, (800,), 0, 0, DIV2K)
+ASID_TUNED = (64, 16, *ADAMW, 4e-4, 3200, (800, 1600, 2400), 0, 0, DIV2K)
+PUBLISHED = {
+    'EDSR': (48, 16, *ADAM, 1e-4, 300, (200,), 0, 0, DIV2K),
+    'EDSR-baseline': (48, 16, *ADAM, 1e-4, 300, (200,), 0, 0, DIV2K),
+    'RCAN': (48, 16, *ADAM, 1e-4, 1000, FIFTHS, 0, 0, DIV2K),
+    'NLSN': (48, 16, *ADAM, 1e-4, 1000, FIFTHS, 0, 0, DIV2K),
+    'LCoAN_x2': (48, 16, *ADAM, 1e-4, 1500, (300, 600, 900, 1200), 0, 0, DIV2K),
+    'LCoAN': (48, 16, *ADAM, 1e-4, 500, (100, 200, 300, 400), 0, 0, DIV2K),
+    'ASID': ASID_SCRATCH,
+    'ASIDd8': ASID_SCRATCH,
+    'ASID-finetune': ASID_TUNED,
+    'ASIDd8-finetune': ASID_TUNED,
+    'DLGSANet': DLGSANET,
+    'DLGSANet-light': DLGSANET,
+    'DLGSANet-tiny': DLGSANET,
+    'ATD_x2': (64, 32, 'ADAMW', [0.9, 0.9], 0.0, 2e-4, 300, (250,), 10, 0.999, DF2K),
+    'ATD': ATD_TUNED,
+    'ATD-finetune': ATD_TUNED,
+    'ATD-light_x2': (64, 32, 'ADAMW', [0.9, 0.9], 0.0, 5e-4, 500, (250, 400, 450, 475, 490), 20, 0.999, DIV2K),
+    'ATD-light': (64, 32, 'ADAMW', [0.9, 0.9], 0.0, 2e-4, 250, (150, 200, 225, 240), 10, 0.999, DIV2K),
+    'OmniSR': (64, 64, *ADAMW, 5e-4, 800, (200, 400, 600), 0, 0, DIV2K),
+    'SwinIR-light_x2': (64, 64, *ADAM, 2e-4, 500, (250, 400, 450, 475), 0, 0.999, DIV2K),
+    'SwinIR-light': (64, 64, *ADAM, 1e-4, 250, (125, 200, 225, 237.5), 0, 0.999, DIV2K),
+}
+OFFICIAL = [name for name in TEMPLATES if not name.startswith('LCoAN-small')]
+TILES = {'chop': True, 'chop_size': 64, 'chop_overlap': 24, 'chop_blend': 'mean', 'shave': None}
+WHOLE = {'chop': False, 'shave': None}
+TESTS = {
+    'ASID': TILES, 'ASIDd8': TILES, 'OmniSR': TILES, 'ATD': WHOLE, 'ATD-light': WHOLE, 'SwinIR-light': WHOLE,
+    'DLGSANet': {'chop': False, 'shave': 4}, 'DLGSANet-light': {'chop': False, 'shave': 4},
+    'DLGSANet-tiny': {'chop': False, 'shave': 4}, 'LCoAN': {'chop': True, 'shave': None},
+    'NLSN': {'chop': True, 'shave': None},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
@@ -29,29 +81,52 @@ def test_a_recipe_is_a_set_of_valid_options(name):
         assert getattr(args, key) == value
 
 
+def test_there_is_a_recipe_for_every_network_and_scale():
+    for name in PARAMETERS:
+        for scale in (2, 3, 4):
+            assert parse(['--template', f'{name}_x{scale}']).model == name
+
+
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_training_is_as_published(name):
+    args = parse(['--template', name])
+    patch, batch, optimizer, betas, decay, rate, steps, halved, warmup, average, data = (
+        PUBLISHED.get(name) or PUBLISHED[name.rpartition('_x')[0]]
+    )
+    assert args.patch_size == patch * args.scale
+    assert args.batch_size == batch
+    assert (args.optimizer, args.betas, args.weight_decay) == (optimizer, betas, decay)
+    assert (args.weight_ema, args.data_train, args.loss) == (average, data, '1*L1')
+    assert args.data_range[0] == (1, 800)
+    assert args.epochs * args.test_every == steps * K
+
+    def rate_at(step: int) -> float:
+        return learning_rate(args.lr, args.decay, args.gamma, step // args.test_every, args.warmup, step)
+
+    if warmup:
+        assert rate_at(0) == pytest.approx(rate / (warmup * K))
+        assert rate_at(warmup * K // 2 - 1) == pytest.approx(rate / 2)
+    assert rate_at(warmup * K) == pytest.approx(rate)
+    for n, milestone in enumerate(halved):
+        assert rate_at(int(milestone * K) - 1) == pytest.approx(rate / 2**n)
+        assert rate_at(int(milestone * K)) == pytest.approx(rate / 2 ** (n + 1))
+    assert rate_at(steps * K - 1) == pytest.approx(rate / 2 ** len(halved))
+
+
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_tests_are_as_published(name):
+    args = parse(['--template', name])
+    expected = TESTS.get(args.model, {'shave': None})
+    assert {key: getattr(args, key) for key in expected} == expected
+    assert not args.self_ensemble
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
 @pytest.mark.parametrize('name', PARAMETERS)
-def test_the_published_lr_patch_has_48_pixels(name):
-    args = parse(['--template', name])
-    assert args.patch_size == 48 * args.scale
-
-
-@pytest.mark.parametrize('name, expected', PARAMETERS.items())
-def test_parameters(name, expected):
-    args = parse(['--template', name])
+def test_parameters(name, scale):
+    args = parse(['--template', f'{name}_x{scale}'])
     with torch.device('meta'):
         net = build(args.model, args.scale, **network_settings(args))
     counted = sum(p.numel() for p in net.parameters())
-    assert counted == pytest.approx(expected, rel=5e-3)
-
-
-@pytest.mark.parametrize(
-    'name, expected',
-    [
-        ('LCoAN_x2', {'epochs': 1500, 'decay': [300, 600, 900, 1200], 'lr': 1e-4, 'batch_size': 16, 'chop': True}),
-        ('LCoAN_x4', {'epochs': 500, 'decay': [100, 200, 300, 400], 'lr': 1e-4, 'batch_size': 16, 'chop': True}),
-        ('EDSR_x2', {'epochs': 300, 'decay': [200], 'lr': 1e-4, 'batch_size': 16, 'test_every': 1000}),
-    ],
-)
-def test_published_schedule(name, expected):
-    options = vars(parse(['--template', name]))
-    assert {key: options[key] for key in expected} == expected
+    expected = PARAMETERS[name][scale - 2]
+    assert math.isclose(counted, expected, rel_tol=1e-2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.tiling import Tiler, split
+from model.tiling import Function, MeanTiler, Tiler, split
 
 SETTINGS = [(16, 4, 3), (32, 8, 4), (7, 0, 2), (10, 9, 1), (9, 1, 2)]
 # All small sizes, every height and every width of 1..100 beside a small one, and two large images.
@@ -275,3 +275,52 @@ def test_other_errors_pass_through(error: type[Exception]) -> None:
 def test_settings_are_checked(size: int, overlap: int, batch: int) -> None:
     with pytest.raises(ValueError, match='need'):
         Tiler(size, overlap, batch)
+
+
+# Tiles of one size and their plain mean, as OmniSR and ASID are tested.
+
+
+def plain_mean(image: Tensor, size: int, overlap: int, run: Function, scale: int) -> Tensor:
+    """Pixel by pixel: the mean of all square tiles at steps of size - overlap, or moved back to the edge."""
+    _, height, width = image.shape
+    side = min(size, height, width)
+    found: dict[tuple[int, int], list[Tensor]] = {}
+    for y in [*range(0, height - side, side - overlap), height - side]:
+        for x in [*range(0, width - side, side - overlap), width - side]:
+            tile = run(image[None, :, y : y + side, x : x + side])[0]
+            for i in range(side * scale):
+                for j in range(side * scale):
+                    found.setdefault((y * scale + i, x * scale + j), []).append(tile[:, i, j])
+    result = torch.zeros(image.shape[0], height * scale, width * scale)
+    for (i, j), values in found.items():
+        result[:, i, j] = torch.stack(values).mean(0)
+    return result
+
+
+def shaded(tiles: Tensor) -> Tensor:
+    """An enlargement whose values depend on where in the tile they are."""
+    y = enlarge(tiles)
+    return y + torch.linspace(0, 1, y.shape[-1]) * torch.linspace(0, 2, y.shape[-2])[:, None]
+
+
+@pytest.mark.parametrize('size', [(16, 16), (17, 16), (8, 30), (23, 11), (9, 9), (40, 7)])
+def test_mean_of_tiles_equals_plain_loops(size: tuple[int, int]) -> None:
+    image = noise(2, *size)
+    found = MeanTiler(8, 3, 2)(shaded, image, 2, identity)
+    torch.testing.assert_close(found, plain_mean(image, 8, 3, shaded, 2))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 9), (3, 3), (1, 50)])
+def test_mean_of_tiles_of_images_smaller_than_the_overlap(size: tuple[int, int]) -> None:
+    image = noise(2, *size)
+    torch.testing.assert_close(MeanTiler(8, 3, 2)(enlarge, image, 2, identity), enlarge(image))
+
+
+def test_mean_of_tiles_keeps_its_size_when_memory_runs_out() -> None:
+    net = Limited(limit=2 * 64)
+    image = noise(1, 40, 40)
+    tiler = MeanTiler(8, 2, 8)
+    assert torch.allclose(tiler(net, image, 1, identity), image)
+    assert {shape[-2:] for shape in net.shapes} == {(8, 8)}
+    with pytest.raises(torch.OutOfMemoryError):
+        tiler(Limited(limit=63), image, 1, identity)

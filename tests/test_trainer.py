@@ -78,7 +78,7 @@ def no_curves(monkeypatch):
 
 
 @NETWORKS
-@pytest.mark.parametrize('optimizer', ['SGD --lr 1e-6', 'ADAM', 'ADAMW', 'RMSprop'])
+@pytest.mark.parametrize('optimizer', ['SGD --lr 1e-6', 'ADAM', 'ADAMW', 'RMSprop', 'ADAM --weight_ema 0.9 --warmup 5'])
 def test_a_continued_run_equals_an_unbroken_one(data_folder, network, optimizer):
     more = f'--optimizer {optimizer} --decay 2 --weight_decay 0.01'
     whole = train(data_folder, network, more, '--epochs 3', name='whole')
@@ -87,7 +87,7 @@ def test_a_continued_run_equals_an_unbroken_one(data_folder, network, optimizer)
     parts = train(data_folder, '--load parts --epochs 3', name='parts')
     assert learned(parts) == learned(whole)
     assert len(learned(whole)) == 3
-    for key in ('model', 'optimizer', 'epoch', 'samples'):
+    for key in ('model', 'average', 'optimizer', 'epoch', 'step', 'samples'):
         assert equal(state(parts)[key], state(whole)[key]), key
     assert equal(weights(parts, 'best'), weights(whole, 'best'))
     assert not equal(weights(train(data_folder, network, more, name='once')), weights(whole))
@@ -210,6 +210,48 @@ def test_learning_rate_is_that_of_pytorch(data_folder):
         assert record['lr'] == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
         schedule.optimizer.step()
         schedule.step()
+
+
+def test_warm_up_counts_steps(data_folder):
+    run = train(data_folder, EDSR, '--epochs 4 --lr 0.01 --warmup 5 --decay 3')
+    assert [record['lr'] for record in metrics(run)] == pytest.approx([0.004, 0.008, 0.01, 0.005])
+    assert [record['step'] for record in metrics(run)] == [2, 4, 6, 8]
+
+
+def test_average_of_the_weights_is_what_is_kept_and_tested(data_folder):
+    base = f'{EDSR} --optimizer SGD --lr 1e-3 --test_every 1 --weight_ema 0.75'
+    expected = weights(train(data_folder, base, '--lr 1e-25', name='start'))
+    train(data_folder, base)
+    for epochs in (1, 2, 3):
+        run = train(data_folder, f'--load run --epochs {epochs}')
+        now = state(run)['model']
+        expected = {key: 0.75 * value + 0.25 * now[key] for key, value in expected.items()}
+        for key, value in weights(run).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+    assert max((weights(run)[key] - value).abs().max() for key, value in now.items()) > 1e-3
+    trained = metrics(run)[-1]['test']['Set5']['psnr']
+    train(data_folder, '--load run --test_only')
+    assert json.loads((run / 'results.json').read_text())['sets']['Set5']['psnr'] == trained
+
+
+def test_what_a_network_draws_depends_on_the_step_alone(data_folder, monkeypatch):
+    drawn = []
+
+    def noted(self, lr: Tensor, hr: Tensor) -> None:
+        drawn.append(torch.rand(()).item())
+
+    monkeypatch.setattr('trainer.Trainer._step', noted)
+    train(data_folder, EDSR, '--epochs 2', name='whole')
+    whole = drawn.copy()
+    drawn.clear()
+    train(data_folder, EDSR, name='parts')
+    torch.rand(3)
+    train(data_folder, '--load parts --epochs 2', name='parts')
+    assert drawn == whole
+    assert len(set(drawn)) == 4
+    drawn.clear()
+    train(data_folder, EDSR, '--seed 2', name='other')
+    assert not set(drawn) & set(whole)
 
 
 def test_an_epoch_has_test_every_steps(data_folder):
@@ -381,15 +423,19 @@ def log(run: Path) -> str:
     return (run / 'log.txt').read_text()
 
 
-@pytest.fixture
-def pair(tmp_path) -> SRData:
+def three(tmp_path: Path, channels: str = 'Y') -> SRData:
     """A set of three images, one too small to be scored."""
     files = [tmp_path / f'{name}.png' for name in ('a', 'b', 'tiny')]
     for i, (path, size) in enumerate(zip(files, [(40, 30), (25, 26), (4, 9)], strict=True)):
         write_png(path, picture(i, *size))
-    data = SRData(ImageSet('Some', files, [None] * 3), 2)
+    data = SRData(ImageSet('Some', files, [None] * 3, channels), 2)
     data.prepare()
     return data
+
+
+@pytest.fixture
+def pair(tmp_path) -> SRData:
+    return three(tmp_path)
 
 
 def test_evaluation(pair):
@@ -414,9 +460,9 @@ def test_evaluation(pair):
 
 
 @pytest.mark.parametrize('channels, border', [('Y', 2), ('RGB', 8)])
-def test_protocol_and_shaved_border(pair, channels, border):
+def test_protocol_and_shaved_border(tmp_path, channels, border):
     """An image that is wrong only in the border that is not scored is perfect."""
-    pair.channels = channels
+    pair = three(tmp_path, channels)
 
     def wrong_border(width: int):
         def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:

@@ -1,9 +1,11 @@
+import json
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -36,22 +38,86 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_reads_what_torch_saves(tmp_path: Path, modern: bool) -> None:
     state = network('LCoAN', 2).state_dict()
     torch.save(state, tmp_path / 'x.pt', _use_new_zipfile_serialization=modern)
-    assert same(read_weights(tmp_path / 'x.pt'), state)
+    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+
+
+WRAPPED = [
+    (lambda right, wrong: right, ''),
+    (lambda right, wrong: {'params': right}, 'params'),
+    (lambda right, wrong: {'params_ema': right}, 'params_ema'),
+    (lambda right, wrong: {'params': wrong, 'params_ema': right}, 'params_ema'),
+    (lambda right, wrong: {'model': right, 'epoch': 3, 'seed': 1}, 'model'),
+    (lambda right, wrong: {'state_dict': right, 'epoch': 3}, 'state_dict'),
+    (lambda right, wrong: {f'module.{key}': value for key, value in right.items()}, "without the prefix 'module.'"),
+    (
+        lambda right, wrong: {'params': {f'module.{key}': value for key, value in right.items()}},
+        "params, without the prefix 'module.'",
+    ),
+]
+
+
+@pytest.mark.parametrize('wrap, said', WRAPPED)
+def test_reads_the_wrappers_that_are_in_use_and_says_so(tmp_path: Path, wrap, said: str) -> None:
+    right, wrong = {'w': torch.tensor([1.0, 2.0]), 'v': torch.ones(1)}, {'w': torch.tensor([0.0, 0.0])}
+    torch.save(wrap(right, wrong), tmp_path / 'x.pt')
+    found, unwrapped = read_weights(tmp_path / 'x.pt')
+    assert same(found, right)
+    assert unwrapped == said
+
+
+def test_a_prefix_of_some_names_only_stays(tmp_path: Path) -> None:
+    state = {'module.w': torch.ones(2), 'v': torch.ones(1)}
+    torch.save(state, tmp_path / 'x.pt')
+    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+
+
+TYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+]  # fmt: skip
+
+
+def test_reads_what_safetensors_saves(tmp_path: Path) -> None:
+    state = {f'{i}.w': (torch.rand(2, 3, 1) * 5 - 2).to(dtype) for i, dtype in enumerate(TYPES)}
+    state |= {'scalar': torch.tensor(7.0), 'empty': torch.zeros(0, 4, dtype=torch.int16)}
+    safetensors.torch.save_file(state, tmp_path / 'x.safetensors', metadata={'format': 'pt'})
+    found, _ = read_weights(tmp_path / 'x.safetensors')
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+    found['scalar'] += 1  # its own memory
+
+
+@pytest.mark.parametrize('where', [0, 4, 8, 9, 30, -1])
+def test_damaged_safetensors(tmp_path: Path, where: int) -> None:
+    path = tmp_path / 'x.safetensors'
+    safetensors.torch.save_file({'w': torch.rand(4, 4), 'v': torch.ones(2)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:where])
+    with pytest.raises(UserError, match=r'x\.safetensors (is not a whole file of safetensors|holds no state dict)'):
+        read_weights(path)
 
 
 @pytest.mark.parametrize(
-    'wrap',
+    'entry',
     [
-        lambda right, wrong: {'params': right},
-        lambda right, wrong: {'params_ema': right},
-        lambda right, wrong: {'params': wrong, 'params_ema': right},
-        lambda right, wrong: {'model': right, 'epoch': 3, 'seed': 1},
+        {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 4]},
+        {'dtype': 'F32', 'shape': [2], 'data_offsets': [-8, 0]},
+        {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]},
+        {'dtype': 'F32', 'shape': [-2], 'data_offsets': [0, 8]},
+        {'dtype': 'C64', 'shape': [1], 'data_offsets': [0, 8]},
+        {'dtype': 'F32', 'shape': [2]},
+        [],
     ],
+    ids=str,
 )
-def test_reads_the_wrappers_that_are_in_use(tmp_path: Path, wrap) -> None:
-    right, wrong = {'w': torch.tensor([1.0, 2.0])}, {'w': torch.tensor([0.0, 0.0])}
-    torch.save(wrap(right, wrong), tmp_path / 'x.pt')
-    assert same(read_weights(tmp_path / 'x.pt'), right)
+def test_safetensors_with_an_impossible_header(tmp_path: Path, entry: object) -> None:
+    header = json.dumps({'w': entry}).encode()
+    path = tmp_path / 'x.safetensors'
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(8))
+    with pytest.raises(UserError, match='not a whole file of safetensors'):
+        read_weights(path)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +242,7 @@ def test_weights_of_another_scale_fill_all_but_the_upsampler(name: str, old: int
 def test_weights_of_another_scale_are_refused_at_test_time() -> None:
     net = network('EDSR', 4)
     before = snapshot(net)
-    said = r"^x\.pt does not fit .* 2 missing, 0 unknown and 0 of another shape, first 'tail\.0\.2\.weight'.*scale"
+    said = r'2 missing, 0 unknown and 0 of another shape, first tail\.0\.2\.weight.*these are weights of EDSR x2'
     with pytest.raises(UserError, match=said):
         load_weights(net, network('EDSR', 2, seed=1).state_dict(), 'x.pt')
     assert same(net.state_dict(), before)
@@ -185,16 +251,16 @@ def test_weights_of_another_scale_are_refused_at_test_time() -> None:
 WRONG = {
     'a missing key': (
         lambda s: s.pop('head.0.bias'),
-        "1 missing, 0 unknown and 0 of another shape, first 'head.0.bias'",
+        '1 missing, 0 unknown and 0 of another shape, first head.0.bias',
     ),
-    'an extra key': (lambda s: s.update(x=torch.zeros(1)), "0 missing, 1 unknown and 0 of another shape, first 'x'"),
+    'an extra key': (lambda s: s.update(x=torch.zeros(1)), '0 missing, 1 unknown and 0 of another shape, first x'),
     'another shape': (
         lambda s: s.update({'tail.1.bias': torch.zeros(4)}),
-        "0 missing, 0 unknown and 1 of another shape, first 'tail.1.bias'",
+        '0 missing, 0 unknown and 1 of another shape, first tail.1.bias',
     ),
     'a prefix': (
         lambda s: [s.update({f'module.{key}': s.pop(key)}) for key in list(s)],
-        "16 missing, 16 unknown and 0 of another shape, first 'sub_mean.weight', 'sub_mean.bias', 'add_mean.weight'",
+        '16 missing, 16 unknown and 0 of another shape, first sub_mean.weight, sub_mean.bias, add_mean.weight and 29',
     ),
 }
 
@@ -215,6 +281,6 @@ def test_any_other_mismatch_is_refused(spoil, said: str, upsampler: str | None) 
 def test_another_network_is_refused(upsampler: str | None) -> None:
     net = network('EDSR', 2)
     before = snapshot(net)
-    with pytest.raises(UserError, match=r'does not fit this network.*another network or other sizes'):
+    with pytest.raises(UserError, match=r'does not fit this network.*these are weights of LCoAN x2 '):
         load_weights(net, network('LCoAN', 2).state_dict(), 'x.pt', upsampler)
     assert same(net.state_dict(), before)

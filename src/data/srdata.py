@@ -27,11 +27,20 @@ class SRData:
         scale: factor between HR and LR.
         border: what the bicubic assumes beyond the edge when LR is made.
         cached: keep decoded copies beside the images (EDSR's `--ext sep`).
+        shave: pixels at each border that no score counts; None: the scale, and by EDSR's convention for RGB 6 more.
     """
 
-    def __init__(self, images: ImageSet, scale: int, border: Border = 'mirror', cached: bool = False) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        scale: int,
+        border: Border = 'mirror',
+        cached: bool = False,
+        shave: int | None = None,
+    ) -> None:
         self.name, self.channels, self.names = images.name, images.channels, images.names
         self.scale, self.border = scale, border
+        self.shave = scale + (6 if self.channels == 'RGB' else 0) if shave is None else shave
         self.lr_border: Border | None = None  # known once LR is found or made that is not of unknown origin
         self._hr = list(images.hr)
         self._lr = [

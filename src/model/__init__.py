@@ -50,7 +50,8 @@ class Model(nn.Module):
         device: where it runs.
         tiler: cuts large images into tiles; None: whole images.
         ensemble: average over the eight flips and rotations.
-        half: half precision under autocast in `upscale`: float16, on a CPU (which has no fast float16) bfloat16.
+        half: half precision under autocast in `upscale`: float16, on a CPU (which has no fast float16) and where the
+            network does not stand it bfloat16, where it stands neither float32.
         settings: of the network; what is left out is as in its paper.
     """
 
@@ -68,8 +69,10 @@ class Model(nn.Module):
         self.name, self.scale, self.device = name, scale, torch.device(device)
         self.network = find(name)
         self.net = build(name, scale, **settings).to(self.device)
-        self.tiler, self.ensemble, self.half_precision = tiler, ensemble, half
-        self.half_dtype = torch.bfloat16 if self.device.type == 'cpu' else torch.float16
+        self.tiler, self.ensemble, self.half = tiler, ensemble, half
+        fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
+        safe = [dtype for dtype in fast if dtype in self.network.half]
+        self.dtype = safe[0] if half and safe else torch.float32
         taken = inspect.signature(self.network.build).bind(scale, **{**self.network.settings, **settings})
         taken.apply_defaults()
         self.settings = {key: value for key, value in taken.arguments.items() if key != 'scale'}
@@ -108,7 +111,8 @@ class Model(nn.Module):
     def _upscale(self, lr: Tensor, peak: int) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
         rgb = lr.to(self.device, torch.float32) / peak
-        with torch.autocast(self.device.type, self.half_dtype, enabled=self.half_precision):
+        low = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             x = self._to_range(self._colours(rgb))
             y = self_ensemble(self.net, x) if self.ensemble else self.net(x)
         black, white = self.range

@@ -102,6 +102,40 @@ class Tiler:
         return True
 
 
+class MeanTiler(Tiler):
+    """Square tiles of one size at fixed steps, the last ones moved back, and the plain mean where they overlap.
+
+    So OmniSR and ASID are tested by their authors. The tile side is that of `size`, or the shorter side of a smaller
+    image. When memory runs out, only the number of tiles a call is halved, since the size is part of the protocol.
+    The whole result is held as floats.
+    """
+
+    def _attempt(self, run: Function, image: Tensor, scale: int, finish: Function) -> Tensor:
+        height, width = image.shape[-2:]
+        side = min(self.size, height, width)
+        corners = [(y, x) for y in self._starts(height, side) for x in self._starts(width, side)]
+        tiles = _run_batches(run, [image[:, y : y + side, x : x + side] for y, x in corners], self.batch)
+        total, counts = torch.empty(0), torch.zeros(1, height * scale, width * scale)
+        for (y, x), tile in zip(corners, tiles, strict=True):
+            if not total.numel():
+                total = torch.zeros(tile.shape[0], height * scale, width * scale)
+            rows, columns = (slice(start * scale, (start + side) * scale) for start in (y, x))
+            total[:, rows, columns] += tile
+            counts[:, rows, columns] += 1
+        return finish(total.div_(counts))
+
+    def _starts(self, length: int, side: int) -> list[int]:
+        step = side - self.overlap if side > self.overlap else -(-side // 2)
+        return [*range(0, length - side, step), length - side]
+
+    def _shrink(self, height: int, width: int) -> bool:
+        if self.batch == 1:
+            return False
+        self.batch //= 2
+        log.warning('Out of memory: from now on at most %d tiles a call.', self.batch)
+        return True
+
+
 def _run_batches(run: Function, tiles: list[Tensor], batch: int) -> Iterator[Tensor]:
     for first in range(0, len(tiles), batch):
         # A copy even where none is needed: it is faded in place, and `run` may own or have frozen what it returns.

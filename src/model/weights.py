@@ -5,19 +5,33 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from error import UserError
-from files import read_torch
+from files import read_safetensors, read_torch, some
+from model.detect import recognise
+
+WRAPPERS = ('params_ema', 'params', 'model', 'state_dict')  # BasicSR's two, a run's state, and a common one
+PREFIX = 'module.'
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict from a file: plain, or under 'params_ema', 'params' (BasicSR) or 'model' (a run's state)."""
-    content = read_torch(path)
-    for wrapper in ('params_ema', 'params', 'model'):
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """State dict from a file of PyTorch or of safetensors, and in words what was unwrapped to get at it, if anything.
+
+    Taken off are BasicSR's 'params_ema' (preferred) and 'params', 'model', 'state_dict', and DataParallel's prefix
+    'module.' of the names.
+    """
+    content = read_safetensors(path) if path.suffix == '.safetensors' else read_torch(path)
+    unwrapped = []
+    for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+            unwrapped.append(wrapper)
     entries = content.items() if isinstance(content, dict) else ()
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         raise UserError(f'{path} holds no state dict: give a file with the tensors of a network by name.')
-    return dict(entries)
+    state = dict(entries)
+    if all(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+        unwrapped.append(f"without the prefix '{PREFIX}'")
+    return state, ', '.join(unwrapped)
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsampler: str | None = None) -> list[str]:
@@ -44,12 +58,16 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsample
         wrong = [key for key in wrong if not key.startswith(upsampler)]
     if wrong:
         counts = f'{len(missing)} missing, {len(extra)} unknown and {len(reshaped)} of another shape'
-        scale = all(key.startswith(('tail.', 'upsample')) for key in wrong)
-        cause = 'another scale' if scale else 'another network or other sizes'
-        raise UserError(
-            f'{source} does not fit this network: {counts}, first {", ".join(map(repr, wrong[:3]))}; '
-            f'it looks like the weights of {cause}: give the matching --model, --scale and sizes.'
-        )
+        raise UserError(f'{source} does not fit this network: {counts}, first {some(wrong)}; {_cause(state)}')
     fitting = {key: value for key, value in state.items() if key in own and key not in reshaped}
     net.load_state_dict({**own, **fitting}, strict=True)
     return [*missing, *reshaped]
+
+
+def _cause(state: dict[str, Tensor]) -> str:
+    """Why weights do not fit, and what to do."""
+    try:
+        return f'these are weights of {recognise(state)}: give --model auto, or the options that say so.'
+    except UserError as error:
+        reason = str(error)
+        return reason[0].lower() + reason[1:]

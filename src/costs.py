@@ -1,0 +1,193 @@
+"""What networks cost: parameters, multiply-adds, latency and peak memory for an output of 1280x720."""
+
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import build, find
+from model.tiling import out_of_memory
+from published import PUBLISHED, Published
+
+WIDTH, HEIGHT = 1280, 720  # of the output
+WARM_UP = 64  # side of the input of a first call that is not measured
+TOLERANCE = 0.01
+SECONDS, RUNS = 2.0, 10  # a latency is the median of as many calls as fit, at most so many
+
+Row = dict[str, Any]
+
+
+def input_size(scale: int) -> tuple[int, int]:
+    """Height and width of the input whose output is 1280x720; at x3 it is 1281x720."""
+    return HEIGHT // scale, math.ceil(WIDTH / scale)
+
+
+def parameters(net: nn.Module) -> int:
+    """Number of values that training changes."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+@torch.inference_mode()
+def multiply_adds(name: str, scale: int, height: int, width: int, **settings: object) -> int:
+    """Multiply-adds of a network on one (3, height, width) image: those of its convolutions and matrix products.
+
+    Counted operator by operator as they run, padding included; nothing is computed.
+    """
+    with torch.device('meta'):
+        net = build(name, scale, **settings).eval()
+        image = torch.empty(1, 3, height, width)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addcmul_: _elementwise}) as counter:
+        net(image)
+    return counter.get_total_flops() // 2
+
+
+def _elementwise(target: torch.Size, *_: object, **__: object) -> int:
+    """Operations of `addcmul_`, of which a dynamic convolution consists and which the counter does not know."""
+    return 2 * math.prod(target)
+
+
+@torch.inference_mode()
+def measure(name: str, scale: int, device: str) -> tuple[float, float | None]:
+    """Seconds of a call, and its peak memory in bytes, weights included; to be run in a process of its own."""
+    torch.manual_seed(0)
+    net = build(name, scale).eval()
+    for key, buffer in net.named_buffers():
+        if key.endswith('initted'):  # LCoAN refuses to run with centroids that were never trained
+            buffer.fill_(True)
+    net.to(device)
+    net(torch.rand(1, 3, WARM_UP, WARM_UP, device=device))
+    image = torch.rand(1, 3, *input_size(scale), device=device)
+    weights = sum(p.nbytes for p in net.state_dict().values())
+    before = start_memory(device)
+    times: list[float] = []
+    while not times or (sum(times) < SECONDS and len(times) < RUNS):
+        start = time.perf_counter()
+        net(image)
+        if device == 'cuda':
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    after = peak_memory(device)
+    known = before is not None and after is not None
+    return statistics.median(times), weights + after - before if known else None
+
+
+def start_memory(device: str) -> int | None:
+    """Bytes in use now, from where the peak is counted."""
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
+    return _status('VmRSS')
+
+
+def peak_memory(device: str) -> int | None:
+    """Largest number of bytes in use since `start_memory`."""
+    return torch.cuda.max_memory_allocated() if device == 'cuda' else _status('VmHWM')
+
+
+def _status(key: str) -> int | None:
+    """A figure of this process that Linux keeps, in bytes; None elsewhere."""
+    with suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def measure_all(names: Sequence[str], scales: Sequence[int], device: str, say: Callable[..., None]) -> list[Row]:
+    """A row for each network and scale, a scale that a network does not have left out."""
+    rows = []
+    for name in names:
+        for scale in scales:
+            if scale not in find(name).scales:
+                continue
+            say('%s x%d', name, scale)
+            rows.append(cost(name, scale, device))
+    return rows
+
+
+def cost(name: str, scale: int, device: str) -> Row:
+    """All figures of one network at one scale, in units, seconds and bytes; None: not known."""
+    with torch.device('meta'):
+        count = parameters(build(name, scale))
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            latency, memory = pool.submit(measure, name, scale, device).result()
+    except (BrokenProcessPool, RuntimeError) as error:  # the system may kill what takes too much memory
+        if not isinstance(error, BrokenProcessPool) and not out_of_memory(error):
+            raise
+        latency = memory = None
+    published = PUBLISHED.get(name, {}).get(scale, Published())
+    return {
+        'model': name,
+        'scale': scale,
+        'device': device_name(device),
+        'parameters': count,
+        'multiply_adds': multiply_adds(name, scale, *input_size(scale)),
+        'latency': latency,
+        'memory': memory,
+        'published': vars(published),
+        'deviates': published.parameters is not None and abs(count / published.parameters - 1) > TOLERANCE,
+    }
+
+
+def device_name(device: str) -> str:
+    """What ran: the GPU, or the number of CPU threads."""
+    return torch.cuda.get_device_name() if device == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, each figure followed by the published one."""
+    lines = [
+        ['', '', 'parameters', 'publ.', '', 'mult-adds', 'publ.', 'latency', 'publ.', 'memory', 'publ.', 'Urban100'],
+        ['', '', 'K', 'K', '', 'G', 'G', 'ms', 'ms', 'MB', 'MB', 'publ. dB'],
+    ]
+    for row in rows:
+        published = row['published']
+        lines.append([
+            row['model'], f'x{row["scale"]}',
+            *(_number(value, 1e3, 1) for value in (row['parameters'], published['parameters'])),
+            '*' if row['deviates'] else '',
+            *(_number(value, 1e9, 1) for value in (row['multiply_adds'], published['multiply_adds'])),
+            *(_number(value, 1e-3, 1) for value in (row['latency'], published['latency'])),
+            *(_number(value, 1e6, 0) for value in (row['memory'], published['memory'])),
+            _number((published['psnr'] or {}).get('Urban100'), 1, 2),
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justified = [
+        [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(line, widths, strict=True) for line in lines)
+    ]
+    where = ', '.join(dict.fromkeys(row['device'] for row in rows))
+    notes = [
+        f'Output of {WIDTH}x{HEIGHT}, float32, one image, on {where}. Memory: the peak, weights included.',
+        f'* more than {TOLERANCE:.0%} from the published number of parameters.',
+        'Published latency and memory: on a GPU that is not named (ESC, ICCV 2025, table 2).',
+    ]
+    return '\n'.join([*('  '.join(line).rstrip() for line in justified), *notes])
+
+
+def _number(value: float | None, unit: float, digits: int) -> str:
+    return '-' if value is None else f'{value / unit:.{digits}f}'
+
+
+def points(rows: Sequence[Row]) -> dict[str, list[tuple[str, float, float, float]]]:
+    """(name, parameters, published PSNR on Urban100, multiply-adds) of the networks that have one, by scale."""
+    panels: dict[str, list[tuple[str, float, float, float]]] = {f'x{row["scale"]}': [] for row in rows}
+    for row in rows:
+        psnr = (row['published']['psnr'] or {}).get('Urban100')
+        if psnr is not None:
+            name = row['model'] + (f' ({row["published"]["data"]})' if row['published']['data'] != 'DIV2K' else '')
+            panels[f'x{row["scale"]}'].append((name, row['parameters'], psnr, row['multiply_adds']))
+    return panels

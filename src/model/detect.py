@@ -1,0 +1,82 @@
+"""Which network a state dict belongs to, found from its keys and shapes."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from error import UserError
+from files import some
+from model import NETWORKS, build
+from model.atd import recognise_v2
+from model.common import Network
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network, its scale, and the settings in which it differs from the published one of that name.
+
+    `unseen` are settings that no key or shape shows; they are taken to be those of the published network.
+    """
+
+    name: str
+    scale: int
+    settings: dict[str, Any]
+    unseen: tuple[str, ...]
+
+    def __str__(self) -> str:
+        sizes = ', '.join(f'{key} {value}' for key, value in self.settings.items())
+        return f'{self.name} x{self.scale}' + (f' ({sizes})' if sizes else '')
+
+
+def recognise(state: State) -> Found:
+    """The network whose state dict this is.
+
+    Of several names for one network in different sizes, it is the one that differs in the fewest settings.
+
+    Raises:
+        UserError: the weights of no network that is known here, or not all of them.
+    """
+    if recognise_v2(state):
+        raise UserError(
+            'These are weights of the second ATD (TPAMI, arXiv 2603.02581), another network than the ATD of CVPR 2024 '
+            'that --model ATD and ATD-light are: get the weights of the first one.'
+        )
+    found = min(_candidates(state), key=lambda candidate: len(candidate.settings), default=None)
+    if found is None:
+        raise UserError(f'No network known here has such weights: {len(state)} tensors, {some(list(state))}.')
+    with torch.device('meta'):
+        own = build(found.name, found.scale, **found.settings).state_dict()
+    missing = [key for key in own if key not in state]
+    extra = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if wrong := [*missing, *extra, *reshaped]:
+        raise UserError(
+            f'These weights look like {found}, but {len(missing)} are missing, {len(extra)} unknown and '
+            f'{len(reshaped)} of another shape, first {some(wrong)}: get the whole file, or the code it belongs to.'
+        )
+    return found
+
+
+def _candidates(state: State) -> list[Found]:
+    seen = {network.recognise: network.recognise(state) for network in NETWORKS.values()}
+    return [
+        _compare(name, network, dict(shown))
+        for name, network in NETWORKS.items()
+        if (shown := seen[network.recognise]) is not None and shown['scale'] in network.scales
+    ]
+
+
+def _compare(name: str, network: Network, shown: dict[str, Any]) -> Found:
+    scale = shown.pop('scale')
+    published = inspect.signature(network.build).bind(scale, **network.settings)
+    published.apply_defaults()
+    arguments = published.arguments
+    differing = {key: value for key, value in shown.items() if arguments[key] != value}
+    unseen = tuple(key for key in arguments if key not in shown and key != 'scale')
+    return Found(name, scale, differing, unseen)
