@@ -169,8 +169,9 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
-        return (x - mean) * (variance + self.eps).rsqrt() * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        x = x - x.mean(1, keepdim=True)
+        variance = x.square().mean(1, keepdim=True)  # on a CPU five times as fast as `var_mean` over channels
+        return x * (variance + self.eps).rsqrt() * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 class GatedFFN(nn.Module):
@@ -206,7 +207,8 @@ class TransposedAttention(nn.Module):
         return logits.softmax(-1)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Tokens of one group of pixels: (B, 3 * C, L) to (B, C, L)."""
+        """Tokens of one group of pixels: (B, 3 * C, L) to (B, C, L). The norms over pixels are in float32 or more."""
         q, k, v = qkv.unflatten(1, (3, self.n_heads, -1)).unbind(1)
-        cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        cosines = F.normalize(q.to(wide), dim=-1) @ F.normalize(k.to(wide), dim=-1).transpose(-2, -1)
         return (self.weights(cosines * self.temperature) @ v).flatten(1, 2)
