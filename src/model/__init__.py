@@ -8,13 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import bicubic, dlgsanet, edsr, lcoan
+from model import bicubic, dlgsanet, edsr, lcoan, nlsn, rcan
 from model.bicubic import Bicubic
 from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ensemble import self_ensemble
 from model.tiling import Tiler
 
-NETWORKS: dict[str, Network] = {**bicubic.NETWORKS, **edsr.NETWORKS, **lcoan.NETWORKS, **dlgsanet.NETWORKS}
+NETWORKS: dict[str, Network] = {
+    **bicubic.NETWORKS,
+    **edsr.NETWORKS,
+    **rcan.NETWORKS,
+    **nlsn.NETWORKS,
+    **lcoan.NETWORKS,
+    **dlgsanet.NETWORKS,
+}
 
 
 def find(name: str) -> Network:

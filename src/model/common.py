@@ -1,7 +1,9 @@
 """Blocks that several networks share, and the facts that a network file declares beside its class."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,11 @@ class Network:
     upsampler: str = 'tail.0.'
     half: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
+
+
+def shape_of(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    """Shape of the tensor at `key`; () if there is none."""
+    return tuple(state[key].shape) if key in state else ()
 
 
 def how_many(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -106,16 +113,19 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def mean_colour(n_colors: int) -> Tensor:
+    """Mean of DIV2K's training images in [0, 1], of RGB (3,) or of luma (1,)."""
+    mean = torch.tensor(RGB_MEAN)
+    return mean if n_colors == 3 else rgb_to_ycbcr(mean.view(1, 3, 1, 1))[0, :1, 0, 0]
+
+
 class MeanShift(nn.Conv2d):
     """Adds `sign` times the mean colour, scaled to `rgb_range`: a frozen 1x1 convolution, part of the state dict."""
 
     def __init__(self, rgb_range: float, n_colors: int, sign: int) -> None:
         super().__init__(n_colors, n_colors, kernel_size=1)
-        mean = torch.tensor(RGB_MEAN)
-        if n_colors == 1:
-            mean = rgb_to_ycbcr(mean.view(1, 3, 1, 1))[0, :1, 0, 0]
         self.weight = nn.Parameter(torch.eye(n_colors).view_as(self.weight), requires_grad=False)
-        self.bias = nn.Parameter(sign * rgb_range * mean, requires_grad=False)
+        self.bias = nn.Parameter(sign * rgb_range * mean_colour(n_colors), requires_grad=False)
 
 
 def mean_shifts(rgb_range: float, n_colors: int, shift_mean: bool) -> tuple[nn.Module, nn.Module]:
@@ -149,6 +159,24 @@ class Upsampler(nn.Sequential):
         for step in steps:
             layers += [conv(n_feats, n_feats * step**2, 3), nn.PixelShuffle(step)]
         super().__init__(*layers)
+
+
+def recognise_ends(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+    """Settings that the first and last layers of the EDSR family show; None if these layers are not there.
+
+    They are `scale`, `n_feats`, `n_colors`, `shift_mean` and, where the mean is shifted, `rgb_range`.
+    """
+    head, upsampler = shape_of(state, 'head.0.weight'), shape_of(state, 'tail.0.0.weight')
+    if len(head) != 4 or len(upsampler) != 4 or head[1] not in (1, 3) or 'tail.1.weight' not in state:
+        return None
+    n_feats, n_colors = head[:2]
+    scale = 3 if upsampler[0] == 9 * n_feats else 2 ** how_many(state, 'tail.0.')
+    shift_mean = shape_of(state, 'sub_mean.bias') == (n_colors,)
+    found = {'scale': scale, 'n_feats': n_feats, 'n_colors': n_colors, 'shift_mean': shift_mean}
+    if shift_mean and not state['sub_mean.bias'].is_meta:
+        # To the digits that float32 keeps, so that it is the number that was typed.
+        found['rgb_range'] = float(f'{-float(state["sub_mean.bias"][0] / mean_colour(n_colors)[0]):.6g}')
+    return found
 
 
 class DirectUpsampler(nn.Sequential):
@@ -212,3 +240,75 @@ class TransposedAttention(nn.Module):
         wide = torch.promote_types(qkv.dtype, torch.float32)
         cosines = F.normalize(q.to(wide), dim=-1) @ F.normalize(k.to(wide), dim=-1).transpose(-2, -1)
         return (self.weights(cosines * self.temperature) @ v).flatten(1, 2)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image: (N, L, C) and (N, ...) to (N, ..., C)."""
+    n, length, channels = x.shape
+    offset = torch.arange(n, device=x.device).view(-1, *[1] * (index.dim() - 1)) * length
+    rows = x.reshape(-1, channels).index_select(0, (index + offset).flatten())
+    return rows.view(*index.shape, channels)
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """Where each number stands in the permutations `order` (..., L) of 0 to L - 1."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+# Attention within windows of pixels sorted by a code (NLSN, LCoAN).
+
+
+class Pattern(NamedTuple):
+    """Which pixels attend to which, and how much. R: rounds, L: pixels, W: windows, w: window size."""
+
+    order: Tensor  # (N, R, W * w) int64: pixels sorted by code, the last window filled up
+    inverse: Tensor  # (N, R, L) int64: where a pixel stands in `order`
+    attention: Tensor  # (N, R, W, w, 3 * w): softmaxed map over a window and its neighbours
+    round_weights: Tensor  # (N, R, L, 1): share of each round in a pixel's result
+
+
+def with_neighbours(windows: Tensor) -> Tensor:
+    """Each window followed by the previous and the next one, cyclically: (N, R, W, w, C) to (N, R, W, 3 * w, C)."""
+    return torch.cat((windows, windows.roll(1, 2), windows.roll(-1, 2)), 3)
+
+
+def find_pattern(embedding: Tensor, codes: Tensor, window_size: int) -> Pattern:
+    """Attention map of the matching embedding (N, L, dim) within windows of pixels sorted by their codes (N, R, L).
+
+    Queries are the raw embedding, keys the normalised one, so that a query's length acts as its temperature. The last
+    window is filled up by the last pixels once more, cyclically where there are too few. Rounds are weighted by the
+    softmax of their scores, the logarithms of the sums of exponentials. Logits are in float32 or more.
+    """
+    order = codes.argsort(dim=-1, stable=True)
+    inverse = inverse_of(order)
+    length = order.shape[-1]
+    padding = torch.arange(-(-length % window_size), 0, device=order.device) % length
+    order = torch.cat((order, order[..., padding]), -1)
+
+    with full_precision(embedding):
+        queries = take_rows(widen(embedding), order).unflatten(2, (-1, window_size))
+        keys = with_neighbours(F.normalize(queries, dim=-1, eps=5e-5))
+        logits = queries @ keys.transpose(-2, -1)
+        score = logits.logsumexp(-1).flatten(2).gather(-1, inverse)
+        attention, round_weights = logits.softmax(-1), score.softmax(1).unsqueeze(-1)
+    return Pattern(order, inverse, attention.to(embedding.dtype), round_weights.to(embedding.dtype))
+
+
+def attend(values: Tensor, pattern: Pattern) -> Tensor:
+    """Means of the values (N, L, C), weighted by the map of the pattern and by its rounds: (N, L, C)."""
+    windows = take_rows(values, pattern.order).unflatten(2, (-1, pattern.attention.shape[-2]))
+    out = (pattern.attention @ with_neighbours(windows)).flatten(1, 3)
+    rounds = torch.arange(pattern.order.shape[1], device=values.device).view(1, -1, 1) * pattern.order.shape[-1]
+    return (take_rows(out, pattern.inverse + rounds) * pattern.round_weights).sum(1)

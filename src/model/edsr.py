@@ -7,9 +7,12 @@ Departures from the official code: `dilation` dilates the convolutions of the re
 for it is missing), `act` is in force, and one colour channel has a mean of its own.
 """
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
-from model.common import Network, ResBlock, Upsampler, conv, mean_shifts
+from model.common import Network, ResBlock, Upsampler, check_images, conv, how_many, mean_shifts, recognise_ends
 
 
 class EDSR(nn.Module):
@@ -42,6 +45,7 @@ class EDSR(nn.Module):
         shift_mean: bool = True,
     ) -> None:
         super().__init__()
+        self.n_colors = n_colors
         blocks = (ResBlock(n_feats, act, res_scale, 2 if dilation else 1) for _ in range(n_resblocks))
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)
         self.head = nn.Sequential(conv(n_colors, n_feats, 3))
@@ -49,15 +53,31 @@ class EDSR(nn.Module):
         self.tail = nn.Sequential(Upsampler(scale, n_feats), conv(n_feats, n_colors, 3))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.n_colors)
         x = self.head(self.sub_mean(x))
         x = x + self.body(x)
         return self.add_mean(self.tail(x))
 
 
+def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+    """Scale and settings that the weights of an EDSR show; None for other weights."""
+    found = recognise_ends(state)
+    if found is None or 'body.0.body.2.weight' not in state:
+        return None
+    found['n_resblocks'] = how_many(state, 'body.') - 1
+    if 'body.0.body.1.weight' in state:
+        found['act'] = 'prelu'
+    return found
+
+
 SCALES = (2, 3, 4, 8)
 BASELINE = {'n_resblocks': 16, 'n_feats': 64, 'res_scale': 1.0}
+# Not float16: features grow with the pixel values, which go up to 255 here, and from block to block, since no norm
+# bounds them; nothing keeps them below 65504.
+HALF = (torch.bfloat16,)
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'EDSR': Network(EDSR, SCALES),  # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
-    'EDSR-baseline': Network(EDSR, SCALES, BASELINE),  # 1.37M 316G / 1.55M 160G / 1.52M 114G
+    'EDSR': Network(EDSR, SCALES, half=HALF, recognise=recognise),  # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
+    # 1.37M 316G / 1.55M 160G / 1.52M 114G
+    'EDSR-baseline': Network(EDSR, SCALES, BASELINE, half=HALF, recognise=recognise),
 }

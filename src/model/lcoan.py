@@ -19,24 +19,31 @@ Departures from the official code:
 - `act` and `dilation` are in force.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from model.common import Network, ResBlock, Upsampler, UserError, conv, mean_shifts
+from model.common import (
+    Network,
+    Pattern,
+    ResBlock,
+    Upsampler,
+    UserError,
+    attend,
+    check_images,
+    conv,
+    find_pattern,
+    full_precision,
+    how_many,
+    mean_shifts,
+    recognise_ends,
+    shape_of,
+    widen,
+)
 
 LLOYD_STEPS = 10
-
-
-class Pattern(NamedTuple):
-    """What the first group finds and all groups share. R: rounds, L: pixels, W: windows, w: window size."""
-
-    order: Tensor  # (N, R, W * w) int64: pixels sorted by cluster, the last window filled up
-    inverse: Tensor  # (N, R, L) int64: where a pixel stands in `order`
-    attention: Tensor  # (N, R, W, w, 3 * w): softmaxed map over a window and its neighbours
-    round_weights: Tensor  # (N, R, L, 1): share of each round in a pixel's result
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -64,16 +71,20 @@ class KMeans(nn.Module):
 
     @torch.no_grad()
     def forward(self, embedding: Tensor) -> Tensor:
-        """Cluster of every pixel: (N, L, dim) to (N, R, L) int64."""
-        if self.training:
-            if not self.initted:
-                self._initialise(embedding)
-        elif not torch.compiler.is_compiling() and not self.initted:
-            raise UserError('The k-means centroids of LCoAN were never initialised: train it, or load trained weights.')
-        unit = F.normalize(embedding, dim=-1)
-        codes = self._assign(unit)
-        if self.training:
-            self.means.lerp_(self._centroids(unit, codes), 1 - self.decay)
+        """Cluster of every pixel: (N, L, dim) to (N, R, L) int64. Decided in float32 or more, also under autocast."""
+        embedding = widen(embedding)
+        with full_precision(embedding):
+            if self.training:
+                if not self.initted:
+                    self._initialise(embedding)
+            elif not (torch.compiler.is_compiling() or self.initted.is_meta or self.initted):
+                raise UserError(
+                    'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
+                )
+            unit = F.normalize(embedding, dim=-1)
+            codes = self._assign(unit)
+            if self.training:
+                self.means.lerp_(self._centroids(unit, codes), 1 - self.decay)
         return codes
 
     def _assign(self, x: Tensor) -> Tensor:
@@ -104,24 +115,10 @@ class KMeans(nn.Module):
         self.initted.fill_(True)
 
 
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of each image: (N, L, C) and (N, ...) to (N, ..., C)."""
-    n, length, channels = x.shape
-    offset = torch.arange(n, device=x.device).view(-1, *[1] * (index.dim() - 1)) * length
-    rows = x.reshape(-1, channels).index_select(0, (index + offset).flatten())
-    return rows.view(*index.shape, channels)
-
-
-def with_neighbours(windows: Tensor) -> Tensor:
-    """Each window followed by the previous and the next one, cyclically: (N, R, W, w, C) to (N, R, W, 3 * w, C)."""
-    return torch.cat((windows, windows.roll(1, 2), windows.roll(-1, 2)), 3)
-
-
 class CollaborativeAttention(nn.Module):
     """Sparse attention that either finds the pattern (first group) or takes it over (all others), plus its input.
 
-    Values are weighted by the map over windows of clustered pixels. Queries are the raw embedding, keys the normalised
-    one, so a query's length acts as its temperature.
+    Values are weighted by the map over windows of clustered pixels.
     """
 
     def __init__(
@@ -143,32 +140,10 @@ class CollaborativeAttention(nn.Module):
 
     def forward(self, x: Tensor, pattern: Pattern | None) -> tuple[Tensor, Pattern]:
         if pattern is None:
-            pattern = self.find_pattern(self.conv_match(x).flatten(2).transpose(1, 2))
-        values = self.conv_assembly(x).flatten(2).transpose(1, 2)
-        out = pattern.attention @ with_neighbours(self._windows(values, pattern.order))
-        rounds = torch.arange(out.shape[1], device=x.device).view(1, -1, 1) * pattern.order.shape[-1]
-        out = take_rows(out.flatten(1, 3), pattern.inverse + rounds)
-        out = (out * pattern.round_weights).sum(1)
+            embedding = self.conv_match(x).flatten(2).transpose(1, 2)
+            pattern = find_pattern(embedding, self.kmeans(embedding), self.window_size)
+        out = attend(self.conv_assembly(x).flatten(2).transpose(1, 2), pattern)
         return x + out.transpose(1, 2).reshape(x.shape) * self.res_scale, pattern
-
-    def find_pattern(self, embedding: Tensor) -> Pattern:
-        """Clusters, windows and the attention map of the matching embedding (N, L, dim)."""
-        order = self.kmeans(embedding).argsort(dim=-1, stable=True)
-        length = order.shape[-1]
-        positions = torch.arange(length, device=order.device).expand_as(order)
-        inverse = torch.empty_like(order).scatter_(-1, order, positions)
-        padding = torch.arange(-(-length % self.window_size), 0, device=order.device) % length
-        order = torch.cat((order, order[..., padding]), -1)
-
-        queries = self._windows(embedding, order)
-        keys = with_neighbours(F.normalize(queries, dim=-1, eps=5e-5))
-        logits = queries @ keys.transpose(-2, -1)
-        score = logits.logsumexp(-1).flatten(2).gather(-1, inverse)
-        return Pattern(order, inverse, logits.softmax(-1), score.softmax(1).unsqueeze(-1))
-
-    def _windows(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """Tokens (N, L, C) in clustered order and cut: (N, R, W, w, C)."""
-        return take_rows(tokens, order).unflatten(2, (-1, self.window_size))
 
 
 class Group(nn.Module):
@@ -232,6 +207,7 @@ class LCoAN(nn.Module):
         super().__init__()
         if n_feats % reduction:
             raise UserError(f'--reduction {reduction} does not divide --n_feats {n_feats}: choose a divisor.')
+        self.n_colors = n_colors
         self.a = nn.Parameter(torch.ones(1))  # unused, but part of the official weights
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)
         self.head = nn.Sequential(conv(n_colors, n_feats, 3))
@@ -246,6 +222,7 @@ class LCoAN(nn.Module):
         self.tail = nn.Sequential(Upsampler(scale, n_feats), conv(n_feats, n_colors, 3))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.n_colors)
         head = self.head(self.sub_mean(x))
         x, pattern = head, None
         for group in self.body:
@@ -253,6 +230,24 @@ class LCoAN(nn.Module):
         return self.add_mean(self.tail(self.m_conv(x) + head))
 
 
+def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+    """Scale and settings that the weights of an LCoAN show; None for other weights."""
+    found = recognise_ends(state)
+    means = shape_of(state, 'body.0.attention.0.kmeans.means')
+    if found is None or len(means) != 3:
+        return None
+    found |= {
+        'n_resgroups': how_many(state, 'body.'),
+        'n_resblocks': how_many(state, 'body.0.local_body.'),
+        'reduction': shape_of(state, 'head.0.weight')[0] // means[2],
+        'n_clusters': means[1],
+        'n_hashes': means[0],
+    }
+    if 'body.0.local_body.0.body.1.weight' in state:
+        found['act'] = 'prelu'
+    return found
+
+
 # 15.7M parameters, 3.68T multiply-adds at a 1280x720 output / 16.4M 1.71T / 16.3M 1.06T at x2 / x3 / x4; of the
 # parameters 1.33M (match convolutions of groups 2-10) and their 306G / 136G / 76G in the official count are never used.
-NETWORKS = {'LCoAN': Network(LCoAN, scales=(2, 3, 4, 8), tiling_exact=False)}
+NETWORKS = {'LCoAN': Network(LCoAN, scales=(2, 3, 4, 8), tiling_exact=False, recognise=recognise)}
