@@ -106,6 +106,28 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = Tru
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class WideConv(nn.Conv2d):
+    """3x3 or 1x1 convolution in float32 or more, also under autocast: for pixels, of which bfloat16 keeps 8 bits."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with full_precision(x):
+            return super().forward(widen(x))
+
+
 def activation(name: str) -> nn.Module:
     """Activation by its name in `ACTIVATIONS`."""
     if name not in ACTIVATIONS:
@@ -119,7 +141,7 @@ def mean_colour(n_colors: int) -> Tensor:
     return mean if n_colors == 3 else rgb_to_ycbcr(mean.view(1, 3, 1, 1))[0, :1, 0, 0]
 
 
-class MeanShift(nn.Conv2d):
+class MeanShift(WideConv):
     """Adds `sign` times the mean colour, scaled to `rgb_range`: a frozen 1x1 convolution, part of the state dict."""
 
     def __init__(self, rgb_range: float, n_colors: int, sign: int) -> None:
@@ -183,7 +205,7 @@ class DirectUpsampler(nn.Sequential):
     """One 3x3 convolution to all pixels of the output, and PixelShuffle, whatever the scale."""
 
     def __init__(self, scale: int, n_feats: int) -> None:
-        super().__init__(conv(n_feats, 3 * scale**2, 3), nn.PixelShuffle(scale))
+        super().__init__(WideConv(n_feats, 3 * scale**2, 3), nn.PixelShuffle(scale))
 
 
 class ChannelNorm(nn.Module):
@@ -240,17 +262,6 @@ class TransposedAttention(nn.Module):
         wide = torch.promote_types(qkv.dtype, torch.float32)
         cosines = F.normalize(q.to(wide), dim=-1) @ F.normalize(k.to(wide), dim=-1).transpose(-2, -1)
         return (self.weights(cosines * self.temperature) @ v).flatten(1, 2)
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def widen(x: Tensor) -> Tensor:
-    """`x` in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

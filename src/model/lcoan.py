@@ -31,6 +31,7 @@ from model.common import (
     ResBlock,
     Upsampler,
     UserError,
+    WideConv,
     attend,
     check_images,
     conv,
@@ -219,7 +220,7 @@ class LCoAN(nn.Module):
             )
             self.body.append(Group(nn.Sequential(*blocks), attention, n_feats, res_scale))
         self.m_conv = nn.Sequential(conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), conv(n_feats, n_colors, 3))
+        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)

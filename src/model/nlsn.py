@@ -30,6 +30,7 @@ from model.common import (
     ResBlock,
     Upsampler,
     UserError,
+    WideConv,
     attend,
     check_images,
     conv,
@@ -138,7 +139,7 @@ class NLSN(nn.Module):
         if n_resblocks % BLOCKS_PER_ATTENTION == 0:
             self.body.append(SparseAttention(n_feats, reduction, chunk_size, res_scale))
         self.body.append(conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), conv(n_feats, n_colors, 3))
+        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
 
         # A plain tensor on the CPU, whatever the device of the rest: no weight, and never left empty.
         self.draws = torch.randn(

@@ -20,6 +20,7 @@ from model.common import (
     Network,
     Upsampler,
     UserError,
+    WideConv,
     activation,
     check_images,
     conv,
@@ -106,7 +107,7 @@ class RCAN(nn.Module):
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)
         self.head = nn.Sequential(conv(n_colors, n_feats, 3))
         self.body = nn.Sequential(*groups, conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), conv(n_feats, n_colors, 3))
+        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
