@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import bicubic, dlgsanet, edsr, lcoan, nlsn, rcan
+from model import asid, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan
 from model.bicubic import Bicubic
 from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ensemble import self_ensemble
@@ -21,6 +21,8 @@ NETWORKS: dict[str, Network] = {
     **nlsn.NETWORKS,
     **lcoan.NETWORKS,
     **dlgsanet.NETWORKS,
+    **asid.NETWORKS,
+    **omnisr.NETWORKS,
 }
 
 

@@ -81,6 +81,12 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
+def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
+    """(N, C, H, W) grown right and below by zeros to multiples of `multiple` that are not below `at_least`."""
+    height, width = (-(-max(size, at_least) // multiple) * multiple for size in x.shape[2:])
+    return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
+
+
 def rgb_to_ycbcr(rgb: Tensor) -> Tensor:
     """ITU-R BT.601 with foot and head room, as MATLAB's rgb2ycbcr: (N, 3, H, W) in [0, 1] to (N, 3, H, W) in [0, 1]."""
     r, g, b = rgb.unbind(1)
@@ -235,6 +241,8 @@ class GatedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.dwconv(self.project_in(x)).chunk(2, 1)
+        if not gate.is_contiguous():  # as in channels_last memory, where a GELU on a part of the channels is slow
+            gate = gate.clone()
         return self.project_out(F.gelu(gate) * value)
 
 
@@ -323,3 +331,138 @@ def attend(values: Tensor, pattern: Pattern) -> Tensor:
     out = (pattern.attention @ with_neighbours(windows)).flatten(1, 3)
     rounds = torch.arange(pattern.order.shape[1], device=values.device).view(1, -1, 1) * pattern.order.shape[-1]
     return (take_rows(out, pattern.inverse + rounds) * pattern.round_weights).sum(1)
+
+
+# What OmniSR and ASID are built of. Their maps are in channels_last memory, where a pixel is a row of its channels.
+
+
+class PixelNorm(ChannelNorm):
+    """`ChannelNorm` for maps in channels_last memory, which its result is in, in the type of autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1)
+        return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+def to_tokens(x: Tensor, cell: tuple[int, int], strided: bool, parts: int = 1) -> Tensor:
+    """Pixels by groups, those of a group in row-major order: (N, C, H, W) to (parts * N * groups, pixels, C / parts).
+
+    The image is cut into cells of (height, width) pixels. A group is a cell or, with `strided`, the pixels at one place
+    within all cells.
+    """
+    n, channels, height, width = x.shape
+    rows, columns = height // cell[0], width // cell[1]
+    x = x.permute(0, 2, 3, 1).reshape(n, rows, cell[0], columns, cell[1], parts, channels // parts)
+    x = x.permute(5, 0, 2, 4, 1, 3, 6) if strided else x.permute(5, 0, 1, 3, 2, 4, 6)
+    return x.flatten(4, 5).flatten(0, 3)
+
+
+def to_map(tokens: Tensor, like: Tensor, cell: tuple[int, int], strided: bool, parts: int = 1) -> Tensor:
+    """Inverse of `to_tokens`, with the height and width of `like`."""
+    cells, channels = (like.shape[2] // cell[0], like.shape[3] // cell[1]), tokens.shape[-1]
+    if strided:
+        x = tokens.reshape(parts, -1, *cell, *cells, channels).permute(1, 4, 2, 5, 3, 0, 6)
+    else:
+        x = tokens.reshape(parts, -1, *cells, *cell, channels).permute(1, 2, 4, 3, 5, 0, 6)
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def attention_cell(x: Tensor, window_size: int, strided: bool) -> tuple[int, int]:
+    """Cells that make groups of window_size x window_size pixels, contiguous or, strided, spread over the image."""
+    return (x.shape[2] // window_size, x.shape[3] // window_size) if strided else (window_size, window_size)
+
+
+def position_bias(table: Tensor, window_size: int) -> Tensor:
+    """What a window's attention adds to its logits: ((2 * window_size - 1)^2, heads) to (heads, queries, keys).
+
+    A row of the table belongs to one distance (down, right) from key to query, in row-major order.
+    """
+    place = torch.arange(window_size, device=table.device)
+    distance = place.unsqueeze(1) - place + window_size - 1  # (query, key) along one axis
+    index = distance.view(window_size, 1, window_size, 1) * (2 * window_size - 1) + distance.unsqueeze(1)
+    return F.embedding(index.flatten(2).flatten(0, 1), table).permute(2, 0, 1).contiguous()
+
+
+class SqueezeExcitation(nn.Module):
+    """Each channel times a factor in (0, 1) that is found from the means of all channels over the image."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        hidden = max(n_feats // 4, 1)
+        self.gate = nn.Sequential(
+            nn.Identity(),
+            nn.Linear(n_feats, hidden, bias=False),
+            nn.SiLU(),
+            nn.Linear(hidden, n_feats, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean((2, 3))).unsqueeze(-1).unsqueeze(-1)
+
+
+class LocalBlock(nn.Module):
+    """Inverted bottleneck without expansion, its depthwise convolution gated by squeeze-excitation, plus the input."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        self.fn = nn.Sequential(
+            conv(n_feats, n_feats, 1),
+            nn.GELU(),
+            nn.Conv2d(n_feats, n_feats, 3, padding=1, groups=n_feats),
+            nn.GELU(),
+            SqueezeExcitation(n_feats),
+            conv(n_feats, n_feats, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fn(x)
+
+
+def length(x: Tensor) -> Tensor:
+    """Euclidean norm over all pixels, in float32 or more, at least 1e-12: (..., pixels, C) to (..., 1, C)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.square().sum(-2, keepdim=True).clamp_min(1e-24).sqrt()  # in this order the gradient at 0 is finite
+
+
+class ChannelAttention(TransposedAttention):
+    """Attention between channels with a map for each group of pixels.
+
+    A group is a cell of window_size x window_size pixels or, with `strided`, the pixels at one place within all cells.
+    """
+
+    def __init__(self, n_feats: int, n_heads: int, window_size: int, strided: bool) -> None:
+        super().__init__(n_feats, n_heads)
+        self.cell = (window_size, window_size)
+        self.strided = strided
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = to_tokens(self.qkv_dwconv(self.qkv(x)), self.cell, self.strided, 3 * self.n_heads)
+        q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
+        cosines = (q / length(q)).transpose(2, 3) @ k / length(k)
+        out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
+        return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads))
+
+
+class SpatialGate(nn.Module):
+    """Enhanced spatial attention (RFANet, section 3.3): each value times a factor in (0, 1), found at low resolution.
+
+    Height and width are at least `SpatialGate.AT_LEAST`.
+    """
+
+    AT_LEAST = 15
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        hidden = max(n_feats // 4, 16)
+        self.conv1 = conv(n_feats, hidden, 1)
+        self.conv_f = conv(hidden, hidden, 1)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=2)
+        self.conv3 = conv(hidden, hidden, 3)
+        self.conv4 = conv(hidden, n_feats, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.conv1(x)
+        low = self.conv3(F.max_pool2d(self.conv2(skip), 7, 3))
+        low = F.interpolate(low, x.shape[2:], mode='bilinear', align_corners=False)
+        return x * self.conv4(low + self.conv_f(skip)).sigmoid()
