@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import bicubic, edsr, lcoan
+from model import atd, bicubic, edsr, lcoan, swinir
 from model.bicubic import Bicubic
 from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ensemble import self_ensemble
 from model.tiling import Tiler
 
-NETWORKS: dict[str, Network] = {**bicubic.NETWORKS, **edsr.NETWORKS, **lcoan.NETWORKS}
+NETWORKS: dict[str, Network] = {
+    **bicubic.NETWORKS,
+    **edsr.NETWORKS,
+    **lcoan.NETWORKS,
+    **atd.NETWORKS,
+    **swinir.NETWORKS,
+}
 
 
 def find(name: str) -> Network:

@@ -1,7 +1,9 @@
 """Blocks that several networks share, and the facts that a network file declares beside its class."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -210,3 +212,131 @@ class TransposedAttention(nn.Module):
         q, k, v = qkv.unflatten(1, (3, self.n_heads, -1)).unbind(1)
         cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         return (self.weights(cosines * self.temperature) @ v).flatten(1, 2)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def as_float(x: Tensor) -> Tensor:
+    """`x` in float32 or more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers as transformers start: normal weights of deviation 0.02 (truncated at 2), no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def position_table(size: int, n_heads: int) -> nn.Parameter:
+    """What a window of `size` pixels a side learns of each relative position: ((2 * size - 1)^2, heads)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * size - 1) ** 2, n_heads), std=0.02))
+
+
+def to_tokens(image: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H * W, C)."""
+    return image.flatten(2).transpose(1, 2)
+
+
+def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(N, H * W, C) to (N, C, H, W): a view, in memory format channels_last."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image: (N, L, C) and (N, ...) to (N, ..., C)."""
+    n, length, channels = x.shape
+    offset = torch.arange(n, device=x.device).view(-1, *[1] * (index.dim() - 1)) * length
+    rows = x.reshape(-1, channels).index_select(0, (index + offset).flatten())
+    return rows.view(*index.shape, channels)
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """Where each number stands in the permutations `order` (..., L) of 0 to L - 1."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Multi-head softmax attention: (B, T, heads, d) each, and a mask to add, (heads, T, T), to (B, T, heads * d).
+
+    `scale` is a factor of the logits before the mask, d^-0.5 if None. The memory-efficient kernels of CUDA want rows of
+    whole 16 bytes, so heads of other sizes are filled up by zeros there.
+    """
+    d = q.shape[-1]
+    missing = -d % (16 // q.element_size()) if q.is_cuda else 0
+    q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
+    mask = mask if mask is None else mask.unsqueeze(0)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=d**-0.5 if scale is None else scale)
+    return out[..., :d].transpose(1, 2).flatten(2)
+
+
+def relative_positions(size: int) -> Tensor:
+    """Row of the position table for each pair (query, key) of a window's T = size^2 pixels: (T, T) int64 (Swin).
+
+    With (dy, dx) = query - key it is (dy + size - 1) * (2 * size - 1) + dx + size - 1.
+    """
+    y, x = torch.arange(size).repeat_interleave(size), torch.arange(size).repeat(size)
+    dy, dx = y[:, None] - y, x[:, None] - x
+    return (dy + size - 1) * (2 * size - 1) + dx + size - 1
+
+
+def position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T)."""
+    return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def shift_masks(size: int, shift: int, like: Tensor) -> Tensor:
+    """What to add to the logits of a window after a cyclic shift, (4, T, T): -100 between what was apart, else 0.
+
+    Only the last windows of a row or column hold pixels from opposite borders. The four are a window inside, the last
+    of its row, the last of its column, and both.
+    """
+    far = torch.arange(size, device=like.device) >= size - shift
+    down, right = far.repeat_interleave(size), far.repeat(size)
+    down, right = down[:, None] != down, right[:, None] != right
+    apart = torch.stack((torch.zeros_like(down), right, down, down | right))
+    return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
+
+
+class Windows(NamedTuple):
+    """How a batch of images is cut into square windows of T pixels, windows with the same mask together."""
+
+    order: Tensor  # (N * H * W,) int64: row of the flattened tokens (N * H * W, C) for each pixel of each window
+    inverse: Tensor  # (N * H * W,) int64: where a row stands in `order`
+    counts: list[int]  # windows of each kind, in all images
+    masks: list[Tensor]  # of each kind: (T, T)
+
+
+def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
+    """Windows of `size` pixels on images like (N, C, H, W), which are shifted up and left cyclically by `shift` first.
+
+    H and W are multiples of `size`.
+    """
+    n, _, height, width = like.shape
+    pixels = torch.arange(height * width, device=like.device).view(height, width).roll((-shift, -shift), (0, 1))
+    grid = pixels.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    kinds = [grid[:-1, :-1], grid[:-1, -1:], grid[-1:, :-1], grid[-1:, -1:]] if shift else [grid]
+    masks = shift_masks(size, shift, like)[: len(kinds)]
+    kinds = [kind.reshape(-1, 1, size**2) for kind in kinds]
+    first_row = torch.arange(n, device=like.device).view(-1, 1) * (height * width)
+    order = torch.cat([(kind + first_row).flatten() for kind in kinds])
+    used = [(n * len(kind), mask) for kind, mask in zip(kinds, masks, strict=True) if len(kind)]
+    return Windows(order, inverse_of(order), [count for count, _ in used], [mask for _, mask in used])
+
+
+def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C)."""
+    n, length, channels = qkv.shape
+    heads, pixels, _ = bias.shape
+    rows = qkv.reshape(-1, channels).index_select(0, windows.order)
+    rows = rows.view(-1, pixels, 3, heads, channels // (3 * heads))
+    out = []
+    for part, mask in zip(rows.split(windows.counts), windows.masks, strict=True):
+        q, k, v = part.unbind(2)
+        out.append(attention(q, k, v, (bias + mask).to(q.dtype)))
+    return torch.cat(out).flatten(0, 1).index_select(0, windows.inverse).view(n, length, -1)
