@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import asid, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan
+from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
 from model.bicubic import Bicubic
 from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ensemble import self_ensemble
@@ -20,9 +20,11 @@ NETWORKS: dict[str, Network] = {
     **rcan.NETWORKS,
     **nlsn.NETWORKS,
     **lcoan.NETWORKS,
-    **dlgsanet.NETWORKS,
     **asid.NETWORKS,
+    **dlgsanet.NETWORKS,
+    **atd.NETWORKS,
     **omnisr.NETWORKS,
+    **swinir.NETWORKS,
 }
 
 

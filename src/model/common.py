@@ -224,7 +224,7 @@ class ChannelNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = widen(x)
         x = x - x.mean(1, keepdim=True)
         variance = x.square().mean(1, keepdim=True)  # on a CPU five times as fast as `var_mean` over channels
         return x * (variance + self.eps).rsqrt() * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
@@ -267,8 +267,7 @@ class TransposedAttention(nn.Module):
     def attend(self, qkv: Tensor) -> Tensor:
         """Tokens of one group of pixels: (B, 3 * C, L) to (B, C, L). The norms over pixels are in float32 or more."""
         q, k, v = qkv.unflatten(1, (3, self.n_heads, -1)).unbind(1)
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        cosines = F.normalize(q.to(wide), dim=-1) @ F.normalize(k.to(wide), dim=-1).transpose(-2, -1)
+        cosines = F.normalize(widen(q), dim=-1) @ F.normalize(widen(k), dim=-1).transpose(-2, -1)
         return (self.weights(cosines * self.temperature) @ v).flatten(1, 2)
 
 
@@ -372,17 +371,6 @@ def attention_cell(x: Tensor, window_size: int, strided: bool) -> tuple[int, int
     return (x.shape[2] // window_size, x.shape[3] // window_size) if strided else (window_size, window_size)
 
 
-def position_bias(table: Tensor, window_size: int) -> Tensor:
-    """What a window's attention adds to its logits: ((2 * window_size - 1)^2, heads) to (heads, queries, keys).
-
-    A row of the table belongs to one distance (down, right) from key to query, in row-major order.
-    """
-    place = torch.arange(window_size, device=table.device)
-    distance = place.unsqueeze(1) - place + window_size - 1  # (query, key) along one axis
-    index = distance.view(window_size, 1, window_size, 1) * (2 * window_size - 1) + distance.unsqueeze(1)
-    return F.embedding(index.flatten(2).flatten(0, 1), table).permute(2, 0, 1).contiguous()
-
-
 class SqueezeExcitation(nn.Module):
     """Each channel times a factor in (0, 1) that is found from the means of all channels over the image."""
 
@@ -421,7 +409,7 @@ class LocalBlock(nn.Module):
 
 def length(x: Tensor) -> Tensor:
     """Euclidean norm over all pixels, in float32 or more, at least 1e-12: (..., pixels, C) to (..., 1, C)."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = widen(x)
     return x.square().sum(-2, keepdim=True).clamp_min(1e-24).sqrt()  # in this order the gradient at 0 is finite
 
 
@@ -466,3 +454,110 @@ class SpatialGate(nn.Module):
         low = self.conv3(F.max_pool2d(self.conv2(skip), 7, 3))
         low = F.interpolate(low, x.shape[2:], mode='bilinear', align_corners=False)
         return x * self.conv4(low + self.conv_f(skip)).sigmoid()
+
+
+# Windows of transformers (ATD, SwinIR).
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers as transformers start: normal weights of deviation 0.02 (truncated at 2), no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def position_table(size: int, n_heads: int) -> nn.Parameter:
+    """What a window of `size` pixels a side learns of each relative position: ((2 * size - 1)^2, heads)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * size - 1) ** 2, n_heads), std=0.02))
+
+
+def to_rows(image: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H * W, C)."""
+    return image.flatten(2).transpose(1, 2)
+
+
+def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(N, H * W, C) to (N, C, H, W): a view, in memory format channels_last."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Multi-head softmax attention: (B, T, heads, d) each, and a mask to add, (heads, T, T), to (B, T, heads * d).
+
+    `scale` is a factor of the logits before the mask, d^-0.5 if None. The memory-efficient kernels of CUDA want rows of
+    whole 16 bytes, so heads of other sizes are filled up by zeros there.
+    """
+    d = q.shape[-1]
+    missing = -d % (16 // q.element_size()) if q.is_cuda else 0
+    q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
+    mask = mask if mask is None else mask.unsqueeze(0)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=d**-0.5 if scale is None else scale)
+    return out[..., :d].transpose(1, 2).flatten(2)
+
+
+def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
+    """Row of the position table for each pair (query, key) of a window's T = size^2 pixels: (T, T) int64 (Swin).
+
+    With (dy, dx) = query - key it is (dy + size - 1) * (2 * size - 1) + dx + size - 1.
+    """
+    place = torch.arange(size, device=device)
+    y, x = place.repeat_interleave(size), place.repeat(size)
+    dy, dx = y[:, None] - y, x[:, None] - x
+    return (dy + size - 1) * (2 * size - 1) + dx + size - 1
+
+
+def position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T)."""
+    return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def shift_masks(size: int, shift: int, like: Tensor) -> Tensor:
+    """What to add to the logits of a window after a cyclic shift, (4, T, T): -100 between what was apart, else 0.
+
+    Only the last windows of a row or column hold pixels from opposite borders. The four are a window inside, the last
+    of its row, the last of its column, and both.
+    """
+    far = torch.arange(size, device=like.device) >= size - shift
+    down, right = far.repeat_interleave(size), far.repeat(size)
+    down, right = down[:, None] != down, right[:, None] != right
+    apart = torch.stack((torch.zeros_like(down), right, down, down | right))
+    return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
+
+
+class Windows(NamedTuple):
+    """How a batch of images is cut into square windows of T pixels, windows with the same mask together."""
+
+    order: Tensor  # (N * H * W,) int64: row of the flattened tokens (N * H * W, C) for each pixel of each window
+    inverse: Tensor  # (N * H * W,) int64: where a row stands in `order`
+    counts: list[int]  # windows of each kind, in all images
+    masks: list[Tensor]  # of each kind: (T, T)
+
+
+def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
+    """Windows of `size` pixels on images like (N, C, H, W), which are shifted up and left cyclically by `shift` first.
+
+    H and W are multiples of `size`.
+    """
+    n, _, height, width = like.shape
+    pixels = torch.arange(height * width, device=like.device).view(height, width).roll((-shift, -shift), (0, 1))
+    grid = pixels.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    kinds = [grid[:-1, :-1], grid[:-1, -1:], grid[-1:, :-1], grid[-1:, -1:]] if shift else [grid]
+    masks = shift_masks(size, shift, like)[: len(kinds)]
+    kinds = [kind.reshape(-1, 1, size**2) for kind in kinds]
+    first_row = torch.arange(n, device=like.device).view(-1, 1) * (height * width)
+    order = torch.cat([(kind + first_row).flatten() for kind in kinds])
+    used = [(n * len(kind), mask) for kind, mask in zip(kinds, masks, strict=True) if len(kind)]
+    return Windows(order, inverse_of(order), [count for count, _ in used], [mask for _, mask in used])
+
+
+def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C)."""
+    n, length, channels = qkv.shape
+    heads, pixels, _ = bias.shape
+    rows = qkv.reshape(-1, channels).index_select(0, windows.order)
+    rows = rows.view(-1, pixels, 3, heads, channels // (3 * heads))
+    out = []
+    for part, mask in zip(rows.split(windows.counts), windows.masks, strict=True):
+        q, k, v = part.unbind(2)
+        out.append(attention(q, k, v, (bias + mask).to(q.dtype)))
+    return torch.cat(out).flatten(0, 1).index_select(0, windows.inverse).view(n, length, -1)

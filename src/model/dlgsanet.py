@@ -39,6 +39,7 @@ from model.common import (
     check_images,
     conv,
     how_many,
+    widen,
 )
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
@@ -51,11 +52,6 @@ def taps(padded: Tensor, size: int) -> Iterator[tuple[int, int, Tensor]]:
         yield i, j, padded[..., i : i + height, j : j + width]
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The type to add up in: float32 or more."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 class DynamicConv(torch.autograd.Function):
     """See `dynamic_conv`. The backward pass needs the two inputs only, none of their k * k products."""
 
@@ -63,7 +59,7 @@ class DynamicConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
         groups, size = weights.shape[1:3]
-        x_groups = x.unflatten(1, (groups, -1)).to(wide(x))
+        x_groups = widen(x.unflatten(1, (groups, -1)))
         out = torch.zeros_like(x_groups)
         for i, j, view in taps(F.pad(x_groups, [size // 2] * 4), size):
             out.addcmul_(weights[:, :, None, i, j], view)
@@ -74,7 +70,7 @@ class DynamicConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weights = ctx.saved_tensors
         groups, size = weights.shape[1:3]
-        x_groups, grad_groups = (t.unflatten(1, (groups, -1)).to(wide(x)) for t in (x, grad))
+        x_groups, grad_groups = (widen(t.unflatten(1, (groups, -1))) for t in (x, grad))
         padded = F.pad(x_groups, [size // 2] * 4)
         grad_padded, grad_weights = torch.zeros_like(padded), torch.empty_like(weights)
         for i, j, view in taps(grad_padded, size):
@@ -274,7 +270,7 @@ class DLGSANet(nn.Module):
         n_heads: int = 6,
         group_channels: int = 6,
         kernel_size: int = 7,
-        mlp_ratio: int = 2,
+        mlp_ratio: float = 2.0,
         tlc_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -285,7 +281,7 @@ class DLGSANet(nn.Module):
                 raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
         if kernel_size % 2 == 0:
             raise UserError(f'--kernel_size {kernel_size} is even and has no pixel in the middle: choose an odd one.')
-        hidden, window = n_feats * mlp_ratio, TLC_SIZES[scale] if tlc_size is None else tlc_size
+        hidden, window = round(n_feats * mlp_ratio), TLC_SIZES[scale] if tlc_size is None else tlc_size
 
         def blocks() -> Iterator[nn.Module]:
             for _ in range(n_resblocks):
@@ -326,7 +322,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
         'n_heads': temperature[0],
         'group_channels': n_feats * depthwise[-1] ** 2 // kernels[0],
         'kernel_size': depthwise[-1],
-        'mlp_ratio': hidden // n_feats,
+        'mlp_ratio': hidden / n_feats,
     }
 
 

@@ -36,6 +36,7 @@ from model.common import (
     conv,
     how_many,
     position_bias,
+    relative_positions,
     to_map,
     to_tokens,
     zero_pad,
@@ -58,8 +59,8 @@ class WindowAttention(nn.Module):
         cell = attention_cell(x, self.window_size, self.strided)
         qkv = self.to_qkv(to_tokens(x, cell, self.strided))
         q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = position_bias(self.rel_pos_bias.weight, self.window_size).unsqueeze(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        bias = position_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
         return to_map(self.to_out(out.transpose(1, 2).flatten(2)), x, cell, self.strided)
 
 

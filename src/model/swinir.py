@@ -1,0 +1,229 @@
+"""SwinIR (ICCVW 2021), the lightweight one: a residual network of Swin transformer layers.
+
+Liang, Cao, Sun, Zhang, Van Gool, Timofte, "SwinIR: Image Restoration Using Swin Transformer",
+https://arxiv.org/abs/2108.10257. Official weights load with `strict=True`.
+
+Each layer attends within windows, in every second one shifted by half a window, and then mixes channels pixel by pixel.
+
+Departures from the official code:
+- Any size works: where a side is no multiple of the window, the image is padded inside by its mirror image, the edge
+  pixel repeated. (The official test script does this outside, and adds a whole window even where none is needed.)
+- The shift mask is made once a forward pass for the size at hand. The masks in the weights, one in every second layer
+  for the nominal input of 64x64, are carried along and never read.
+- Windows with the same shift mask are attended together, so that no mask grows with the image.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.common import (
+    RGB_MEAN,
+    DirectUpsampler,
+    Network,
+    UserError,
+    Windows,
+    check_images,
+    conv,
+    cut_windows,
+    how_many,
+    init_linear,
+    mirror_pad,
+    position_bias,
+    position_table,
+    relative_positions,
+    shift_masks,
+    to_image,
+    to_rows,
+    widen,
+    window_attention,
+)
+
+NOMINAL_SIZE = 64  # of the input that the masks in the weights are for
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a relative position bias."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, n_feats: int, n_heads: int, window_size: int) -> None:
+        super().__init__()
+        self.relative_position_bias_table = position_table(window_size, n_heads)
+        self.register_buffer('relative_position_index', relative_positions(window_size))
+        self.qkv = nn.Linear(n_feats, 3 * n_feats)
+        self.proj = nn.Linear(n_feats, n_feats)
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
+        return self.proj(window_attention(self.qkv(x), bias, windows))
+
+
+class MLP(nn.Module):
+    """Linear layer, GELU, linear layer."""
+
+    def __init__(self, n_feats: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(n_feats, hidden)
+        self.fc2 = nn.Linear(hidden, n_feats)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Swin transformer layer (figure 2b): attention and MLP, each with a norm before and its input added.
+
+    In training a branch is left out with probability `drop_path`, for each image on its own (stochastic depth).
+    """
+
+    def __init__(
+        self, n_feats: int, n_heads: int, window_size: int, hidden: int, drop_path: float, shifted: bool
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        if shifted:
+            self.register_buffer('attn_mask', nominal_masks(window_size))
+        self.norm1 = nn.LayerNorm(n_feats)
+        self.attn = WindowAttention(n_feats, n_heads, window_size)
+        self.norm2 = nn.LayerNorm(n_feats)
+        self.mlp = MLP(n_feats, hidden)
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x), windows))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, branch: Tensor) -> Tensor:
+        """(N, L, C), some of the N zero and the others enlarged for it; the same in evaluation."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep)
+
+
+def nominal_masks(window_size: int) -> Tensor:
+    """Shift masks (W, T, T) of all windows of the nominal input, as they are stored in the weights."""
+    side = -(-NOMINAL_SIZE // window_size)
+    last = torch.arange(side) == side - 1
+    kind = 2 * last.long()[:, None] + last.long()
+    return shift_masks(window_size, window_size // 2, torch.empty(()))[kind.flatten()]
+
+
+class ResidualGroup(nn.Module):
+    """The layers of a block."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(layers)
+
+
+class Block(nn.Module):
+    """Residual Swin transformer block (RSTB): layers and a convolution, plus the input."""
+
+    def __init__(self, layers: list[Layer], n_feats: int) -> None:
+        super().__init__()
+        self.residual_group = ResidualGroup(layers)
+        self.conv = conv(n_feats, n_feats, 3)
+
+    def forward(self, x: Tensor, height: int, width: int, windows: list[Windows]) -> Tensor:
+        y = x
+        for i, layer in enumerate(self.residual_group.blocks):
+            y = layer(y, windows[i % 2])
+        return x + to_rows(self.conv(to_image(y, height, width)))
+
+
+class SwinIR(nn.Module):
+    """SwinIR, without settings the lightweight one of the paper.
+
+    Args:
+        scale: 2, 3 or 4.
+        n_feats: feature channels.
+        n_resgroups: blocks.
+        n_resblocks: layers a block.
+        n_heads: attention heads.
+        window_size: pixels along a window's side.
+        mlp_ratio: channels inside the MLPs, as a multiple of n_feats.
+        drop_path: probability to leave out a branch of the last layer in training; rises linearly from 0.
+
+    Maps (N, 3, H, W) to (N, 3, scale * H, scale * W), each image on its own; black is 0, white is 1.
+
+    Raises:
+        UserError: heads do not divide the channels, a probability that is none.
+    """
+
+    def __init__(
+        self,
+        scale: int,
+        n_feats: int = 60,
+        n_resgroups: int = 4,
+        n_resblocks: int = 6,
+        n_heads: int = 6,
+        window_size: int = 8,
+        mlp_ratio: float = 2.0,
+        drop_path: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if n_feats % n_heads:
+            raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
+        if not 0 <= drop_path < 1:
+            raise UserError(f'--drop_path {drop_path} is a probability: choose 0 or more and less than 1.')
+        self.scale, self.window_size = scale, window_size
+        hidden = round(n_feats * mlp_ratio)
+        rates = torch.linspace(0, drop_path, n_resgroups * n_resblocks, device='cpu').tolist()
+        self.conv_first = conv(3, n_feats, 3)
+        self.patch_embed = nn.Sequential(OrderedDict(norm=nn.LayerNorm(n_feats)))
+        self.layers = nn.ModuleList()
+        for i in range(n_resgroups):
+            layers = [
+                Layer(n_feats, n_heads, window_size, hidden, rates[i * n_resblocks + j], shifted=j % 2 == 1)
+                for j in range(n_resblocks)
+            ]
+            self.layers.append(Block(layers, n_feats))
+        self.norm = nn.LayerNorm(n_feats)
+        self.conv_after_body = conv(n_feats, n_feats, 3)
+        self.upsample = DirectUpsampler(scale, n_feats)
+        self.apply(init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
+        out_height, out_width = (self.scale * side for side in x.shape[2:])
+        mean = x.new_tensor(RGB_MEAN).view(-1, 1, 1)
+        x = self.conv_first(mirror_pad(x, self.window_size) - mean)
+        x = self.upsample(x + self.conv_after_body(self.body(x)))
+        return x[..., :out_height, :out_width] + mean
+
+    def body(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        windows = [cut_windows(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
+        x = self.patch_embed(widen(to_rows(x)))
+        for block in self.layers:
+            x = block(x, height, width, windows)
+        return to_image(self.norm(x), height, width)
+
+
+def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+    """Settings that the state dict of a SwinIR with the direct upsampler shows, all but `drop_path`; else None."""
+    group = 'layers.0.residual_group.blocks.'
+    keys = ('conv_first.weight', 'upsample.0.weight', f'{group}0.mlp.fc1.weight')
+    index, table = (f'{group}0.attn.relative_position_{kind}' for kind in ('index', 'bias_table'))
+    if not all(key in state for key in (*keys, index, table)) or 'conv_last.weight' in state:
+        return None
+    n_feats = len(state['conv_first.weight'])
+    return {
+        'scale': math.isqrt(len(state['upsample.0.weight']) // 3),
+        'n_feats': n_feats,
+        'n_resgroups': how_many(state, 'layers.'),
+        'n_resblocks': how_many(state, group),
+        'n_heads': state[table].shape[1],
+        'window_size': math.isqrt(len(state[index])),
+        'mlp_ratio': len(state[f'{group}0.mlp.fc1.weight']) / n_feats,
+    }
+
+
+NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4: 910K 241G / 918K 109G / 930K 62.7G
+    'SwinIR-light': Network(SwinIR, (2, 3, 4), tiling_exact=False, upsampler='upsample.', recognise=recognise)
+}
