@@ -212,8 +212,8 @@ def test_attention_in_windows_equals_plain_loops(size: tuple[int, int]) -> None:
 @torch.no_grad()
 def test_norms_over_pixels_do_not_suffer_from_half_precision() -> None:
     attention = SparseGlobalAttention(4, 1, 64)
-    # Even the sum of squares of a map of 64 x 64 such pixels is beyond float16.
-    q, v = torch.full((1, 4, 4096), 100.0), torch.ones(1, 4, 4096)
+    # The norm of 64 x 64 such pixels, 128000, is beyond float16.
+    q, v = torch.full((1, 4, 4096), 2000.0), torch.ones(1, 4, 4096)
     with torch.autocast('cpu', torch.float16):
         out = attention.attend(torch.cat((q, q, v), 1).half())
     assert out.dtype == torch.float16
