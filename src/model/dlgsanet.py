@@ -5,8 +5,8 @@ Super-Resolution", https://arxiv.org/abs/2301.02031. Official weights load with 
 
 A local block (MHDLSA) filters every pixel by kernels of its own, made from the features around it. A global block
 (SparseGSA) attends between channels; ReLU in place of softmax keeps the positive similarities only. Both end in a gated
-feed-forward network. In evaluation the similarities are computed in overlapping windows about as large as a training
-patch (test-time local converter, TLC), and the results averaged.
+feed-forward network. In evaluation the similarities are computed in overlapping windows of one size, whatever the image
+(test-time local converter, TLC), and the results averaged.
 
 Departures from the official code:
 - The dynamic convolution is plain PyTorch, for every device and type; the official one is CUDA source for float32 and
@@ -249,7 +249,7 @@ class DLGSANet(nn.Module):
         n_resblocks: local blocks a group, each followed by a global one.
         n_heads: heads of the global attention.
         group_channels: channels that share a kernel of the dynamic convolution.
-        kernel_size: side of these kernels, odd.
+        kernel_size: side of these kernels, and of the depthwise convolution that makes them; odd.
         mlp_ratio: the feed-forward networks are n_feats * mlp_ratio channels wide.
         tlc_size: side of the windows of the global attention in evaluation; None: 96, 72 or 48 at x2, x3 or x4.
 
