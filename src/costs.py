@@ -121,13 +121,7 @@ def cost(name: str, scale: int, device: str) -> Row:
     """All figures of one network at one scale, in units, seconds and bytes; None: not known."""
     with torch.device('meta'):
         count = parameters(build(name, scale))
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-            latency, memory = pool.submit(measure, name, scale, device).result()
-    except (BrokenProcessPool, RuntimeError) as error:  # the system may kill what takes too much memory
-        if not isinstance(error, BrokenProcessPool) and not out_of_memory(error):
-            raise
-        latency = memory = None
+    latency, memory = measure_apart(name, scale, device)
     published = PUBLISHED.get(name, {}).get(scale, Published())
     return {
         'model': name,
@@ -140,6 +134,17 @@ def cost(name: str, scale: int, device: str) -> Row:
         'published': vars(published),
         'deviates': published.parameters is not None and abs(count / published.parameters - 1) > TOLERANCE,
     }
+
+
+def measure_apart(name: str, scale: int, device: str) -> tuple[float | None, float | None]:
+    """`measure` in a process of its own; None, None if its memory does not suffice, for which it may be killed."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            return pool.submit(measure, name, scale, device).result()
+    except (BrokenProcessPool, RuntimeError) as error:
+        if not isinstance(error, BrokenProcessPool) and not out_of_memory(error):
+            raise
+        return None, None
 
 
 def device_name(device: str) -> str:

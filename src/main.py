@@ -329,7 +329,7 @@ def describe(model: Model, folder: RunFolder, origin: str) -> None:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
     log.info('%s, %s; run folder %s', what, origin, folder.folder)
-    if model.half:
+    if model.wants_half:
         log.info('Half precision: computed in %s.', precision(model))
     if model.tiler and not model.network.tiling_exact:
         log.info('Tiles change the result of %s: its attention sees one tile at a time.', model.name)

@@ -1,7 +1,7 @@
 """Pictures of a run: curves over the epochs, and crops side by side."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def _curve(epochs: Sequence[int], lines: dict[str, list], label: str) -> bytes:
     return _png(figure)
 
 
-def scatter(panels: dict[str, Sequence[tuple[str, float, float, float]]], note: str) -> bytes:
+def scatter(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], note: str) -> bytes:
     """PNG of one panel a title: PSNR against the number of parameters, as (name, parameters, PSNR, multiply-adds)."""
     figure = _figure(6 * len(panels), 5)
     for number, (title, points) in enumerate(panels.items(), 1):

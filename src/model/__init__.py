@@ -80,7 +80,7 @@ class Model(nn.Module):
         self.name, self.scale, self.device = name, scale, torch.device(device)
         self.network = find(name)
         self.net = build(name, scale, **settings).to(self.device)
-        self.tiler, self.ensemble, self.half = tiler, ensemble, half
+        self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         safe = [dtype for dtype in fast if dtype in self.network.half]
         self.dtype = safe[0] if half and safe else torch.float32
