@@ -33,22 +33,22 @@ from model.common import (
     Upsampler,
     UserError,
     Windows,
-    as_float,
     attention,
     check_images,
     conv,
     cut_windows,
+    flatten_image,
     full_precision,
     how_many,
     init_linear,
     inverse_of,
+    look_up_bias,
     mirror_pad,
-    position_bias,
     position_table,
     relative_positions,
     take_rows,
-    to_image,
-    to_tokens,
+    unflatten_image,
+    widen,
     window_attention,
 )
 
@@ -70,8 +70,8 @@ class DictionaryAttention(nn.Module):
         """Pixels (N, L, C) and tokens (N, M, C) to what the pixels read (N, L, C) and the softmaxed map (N, L, M)."""
         with full_precision(x):
             factor = 1 + self.scale.clamp(0, 1) * math.log(len(self.scale))
-            keys = F.normalize(self.wk(as_float(tokens)), dim=-1) * factor.unsqueeze(-1)
-            queries = F.normalize(self.wq(as_float(x)), dim=-1)
+            keys = F.normalize(self.wk(widen(tokens)), dim=-1) * factor.unsqueeze(-1)
+            queries = F.normalize(self.wq(widen(x)), dim=-1)
             similarity = (queries @ keys.transpose(1, 2)).softmax(-1)
         return similarity @ self.wv(tokens), similarity
 
@@ -79,7 +79,8 @@ class DictionaryAttention(nn.Module):
 class CategoryAttention(nn.Module):
     """Adaptive category-based attention: pixels sorted by category and cut into groups, attention within a group.
 
-    Groups ignore where a category ends. A last group that is not full takes as many of the last pixels a second time.
+    Groups ignore where a category ends. A last group that is not full takes as many of the last pixels a second time
+    (mirrored in the official code, but the order of the keys changes nothing).
     """
 
     def __init__(self, n_feats: int, n_heads: int, category_size: int) -> None:
@@ -94,10 +95,8 @@ class CategoryAttention(nn.Module):
         size = min(length, self.category_size)
         order = category.argsort(dim=-1, stable=True)
         tail = order[:, length - -length % size :]
-        rows = take_rows(qkv, torch.cat((order, tail), 1)).view(
-            -1, size, 3, self.n_heads, channels // 3 // self.n_heads
-        )
-        q, k, v = rows.unbind(2)
+        rows = take_rows(qkv, torch.cat((order, tail), 1))
+        q, k, v = rows.view(-1, size, 3, self.n_heads, channels // (3 * self.n_heads)).unbind(2)
         factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         out = attention((q * factor).to(v.dtype), k, v, scale=1.0)
         return self.proj(take_rows(out.view(n, -1, channels // 3), inverse_of(order)))
@@ -112,7 +111,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(n_feats, n_feats)
 
     def forward(self, qkv: Tensor, positions: Tensor, windows: Windows) -> Tensor:
-        bias = position_bias(self.relative_position_bias_table, positions)
+        bias = look_up_bias(self.relative_position_bias_table, positions)
         return self.proj(window_attention(qkv, bias, windows))
 
 
@@ -184,7 +183,7 @@ class Layer(nn.Module):
         positions first, and since PyTorch's variance along such an axis takes ten times as long.
         """
         with full_precision(x):
-            norm, tokens, x = self.norm3, as_float(tokens), as_float(x)
+            norm, tokens, x = self.norm3, widen(tokens), widen(x)
             centred = similarity - similarity.mean(1, keepdim=True)
             gain = norm.weight * (centred.square().mean(1, keepdim=True) + norm.eps).rsqrt()
             weights = torch.addcmul(norm.bias, centred, gain).softmax(1)
@@ -212,7 +211,7 @@ class Block(nn.Module):
         y, tokens = x, self.residual_group.td.expand(len(x), -1, -1)
         for i, layer in enumerate(self.residual_group.layers):
             y, tokens = layer(y, tokens, height, width, positions, windows[i % 2])
-        return x + to_tokens(self.conv(to_image(y, height, width)))
+        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
 
 
 class ATD(nn.Module):
@@ -256,9 +255,6 @@ class ATD(nn.Module):
         direct_upsampler: bool = False,
     ) -> None:
         super().__init__()
-        before: nn.Module
-        upsample: nn.Module
-        last: nn.Module
         if n_feats % n_heads:
             raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
         if kernel_size % 2 == 0:
@@ -286,6 +282,9 @@ class ATD(nn.Module):
             self.layers.append(Block(ResidualGroup(layers, n_tokens, n_feats), n_feats))
         self.norm = nn.LayerNorm(n_feats)
         self.conv_after_body = conv(n_feats, n_feats, 3)
+        before: nn.Module
+        upsample: nn.Module
+        last: nn.Module
         if direct_upsampler:
             before, upsample, last = nn.Identity(), DirectUpsampler(scale, n_feats), nn.Identity()
         else:
@@ -306,10 +305,10 @@ class ATD(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         windows = [cut_windows(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(as_float(to_tokens(x)))
+        x = self.patch_embed(widen(flatten_image(x)))
         for block in self.layers:
             x = block(x, height, width, self.relative_position_index_SA, windows)
-        return to_image(self.norm(x), height, width)
+        return unflatten_image(self.norm(x), height, width)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:

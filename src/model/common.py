@@ -220,8 +220,8 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def as_float(x: Tensor) -> Tensor:
-    """`x` in float32 or more."""
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -237,12 +237,12 @@ def position_table(size: int, n_heads: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * size - 1) ** 2, n_heads), std=0.02))
 
 
-def to_tokens(image: Tensor) -> Tensor:
+def flatten_image(image: Tensor) -> Tensor:
     """(N, C, H, W) to (N, H * W, C)."""
     return image.flatten(2).transpose(1, 2)
 
 
-def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+def unflatten_image(tokens: Tensor, height: int, width: int) -> Tensor:
     """(N, H * W, C) to (N, C, H, W): a view, in memory format channels_last."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 
@@ -285,7 +285,7 @@ def relative_positions(size: int) -> Tensor:
     return (dy + size - 1) * (2 * size - 1) + dx + size - 1
 
 
-def position_bias(table: Tensor, index: Tensor) -> Tensor:
+def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T)."""
     return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
 

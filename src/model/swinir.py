@@ -27,19 +27,19 @@ from model.common import (
     Network,
     UserError,
     Windows,
-    as_float,
     check_images,
     conv,
     cut_windows,
+    flatten_image,
     how_many,
     init_linear,
+    look_up_bias,
     mirror_pad,
-    position_bias,
     position_table,
     relative_positions,
     shift_masks,
-    to_image,
-    to_tokens,
+    unflatten_image,
+    widen,
     window_attention,
 )
 
@@ -59,7 +59,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(n_feats, n_feats)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
+        bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
         return self.proj(window_attention(self.qkv(x), bias, windows))
 
 
@@ -133,7 +133,7 @@ class Block(nn.Module):
         y = x
         for i, layer in enumerate(self.residual_group.blocks):
             y = layer(y, windows[i % 2])
-        return x + to_tokens(self.conv(to_image(y, height, width)))
+        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
 
 
 class SwinIR(nn.Module):
@@ -199,10 +199,10 @@ class SwinIR(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         windows = [cut_windows(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(as_float(to_tokens(x)))
+        x = self.patch_embed(widen(flatten_image(x)))
         for block in self.layers:
             x = block(x, height, width, windows)
-        return to_image(self.norm(x), height, width)
+        return unflatten_image(self.norm(x), height, width)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
