@@ -343,12 +343,12 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 def recognise_v2(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of the second ATD (arXiv 2603.02581; also ATD-U), which is another network.
+    """Whether these are weights of the second ATD (arXiv 2603.02581), which is another network.
 
     Its layers hand a pixel's category to the feed-forward network through a linear layer `fc_td`, which the first ATD
     does not have; they neither refine the tokens (no `sigma`, no `norm3`) nor learn an `attn_aca.logit_scale`. This is
-    from public code that loads those weights. The published sizes differ too (216 channels, 4 heads and 512 tokens;
-    light: 3 heads and 128 tokens), but the first ATD could be built in these sizes.
+    from public code with that network's settings; its weights were not seen. The published sizes differ too (216
+    channels, 4 heads and 512 tokens; light: 3 heads and 128 tokens), but the first ATD could be built in these sizes.
     """
     return any('.attn_atd.' in key for key in state) and any(key.endswith('.fc_td.weight') for key in state)
 
