@@ -38,12 +38,13 @@ from model.common import (
     check_images,
     conv,
     cut_windows,
+    flatten_image,
     full_precision,
     how_many,
     init_linear,
     inverse_of,
+    look_up_bias,
     mirror_pad,
-    position_bias,
     position_table,
     relative_positions,
     take_rows,
@@ -80,7 +81,8 @@ class DictionaryAttention(nn.Module):
 class CategoryAttention(nn.Module):
     """Adaptive category-based attention: pixels sorted by category and cut into groups, attention within a group.
 
-    Groups ignore where a category ends. A last group that is not full takes as many of the last pixels a second time.
+    Groups ignore where a category ends. A last group that is not full takes as many of the last pixels a second time
+    (mirrored in the official code, but the order of the keys changes nothing).
     """
 
     def __init__(self, n_feats: int, n_heads: int, category_size: int) -> None:
@@ -95,10 +97,8 @@ class CategoryAttention(nn.Module):
         size = min(length, self.category_size)
         order = category.argsort(dim=-1, stable=True)
         tail = order[:, length - -length % size :]
-        rows = take_rows(qkv, torch.cat((order, tail), 1)).view(
-            -1, size, 3, self.n_heads, channels // 3 // self.n_heads
-        )
-        q, k, v = rows.unbind(2)
+        rows = take_rows(qkv, torch.cat((order, tail), 1))
+        q, k, v = rows.view(-1, size, 3, self.n_heads, channels // (3 * self.n_heads)).unbind(2)
         factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         out = attention((q * factor).to(v.dtype), k, v, scale=1.0)
         return self.proj(take_rows(out.view(n, -1, channels // 3), inverse_of(order)))
@@ -113,7 +113,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(n_feats, n_feats)
 
     def forward(self, qkv: Tensor, positions: Tensor, windows: Windows) -> Tensor:
-        bias = position_bias(self.relative_position_bias_table, positions)
+        bias = look_up_bias(self.relative_position_bias_table, positions)
         return self.proj(window_attention(qkv, bias, windows))
 
 
@@ -257,9 +257,6 @@ class ATD(nn.Module):
         direct_upsampler: bool = False,
     ) -> None:
         super().__init__()
-        before: nn.Module
-        upsample: nn.Module
-        last: nn.Module
         if n_feats % n_heads:
             raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
         if kernel_size % 2 == 0:
@@ -287,6 +284,9 @@ class ATD(nn.Module):
             self.layers.append(Block(ResidualGroup(layers, n_tokens, n_feats), n_feats))
         self.norm = nn.LayerNorm(n_feats)
         self.conv_after_body = conv(n_feats, n_feats, 3)
+        before: nn.Module
+        upsample: nn.Module
+        last: nn.Module
         if direct_upsampler:
             before, upsample, last = nn.Identity(), DirectUpsampler(scale, n_feats), nn.Identity()
         else:
@@ -310,7 +310,7 @@ class ATD(nn.Module):
         x = self.patch_embed(widen(to_rows(x)))
         for block in self.layers:
             x = block(x, height, width, self.relative_position_index_SA, windows)
-        return to_image(self.norm(x), height, width)
+        return unflatten_image(self.norm(x), height, width)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
@@ -345,12 +345,12 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 def recognise_v2(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of the second ATD (arXiv 2603.02581; also ATD-U), which is another network.
+    """Whether these are weights of the second ATD (arXiv 2603.02581), which is another network.
 
     Its layers hand a pixel's category to the feed-forward network through a linear layer `fc_td`, which the first ATD
     does not have; they neither refine the tokens (no `sigma`, no `norm3`) nor learn an `attn_aca.logit_scale`. This is
-    from public code that loads those weights. The published sizes differ too (216 channels, 4 heads and 512 tokens;
-    light: 3 heads and 128 tokens), but the first ATD could be built in these sizes.
+    from public code with that network's settings; its weights were not seen. The published sizes differ too (216
+    channels, 4 heads and 512 tokens; light: 3 heads and 128 tokens), but the first ATD could be built in these sizes.
     """
     return any('.attn_atd.' in key for key in state) and any(key.endswith('.fc_td.weight') for key in state)
 

@@ -506,7 +506,7 @@ def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
     return (dy + size - 1) * (2 * size - 1) + dx + size - 1
 
 
-def position_bias(table: Tensor, index: Tensor) -> Tensor:
+def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T)."""
     return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
 

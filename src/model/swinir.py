@@ -30,10 +30,11 @@ from model.common import (
     check_images,
     conv,
     cut_windows,
+    flatten_image,
     how_many,
     init_linear,
+    look_up_bias,
     mirror_pad,
-    position_bias,
     position_table,
     relative_positions,
     shift_masks,
@@ -59,7 +60,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(n_feats, n_feats)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
+        bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
         return self.proj(window_attention(self.qkv(x), bias, windows))
 
 
@@ -202,7 +203,7 @@ class SwinIR(nn.Module):
         x = self.patch_embed(widen(to_rows(x)))
         for block in self.layers:
             x = block(x, height, width, windows)
-        return to_image(self.norm(x), height, width)
+        return unflatten_image(self.norm(x), height, width)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
