@@ -36,7 +36,7 @@ from model.common import (
     check_images,
     conv,
     how_many,
-    position_bias,
+    look_up_bias,
     relative_positions,
     to_map,
     to_tokens,
@@ -63,7 +63,7 @@ class OwnMap(nn.Module):
 
     def forward(self, tokens: Tensor, _: None) -> tuple[Tensor, Tensor]:
         q, k, v = self.to_qkv(tokens).chunk(3, -1)
-        bias = position_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, tokens.device))
+        bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, tokens.device))
         logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         attention_map = logits.softmax(-1)
         return self.to_out(attention_map @ v), attention_map

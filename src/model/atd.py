@@ -48,8 +48,7 @@ from model.common import (
     position_table,
     relative_positions,
     take_rows,
-    to_image,
-    to_rows,
+    unflatten_image,
     widen,
     window_attention,
 )
@@ -213,7 +212,7 @@ class Block(nn.Module):
         y, tokens = x, self.residual_group.td.expand(len(x), -1, -1)
         for i, layer in enumerate(self.residual_group.layers):
             y, tokens = layer(y, tokens, height, width, positions, windows[i % 2])
-        return x + to_rows(self.conv(to_image(y, height, width)))
+        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
 
 
 class ATD(nn.Module):
@@ -307,7 +306,7 @@ class ATD(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         windows = [cut_windows(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(widen(to_rows(x)))
+        x = self.patch_embed(widen(flatten_image(x)))
         for block in self.layers:
             x = block(x, height, width, self.relative_position_index_SA, windows)
         return unflatten_image(self.norm(x), height, width)

@@ -471,12 +471,12 @@ def position_table(size: int, n_heads: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * size - 1) ** 2, n_heads), std=0.02))
 
 
-def to_rows(image: Tensor) -> Tensor:
+def flatten_image(image: Tensor) -> Tensor:
     """(N, C, H, W) to (N, H * W, C)."""
     return image.flatten(2).transpose(1, 2)
 
 
-def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+def unflatten_image(tokens: Tensor, height: int, width: int) -> Tensor:
     """(N, H * W, C) to (N, C, H, W): a view, in memory format channels_last."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))
 

@@ -35,7 +35,7 @@ from model.common import (
     check_images,
     conv,
     how_many,
-    position_bias,
+    look_up_bias,
     relative_positions,
     to_map,
     to_tokens,
@@ -59,7 +59,7 @@ class WindowAttention(nn.Module):
         cell = attention_cell(x, self.window_size, self.strided)
         qkv = self.to_qkv(to_tokens(x, cell, self.strided))
         q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = position_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
+        bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
         return to_map(self.to_out(out.transpose(1, 2).flatten(2)), x, cell, self.strided)
 

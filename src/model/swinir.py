@@ -38,8 +38,7 @@ from model.common import (
     position_table,
     relative_positions,
     shift_masks,
-    to_image,
-    to_rows,
+    unflatten_image,
     widen,
     window_attention,
 )
@@ -134,7 +133,7 @@ class Block(nn.Module):
         y = x
         for i, layer in enumerate(self.residual_group.blocks):
             y = layer(y, windows[i % 2])
-        return x + to_rows(self.conv(to_image(y, height, width)))
+        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
 
 
 class SwinIR(nn.Module):
@@ -200,7 +199,7 @@ class SwinIR(nn.Module):
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         windows = [cut_windows(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(widen(to_rows(x)))
+        x = self.patch_embed(widen(flatten_image(x)))
         for block in self.layers:
             x = block(x, height, width, windows)
         return unflatten_image(self.norm(x), height, width)
