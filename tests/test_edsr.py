@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from recipe import CASES, layout, worst_error
 from torch import Tensor
 
-from model import build
+from error import UserError
+from model import build, find
 
 SMALL = {'n_resblocks': 2, 'n_feats': 8}
 
@@ -77,3 +78,61 @@ def test_any_size_and_each_image_on_its_own(scale: int) -> None:
         assert y.shape == (3, 3, scale * height, scale * width)
         alone = torch.cat([net(image) for image in x.split(1)])
         assert torch.allclose(y, alone, rtol=0, atol=1e-10)
+
+
+def test_images_of_other_channels_are_refused() -> None:
+    for n_colors, other in ((3, 1), (1, 3)):
+        with pytest.raises(UserError, match=f'images of {n_colors} channels'):
+            build('EDSR', 2, n_colors=n_colors, **SMALL)(torch.rand(1, other, 4, 4))
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        {'n_resblocks': 1, 'n_feats': 3, 'rgb_range': 0.3},
+        {'act': 'prelu', 'n_colors': 1, 'rgb_range': 1},
+        {'shift_mean': False},
+    ],
+)
+def test_weights_show_their_settings(scale: int, settings: dict[str, object]) -> None:
+    settings = {**SMALL, **settings}
+    found = find('EDSR').recognise(build('EDSR', scale, **settings).state_dict())
+    shown = {'shift_mean': True, 'n_colors': 3, 'rgb_range': 255, **settings, 'scale': scale}
+    if not shown['shift_mean']:
+        del shown['rgb_range']
+    assert found == shown
+
+
+def test_weights_without_values_show_their_shapes() -> None:
+    with torch.device('meta'):
+        state = build('EDSR-baseline', 3).state_dict()
+    shapes = {'scale': 3, 'n_resblocks': 16, 'n_feats': 64, 'n_colors': 3, 'shift_mean': True}
+    assert find('EDSR-baseline').recognise(state) == shapes
+
+
+def test_other_weights_are_not_recognised() -> None:
+    recognise = find('EDSR').recognise
+    others = [
+        build('RCAN', 2, n_resgroups=1, reduction=2, **SMALL),
+        build('NLSN', 2, **SMALL),
+        build('LCoAN', 2, n_resgroups=1, **SMALL),
+    ]
+    assert all(recognise(net.state_dict()) is None for net in others)
+    assert recognise({}) is None
+    # A head and a body of the same names, but not of convolutions.
+    assert recognise({key: torch.zeros(4, 4) for key in build('EDSR', 2, **SMALL).state_dict()}) is None
+    state = build('EDSR', 2, **SMALL).state_dict()
+    for key in state:  # parts of its own: whatever comes, no exception
+        recognise({key: state[key]})
+        recognise({other: value for other, value in state.items() if other != key})
+
+
+@torch.no_grad()
+def test_half_precision_leaves_the_mean_colour_exact() -> None:
+    net = build('EDSR', 2, **SMALL)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = net.add_mean(torch.full((1, 3, 4, 4), 0.375, dtype=torch.bfloat16))
+    expected = 0.375 + 255 * torch.tensor([0.4488, 0.4371, 0.4040]).view(1, 3, 1, 1)
+    assert torch.allclose(y, expected.expand_as(y), rtol=0, atol=1e-4)

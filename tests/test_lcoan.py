@@ -9,7 +9,7 @@ from recipe import CASES, layout, worst_error
 from torch import Tensor, distributed, nn
 
 from error import UserError
-from model import build
+from model import build, find
 from model.lcoan import CollaborativeAttention, KMeans
 
 KEYS = [key for key in CASES if key.startswith('LCoAN')]
@@ -267,6 +267,18 @@ def test_first_batch_may_have_fewer_pixels_than_clusters() -> None:
     assert 0 <= codes.min() <= codes.max() < 8
 
 
+def test_clusters_are_those_of_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = KMeans(1, 64, 3, decay=0.9).eval()
+    model.initted.fill_(True)
+    x = torch.randn(1, 2000, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        codes = model(x)
+        narrow = torch.einsum('nld,rkd->nrlk', F.normalize(x, dim=-1), model.means).argmax(-1)
+    assert torch.equal(codes, model(x))
+    assert not torch.equal(codes, narrow)  # what the cast is for
+
+
 def test_only_training_initialises() -> None:
     net = small(initted=False)
     before = snapshot(net)
@@ -276,6 +288,57 @@ def test_only_training_initialises() -> None:
     net.train()(images(1, 3, 6, 7))
     assert [bool(group.attention[0].kmeans.initted) for group in net.body] == [True, False, False]
     assert torch.allclose(kmeans(net).means.norm(dim=-1), torch.ones(1, 4, dtype=torch.float64), atol=1e-3)
+
+
+# Settings and weights.
+
+
+def test_images_of_other_channels_are_refused() -> None:
+    for n_colors, other in ((3, 1), (1, 3)):
+        with pytest.raises(UserError, match=f'images of {n_colors} channels'):
+            small(n_colors=n_colors).eval()(images(1, other, 4, 4))
+
+
+@torch.no_grad()
+def test_shapes_pass_through_without_values() -> None:
+    net = small().float().eval().to('meta')
+    assert net(torch.empty(2, 3, 5, 7, device='meta')).shape == (2, 3, 10, 14)
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        {'n_resgroups': 1, 'n_resblocks': 2, 'n_feats': 6, 'reduction': 3, 'n_hashes': 2, 'rgb_range': 255},
+        {'act': 'prelu', 'n_colors': 1, 'n_clusters': 5},
+        {'shift_mean': False},
+    ],
+)
+def test_weights_show_their_settings(scale: int, settings: dict[str, object]) -> None:
+    settings = {**{key: value for key, value in SMALL.items() if key != 'window_size'}, **settings}
+    found = find('LCoAN').recognise(build('LCoAN', scale, **settings).state_dict())
+    default = {'shift_mean': True, 'n_colors': 3, 'rgb_range': 1, 'reduction': 1, 'n_hashes': 1}
+    shown = {**default, **settings, 'scale': scale}
+    if not shown['shift_mean']:
+        del shown['rgb_range']
+    assert found == shown
+
+
+def test_other_weights_are_not_recognised() -> None:
+    recognise = find('LCoAN').recognise
+    blocks = {'n_resblocks': 1, 'n_feats': 8}
+    others = [
+        build('EDSR', 2, **blocks),
+        build('RCAN', 2, n_resgroups=1, reduction=2, **blocks),
+        build('NLSN', 2, **blocks),
+    ]
+    assert all(recognise(net.state_dict()) is None for net in others)
+    assert recognise({}) is None
+    state = small().state_dict()
+    for key in state:  # parts of its own: whatever comes, no exception
+        recognise({key: state[key]})
+        recognise({other: value for other, value in state.items() if other != key})
 
 
 # Several processes.

@@ -72,7 +72,7 @@ class EDSR(nn.Module):
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
     """Scale and settings that the weights of an EDSR show; None for other weights."""
     found = recognise_ends(state)
-    if found is None or 'body.0.body.2.weight' not in state:
+    if found is None or 'body.0.body.0.weight' not in state:
         return None
     found['n_resblocks'] = how_many(state, 'body.') - 1
     if 'body.0.body.1.weight' in state:

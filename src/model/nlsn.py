@@ -11,8 +11,9 @@ that one round separates; a round counts as much as the scores that it found.
 
 Departures from the official code:
 - The random directions are the same in every evaluation, so that a result repeats itself and the program's random
-  numbers stay untouched: the first draws of a generator seeded with 0, which are those of the official code after
-  `torch.manual_seed(0)`. In training they are drawn afresh for every batch, as in the official code.
+  numbers stay untouched: the first draws of a generator seeded with 0. With the paper's settings they are those of the
+  official code on a CPU after `torch.manual_seed(0)`. In training they are drawn afresh in every forward pass, as in
+  the official code.
 - There are at least two buckets; the official code fails for images of fewer than `chunk_size` pixels. An image
   with fewer pixels than the padding of its last window repeats its pixels cyclically.
 - The sort is stable, so that results do not depend on the device.
@@ -141,7 +142,8 @@ class NLSN(nn.Module):
         self.body.append(conv(n_feats, n_feats, 3))
         self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
 
-        # A plain tensor on the CPU, whatever the device of the rest: no weight, and never left empty.
+        # A tensor from the start, since torch.export cannot trace a generator; on the CPU and no buffer, so that a
+        # network made on the meta device has it too.
         self.draws = torch.randn(
             self.n_attentions * math.prod(self.rounds) * MOST_BUCKETS // 2,
             generator=torch.Generator().manual_seed(0),
