@@ -10,8 +10,8 @@ from error import UserError
 from model import build, find
 from model.nlsn import SparseAttention, buckets, n_buckets
 
-# The directions of an attention are a multiple of 16 numbers: below that, PyTorch draws several tensors and a single
-# long one differently.
+# The directions of an attention are a multiple of 16 numbers; only then PyTorch draws the same ones for all attentions
+# at once and for one after the other.
 SMALL = {'n_resblocks': 9, 'n_feats': 8, 'reduction': 2, 'chunk_size': 8, 'n_hashes': 4}
 MEAN = {f'{mean}_mean.{kind}' for mean in ('sub', 'add') for kind in ('weight', 'bias')}
 

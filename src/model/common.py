@@ -198,6 +198,8 @@ def recognise_ends(state: Mapping[str, Tensor]) -> dict[str, object] | None:
     if len(head) != 4 or len(upsampler) != 4 or head[1] not in (1, 3) or 'tail.1.weight' not in state:
         return None
     n_feats, n_colors = head[:2]
+    if upsampler[0] not in (4 * n_feats, 9 * n_feats):
+        return None
     scale = 3 if upsampler[0] == 9 * n_feats else 2 ** how_many(state, 'tail.0.')
     shift_mean = shape_of(state, 'sub_mean.bias') == (n_colors,)
     found = {'scale': scale, 'n_feats': n_feats, 'n_colors': n_colors, 'shift_mean': shift_mean}

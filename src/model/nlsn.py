@@ -4,10 +4,10 @@ Mei, Fan, Zhou, "Image Super-Resolution With Non-Local Sparse Attention",
 https://openaccess.thecvf.com/content/CVPR2021/html/Mei_Image_Super-Resolution_With_Non-Local_Sparse_Attention_CVPR_2021_paper.html.
 Official weights load with `strict=True`.
 
-Spherical locality-sensitive hashing gives every pixel a bucket: that of the random direction, out of an orthoplex that
-is rotated at random, to which its embedding is nearest. The pixels are sorted by bucket and cut into windows, and each
-attends to its window and to both neighbouring ones. Several rounds with directions of their own make up for neighbours
-that one round separates; a round counts as much as the scores that it found.
+Spherical locality-sensitive hashing gives every pixel a bucket: which of some random directions and their opposites
+has the largest product with its embedding. The pixels are sorted by bucket and cut into windows, and each attends to
+its window and to both neighbouring ones. Several rounds with directions of their own make up for similar pixels that
+one round separates; a round counts for a pixel as much as the scores that it found there.
 
 Departures from the official code:
 - The random directions are the same in every evaluation, so that a result repeats itself and the program's random
@@ -56,9 +56,10 @@ def n_buckets(length: int, chunk_size: int) -> int:
 
 @torch.no_grad()
 def buckets(embedding: Tensor, directions: Tensor) -> Tensor:
-    """Nearest of the directions and their opposites, in each round: (N, L, dim) and (dim, R, b / 2) to (N, R, L) int64.
+    """Bucket of every pixel in each round: embedding (N, L, dim) and directions (dim, R, b / 2) to (N, R, L) int64.
 
-    Decided in float32 or more, also under autocast.
+    Of the directions, followed by their opposites, it is the one of the largest product with the embedding. Decided in
+    float32 or more, also under autocast.
     """
     embedding = widen(embedding)
     with full_precision(embedding):
@@ -128,28 +129,21 @@ class NLSN(nn.Module):
             raise UserError(f'--reduction {reduction} does not divide --n_feats {n_feats}: choose a divisor.')
         self.n_colors = n_colors
         self.chunk_size = chunk_size
-        self.n_attentions = 1 + n_resblocks // BLOCKS_PER_ATTENTION
-        self.rounds = (n_feats // reduction, n_hashes)
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)
         self.head = nn.Sequential(conv(n_colors, n_feats, 3))
-        self.body = nn.ModuleList()
-        for i in range(n_resblocks):
+        self.body = nn.ModuleList([SparseAttention(n_feats, reduction, chunk_size, res_scale)])
+        for i in range(1, n_resblocks + 1):
+            self.body.append(ResBlock(n_feats, act, res_scale, 2 if dilation else 1))
             if i % BLOCKS_PER_ATTENTION == 0:
                 self.body.append(SparseAttention(n_feats, reduction, chunk_size, res_scale))
-            self.body.append(ResBlock(n_feats, act, res_scale, 2 if dilation else 1))
-        if n_resblocks % BLOCKS_PER_ATTENTION == 0:
-            self.body.append(SparseAttention(n_feats, reduction, chunk_size, res_scale))
         self.body.append(conv(n_feats, n_feats, 3))
         self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
 
-        # A tensor from the start, since torch.export cannot trace a generator; on the CPU and no buffer, so that a
-        # network made on the meta device has it too.
-        self.draws = torch.randn(
-            self.n_attentions * math.prod(self.rounds) * MOST_BUCKETS // 2,
-            generator=torch.Generator().manual_seed(0),
-            dtype=torch.float32,
-            device='cpu',
-        )
+        # Attentions, dim, rounds. What evaluation needs is drawn here, since torch.export cannot trace a generator; on
+        # the CPU and in no buffer, so that a network made on the meta device has it too.
+        self.sets = (1 + n_resblocks // BLOCKS_PER_ATTENTION, n_feats // reduction, n_hashes)
+        most, generator = math.prod(self.sets) * MOST_BUCKETS // 2, torch.Generator().manual_seed(0)
+        self.draws = torch.randn(most, generator=generator, dtype=torch.float32, device='cpu')
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
@@ -161,7 +155,7 @@ class NLSN(nn.Module):
 
     def directions(self, x: Tensor) -> Tensor:
         """Random directions of each attention on images like `x`: (attentions, dim, R, b / 2) float32."""
-        shape = (self.n_attentions, *self.rounds, n_buckets(x.shape[2] * x.shape[3], self.chunk_size) // 2)
+        shape = (*self.sets, n_buckets(x.shape[2] * x.shape[3], self.chunk_size) // 2)
         if self.training:
             return torch.randn(shape, device=x.device)
         return self.draws[: math.prod(shape)].view(shape).to(x.device)
