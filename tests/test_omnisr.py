@@ -119,10 +119,12 @@ def test_channel_attention_equals_plain_loops(strided: bool, heads: int) -> None
         assert np.abs(found - expected).max() < 1e-12
 
 
-@torch.no_grad()
 def test_channel_attention_survives_a_blank_image() -> None:
-    layer = ChannelAttention(8, 2, 4, strided=True)
-    assert torch.equal(layer(torch.zeros(1, 8, 4, 4)), torch.zeros(1, 8, 4, 4))
+    layer, x = ChannelAttention(8, 2, 4, strided=True), torch.zeros(1, 8, 4, 4, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, torch.zeros(1, 8, 4, 4))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 # The other blocks.

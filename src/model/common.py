@@ -435,7 +435,9 @@ class ChannelAttention(TransposedAttention):
 
 
 class SpatialGate(nn.Module):
-    """Enhanced spatial attention (RFANet, section 3.3): each value times a factor in (0, 1), found at low resolution.
+    """Enhanced spatial attention (RFANet), here without ReLUs: each value times a factor in (0, 1).
+
+    The factors are found at low resolution.
 
     Height and width are at least `SpatialGate.AT_LEAST`.
     """

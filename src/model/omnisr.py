@@ -1,17 +1,14 @@
 """OmniSR (CVPR 2023): attention over pixels and over channels in turn, within windows and across the image.
 
-Wang, Chen, Ma, Wang, Ni, "Omni Aggregation Networks for Lightweight Image Super-Resolution",
+Wang, Chen, Ni, Liu, Liu, "Omni Aggregation Networks for Lightweight Image Super-Resolution",
 https://arxiv.org/abs/2304.10244. Official weights load with `strict=True`.
 
 Each block aggregates at three ranges: a convolutional local block; self-attention within 8x8 windows, once over the
 window's pixels and once over its channels (meso); the same two over pixels that lie spread over the whole image
 (global). A spatial gate closes each group.
 
-Departures from the official code:
-- An image is padded to 16 pixels a side at least, with zeros as in all its padding; the official spatial gate fails
-  below 9 pixels a side, where padding to multiples of 8 gives no more than 8.
-- `window_size` is in force in all four attentions.
-- The options that the official code reads and ignores are left out.
+Departure from the official code: an image is padded to 16 pixels a side at least, with zeros as in all its padding; the
+official spatial gate fails below 9 pixels a side, where padding to multiples of 8 gives no more than 8.
 """
 
 import math
