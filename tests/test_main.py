@@ -251,7 +251,7 @@ def test_auto_finds_the_network_in_its_weights(data_folder, no_curves, capsys):
     assert results(found)['sets']['Set5']['psnr'] == expected
     assert results(found)['model'] == 'LCoAN'
     said = capsys.readouterr().out
-    assert 'holds weights of LCoAN x2 (n_resgroups 2, n_resblocks 1, n_feats 8, n_clusters 4)' in said
+    assert 'holds weights of LCoAN x2 (n_feats 8, n_resgroups 2, n_resblocks 1, n_clusters 4)' in said
     assert 'What its weights do not show' in said
     assert "(params_ema, without the prefix 'module.')" in said
 
@@ -266,10 +266,10 @@ def test_auto_says_what_it_saw(data_folder, capsys):
 
 
 def test_costs(data_folder, capsys):
-    run = train(data_folder, '--costs --model EDSR-baseline+ASID+ATD-light --scale 4 --cpu', name='costs')
+    run = train(data_folder, '--costs --model ASID+ASIDd8 --scale 4 --cpu', name='costs')
     rows = json.loads((run / 'costs.json').read_text())
     assert [(row['model'], row['scale'], row['parameters']) for row in rows] == [
-        ('EDSR-baseline', 4, 1517571), ('ASID', 4, 313104), ('ATD-light', 4, 768792)
+        ('ASID', 4, 313104), ('ASIDd8', 4, 747734)
     ]  # fmt: skip
     assert all(row['latency'] > 0 and row['memory'] > 4 * row['parameters'] for row in rows)
     said = capsys.readouterr().out
@@ -517,11 +517,11 @@ BAD = {
     'no such weights': (nothing, f'{TEST_EDSR} --pre_train none.pt', ['none.pt']),
     'weights of another network': (
         nothing, f'{TEST_EDSR} --pre_train FOLDER/runs/lcoan/model/model_best.pt',
-        ['model_best.pt', 'body.0.body.0.weight', 'weights of LCoAN x2 (n_resgroups 2,'],
+        ['model_best.pt', 'body.0.body.0.weight', 'weights of LCoAN x2 (n_feats 8, n_resgroups 2,'],
     ),
     'training from another network': (
         nothing, f'{LCOAN} --pre_train FOLDER/runs/edsr/model/model_best.pt',
-        ['model_best.pt', 'weights of EDSR-baseline x2 (', ' a, '],
+        ['model_best.pt', 'weights of EDSR x2 (n_feats 8', ' a, '],
     ),
     'weights of another size': (
         nothing, f'{TEST_EDSR} --n_feats 4 --pre_train FOLDER/runs/edsr/model/model_best.pt',
@@ -529,7 +529,7 @@ BAD = {
     ),
     'weights of another scale': (
         nothing, f'{TEST_EDSR} --scale 4 --pre_train FOLDER/runs/edsr/model/model_best.pt',
-        ['weights of EDSR-baseline x2 (', 'tail.0.2.weight', '--model auto'],
+        ['weights of EDSR x2 (n_feats 8', 'tail.0.2.weight', '--model auto'],
     ),
     'weights with code': (malice('w.pt'), f'{TEST_EDSR} --pre_train FOLDER/w.pt', ['w.pt', 'run code']),
     'training from code': (malice('w.pt'), f'{EDSR} --pre_train FOLDER/w.pt', ['w.pt', 'run code']),

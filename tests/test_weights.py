@@ -258,9 +258,9 @@ WRONG = {
         lambda s: s.update({'tail.1.bias': torch.zeros(4)}),
         '0 missing, 0 unknown and 1 of another shape, first tail.1.bias',
     ),
-    'a prefix': (
-        lambda s: [s.update({f'module.{key}': s.pop(key)}) for key in list(s)],
-        '16 missing, 16 unknown and 0 of another shape, first sub_mean.weight, sub_mean.bias, add_mean.weight and 29',
+    'another prefix': (
+        lambda s: [s.update({f'net.{key}': s.pop(key)}) for key in list(s)],
+        '16 missing, 16 unknown and 0 of another shape, first sub_mean.weight, sub_mean.bias, add_mean.weight and',
     ),
 }
 
