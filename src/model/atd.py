@@ -40,6 +40,7 @@ from model.common import (
     cut_windows,
     flatten_image,
     full_precision,
+    hidden_width,
     how_many,
     init_linear,
     inverse_of,
@@ -163,7 +164,7 @@ class Layer(nn.Module):
         self.attn_win = WindowAttention(n_feats, n_heads, window_size)
         self.attn_atd = DictionaryAttention(n_feats, n_tokens, reduced_dim)
         self.attn_aca = CategoryAttention(n_feats, n_heads, category_size)
-        self.convffn = ConvFFN(n_feats, round(n_feats * mlp_ratio), kernel_size)
+        self.convffn = ConvFFN(n_feats, hidden_width(n_feats, mlp_ratio), kernel_size)
 
     def forward(
         self, x: Tensor, tokens: Tensor, height: int, width: int, positions: Tensor, windows: Windows

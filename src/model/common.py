@@ -232,6 +232,11 @@ class ChannelNorm(nn.Module):
         return x * (variance + self.eps).rsqrt() * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
+def hidden_width(n_feats: int, mlp_ratio: float) -> int:
+    """Channels inside a feed-forward network: `n_feats` times `mlp_ratio`, rounded, at least one."""
+    return max(1, round(n_feats * mlp_ratio))
+
+
 class GatedFFN(nn.Module):
     """Gated feed-forward network with a depthwise 3x3 (Restormer, section 3.2): project_out(gelu(a) * b)."""
 

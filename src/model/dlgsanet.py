@@ -38,6 +38,7 @@ from model.common import (
     UserError,
     check_images,
     conv,
+    hidden_width,
     how_many,
     widen,
 )
@@ -281,7 +282,7 @@ class DLGSANet(nn.Module):
                 raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
         if kernel_size % 2 == 0:
             raise UserError(f'--kernel_size {kernel_size} is even and has no pixel in the middle: choose an odd one.')
-        hidden, window = round(n_feats * mlp_ratio), TLC_SIZES[scale] if tlc_size is None else tlc_size
+        hidden, window = hidden_width(n_feats, mlp_ratio), TLC_SIZES[scale] if tlc_size is None else tlc_size
 
         def blocks() -> Iterator[nn.Module]:
             for _ in range(n_resblocks):

@@ -31,6 +31,7 @@ from model.common import (
     conv,
     cut_windows,
     flatten_image,
+    hidden_width,
     how_many,
     init_linear,
     look_up_bias,
@@ -172,7 +173,7 @@ class SwinIR(nn.Module):
         if not 0 <= drop_path < 1:
             raise UserError(f'--drop_path {drop_path} is a probability: choose 0 or more and less than 1.')
         self.scale, self.window_size = scale, window_size
-        hidden = round(n_feats * mlp_ratio)
+        hidden = hidden_width(n_feats, mlp_ratio)
         rates = torch.linspace(0, drop_path, n_resgroups * n_resblocks, device='cpu').tolist()
         self.conv_first = conv(3, n_feats, 3)
         self.patch_embed = nn.Sequential(OrderedDict(norm=nn.LayerNorm(n_feats)))
