@@ -100,10 +100,11 @@ def settle(args: Namespace) -> None:
         found = recognise(read_weights(path)[0])
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
+    assumed = [key for key in found.unseen if getattr(args, key) is None]
     option.settle(args, found.name, found.scale, found.settings)
     log.info('%s holds weights of %s', path, found)
-    if found.settings and found.unseen:
-        log.info('What its weights do not show is as in the paper of %s: %s', found.name, ', '.join(found.unseen))
+    if found.settings and assumed:
+        log.info('What weights do not show is as in the paper of %s: %s', found.name, ', '.join(assumed))
 
 
 def score(args: Namespace, folder: RunFolder) -> None:
