@@ -50,10 +50,16 @@ def scatter(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], not
     for number, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
         for name, parameters, psnr, multiply_adds in points:
-            axes.scatter(parameters / 1e6, psnr, s=multiply_adds**0.5 / 4e3, alpha=0.5)
-            axes.annotate(name, (parameters / 1e6, psnr), fontsize=8, xytext=(4, 4), textcoords='offset points')
+            at, radius = (parameters / 1e6, psnr), multiply_adds**0.5 / 2e5
+            axes.scatter(*at, s=(2 * radius) ** 2, alpha=0.5)
+            apart = [(abs(p[2] - psnr) + abs(np.log(p[1] / parameters)), p[1]) for p in points if p[0] != name]
+            right = parameters >= min(apart, default=(0, 0))[1]  # away from the one that it could collide with
+            shift, align = (radius + 2, 'left') if right else (-radius - 2, 'right')
+            axes.annotate(name, at, (shift, 0), ha=align, va='center', textcoords='offset points', fontsize=8)
         axes.set(title=title, xlabel='parameters (millions)', ylabel='PSNR (dB)', xscale='log')
-        axes.margins(0.15)
+        axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], labels=['0.5', '1', '2', '5', '10', '20', '50'])
+        axes.minorticks_off()
+        axes.margins(0.3, 0.1)
         axes.grid(alpha=0.3, which='both')
     figure.supxlabel(note, fontsize=8)
     return _png(figure)
