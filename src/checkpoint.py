@@ -6,7 +6,9 @@ metrics.jsonl   for machines: one line an epoch
 results.json    the last evaluation
 loss.png, test_<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
-state.pt        weights and their average, optimiser, counters and log
+state.pt        everything a run continues from: weights and their average, optimiser, counters, log, options
+state_before.pt the state before it
+lock            held while a process trains here
 results-<Set>/  images
 """
 
@@ -17,7 +19,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -27,9 +29,10 @@ from files import read_torch, write_atomic
 
 log = logging.getLogger('frugalsr')
 
-STATE = {'model', 'average', 'optimizer', 'epoch', 'step', 'samples', 'log'}
+STATES = ('state.pt', 'state_before.pt')
+STATE = {'model', 'average', 'optimizer', 'epoch', 'batch', 'partial', 'step', 'samples', 'log', 'options'}
 
-OURS = ('state.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
+OURS = ('state.pt', 'state_before.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
 
 
 def finite(value: Any) -> Any:
@@ -57,7 +60,7 @@ class RunFolder:
 
     def holds_training(self) -> bool:
         """Whether a training run left its state here."""
-        return (self.folder / 'state.pt').exists()
+        return any((self.folder / name).exists() for name in STATES)
 
     def clear(self) -> None:
         """Delete what a run leaves, and nothing else.
@@ -80,6 +83,25 @@ class RunFolder:
         for path in [self.models, *self.folder.glob('results-*')]:
             with contextlib.suppress(OSError):  # not a folder, or a stranger's file is in it
                 path.rmdir()
+
+    def lock(self) -> None:
+        """Keep other processes from training here until this one ends, however it ends.
+
+        Raises:
+            UserError: another one is at it, or the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / 'lock').open('a')
+            lock_file(self._lock)
+        except BlockingIOError as error:
+            raise UserError(
+                f'{self.folder} is being trained by another process: wait, or choose another --save.'
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
+            ) from error
 
     def start_log(self) -> None:
         """Send the program's messages to log.txt as well as to the screen."""
@@ -121,10 +143,15 @@ class RunFolder:
         for name in names:
             write_atomic(self.models / f'model_{name}.pt', weights)
         self.write('config.txt', self.config)
-        self.save(self.folder / 'state.pt', state)
+        self.save_state(state)
         self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in state['log']))
         for name, image in picture.curves(state['log']).items():
             write_atomic(self.folder / name, image)
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write what the run continues from; the state before it is kept beside it."""
+        content = serialized(state | {'options': self.config})
+        write_atomic(self.folder / STATES[0], content, before=self.folder / STATES[1])
 
     def keep_best(self, epoch: int) -> None:
         """Make the kept weights of `epoch` the best ones, if they were kept."""
@@ -133,20 +160,49 @@ class RunFolder:
             write_atomic(self.models / 'model_best.pt', path.read_bytes())
 
     def load_state(self) -> dict[str, Any]:
-        """What `save_epoch` wrote.
+        """What `save_state` wrote last; if that is missing or damaged, what it wrote before.
 
         Raises:
-            UserError: no state, damaged, or not this program's.
+            UserError: no state, both damaged, or not this program's.
         """
-        path = self.folder / 'state.pt'
-        if not path.is_file():
+        paths = [path for name in STATES if (path := self.folder / name).exists()]
+        if not paths:
             raise UserError(
                 f'{self.folder} holds no state (state.pt) to continue from: train it first, without --load.'
             )
-        state = read_torch(path)
-        if not isinstance(state, dict) or not state.keys() >= STATE:
-            raise UserError(f'{path} is not a state of this program: name another run with --load.')
+        try:
+            state = read_state(paths[0])
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            log.warning('%s The state before it is taken.', error)
+            return read_state(paths[1])
+        if paths[0].name != STATES[0]:
+            log.warning('%s is missing: the state before it is taken.', self.folder / STATES[0])
         return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """One state file."""
+    state = read_torch(path)
+    if not isinstance(state, dict) or not state.keys() >= STATE:
+        raise UserError(f'{path} is not a state of this program: name another run with --load.')
+    return state
+
+
+def lock_file(file: IO[str]) -> None:
+    """Lock an open file for this process; BlockingIOError if another one has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ModuleNotFoundError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise BlockingIOError from error
 
 
 def start_screen() -> None:

@@ -147,6 +147,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
     from data.traindata import train_loader
     from loss import Loss
     from optimizer import learning_rate, make_optimizer
+    from stopping import Stop
     from trainer import Trainer, timed
 
     if folder.holds_training() and not (args.load or args.reset):
@@ -154,6 +155,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
             f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
             'another --save keeps it.'
         )
+    folder.lock()
     loss = Loss(args.loss)
     model = make_model(args)
     if not any(p.requires_grad for p in model.parameters()):
@@ -166,9 +168,15 @@ def train(args: Namespace, folder: RunFolder) -> None:
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
-    def evaluate() -> dict[str, Any]:
-        results = evaluation(timed(model), label(args))
-        write_results(args, folder, evaluation, results, model, f'epoch {trainer.epoch}')
+    stop = Stop()
+
+    def upscale(images: SRData, index: int) -> tuple[Any, float]:
+        stop.check()
+        return timed(model)(images, index)
+
+    def evaluate(epoch: int) -> dict[str, Any]:
+        results = evaluation(upscale, label(args))
+        write_results(args, folder, evaluation, results, model, f'epoch {epoch}')
         return results
 
     trainer = Trainer(
@@ -189,6 +197,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         keep_all=args.save_models,
         average_decay=args.weight_ema,
         seed=args.seed,
+        save_every=args.save_every,
     )  # fmt: skip
     if args.reset:
         folder.clear()
@@ -200,7 +209,10 @@ def train(args: Namespace, folder: RunFolder) -> None:
         trainer.rewind(args.resume, state['log'])
     else:
         trainer.resume(state)
-    trainer.train(args.epochs)
+    with stop:
+        finished = trainer.train(args.epochs, stop.check)
+    if not finished:
+        log.info('%s: stopped, and saved in %s; --load %s continues.', stop.name, trainer.saved, args.save)
 
 
 def device(args: Namespace) -> str:

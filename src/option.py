@@ -467,6 +467,13 @@ def build_parser() -> Parser:
         metavar='EPOCH',
         help='with --load: from the weights of this epoch (kept by --save_models); -1 or 0: the latest state',
     )
+    g.add_argument(
+        '--save_every',
+        metavar='N',
+        type=natural,
+        default=0,
+        help='batches between states saved within an epoch, for --load after a crash; 0: only after each epoch',
+    )
     g.add_argument('--save_models', action='store_true', help='keep the weights of every epoch')
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
     g.add_argument('--save_results', action='store_true', help='save the enlarged images')

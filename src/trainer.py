@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from files import some, write_atomic
 from loss import Loss
 from model import Model
 from optimizer import WeightAverage, set_learning_rate
+from stopping import Stopped
 
 log = logging.getLogger('frugalsr')
 
@@ -242,12 +244,53 @@ def enlarge_photo(model: Model, plain: Model, photo: Photo) -> np.ndarray:
     return np.concatenate((sr, alpha[..., :1]), -1)
 
 
+def duration(seconds: float) -> str:
+    """As days, hours and minutes, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours // 24} d {hours % 24:02d} h {minutes:02d} min' if hours else f'{minutes} min {rest:02d} s'
+
+
 def plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
     """`batches`; the error of a process that loads them comes as it was, without the traceback PyTorch puts in it."""
     try:
         yield from batches
     except UserError as error:
         raise UserError(str(error).rpartition('error.UserError: ')[2].strip()) from error
+
+
+COUNTERS = ('epoch', 'batch', 'step', 'samples')
+MOST_NOT_FINITE = 10  # batches in a row
+
+
+@dataclass
+class Partial:
+    """What the batches of the epoch under way came to so far.
+
+    Attributes:
+        totals: sums of the loss terms.
+        learned, skipped: numbers of batches.
+        seconds, waited: in all, and for data.
+    """
+
+    totals: dict[str, float]
+    learned: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, values: dict[str, float] | None) -> None:
+        """Count a batch with its loss terms, or a skipped one."""
+        if values is None:
+            self.skipped += 1
+            return
+        self.learned += 1
+        for name, value in values.items():
+            self.totals[name] += value
+
+    def means(self) -> dict[str, float]:
+        """Loss terms a batch; nan if none was learned from."""
+        return {name: total / self.learned if self.learned else math.nan for name, total in self.totals.items()}
 
 
 class Trainer:
@@ -259,7 +302,7 @@ class Trainer:
         optimizer: over its parameters.
         loader: gives the batches of the sample numbers of a range, as (LR, HR), uint8.
         name_of: which image a sample number is cut from.
-        evaluate: scores the model.
+        evaluate: scores the model after an epoch of this number.
         run: where everything goes.
         batch_size: samples a step.
         steps: steps an epoch.
@@ -271,6 +314,7 @@ class Trainer:
         keep_all: keep the weights of every epoch.
         average_decay: of the average of the weights, which is what is tested and saved as weights; 0: none.
         seed: of what a network draws in training, together with the number of the step.
+        save_every: batches between states saved within an epoch; 0: only after each epoch.
     """
 
     def __init__(
@@ -280,7 +324,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         loader: Callable[[range], Iterable[Batch]],
         name_of: Callable[[int], str],
-        evaluate: Callable[[], dict[str, Any]],
+        evaluate: Callable[[int], dict[str, Any]],
         run: RunFolder,
         batch_size: int,
         steps: int,
@@ -292,20 +336,24 @@ class Trainer:
         keep_all: bool = False,
         average_decay: float = 0.0,
         seed: int = 0,
+        save_every: int = 0,
     ) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
         self.batch_size, self.steps, self.parts, self.rate = batch_size, steps, parts, rate
         self.clip, self.skip_threshold, self.print_every, self.keep_all = clip, skip_threshold, print_every, keep_all
-        self.seed = seed
+        self.seed, self.save_every = seed, save_every
         self.average = WeightAverage(model.net, average_decay) if average_decay else None
         self.epoch = self.step = self.samples = 0
-        self.saved = 0  # the epoch of the state on the disk
+        self.batch = 0  # batches done in the epoch that is under way
+        self.partial = self._fresh()  # and what they came to
+        self.not_finite = 0  # batches in a row whose loss was not
+        self.saved = ''  # what the state on the disk is of
         self.rewound = False
         self.log: list[dict[str, Any]] = []
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue after the last epoch of a state that `state` gave; hyperparameters stay those of `optimizer`."""
+        """Continue from a state that `state` gave; hyperparameters stay those of `optimizer`."""
         own = [{key: value for key, value in g.items() if key != 'params'} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state['optimizer'])
@@ -315,14 +363,16 @@ class Trainer:
             group.update(hyperparameters)
         if self.average and state['average']:
             self.average.load(state['average'])
-        self.epoch, self.step, self.samples, self.log = (state[key] for key in ('epoch', 'step', 'samples', 'log'))
-        self.saved = self.epoch
+        for key in COUNTERS:
+            setattr(self, key, state[key])
+        self.log, self.partial = state['log'], Partial(**state['partial'])
+        self.saved = self._place()
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
         """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
         self.log = log_of_run[:epoch]
         self.epoch, self.step, self.samples = epoch, self.log[-1]['step'], self.log[-1]['samples']
-        self.saved, self.rewound = len(log_of_run), True
+        self.saved, self.rewound = f'epoch {len(log_of_run)}', True
 
     def state(self) -> dict[str, Any]:
         """Everything that the run continues from."""
@@ -330,32 +380,41 @@ class Trainer:
             'model': self.model.net.state_dict(),
             'average': self.average.state if self.average else None,
             'optimizer': self.optimizer.state_dict(),
-            'epoch': self.epoch,
-            'step': self.step,
-            'samples': self.samples,
+            **{key: getattr(self, key) for key in COUNTERS},
+            'partial': asdict(self.partial),
             'log': self.log,
         }
 
-    def train(self, epochs: int) -> None:
-        """Train until `epochs` epochs are done in all."""
+    def train(self, epochs: int, stop: Callable[[], None] = lambda: None) -> bool:
+        """Train until `epochs` epochs are done in all, or `stop`, which is called after each step, raises `Stopped`.
+
+        Returns whether all epochs are done; if not, the state is saved where the run stopped.
+        """
         if self.epoch >= epochs:
             log.info('All %d epochs are done; a larger --epochs continues.', epochs)
-            return
-        last = self.samples + (epochs - self.epoch) * self.steps * self.batch_size
-        batches = plain_errors(self.loader(range(self.samples, last)))
+            return True
+        steps = (epochs - self.epoch) * self.steps - min(self.batch, self.steps)
+        batches = plain_errors(self.loader(range(self.samples, self.samples + steps * self.batch_size)))
         while self.epoch < epochs:
-            record = self._train_epoch(batches, epochs)
-            if not all(p.isfinite().all() for p in self.model.net.parameters()):
-                raise UserError(f'The weights are no longer finite after epoch {self.epoch}; {self._advice()}')
-            self.log.append(record)
-            with self.average.applied() if self.average else nullcontext():
-                results = self.evaluate()
-            record['test'] = {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()}
-            log.info('%s', table(results))
+            try:
+                self._train_epoch(batches, epochs, stop)
+                results = self._evaluate(epochs)
+            except Stopped:
+                self.run.save_state(self.state())
+                self.saved = self._place()
+                return False
+            self._finish_epoch(results)
             if self.rewound:
                 self.run.keep_best(max(epoch for epoch in range(1, self.epoch) if self._is_best(epoch)))
             self.run.save_epoch(self.state(), self._is_best(self.epoch), self.keep_all)
-            self.saved, self.rewound = self.epoch, False
+            self.saved, self.rewound = self._place(), False
+        return True
+
+    def _place(self) -> str:
+        return f'epoch {self.epoch + 1}, batch {self.batch}' if self.batch else f'epoch {self.epoch}'
+
+    def _fresh(self) -> Partial:
+        return Partial(dict.fromkeys([*self.loss.terms, 'total'], 0.0))
 
     def _is_best(self, epoch: int) -> bool:
         """Whether no epoch up to this one had a better PSNR on the first test set."""
@@ -363,43 +422,68 @@ class Trainer:
         first = next(iter(tests[-1]))
         return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
 
-    def _train_epoch(self, batches: Iterator[Batch], epochs: int) -> dict[str, Any]:
+    def _train_epoch(self, batches: Iterator[Batch], epochs: int, stop: Callable[[], None]) -> None:
+        """Train until the epoch is complete, or `stop` raises."""
         self.model.net.train()
-        totals = dict.fromkeys([*self.loss.terms, 'total'], 0.0)
-        waited, skipped, start = 0.0, 0, time.perf_counter()
-        bar = progress(range(1, self.steps + 1), f'Epoch {self.epoch + 1}/{epochs}')
-        for batch in bar:
-            asked = time.perf_counter()
-            lr, hr = next(batches)
-            waited += time.perf_counter() - asked
-            rate = self.rate(self.epoch, self.step)
-            set_learning_rate(self.optimizer, rate)
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0]))
-            values = self._step(lr, hr)
-            self.step += 1
-            self.samples += self.batch_size
-            if values is None:
-                skipped += 1
-            else:
-                for name, value in values.items():
-                    totals[name] += value
-            seconds = time.perf_counter() - start
-            learned = batch - skipped
-            means = {name: total / learned if learned else math.nan for name, total in totals.items()}
-            speed, wait = batch * self.batch_size / seconds, waited / seconds
+        title = f'Epoch {self.epoch + 1}/{epochs}'
+        bar = progress(range(self.batch, self.steps), title, initial=self.batch, total=self.steps)
+        for _ in bar:
+            rate = self._next_step(batches)
+            done, means = self.partial, self.partial.means()
+            speed, wait = self.batch * self.batch_size / done.seconds, done.waited / done.seconds
             bar.set_postfix_str(f'loss {means["total"]:.4g}, {speed:.1f} images/s, {wait:.0%} waiting', refresh=False)
-            if batch % self.print_every == 0:
+            if self.batch % self.print_every == 0:
                 losses = ', '.join(f'{name} {value:.5g}' for name, value in means.items() if name != 'total')
+                left = done.seconds / self.batch * ((epochs - self.epoch) * self.steps - self.batch)
                 log.info(
-                    'Epoch %d, batch %d/%d: %s, lr %.3g, %.1f images/s, %.0f%% waiting for data',
-                    self.epoch + 1, batch, self.steps, losses, rate, speed, 100 * wait,
+                    'Epoch %d, batch %d/%d: %s, lr %.3g, %.1f images/s, %.0f%% waiting for data, %s left',
+                    self.epoch + 1, self.batch, self.steps, losses, rate, speed, 100 * wait, duration(left),
                 )  # fmt: skip
+            stop()
+            if self.save_every and self.batch % self.save_every == 0 and self.batch < self.steps:
+                self.run.save_state(self.state())
+                self.saved = self._place()
+
+    def _next_step(self, batches: Iterator[Batch]) -> float:
+        """Train on the next batch; returns its learning rate."""
+        start = time.perf_counter()
+        lr, hr = next(batches)
+        self.partial.waited += time.perf_counter() - start
+        rate = self.rate(self.epoch, self.step)
+        set_learning_rate(self.optimizer, rate)
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0]))
+        self.partial.add(self._step(lr, hr))
+        self.batch += 1
+        self.step += 1
+        self.samples += self.batch_size
+        self.partial.seconds += time.perf_counter() - start
+        return rate
+
+    def _evaluate(self, epochs: int) -> dict[str, Any]:
+        """Scores after an epoch, of the averaged weights if there are any."""
+        loss, rate = self.partial.means()['total'], self.rate(self.epoch, self.step - 1)
+        log.info('Epoch %d/%d: loss %.5g, lr %.3g, %.0f s', self.epoch + 1, epochs, loss, rate, self.partial.seconds)
+        if not self._weights_are_finite():
+            raise UserError(f'The weights are no longer finite after epoch {self.epoch + 1}; {self._advice()}')
+        with self.average.applied() if self.average else nullcontext():
+            results = self.evaluate(self.epoch + 1)
+        log.info('%s', table(results))
+        return results
+
+    def _finish_epoch(self, results: dict[str, Any]) -> None:
+        """Enter an epoch and its scores in the log."""
+        done, rate = self.partial, self.rate(self.epoch, self.step - 1)
         self.epoch += 1
-        log.info('Epoch %d/%d: loss %.5g, lr %.3g, %.0f s', self.epoch, epochs, means['total'], rate, seconds)
-        return {
-            'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate, 'loss': means,
-            'skipped': skipped, 'seconds': seconds, 'images_per_second': speed, 'wait': wait,
-        }  # fmt: skip
+        self.log.append({
+            'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate, 'loss': done.means(),
+            'skipped': done.skipped, 'seconds': done.seconds,
+            'images_per_second': self.batch * self.batch_size / done.seconds, 'wait': done.waited / done.seconds,
+            'test': {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()},
+        })  # fmt: skip
+        self.batch, self.partial = 0, self._fresh()
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.model.net.parameters())
 
     def _step(self, lr: Tensor, hr: Tensor) -> dict[str, float] | None:
         """One step on a batch; its loss terms, or None if it was skipped."""
@@ -413,13 +497,7 @@ class Trainer:
             for name, value in losses.items():
                 terms[name] += value.item() * share
         values = terms | {'total': sum(terms.values())}
-        if not math.isfinite(values['total']):
-            where = f'in epoch {self.epoch + 1}, on patches of {self._names()}'
-            raise UserError(f'The loss is {values["total"]} {where}; {self._advice()}')
-        learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
-        last = learned[-1] if learned else math.inf
-        if values['total'] > self.skip_threshold * last:
-            log.warning('Batch skipped for its loss of %.4g: patches of %s.', values['total'], self._names())
+        if self._is_unusable(values['total']):
             return None
         if self.clip:
             torch.nn.utils.clip_grad_value_(self.model.net.parameters(), self.clip)
@@ -428,11 +506,28 @@ class Trainer:
             self.average.update()
         return values
 
+    def _is_unusable(self, loss: float) -> bool:
+        """Whether a batch is to be skipped for its loss.
+
+        Raises:
+            UserError: its loss is not finite, and nor are the weights, or it is one of many in a row.
+        """
+        self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        where = f'in epoch {self.epoch + 1}, on patches of {self._names()}'
+        if self.not_finite and not self._weights_are_finite():
+            raise UserError(f'The loss is {loss} {where}, and so are weights; {self._advice()}')
+        if self.not_finite == MOST_NOT_FINITE:
+            raise UserError(f'The loss is {loss} {where}, the {self.not_finite}th time in a row; {self._advice()}')
+        learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
+        if not self.not_finite and loss <= self.skip_threshold * (learned[-1] if learned else math.inf):
+            return False
+        log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names())
+        return True
+
     def _advice(self) -> str:
         if not self.saved:
             return 'start again with a lower --lr or a --gclip.'
-        kept = f'epoch {self.saved} is kept'
-        return f'{kept}: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
+        return f'{self.saved} is kept: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
 
     def _names(self) -> str:
         numbers = range(self.samples, self.samples + self.batch_size)

@@ -1,5 +1,6 @@
 """Training samples for a PyTorch loader, by sample number."""
 
+import signal
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,4 +55,10 @@ def train_loader(data: TrainData, numbers: range, batch_size: int, workers: int,
         num_workers=workers,
         pin_memory=pin_memory,
         drop_last=True,
+        worker_init_fn=start_worker,
     )
+
+
+def start_worker(_: int) -> None:
+    """Leave Ctrl-C, which reaches all processes, to the main one: it finishes its step and then ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
