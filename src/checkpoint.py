@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -84,24 +85,28 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not a folder, or a stranger's file is in it
                 path.rmdir()
 
-    def lock(self) -> None:
-        """Keep other processes from training here until this one ends, however it ends.
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within this block no other process can train here, however this one ends.
 
         Raises:
             UserError: another one is at it, or the folder cannot be written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / 'lock').open('a')
-            lock_file(self._lock)
-        except BlockingIOError as error:
-            raise UserError(
-                f'{self.folder} is being trained by another process: wait, or choose another --save.'
-            ) from error
+            file = (self.folder / 'lock').open('a')
         except OSError as error:
             raise UserError(
                 f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
             ) from error
+        with file:
+            try:
+                lock_file(file)
+            except OSError as error:
+                raise UserError(
+                    f'{self.folder} is being trained by another process: wait for it, or choose another --save.'
+                ) from error
+            yield
 
     def start_log(self) -> None:
         """Send the program's messages to log.txt as well as to the screen."""
@@ -191,18 +196,15 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def lock_file(file: IO[str]) -> None:
-    """Lock an open file for this process; BlockingIOError if another one has it."""
-    try:
+    """Lock an open file for this process until it is closed; OSError if another process has it."""
+    if sys.platform == 'win32':
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError as error:
-            raise BlockingIOError from error
 
 
 def start_screen() -> None:

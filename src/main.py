@@ -70,7 +70,8 @@ def run(args: Namespace) -> None:
     elif args.test_only:
         test(args, folder)
     else:
-        train(args, folder)
+        with folder.locked():
+            train(args, folder)
 
 
 def costs(args: Namespace, folder: RunFolder) -> None:
@@ -155,7 +156,6 @@ def train(args: Namespace, folder: RunFolder) -> None:
             f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
             'another --save keeps it.'
         )
-    folder.lock()
     loss = Loss(args.loss)
     model = make_model(args)
     if not any(p.requires_grad for p in model.parameters()):
