@@ -31,7 +31,9 @@ from files import read_torch, write_atomic
 log = logging.getLogger('frugalsr')
 
 STATES = ('state.pt', 'state_before.pt')
-STATE = {'model', 'average', 'optimizer', 'epoch', 'batch', 'partial', 'step', 'samples', 'log', 'options'}
+STATE = {
+    'model', 'average', 'optimizer', 'scaler', 'epoch', 'batch', 'partial', 'step', 'samples', 'log', 'options',
+}  # fmt: skip
 
 OURS = ('state.pt', 'state_before.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
 

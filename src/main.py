@@ -18,9 +18,12 @@ import option
 from error import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from checkpoint import RunFolder
     from data.srdata import SRData
     from model import Model
+    from optimizer import Schedule
     from trainer import Evaluation
 
 log = logging.getLogger('frugalsr')
@@ -147,7 +150,8 @@ def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
     from data.traindata import train_loader
     from loss import Loss
-    from optimizer import learning_rate, make_optimizer
+    from model.recompute import recompute
+    from optimizer import make_optimizer
     from stopping import Stop
     from trainer import Trainer, timed
 
@@ -168,7 +172,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
-    stop = Stop()
+    stop, dtype = Stop(), autocast_dtype(args, model)
 
     def upscale(images: SRData, index: int) -> tuple[Any, float]:
         stop.check()
@@ -190,8 +194,10 @@ def train(args: Namespace, folder: RunFolder) -> None:
         batch_size=args.batch_size,
         steps=args.test_every,
         parts=args.split_batch,
-        rate=lambda epochs, steps: learning_rate(args.lr, args.decay, args.gamma, epochs, args.warmup, steps),
+        rate=schedule(args),
         clip=args.gclip,
+        clip_norm=args.clip_norm,
+        dtype=dtype,
         skip_threshold=args.skip_threshold,
         print_every=args.print_every,
         keep_all=args.save_models,
@@ -199,10 +205,14 @@ def train(args: Namespace, folder: RunFolder) -> None:
         seed=args.seed,
         save_every=args.save_every,
     )  # fmt: skip
+    if args.checkpointing:
+        recompute(model.net, model.network.blocks)
     if args.reset:
         folder.clear()
     folder.start_log()
     describe(model, folder, origin)
+    if args.amp != 'off':
+        log.info('--amp %s: %s computes in %s.', args.amp, args.model, type_name(dtype))
     if state is None:
         folder.write('config.txt', folder.config)
     elif args.resume > 0:
@@ -213,6 +223,22 @@ def train(args: Namespace, folder: RunFolder) -> None:
         finished = trainer.train(args.epochs, stop.check)
     if not finished:
         log.info('%s: stopped, and saved in %s; --load %s continues.', stop.name, trainer.saved, args.save)
+
+
+def schedule(args: Namespace) -> Schedule:
+    """The learning rate over the run."""
+    from optimizer import Schedule
+
+    total = args.epochs if args.decay_unit == 'epochs' else args.epochs * args.test_every
+    return Schedule(args.lr, args.schedule, args.decay, args.gamma, args.decay_unit, total, args.lr_min, args.warmup)
+
+
+def autocast_dtype(args: Namespace, model: Model) -> torch.dtype:
+    """What --amp computes in: what is asked for, or the next that the network stands."""
+    import torch
+
+    wanted = {'off': [], 'bf16': [torch.bfloat16], 'fp16': [torch.float16, torch.bfloat16]}
+    return model.safe(*wanted[args.amp])
 
 
 def device(args: Namespace) -> str:
@@ -242,7 +268,17 @@ def make_model(args: Namespace) -> Model:
     tiler = kind(args.chop_size, args.chop_overlap, args.chop_batch) if args.chop else None
     settings = option.network_settings(args)
     half = args.precision == 'half'
-    return Model(args.model, args.scale, device(args), tiler, args.self_ensemble, half, **settings)
+    return Model(
+        args.model,
+        args.scale,
+        device(args),
+        tiler,
+        args.self_ensemble,
+        half,
+        args.compile,
+        args.channels_last,
+        **settings,
+    )
 
 
 def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
@@ -332,9 +368,9 @@ def label(args: Namespace) -> str:
     return args.template.rpartition('_x')[0] or args.model
 
 
-def precision(model: Model) -> str:
-    """What the network computes in, in tests: float32, float16 or bfloat16."""
-    return str(model.dtype).removeprefix('torch.')
+def type_name(dtype: torch.dtype) -> str:
+    """float32, float16 or bfloat16."""
+    return str(dtype).removeprefix('torch.')
 
 
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
@@ -343,7 +379,7 @@ def describe(model: Model, folder: RunFolder, origin: str) -> None:
     what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
     log.info('%s, %s; run folder %s', what, origin, folder.folder)
     if model.wants_half:
-        log.info('Half precision: computed in %s.', precision(model))
+        log.info('Half precision: computed in %s.', type_name(model.dtype))
     if model.tiler and not model.network.tiling_exact:
         log.info('Tiles change the result of %s: its attention sees one tile at a time.', model.name)
 
@@ -356,7 +392,7 @@ def write_results(
     protocol = {
         'chop': {'size': tiler.size, 'overlap': tiler.overlap, 'blend': args.chop_blend} if tiler else None,
         'self_ensemble': args.self_ensemble,
-        'precision': precision(model),
+        'precision': type_name(model.dtype),
         'sets': evaluation.protocol(),
     }
     about = {'model': args.model, 'scale': args.scale, 'weights': weights, 'protocol': protocol}

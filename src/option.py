@@ -159,6 +159,8 @@ def build_parser() -> Parser:
     g.add_argument(
         '--n_threads', metavar='N', type=natural, default=min(6, os.cpu_count() or 1), help='processes that load data'
     )
+    g.add_argument('--compile', action='store_true', help='run the network through torch.compile')
+    g.add_argument('--channels_last', action='store_true', help='keep weights and images in channels_last memory')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     g.add_argument('--n_GPUs', metavar='N', type=natural, default=1, help='GPUs to use: 1, or 0 for the CPU')
     g.add_argument(
@@ -385,6 +387,15 @@ def build_parser() -> Parser:
         '--split_batch', metavar='N', type=count, default=1, help='parts a batch is computed in, one after the other'
     )
     g.add_argument(
+        '--amp',
+        choices=('off', 'bf16', 'fp16'),
+        default='off',
+        help='mixed precision in training; where a network does not stand fp16 it is bf16, or none',
+    )
+    g.add_argument(
+        '--checkpointing', action='store_true', help='compute activations again for the gradients, to save memory'
+    )
+    g.add_argument(
         '--gan_k',
         metavar='N',
         type=count,
@@ -411,7 +422,19 @@ def build_parser() -> Parser:
         type=epochs_list,
         default='200',
         metavar='E-E-...',
-        help='epochs after which the rate is multiplied by gamma',
+        help='epochs, or steps, after which the rate is multiplied by gamma',
+    )
+    g.add_argument(
+        '--schedule',
+        choices=('step', 'cosine'),
+        default='step',
+        help='of the learning rate: a factor gamma at each decay, or half a cosine down to lr_min',
+    )
+    g.add_argument(
+        '--decay_unit', choices=('epochs', 'steps'), default='epochs', help='what decay and the cosine are counted in'
+    )
+    g.add_argument(
+        '--lr_min', metavar='X', type=number(float, 0), default=0.0, help='learning rate at the end of the cosine'
     )
     g.add_argument('--gamma', metavar='X', type=positive, default=0.5, help='factor of the decay')
     g.add_argument(
@@ -444,6 +467,13 @@ def build_parser() -> Parser:
         type=number(float, 0),
         default=0.0,
         help='gradients are clipped to +-gclip; 0: not at all',
+    )
+    g.add_argument(
+        '--clip_norm',
+        metavar='X',
+        type=number(float, 0),
+        default=0.0,
+        help='gradients together are scaled down to this Euclidean norm; 0: not at all',
     )
     g.add_argument('--loss', metavar='TERMS', default='1*L1', help='weight*NAME joined by +; NAME is L1 or MSE')
     g.add_argument(

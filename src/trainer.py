@@ -27,7 +27,7 @@ from error import UserError
 from files import some, write_atomic
 from loss import Loss
 from model import Model
-from optimizer import WeightAverage, set_learning_rate
+from optimizer import Schedule, WeightAverage, set_learning_rate
 from stopping import Stopped
 
 log = logging.getLogger('frugalsr')
@@ -309,6 +309,8 @@ class Trainer:
         rate: learning rate of the next step, after numbers of finished epochs and finished steps.
         parts: a batch is computed in this many parts.
         clip: largest absolute value of a gradient; 0: any.
+        clip_norm: largest Euclidean norm of all gradients together; 0: any.
+        dtype: type that the network computes in under autocast, float32 for none; losses and weights are float32.
         skip_threshold: a batch is skipped if its loss exceeds this times that of the last epoch.
         print_every: steps between lines in the log.
         keep_all: keep the weights of every epoch.
@@ -328,9 +330,11 @@ class Trainer:
         run: RunFolder,
         batch_size: int,
         steps: int,
-        rate: Callable[[int, int], float],
+        rate: Schedule,
         parts: int = 1,
         clip: float = 0.0,
+        clip_norm: float = 0.0,
+        dtype: torch.dtype = torch.float32,
         skip_threshold: float = 1e8,
         print_every: int = 100,
         keep_all: bool = False,
@@ -341,7 +345,10 @@ class Trainer:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
         self.batch_size, self.steps, self.parts, self.rate = batch_size, steps, parts, rate
-        self.clip, self.skip_threshold, self.print_every, self.keep_all = clip, skip_threshold, print_every, keep_all
+        self.clip, self.clip_norm, self.skip_threshold = clip, clip_norm, skip_threshold
+        self.print_every, self.keep_all, self.dtype = print_every, keep_all, dtype
+        # Keeps small gradients of float16 from becoming zero.
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.seed, self.save_every = seed, save_every
         self.average = WeightAverage(model.net, average_decay) if average_decay else None
         self.epoch = self.step = self.samples = 0
@@ -363,6 +370,8 @@ class Trainer:
             group.update(hyperparameters)
         if self.average and state['average']:
             self.average.load(state['average'])
+        if state['scaler']:
+            self.scaler.load_state_dict(state['scaler'])
         for key in COUNTERS:
             setattr(self, key, state[key])
         self.log, self.partial = state['log'], Partial(**state['partial'])
@@ -380,6 +389,7 @@ class Trainer:
             'model': self.model.net.state_dict(),
             'average': self.average.state if self.average else None,
             'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
             **{key: getattr(self, key) for key in COUNTERS},
             'partial': asdict(self.partial),
             'log': self.log,
@@ -491,17 +501,24 @@ class Trainer:
         terms = dict.fromkeys(self.loss.terms, 0.0)
         for lr_part, hr_part in zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True):
             share = len(lr_part) / len(lr)
-            losses = self.loss(self.model(lr_part), self.model.to_range(hr_part))
+            low = self.dtype != torch.float32
+            with torch.autocast(self.model.device.type, self.dtype if low else torch.bfloat16, enabled=low):
+                sr = self.model(lr_part)
+            losses = self.loss(sr.float(), self.model.to_range(hr_part))
             total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
-            total.backward()
+            self.scaler.scale(total).backward()
             for name, value in losses.items():
                 terms[name] += value.item() * share
         values = terms | {'total': sum(terms.values())}
         if self._is_unusable(values['total']):
             return None
+        self.scaler.unscale_(self.optimizer)
         if self.clip:
             torch.nn.utils.clip_grad_value_(self.model.net.parameters(), self.clip)
-        self.optimizer.step()
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.net.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.average:
             self.average.update()
         return values

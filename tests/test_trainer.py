@@ -428,6 +428,59 @@ def test_one_batch_whose_loss_is_not_finite_is_skipped(data_folder, monkeypatch)
     assert len(re.findall(r'Batch skipped for its loss of (?:nan|inf): patches of', log(run))) == 2
 
 
+def moved(run: Path, start: Path) -> Tensor:
+    """What plain gradient descent at rate 1 changed: the gradient."""
+    one, other = weights(run), weights(start)
+    return torch.cat([(one[key] - other[key]).flatten() for key in one if one[key].is_floating_point()])
+
+
+def test_gradients_are_scaled_down_together(data_folder):
+    base = f'{EDSR} --optimizer SGD --momentum 0 --test_every 1'
+    start = train(data_folder, base, '--lr 1e-25', name='start')
+    free, bound, loose = (
+        moved(train(data_folder, base, f'--lr 1 --clip_norm {norm}', name=f'norm{norm}'), start)
+        for norm in (0, 0.5, 1e9)
+    )
+    assert free.norm() > 1
+    torch.testing.assert_close(bound, free * 0.5 / free.norm(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(loose, free, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('network, option', [
+    *[(network, option) for network in (EDSR, LCOAN) for option in ('--channels_last', '--checkpointing')],
+    (EDSR, '--amp bf16'), (EDSR, '--amp fp16'),
+], ids=lambda text: ' '.join(text.split()[-2:]))  # fmt: skip
+def test_ways_to_compute_a_run(data_folder, network, option):
+    """Recomputed activations change nothing; another type or order of summation changes digits."""
+    more = f'--optimizer SGD --lr {1e-4 if network == EDSR else 0.1} --momentum 0'
+    plain = train(data_folder, network, more, name='plain')
+    run = train(data_folder, network, more, option, name='run')
+    near = 0.05 if 'amp' in option else 1e-4
+    start = train(data_folder, network, more, '--lr 1e-25', name='start')
+    difference, change = moved(run, plain), moved(plain, start)
+    assert difference.norm() <= near * change.norm()
+    assert (difference.norm() == 0) == (option == '--checkpointing')
+    assert not [
+        key for key, value in weights(run).items() if value.is_floating_point() and value.dtype != torch.float32
+    ]
+    again = train(data_folder, '--load run --epochs 2', name='run')
+    assert len(metrics(again)) == 2
+
+
+def test_a_network_that_does_not_stand_float16_says_so(data_folder):
+    run = train(data_folder, EDSR, '--amp fp16')
+    assert '--amp fp16: EDSR computes in bfloat16' in log(run)
+    assert state(run)['scaler'] == {}
+    assert state(train(data_folder, LCOAN, '--amp fp16', name='other'))['scaler']['scale'] > 0
+
+
+def test_cosine(data_folder):
+    run = train(data_folder, EDSR, '--epochs 3 --lr 0.02 --schedule cosine --lr_min 0.01')
+    assert [record['lr'] for record in metrics(run)] == pytest.approx([0.02, 0.0175, 0.0125])
+    run = train(data_folder, EDSR, '--epochs 3 --lr 0.02 --decay 3 --decay_unit steps', name='steps')
+    assert [record['lr'] for record in metrics(run)] == pytest.approx([0.02, 0.01, 0.01])
+
+
 # Stopped and continued.
 
 
