@@ -55,10 +55,10 @@ def serialized(content: object) -> memoryview:
 
 
 class RunFolder:
-    """Files of one run, below `folder`; `config` is the text of its config.txt."""
+    """Files of one run, below `folder`; `config` is the text of its config.txt. Without `writes` nothing is written."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.models = folder, folder / 'model'
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.models, self.writes = folder, folder / 'model', writes
         self.config = ''
 
     def holds_training(self) -> bool:
@@ -71,6 +71,8 @@ class RunFolder:
         Raises:
             UserError: a file could not be deleted.
         """
+        if not self.writes:
+            return
         try:
             self._clear()
         except OSError as error:
@@ -94,6 +96,9 @@ class RunFolder:
         Raises:
             UserError: another one is at it, or the folder cannot be written.
         """
+        if not self.writes:
+            yield
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / 'lock').open('a')
@@ -112,6 +117,8 @@ class RunFolder:
 
     def start_log(self) -> None:
         """Send the program's messages to log.txt as well as to the screen."""
+        if not self.writes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             log_file = logging.FileHandler(self.folder / 'log.txt', encoding='utf-8')
@@ -123,11 +130,13 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file."""
-        write_atomic(self.folder / name, text.encode())
+        if self.writes:
+            write_atomic(self.folder / name, text.encode())
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write any other file."""
-        write_atomic(self.folder / name, content)
+        if self.writes:
+            write_atomic(self.folder / name, content)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
@@ -145,6 +154,8 @@ class RunFolder:
             best: these are the best weights so far.
             keep: keep the weights of this epoch under its number.
         """
+        if not self.writes:
+            return
         names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
         weights = serialized(state['average'] or state['model'])
         for name in names:
@@ -157,13 +168,15 @@ class RunFolder:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write what the run continues from; the state before it is kept beside it."""
+        if not self.writes:
+            return
         content = serialized(state | {'options': self.config})
         write_atomic(self.folder / STATES[0], content, before=self.folder / STATES[1])
 
     def keep_best(self, epoch: int) -> None:
         """Make the kept weights of `epoch` the best ones, if they were kept."""
         path = self.models / f'model_{epoch}.pt'
-        if path.is_file():
+        if self.writes and path.is_file():
             write_atomic(self.models / 'model_best.pt', path.read_bytes())
 
     def load_state(self) -> dict[str, Any]:
@@ -209,9 +222,9 @@ def lock_file(file: IO[str]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def start_screen() -> None:
-    """Send the program's messages to standard output."""
+def start_screen(quiet: bool = False) -> None:
+    """Send the program's messages to standard output, or nowhere."""
     log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout)]
     log.propagate = False
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line

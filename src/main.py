@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        run(option.parse(argv))
+        run(option.parse(argv), argv)
     except UserError as error:
         if '--debug' in argv:
             traceback.print_exc()
@@ -53,19 +53,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: Namespace) -> None:
-    """Do what the options say: measure costs, score files, test, or train."""
+def run(args: Namespace, argv: Sequence[str] = ()) -> None:
+    """Do what the options say: measure costs, score files, test, or train; in several processes if they say so."""
     try:
-        from checkpoint import RunFolder, start_screen
+        import parallel
     except ModuleNotFoundError as error:
         raise UserError(
             f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
         ) from error
 
-    start_screen()
+    if parallel.launched():
+        parallel.start(args.cpu)
+        try:
+            run_here(args)
+        finally:
+            parallel.finish()
+    elif args.n_GPUs > 1:
+        parallel.launch(os.path.abspath(__file__), args.n_GPUs, argv)  # noqa: PTH100
+    else:
+        run_here(args)
+
+
+def run_here(args: Namespace) -> None:
+    """Do what the options say in this process."""
+    import parallel
+    from checkpoint import RunFolder, start_screen
+
+    start_screen(quiet=parallel.rank() > 0)
     if args.model == 'auto':
         settle(args)
-    folder = RunFolder(args.save_dir / args.save)
+    folder = RunFolder(args.save_dir / args.save, writes=parallel.rank() == 0)
+    if parallel.restarted() and folder.holds_training():
+        args.load, args.reset = args.save, False
     if args.costs:
         costs(args, folder)
     elif args.score:
@@ -148,6 +167,7 @@ def test(args: Namespace, folder: RunFolder) -> None:
 
 def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
+    import parallel
     from data.traindata import train_loader
     from loss import Loss
     from model.recompute import recompute
@@ -174,19 +194,15 @@ def train(args: Namespace, folder: RunFolder) -> None:
 
     stop, dtype = Stop(), autocast_dtype(args, model)
 
-    def upscale(images: SRData, index: int) -> tuple[Any, float]:
-        stop.check()
-        return timed(model)(images, index)
-
     def evaluate(epoch: int) -> dict[str, Any]:
-        results = evaluation(upscale, label(args))
+        results = evaluation(timed(model), label(args), stop.check)
         write_results(args, folder, evaluation, results, model, f'epoch {epoch}')
         return results
 
     trainer = Trainer(
         model, loss, optimizer,
         loader=lambda numbers: train_loader(
-            data, numbers, args.batch_size, args.n_threads, pin_memory=model.device.type == 'cuda'
+            data, parallel.Batches(numbers, args.batch_size), args.n_threads, pin_memory=model.device.type == 'cuda'
         ),
         name_of=data.name,
         evaluate=evaluate,
@@ -207,6 +223,12 @@ def train(args: Namespace, folder: RunFolder) -> None:
     )  # fmt: skip
     if args.checkpointing:
         recompute(model.net, model.network.blocks)
+    if args.batch_size < parallel.size() * args.split_batch:
+        raise UserError(
+            f'--batch_size {args.batch_size} is too small for {parallel.size()} processes and --split_batch '
+            f'{args.split_batch}: each needs a patch in each part.'
+        )
+    model.run = parallel.shared(model.run, model.device)
     if args.reset:
         folder.clear()
     folder.start_log()
@@ -346,13 +368,15 @@ def train_data(args: Namespace) -> Any:
 
 def make_set(args: Namespace, name: str, span: tuple[int, int], prepare: bool = True, cached: bool = False) -> SRData:
     """Find one set, and prepare it."""
+    import parallel
     from data.sets import find_set
     from data.srdata import SRData
 
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
     data = SRData(images, args.scale, args.lr_border, cached, args.shave)
     if prepare:
-        data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset')
+        with parallel.first_alone():  # it makes what is missing
+            data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset' and parallel.rank() == 0)
     return data
 
 

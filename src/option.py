@@ -162,7 +162,13 @@ def build_parser() -> Parser:
     g.add_argument('--compile', action='store_true', help='run the network through torch.compile')
     g.add_argument('--channels_last', action='store_true', help='keep weights and images in channels_last memory')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
-    g.add_argument('--n_GPUs', metavar='N', type=natural, default=1, help='GPUs to use: 1, or 0 for the CPU')
+    g.add_argument(
+        '--n_GPUs',
+        metavar='N',
+        type=natural,
+        default=1,
+        help='GPUs of this host to use, a process each, or with --cpu processes; 0: the CPU',
+    )
     g.add_argument(
         '--seed', metavar='N', type=number(int, 0, 2**63 - 1), default=1, help='of everything that is random'
     )
@@ -622,8 +628,6 @@ def _check(args: argparse.Namespace) -> None:
         return
     if isinstance(args.scale, list):
         raise UserError(f'--scale {"+".join(map(str, args.scale))}: only --costs takes several; give one.')
-    if args.n_GPUs > 1:
-        raise UserError(f'--n_GPUs {args.n_GPUs}: this version runs on one GPU; give 1, or 0 for the CPU.')
     if args.gan_k != 1:
         raise UserError(f'--gan_k {args.gan_k}: this version has no adversarial loss; leave it out.')
     training = not (args.test_only or args.score)

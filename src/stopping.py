@@ -4,6 +4,8 @@ import os
 import signal
 from types import FrameType, TracebackType
 
+import parallel
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -24,8 +26,9 @@ class Stop:
         return bool(self.name)
 
     def check(self) -> None:
-        """Raise `Stopped` if the run is to end."""
-        if self():
+        """Raise `Stopped` if the run is to end, in this process or in another one that shares it."""
+        if sum(parallel.total([float(self())])):
+            self.name = self.name or 'another process'
             raise Stopped
 
     def __enter__(self) -> 'Stop':

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metric
+import parallel
 import picture
 from checkpoint import RunFolder
 from data.image import Photo, fill_hidden, find_images, read_photo, read_rgb, write_png
@@ -33,6 +34,8 @@ from stopping import Stopped
 log = logging.getLogger('frugalsr')
 
 SHEET_ROWS = 5
+
+T = TypeVar('T')
 
 Upscale = Callable[[SRData, int], tuple[np.ndarray, float]]
 Batch = tuple[Tensor, Tensor]
@@ -53,31 +56,34 @@ class Evaluation:
     ) -> None:
         self.sets, self.ssim, self.folder, self.ground_truth = sets, ssim, folder, ground_truth
 
-    def __call__(self, upscale: Upscale, label: str) -> dict[str, Any]:
+    def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
 
         Args:
             upscale: gives the image of a set at an index, (H, W, 3) uint8, and the seconds that it took.
             label: what to call it in pictures.
+            check: called before each image; what it raises ends the evaluation.
         """
-        return {images.name: self._set(images, upscale, label) for images in self.sets}
+        return parallel.spread({images.name: self._set(images, upscale, label, check) for images in self.sets})
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""
         return {s.name: {'channels': s.channels, 'shave': s.shave, 'lr_border': s.lr_border} for s in self.sets}
 
-    def _set(self, images: SRData, upscale: Upscale, label: str) -> dict[str, Any]:
+    def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
         scores: dict[str, dict[str, float]] = {}
         rows: list[picture.Comparison] = []
         with Writer() as writer:
-            for index in progress(range(len(images)), f'{images.name} x{images.scale}'):
-                sr, seconds = upscale(images, index)
+            outputs = in_turn(len(images), lambda index: upscale(images, index), check)
+            for index, (sr, seconds) in progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
                 name, hr = images.names[index], images.hr(index)
                 scores[name] = self._score(images, sr, hr) | {'seconds': seconds}
                 if self.folder is not None:
                     self._save(writer, images, index, hr, sr)
                     if len(rows) < SHEET_ROWS:
                         rows.append(compare(images, index, hr, {label: sr}))
+        if parallel.rank():
+            return {}
         if self.folder is not None:
             write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet(rows))
         means = {key: metric.mean(score[key] for score in scores.values()) for key in next(iter(scores.values()))}
@@ -113,6 +119,14 @@ def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.nd
         name if math.isnan(psnr) else f'{name}  {psnr:.2f} dB' for name, psnr in zip(versions, scores, strict=True)
     ]
     return picture.Comparison(images.names[index], [hr, *versions.values()], ['HR', *captions])
+
+
+def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = lambda: None) -> Iterator[tuple[int, T]]:
+    """Pieces of work and their results in order, dealt out to all processes; only the first one is given them."""
+    for first, own in parallel.deal(count):
+        check()
+        found = parallel.gather(None if own is None else work(own))
+        yield from ((first + i, result) for i, result in enumerate(found) if result is not None)
 
 
 class Writer:
@@ -200,16 +214,22 @@ def enlarge_folder(model: Model, source: Path, target: Path) -> None:
     if not files:
         raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
     plain = Model('Bicubic', model.scale, model.device, model.tiler)
-    failures: list[str] = []
+    names, failures = output_names(files), []
     start = time.perf_counter()
+
+    def enlarged(index: int) -> tuple[np.ndarray, bytes | None] | str:
+        try:
+            photo = read_photo(files[index])
+        except UserError as error:
+            return str(error)
+        return enlarge_photo(model, plain, photo), photo.icc
+
     with Writer() as writer:
-        for path, name in progress(zip(files, output_names(files), strict=True), source.name, total=len(files)):
-            try:
-                photo = read_photo(path)
-            except UserError as error:
-                failures.append(str(error))
-                continue
-            writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, plain, photo), photo.icc)
+        for index, found in progress(in_turn(len(files), enlarged), source.name, total=len(files)):
+            if isinstance(found, str):
+                failures.append(found)
+            else:
+                writer.write(target / f'{names[index]}_x{model.scale}_SR.png', *found)
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
     if others := [path for path in source.iterdir() if path not in files]:
@@ -242,6 +262,11 @@ def enlarge_photo(model: Model, plain: Model, photo: Photo) -> np.ndarray:
     sr = model.upscale(fill_hidden(photo.color, photo.alpha))
     alpha = plain.upscale(np.repeat(photo.alpha[..., None], 3, -1))
     return np.concatenate((sr, alpha[..., :1]), -1)
+
+
+def draw_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of what a network draws in a step: of its own in each process."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def duration(seconds: float) -> str:
@@ -461,7 +486,7 @@ class Trainer:
         self.partial.waited += time.perf_counter() - start
         rate = self.rate(self.epoch, self.step)
         set_learning_rate(self.optimizer, rate)
-        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0]))
+        torch.manual_seed(draw_seed(self.seed, self.step, parallel.rank()))
         self.partial.add(self._step(lr, hr))
         self.batch += 1
         self.step += 1
@@ -499,16 +524,12 @@ class Trainer:
         """One step on a batch; its loss terms, or None if it was skipped."""
         self.optimizer.zero_grad(set_to_none=True)
         terms = dict.fromkeys(self.loss.terms, 0.0)
-        for lr_part, hr_part in zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True):
-            share = len(lr_part) / len(lr)
-            low = self.dtype != torch.float32
-            with torch.autocast(self.model.device.type, self.dtype if low else torch.bfloat16, enabled=low):
-                sr = self.model(lr_part)
-            losses = self.loss(sr.float(), self.model.to_range(hr_part))
-            total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
-            self.scaler.scale(total).backward()
-            for name, value in losses.items():
-                terms[name] += value.item() * share
+        parts = list(zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True))
+        for i, (lr_part, hr_part) in enumerate(parts):
+            with parallel.unsynchronised(self.model.run) if i < len(parts) - 1 else nullcontext():
+                for name, value in self._gradients(lr_part, hr_part).items():
+                    terms[name] += value
+        terms = dict(zip(terms, parallel.total(list(terms.values())), strict=True))
         values = terms | {'total': sum(terms.values())}
         if self._is_unusable(values['total']):
             return None
@@ -522,6 +543,17 @@ class Trainer:
         if self.average:
             self.average.update()
         return values
+
+    def _gradients(self, lr: Tensor, hr: Tensor) -> dict[str, float]:
+        """Add the gradients of a part of a batch; returns its share of the batch's loss terms."""
+        share, low = len(lr) / self.batch_size, self.dtype != torch.float32
+        with torch.autocast(self.model.device.type, self.dtype if low else torch.bfloat16, enabled=low):
+            sr = self.model(lr)
+        losses = self.loss(sr.float(), self.model.to_range(hr))
+        total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
+        # The gradient is averaged over the processes, each of which has its share of the batch.
+        self.scaler.scale(total * parallel.size()).backward()
+        return {name: value.item() * share for name, value in losses.items()}
 
     def _is_unusable(self, loss: float) -> bool:
         """Whether a batch is to be skipped for its loss.

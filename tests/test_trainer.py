@@ -526,11 +526,11 @@ def test_a_run_stopped_in_an_evaluation_repeats_it(data_folder, monkeypatch):
     whole = unbroken(data_folder, EDSR)
     evaluations = []
 
-    def stopping(self, upscale, label: str) -> dict:
+    def stopping(self, *options: object) -> dict:
         evaluations.append(1)
         if len(evaluations) == 2:
             raise Stopped
-        return evaluate(self, upscale, label)
+        return evaluate(self, *options)
 
     evaluate = Evaluation.__call__
     monkeypatch.setattr(Evaluation, '__call__', stopping)

@@ -86,7 +86,8 @@ class Model(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net = build(name, scale, **settings).to(self.device)
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.run = torch.compile(self.net) if compiled else self.net
+        self.fast: nn.Module = torch.compile(self.net) if compiled else self.net  # type: ignore[assignment]
+        self.run = self.fast
         self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
@@ -135,7 +136,7 @@ class Model(nn.Module):
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             x = self._to_range(self._colours(rgb))
-            y = self_ensemble(self.run, x) if self.ensemble else self.run(x)
+            y = self_ensemble(self.fast, x) if self.ensemble else self.fast(x)
         black, white = self.range
         y = (y.float() - black) / (white - black)
         if self.n_colors == 1:
