@@ -124,11 +124,12 @@ def test_an_archive_that_is_there_is_used_and_kept(mirror, tmp_path, capsys):
 
 
 def test_an_archive_that_is_there_but_another(mirror, tmp_path, capsys):
-    (tmp_path / 'Flickr2K.tar').write_bytes(b'something else')
+    other = pack(tmp_path / 'Flickr2K.tar', {'Flickr2K/Flickr2K_HR/000001.png': mirror.own}).read_bytes()
     text = error(capsys, 'Flickr2K', '--dir_data', str(tmp_path))
     assert str(tmp_path / 'Flickr2K.tar') in text
-    assert 'remove it' in text
-    assert (tmp_path / 'Flickr2K.tar').read_bytes() == b'something else'
+    assert 'published is' in text
+    assert (tmp_path / 'Flickr2K.tar').read_bytes() == other
+    assert not (tmp_path / 'Flickr2K').exists()
 
 
 def test_an_archive_of_another_set(mirror, tmp_path, capsys, monkeypatch):
