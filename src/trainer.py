@@ -315,6 +315,7 @@ class Trainer:
             group.update(hyperparameters)
         if self.average and state['average']:
             self.average.load(state['average'])
+        self.loss.load_state_dict(state.get('loss', {}))
         self.epoch, self.step, self.samples, self.log = (state[key] for key in ('epoch', 'step', 'samples', 'log'))
         self.saved = self.epoch
 
@@ -330,6 +331,7 @@ class Trainer:
             'model': self.model.net.state_dict(),
             'average': self.average.state if self.average else None,
             'optimizer': self.optimizer.state_dict(),
+            'loss': self.loss.state_dict(),
             'epoch': self.epoch,
             'step': self.step,
             'samples': self.samples,
@@ -374,6 +376,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             rate = self.rate(self.epoch, self.step)
             set_learning_rate(self.optimizer, rate)
+            self.loss.scale_rates(rate / self.optimizer.defaults['lr'])
             torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0]))
             values = self._step(lr, hr)
             self.step += 1
@@ -418,7 +421,7 @@ class Trainer:
             raise UserError(f'The loss is {values["total"]} {where}; {self._advice()}')
         learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
         last = learned[-1] if learned else math.inf
-        if values['total'] > self.skip_threshold * last:
+        if values['total'] > self.skip_threshold * abs(last):  # that of a GAN may be below 0
             log.warning('Batch skipped for its loss of %.4g: patches of %s.', values['total'], self._names())
             return None
         if self.clip:

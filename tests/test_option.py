@@ -24,7 +24,7 @@ OLD = """
 """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
-    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path
+    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path vgg
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -60,7 +60,7 @@ DEFAULTS = {
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
     'shave': None, 'costs': False, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
-    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None,
+    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'vgg': None,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -302,7 +302,7 @@ def test_out_of_range(name, text):
         ('--n_feat 3', ['--n_feat', '--help']),  # no guessing from a beginning
         ('--template Foo', ['Foo', 'LCoAN_x2', 'EDSR_x4']),
         ('--n_GPUs 2', ['--n_GPUs 2', 'one GPU']),
-        ('--gan_k 2', ['--gan_k 2', 'adversarial']),
+        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'discriminator']),
         ('--patch_size 97 --scale 2', ['97', '--scale 2']),
         ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
         ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),
