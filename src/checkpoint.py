@@ -32,7 +32,7 @@ log = logging.getLogger('frugalsr')
 
 STATES = ('state.pt', 'state_before.pt')
 STATE = {
-    'model', 'average', 'optimizer', 'scaler', 'epoch', 'batch', 'partial', 'step', 'samples', 'log', 'options',
+    'model', 'average', 'optimizer', 'scaler', 'loss', 'epoch', 'batch', 'partial', 'step', 'samples', 'log', 'options',
 }  # fmt: skip
 
 OURS = ('state.pt', 'state_before.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')

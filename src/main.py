@@ -11,6 +11,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,13 +181,15 @@ def train(args: Namespace, folder: RunFolder) -> None:
             f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
             'another --save keeps it.'
         )
-    loss = Loss(args.loss)
     model = make_model(args)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'{args.model} has nothing to train: use it with --test_only.')
-    optimizer = make_optimizer(
-        model.parameters(), args.optimizer, args.lr, args.weight_decay, tuple(args.betas), args.epsilon, args.momentum
-    )
+    new_optimizer = partial(
+        make_optimizer, name=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=tuple(args.betas),
+        epsilon=args.epsilon, momentum=args.momentum,
+    )  # fmt: skip
+    optimizer = new_optimizer(model.parameters())
+    loss = Loss(args.loss, model.range, model.n_colors, args.patch_size, args.gan_k, new_optimizer, args.vgg)
     folder.config = option.write_config(args, model.settings)
     state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
@@ -200,7 +203,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         return results
 
     trainer = Trainer(
-        model, loss, optimizer,
+        model, loss.to(model.device), optimizer,
         loader=lambda numbers: train_loader(
             data, parallel.Batches(numbers, args.batch_size), args.n_threads, pin_memory=model.device.type == 'cuda'
         ),

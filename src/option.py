@@ -406,7 +406,7 @@ def build_parser() -> Parser:
         metavar='N',
         type=count,
         default=1,
-        help='discriminator steps a step of the adversarial loss (which comes later)',
+        help='steps of the discriminator a step of the network, with the losses GAN, WGAN_GP and RGAN',
     )
 
     g = parser.add_argument_group('test')
@@ -481,7 +481,18 @@ def build_parser() -> Parser:
         default=0.0,
         help='gradients together are scaled down to this Euclidean norm; 0: not at all',
     )
-    g.add_argument('--loss', metavar='TERMS', default='1*L1', help='weight*NAME joined by +; NAME is L1 or MSE')
+    g.add_argument(
+        '--loss',
+        metavar='TERMS',
+        default='1*L1',
+        help='weight*NAME joined by +; NAME is L1, MSE, Charbonnier, FFT, VGG22, VGG54, GAN, WGAN_GP or RGAN',
+    )
+    g.add_argument(
+        '--vgg',
+        metavar='FILE',
+        type=folder,
+        help="weights of VGG19 for VGG22 and VGG54: torchvision's vgg19-dcbb9e9d.pth (left out: torchvision has it)",
+    )
     g.add_argument(
         '--skip_threshold',
         metavar='X',
@@ -628,13 +639,13 @@ def _check(args: argparse.Namespace) -> None:
         return
     if isinstance(args.scale, list):
         raise UserError(f'--scale {"+".join(map(str, args.scale))}: only --costs takes several; give one.')
-    if args.gan_k != 1:
-        raise UserError(f'--gan_k {args.gan_k}: this version has no adversarial loss; leave it out.')
     training = not (args.test_only or args.score)
     if training and args.scale and args.patch_size % args.scale:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
     if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
+    if training and args.split_batch > 1 and 'GAN' in args.loss:
+        raise UserError(f'--split_batch {args.split_batch}: a discriminator sees whole batches; leave it out.')
     if args.chop_overlap >= args.chop_size:
         raise UserError(
             f'--chop_overlap {args.chop_overlap} is not below --chop_size {args.chop_size}: choose larger tiles.'

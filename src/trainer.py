@@ -395,6 +395,7 @@ class Trainer:
             group.update(hyperparameters)
         if self.average and state['average']:
             self.average.load(state['average'])
+        self.loss.load_state_dict(state['loss'])
         if state['scaler']:
             self.scaler.load_state_dict(state['scaler'])
         for key in COUNTERS:
@@ -414,6 +415,7 @@ class Trainer:
             'model': self.model.net.state_dict(),
             'average': self.average.state if self.average else None,
             'optimizer': self.optimizer.state_dict(),
+            'loss': self.loss.state_dict(),
             'scaler': self.scaler.state_dict(),
             **{key: getattr(self, key) for key in COUNTERS},
             'partial': asdict(self.partial),
@@ -486,6 +488,7 @@ class Trainer:
         self.partial.waited += time.perf_counter() - start
         rate = self.rate(self.epoch, self.step)
         set_learning_rate(self.optimizer, rate)
+        self.loss.scale_rates(rate / self.optimizer.defaults['lr'])
         torch.manual_seed(draw_seed(self.seed, self.step, parallel.rank()))
         self.partial.add(self._step(lr, hr))
         self.batch += 1
@@ -568,7 +571,8 @@ class Trainer:
         if self.not_finite == MOST_NOT_FINITE:
             raise UserError(f'The loss is {loss} {where}, the {self.not_finite}th time in a row; {self._advice()}')
         learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
-        if not self.not_finite and loss <= self.skip_threshold * (learned[-1] if learned else math.inf):
+        last = abs(learned[-1]) if learned else math.inf  # that of a GAN may be below 0
+        if not self.not_finite and loss <= self.skip_threshold * last:
             return False
         log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names())
         return True

@@ -32,7 +32,8 @@ def state(*psnr: float) -> dict:
     ]
     weights = {'body.weight': torch.full((30, 30), float(len(psnr)))}
     counters = {'epoch': len(psnr), 'batch': 0, 'step': 2 * len(psnr), 'samples': 4 * len(psnr), 'partial': {}}
-    return {'model': weights, 'average': None, 'optimizer': {'state': {}}, **counters, 'log': log}
+    learners = {'average': None, 'optimizer': {'state': {}}, 'scaler': {}, 'loss': {}}
+    return {'model': weights, **learners, **counters, 'log': log}
 
 
 def strict(text: str) -> object:

@@ -25,7 +25,7 @@ OLD = """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
-    compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing
+    compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -63,7 +63,7 @@ DEFAULTS = {
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
-    'checkpointing': False,
+    'checkpointing': False, 'vgg': None,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -304,8 +304,7 @@ def test_out_of_range(name, text):
         ('--nonsense 3', ['--nonsense', '--help']),
         ('--n_feat 3', ['--n_feat', '--help']),  # no guessing from a beginning
         ('--template Foo', ['Foo', 'LCoAN_x2', 'EDSR_x4']),
-        ('--n_GPUs 2', ['--n_GPUs 2', 'one GPU']),
-        ('--gan_k 2', ['--gan_k 2', 'adversarial']),
+        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'discriminator']),
         ('--patch_size 97 --scale 2', ['97', '--scale 2']),
         ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
         ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),
