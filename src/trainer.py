@@ -400,7 +400,9 @@ class Trainer:
             self.scaler.load_state_dict(state['scaler'])
         for key in COUNTERS:
             setattr(self, key, state[key])
-        self.log, self.partial = state['log'], Partial(**state['partial'])
+        self.log = state['log']
+        if state['partial']['totals'].keys() == self.partial.totals.keys():  # else the terms of the loss have changed
+            self.partial = Partial(**state['partial'])
         self.saved = self._place()
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
