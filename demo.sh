@@ -52,6 +52,7 @@ for net in ASID ASIDd8; do
     for scale in 2 3 4; do recipe $net-finetune $scale DIV2K ${net}_x$scale.pt; done
 done
 for net in DLGSANet DLGSANet-light DLGSANet-tiny OmniSR; do recipe $net '2 3 4' DIV2K; done
+recipe OmniSR-DF2K '2 3 4' DF2K
 recipe ATD 2 DF2K
 recipe ATD-finetune 2 DF2K ATD_x2.pt
 recipe ATD '3 4' DF2K ATD-finetune_x2.pt

@@ -99,12 +99,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         start = 8 + int.from_bytes(content[:8], 'little')
         header = json.loads(content[8:start])
         header.pop('__metadata__', None)
-        return {key: _tensor(content[start:], **entry) for key, entry in header.items()}
+        data = memoryview(content)[start:]
+        return {key: _tensor(data, **entry) for key, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise UserError(f'{path} is not a whole file of safetensors: fetch or make it again.') from error
 
 
-def _tensor(data: bytes, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> Tensor:
+def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> Tensor:
     start, end = data_offsets
     kind = SAFETENSORS[dtype]
     if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * kind.itemsize:

@@ -101,16 +101,18 @@ def costs(args: Namespace, folder: RunFolder) -> None:
     """Print what networks cost, and write it as JSON and as a picture."""
     import json
 
-    from costs import measure_all, points, table
+    from costs import find_pairs, measure_all, points, table
     from picture import scatter
 
     scales = args.scale if isinstance(args.scale, list) else [args.scale]
+    pairs = find_pairs(option.cost_models(args), scales)
     folder.start_log()
-    rows = measure_all(option.cost_models(args), scales, device(args), log.info)
+    rows = measure_all(pairs, device(args), log.info)
     for line in table(rows).splitlines():
         log.info('%s', line)
     folder.write('costs.json', json.dumps(rows, indent=1) + '\n')
-    folder.write_bytes('costs.png', scatter(points(rows), 'Urban100, as published; area: multiply-adds at 1280x720'))
+    note = 'Urban100 as published, where a score was found; area: multiply-adds at 1280x720'
+    folder.write_bytes('costs.png', scatter(points(rows), note))
     log.info('Written: %s', folder.folder)
 
 
@@ -125,7 +127,7 @@ def settle(args: Namespace) -> None:
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
     assumed = [key for key in found.unseen if getattr(args, key) is None]
-    option.settle(args, found.name, found.scale, found.settings)
+    option.settle(args, found.name, found.scale, found.shown, found.settings)
     log.info('%s holds weights of %s', path, found)
     if found.settings and assumed:
         log.info('What weights do not show is as in the paper of %s: %s', found.name, ', '.join(assumed))
@@ -346,7 +348,8 @@ def weights_file(args: Namespace) -> Path:
     if not path.is_file():
         path = args.extend / path
     if not path.is_file():
-        there = some(sorted(file.name for file in args.extend.glob('*.pt'))) or 'none'
+        files = sorted(file.name for file in args.extend.glob('*') if file.suffix in ('.pt', '.pth', '.safetensors'))
+        there = some(files) or 'none'
         raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.')
     return path
 
@@ -422,8 +425,8 @@ def write_results(
         'precision': type_name(model.dtype),
         'sets': evaluation.protocol(),
     }
-    about = {'model': args.model, 'scale': args.scale, 'weights': weights, 'protocol': protocol}
-    folder.write_results(about | {'sets': results})
+    about = {'model': args.model, 'scale': args.scale, 'settings': model.settings, 'weights': weights}
+    folder.write_results(about | {'protocol': protocol, 'sets': results})
     if evaluation.folder:
         log.info('Images: %s', folder.folder)
 

@@ -222,6 +222,7 @@ def build_parser() -> Parser:
     )
     g.add_argument('--no_augment', action='store_true', help='no flips and rotations of training patches')
     g.add_argument('--chop', action='store_true', help='enlarge in tiles, for small memories')
+    g.add_argument('--no_chop', action='store_false', dest='chop', help='whole images, where a recipe says tiles')
     g.add_argument('--chop_size', metavar='N', type=count, default=192, help='largest side of a tile, LR pixels')
     g.add_argument(
         '--chop_overlap', metavar='N', type=natural, default=20, help='overlap of neighbouring tiles, LR pixels'
@@ -316,7 +317,7 @@ def build_parser() -> Parser:
     g.add_argument(
         '--mlp_ratio',
         metavar='X',
-        type=positive,
+        type=number(float, 0, 100, open_low=True),
         help='channels inside the feed-forward networks, times n_feats (ATD-light 1; DLGSANet, DLGSANet-light, '
         'DLGSANet-tiny, ATD, SwinIR-light 2)',
     )
@@ -562,18 +563,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settle(args: argparse.Namespace, name: str, scale: int, settings: Mapping[str, object]) -> None:
-    """Put the network that --model auto found into the options; settings that are typed stay.
+def settle(
+    args: argparse.Namespace, name: str, scale: int, shown: Mapping[str, object], settings: Mapping[str, object]
+) -> None:
+    """Put the network that --model auto found into the options.
+
+    Args:
+        args: what was typed; settings that weights do not show stay, and in training so does the scale.
+        name: of the network.
+        scale: of the weights.
+        shown: settings that the weights show.
+        settings: those of them that are not as in the paper.
 
     Raises:
         UserError: the options do not go with it.
     """
-    if args.scale not in (None, scale):
+    if args.test_only and args.scale not in (None, scale):
         raise UserError(f'--scale {args.scale}: {args.pre_train} holds weights of {name} x{scale}; leave it out.')
-    args.model, args.scale = name, scale
+    for key, value in shown.items():
+        if (typed := getattr(args, key)) not in (None, value):
+            raise UserError(f'--{key} {typed}: {args.pre_train} holds weights of {name} with {value}; leave it out.')
+    args.model, args.scale = name, args.scale or scale
     for key, value in settings.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+        setattr(args, key, value)
     _check(args)
     args.save = args.save or _default_name(args)
 
@@ -628,15 +640,18 @@ def read_config(path: Path) -> dict[str, object]:
 def _check(args: argparse.Namespace) -> None:
     """Combinations of options that cannot be, and names that there are not."""
     for name in cost_models(args) if args.costs else [args.model]:
-        if name not in (*MODELS, 'auto'):
+        if name not in MODELS and (name != 'auto' or args.costs):
             raise UserError(f'Unknown network {name!r}: choose one of {", ".join(MODELS)}.')
+    if args.costs:
+        others = ('load', 'pre_train', 'template', 'test_only', 'score', 'reset', 'chop', 'self_ensemble')
+        for option in (*others, *NETWORK_SETTINGS):
+            if getattr(args, option):
+                raise UserError(f'--{option}: --costs measures the published networks alone; leave it out.')
+        return
     if args.model == 'auto' and not args.pre_train:
         raise UserError('--model auto: give the weights to recognise with --pre_train.')
-    if args.costs:
-        for option in ('load', 'pre_train', 'test_only', 'score', 'reset', 'chop', 'self_ensemble'):
-            if getattr(args, option):
-                raise UserError(f'--{option}: --costs measures networks without weights; leave it out.')
-        return
+    if args.model == 'auto' and args.template:
+        raise UserError(f'--template {args.template} names a network, which --model auto finds: give one of them.')
     if isinstance(args.scale, list):
         raise UserError(f'--scale {"+".join(map(str, args.scale))}: only --costs takes several; give one.')
     training = not (args.test_only or args.score)

@@ -1,6 +1,7 @@
 """Costs and scores of the networks as their papers and later comparisons print them; nothing here was measured by us.
 
-Costs are for an output of 1280x720. Scores are PSNR in dB on luma (bicubic LR, no self-ensemble). Missing: not found.
+Costs are for an output of 1280x720 (at x3 1281x720). Scores are PSNR in dB on luma (bicubic LR, no self-ensemble).
+Missing: not found, as for all of EDSR-baseline.
 """
 
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from dataclasses import dataclass
 SETS = ('Set5', 'Set14', 'B100', 'Urban100', 'Manga109')
 
 SOURCES = {
-    'ESC': 'Lee et al., ESC, ICCV 2025, table 2',
+    'ESC': 'ESC (ICCV 2025), table 2',
     'DLGSANet': 'DLGSANet, project page and README (github.com/NeonLeexiang/DLGSANet)',
     'ATD': 'ATD, README (github.com/LabShuHangGU/Adaptive-Token-Dictionary); multiply-adds of PFT (CVPR 2025)',
     'OmniSR': "OmniSR, the paper's main table (github.com/Francis0625/Omni-SR)",
-    'SwinIR': 'SwinIR, table 3',
-    'code': 'counted from the official code, since no published figure was found',
+    'PFT': "PFT (CVPR 2025), table of lightweight networks, for x4; SwinIR's own table has 897K and 49.6G at x4",
+    'code': 'parameters and multiply-adds counted from the official code or by it, not published',
 }
 
 
@@ -139,7 +140,7 @@ PUBLISHED: dict[str, dict[int, Published]] = {
         unit=K,
     ),
     'SwinIR-light': _rows(
-        ('ESC', 'SwinIR'),
+        ('ESC', 'PFT'),
         (910, 244.2, 1409.8, 1287, (38.14, 33.86, 32.31, 32.76, 39.12)),
         (918, 110.8, 331.7, 596, (34.62, 30.54, 29.20, 28.66, 33.98)),
         (930, 63.6, 222.9, 351, (32.44, 28.77, 27.69, 26.47, 30.92)),

@@ -1,6 +1,6 @@
 """Recipes: published settings as option defaults (`--template NAME`); what is typed wins.
 
-A recipe is both the training and the test protocol of a network.
+A recipe is the training of a network, and its paper's way to test as far as this program has it (docs/PROTOCOLS.md).
 """
 
 Recipe = dict[str, object]
@@ -37,6 +37,7 @@ LCOAN: Recipe = {'model': 'LCoAN', 'data_train': ['DIV2K'], 'data_range': ((1, 8
 
 # https://github.com/saturnian77/ASID, README and yamls: an epoch is 64 patches of each of the 800 images; its
 # augmentation flips two of three images, here all eight orientations are equally likely. Tested in tiles, as OmniSR.
+# Fine-tuning is as in the README; the weights of ASIDd8 x2 were fine-tuned at 1.5e-4, halved at 125 and 250.
 TILES: Recipe = {'chop': True, 'chop_size': 64, 'chop_overlap': 24, 'chop_blend': 'mean'}
 ADAMW: Recipe = {'optimizer': 'ADAMW', 'weight_decay': 1e-4}
 ASID: Recipe = {
@@ -51,6 +52,8 @@ OMNISR: Recipe = {
     **milestones(250, 500, 750, 1000),
 }  # fmt: skip
 
+OMNISR_DF2K: Recipe = {**OMNISR, **DF2K, 'test_every': 3450}
+
 # https://github.com/NeonLeexiang/DLGSANet, options; every scale from scratch; scores leave out 4 pixels at every scale
 DLGSANET: Recipe = {
     'model': 'DLGSANet', **DIV2K, 'lr': 5e-4, 'betas': [0.9, 0.99], 'batch_size': 16, 'weight_ema': 0.999, 'shave': 4,
@@ -60,7 +63,7 @@ DLGSANET: Recipe = {
 # https://github.com/LabShuHangGU/Adaptive-Token-Dictionary, options; x2 is trained, then fine-tuned on larger patches,
 # x3 and x4 start from x2; tested on whole images
 ATD_COMMON: Recipe = {
-    'optimizer': 'ADAMW', 'betas': [0.9, 0.9], 'batch_size': 32, 'weight_ema': 0.999, 'chop': False,
+    'optimizer': 'ADAMW', 'betas': [0.9, 0.9], 'batch_size': 32, 'weight_ema': 0.999,
 }  # fmt: skip
 ATD: Recipe = {
     'model': 'ATD', **DF2K, **ATD_COMMON, 'lr': 2e-4, 'warmup': 10000, **milestones(250, 300),
@@ -114,6 +117,7 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('ATD-light', ATD_LIGHT, 64, (2,)),
     **at_scales('ATD-light', ATD_LIGHT_TUNED, 64, (3, 4)),
     **at_scales('OmniSR', OMNISR, 64),
+    **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),
     **at_scales('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
     **at_scales('LCoAN-small', {**SMALL, **milestones(10, 14, 17, 19, 20)}, 32, (2,)),

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from costs import cost, input_size, multiply_adds, points, table
+from costs import cost, find_pairs, input_size, multiply_adds, points, table
+from error import UserError
 from model import NETWORKS
 from published import PUBLISHED
 
@@ -67,6 +68,16 @@ def test_deviations_are_marked(monkeypatch):
         'x4': [('OmniSR', rows[0]['parameters'], 26.64, rows[0]['multiply_adds']),
                ('ATD-light', rows[1]['parameters'], 26.97, rows[1]['multiply_adds'])]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize('names, scales', [(['ASID'], [8]), (['ASID'], [2, 8]), (['ASID', 'ATD'], [8])])
+def test_scales_that_a_network_does_not_have(names, scales):
+    with pytest.raises(UserError, match=r'--scale \S*8: ASID enlarges by 2, 3, 4; choose among these'):
+        find_pairs(names, scales)
+
+
+def test_several_networks_are_measured_where_they_can():
+    assert find_pairs(['EDSR', 'ASID'], [4, 8]) == [('EDSR', 4), ('EDSR', 8), ('ASID', 4)]
 
 
 def test_a_network_that_does_not_fit_has_no_latency(monkeypatch):

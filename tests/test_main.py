@@ -250,6 +250,7 @@ def test_auto_finds_the_network_in_its_weights(data_folder, no_curves, capsys):
     found = train(data_folder, f'--model auto {typed}', name='auto')
     assert results(found)['sets']['Set5']['psnr'] == expected
     assert results(found)['model'] == 'LCoAN'
+    assert results(found)['settings'] == results(run)['settings']
     said = capsys.readouterr().out
     assert 'holds weights of LCoAN x2 (n_feats 8, n_resgroups 2, n_resblocks 1, n_clusters 4)' in said
     assert 'What weights do not show is as in the paper of LCoAN: ema_decay, res_scale, act, dilation' in said
@@ -267,12 +268,16 @@ def test_auto_says_what_it_saw(data_folder, capsys):
 
 def test_costs(data_folder, capsys):
     run = train(data_folder, '--costs --model ASID+ASIDd8 --scale 4 --cpu', name='costs')
+    said = capsys.readouterr().out
     rows = json.loads((run / 'costs.json').read_text())
     assert [(row['model'], row['scale'], row['parameters']) for row in rows] == [
         ('ASID', 4, 313104), ('ASIDd8', 4, 747734)
     ]  # fmt: skip
+    before = (run / 'costs.json').read_bytes()
+    assert main.main(arguments(data_folder, '--costs --model ASID --scale 8 --save costs --cpu')) == 2
+    assert '--scale 8: ASID enlarges by 2, 3, 4' in capsys.readouterr().err
+    assert (run / 'costs.json').read_bytes() == before
     assert all(row['latency'] > 0 and row['memory'] > 4 * row['parameters'] for row in rows)
-    said = capsys.readouterr().out
     assert re.search(r'ASID +x4 +313\.1 +313\.1 +20\.8 +20\.8 ', said)
     assert read_rgb(run / 'costs.png').size
 

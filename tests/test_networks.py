@@ -251,6 +251,22 @@ def test_incomplete_weights_are_not_recognised(name: str) -> None:
         recognise(state)
 
 
+@pytest.mark.filterwarnings('ignore:Initializing zero-element')
+@pytest.mark.parametrize('shape', [(), (5,), (0,), (0, 0, 0, 0), (3, 0, 1, 1)])
+@small_networks
+def test_weights_of_impossible_shapes_are_not_recognised(name: str, shape: tuple[int, ...]) -> None:
+    state = small(name).state_dict()
+    for key, value in state.items():
+        with pytest.raises(UserError, match=r'^(These weights look like|No network known here)'):
+            recognise({**state, key: torch.zeros(shape)} if value.shape != shape else {key: value})
+
+
+@pytest.mark.parametrize('name', ['ATD', 'SwinIR-light', 'ASID', 'OmniSR'])
+def test_windows_that_would_fill_the_memory_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match='--window_size 65 makes windows of 65x65 pixels: choose 64 or less'):
+        build(name, 2, window_size=65)
+
+
 def test_foreign_weights_are_named() -> None:
     with pytest.raises(UserError, match=r'No network known here has such weights: 2 tensors, a\.weight, b'):
         recognise({'a.weight': torch.ones(2), 'b': torch.ones(1)})

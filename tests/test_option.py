@@ -138,7 +138,7 @@ def test_help():
     assert len(groups) >= 6
     entries = [entry.split('\n\n')[0] for entry in text.split('\n  --')[1:]]
     described = {entry.split()[0]: re.split(r'\s{2,}', entry, maxsplit=1)[1:] for entry in entries}
-    assert set(described) == ALL
+    assert set(described) == {*ALL, 'no_chop'}
     assert [name for name, description in described.items() if not description] == []
     for name, default in {'lr': '0.0001', 'epochs': '300', 'data_test': 'Set5', 'decay': '200'}.items():
         assert f'(default: {default})' in described[name][0]
@@ -228,15 +228,28 @@ def test_costs_of_several():
 def test_recognised_network_settles_the_options():
     args = options('--model auto --pre_train x.pt --test_only --res_scale 0.5')
     assert (args.scale, args.save) == (None, '')
-    option.settle(args, 'EDSR', 3, {'n_feats': 8, 'res_scale': 0.1})
+    option.settle(args, 'EDSR', 3, {'n_feats': 8, 'n_colors': 3}, {'n_feats': 8})
     assert (args.model, args.scale, args.n_feats, args.res_scale, args.save) == ('EDSR', 3, 8, 0.5, 'EDSR_x3_test')
+
+
+def test_training_takes_weights_to_another_scale():
+    args = options('--model auto --pre_train x.pt --scale 4')
+    option.settle(args, 'EDSR', 2, {}, {})
+    assert (args.model, args.scale) == ('EDSR', 4)
+
+
+def test_tiles_of_a_recipe_can_be_left_out():
+    assert options('--template ASID_x4').chop is True
+    assert options('--template ASID_x4 --no_chop').chop is False
 
 
 def test_recognised_network_meets_the_checks_of_any_other():
     with pytest.raises(UserError, match=r'--scale 2: x\.pt holds weights of EDSR x3; leave it out'):
-        option.settle(options('--model auto --pre_train x.pt --scale 2'), 'EDSR', 3, {})
+        option.settle(options('--model auto --pre_train x.pt --scale 2 --test_only'), 'EDSR', 3, {}, {})
+    with pytest.raises(UserError, match=r'--n_feats 4: x\.pt holds weights of EDSR with 8; leave it out'):
+        option.settle(options('--model auto --pre_train x.pt --n_feats 4'), 'EDSR', 3, {'n_feats': 8}, {})
     with pytest.raises(UserError, match='--patch_size 100 is not a multiple of --scale 3'):
-        option.settle(options('--model auto --pre_train x.pt --patch_size 100'), 'EDSR', 3, {})
+        option.settle(options('--model auto --pre_train x.pt --patch_size 100'), 'EDSR', 3, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -273,6 +286,7 @@ BAD = [
     *[(name, text) for name in COUNTS.split() for text in ('0', '-1', '1.5', 'many', '')],
     *[(name, text) for name in NATURALS.split() for text in ('-1', '0.5', 'inf')],
     *[(name, text) for name in POSITIVES.split() for text in ('0', '-1', 'nan', 'inf', 'x')],
+    ('mlp_ratio', '101'),
     *[(name, text) for name in ('ema_decay', 'momentum', 'drop_path') for text in ('-0.1', '1.1', 'nan')],
     *[(name, text) for name in ('weight_decay', 'gclip', 'clip_norm', 'lr_min') for text in ('-1', 'nan', 'inf')],
     *[('weight_ema', text) for text in ('-1', '1', 'nan')],
@@ -320,6 +334,10 @@ def test_out_of_range(name, text):
         ('--costs --model LCoAN+Foo', ["'Foo'", *option.MODELS]),
         ('--costs --test_only', ['--test_only', '--costs']),
         ('--costs --pre_train x.pt', ['--pre_train', '--costs']),
+        ('--costs --template ASID_x4', ['--template', '--costs']),
+        ('--costs --n_feats 8', ['--n_feats', '--costs']),
+        ('--costs --model auto', ["'auto'"]),
+        ('--model auto --pre_train x.pt --template ASID_x4', ['--template ASID_x4', 'auto']),
     ],
 )
 def test_what_cannot_be(command, words):

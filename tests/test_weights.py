@@ -46,7 +46,8 @@ WRAPPED = [
     (lambda right, wrong: {'params': right}, 'params'),
     (lambda right, wrong: {'params_ema': right}, 'params_ema'),
     (lambda right, wrong: {'params': wrong, 'params_ema': right}, 'params_ema'),
-    (lambda right, wrong: {'model': right, 'epoch': 3, 'seed': 1}, 'model'),
+    (lambda right, wrong: {'model': right, 'average': None, 'epoch': 3}, 'model'),
+    (lambda right, wrong: {'model': wrong, 'average': right, 'epoch': 3}, 'average'),
     (lambda right, wrong: {'state_dict': right, 'epoch': 3}, 'state_dict'),
     (lambda right, wrong: {f'module.{key}': value for key, value in right.items()}, "without the prefix 'module.'"),
     (

@@ -34,6 +34,7 @@ from model.common import (
     UserError,
     attention_cell,
     check_images,
+    check_window,
     conv,
     how_many,
     look_up_bias,
@@ -199,6 +200,7 @@ class ASID(nn.Module):
         super().__init__()
         if n_feats % 4:
             raise UserError(f'--n_feats {n_feats} is not a multiple of 4: ASID works on quarters, choose one.')
+        check_window(window_size)
         self.scale, self.window_size = scale, window_size
         self.groups = [f'block{i}' for i in range(n_resgroups)]
         for i, name in enumerate(self.groups):

@@ -36,6 +36,7 @@ from model.common import (
     Windows,
     attention,
     check_images,
+    check_window,
     conv,
     cut_windows,
     flatten_image,
@@ -239,6 +240,7 @@ class ATD(nn.Module):
         UserError: heads do not divide the channels, an even kernel.
     """
 
+    mean: Tensor
     relative_position_index_SA: Tensor
 
     def __init__(
@@ -261,7 +263,9 @@ class ATD(nn.Module):
             raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
         if kernel_size % 2 == 0:
             raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
+        check_window(window_size)
         self.scale, self.window_size = scale, window_size
+        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer('relative_position_index_SA', relative_positions(window_size))
         self.conv_first = conv(3, n_feats, 3)
         self.patch_embed = nn.Sequential(OrderedDict(norm=nn.LayerNorm(n_feats)))
@@ -298,11 +302,10 @@ class ATD(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         out_height, out_width = (self.scale * side for side in x.shape[2:])
-        mean = x.new_tensor(RGB_MEAN).view(-1, 1, 1)
-        x = self.conv_first(mirror_pad(x, self.window_size) - mean)
+        x = self.conv_first(mirror_pad(x, self.window_size) - self.mean)
         x = x + self.conv_after_body(self.body(x))
         x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
-        return x[..., :out_height, :out_width] + mean
+        return x[..., :out_height, :out_width] + self.mean
 
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
@@ -356,7 +359,6 @@ def recognise_v2(state: Mapping[str, Tensor]) -> bool:
 
 
 SCALES = (2, 3, 4)
-HALF = (torch.bfloat16,)  # the category attention's logits are products times up to a hundred: too much for float16
 LIGHT = {
     'n_feats': 48,
     'n_resgroups': 4,
@@ -368,9 +370,7 @@ LIGHT = {
     'mlp_ratio': 1.0,
     'direct_upsampler': True,
 }
-network = partial(
-    Network, ATD, SCALES, tiling_exact=False, upsampler='upsample.', half=HALF, blocks=(Layer,), recognise=recognise
-)
+network = partial(Network, ATD, SCALES, tiling_exact=False, upsampler='upsample.', blocks=(Layer,), recognise=recognise)
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
     'ATD': network(),  # 20.1M 6.47T / 20.3M 2.87T / 20.3M 1.73T

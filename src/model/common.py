@@ -13,6 +13,8 @@ from error import UserError as UserError
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
 
+MOST_WINDOW = 64  # pixels along the side of an attention window
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     'relu': lambda: nn.ReLU(inplace=True),
     'leaky_relu': lambda: nn.LeakyReLU(0.2, inplace=True),
@@ -34,7 +36,8 @@ class Network:
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
         upsampler: prefix of the parameters that depend on the scale; all others carry over to another scale.
-        half: the types below float32 that autocast may use without a visible loss.
+        half: the types below float32 that autocast may use without a visible loss. Of float16 this has to be shown:
+            nothing keeps the features of a network without norms below 65504.
         blocks: classes of the modules that activation checkpointing computes again.
         recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
             them; None for the weights of another network.
@@ -46,7 +49,7 @@ class Network:
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
     upsampler: str = 'tail.0.'
-    half: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    half: tuple[torch.dtype, ...] = (torch.bfloat16,)
     blocks: tuple[type[nn.Module], ...] = ()
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
 
@@ -234,6 +237,12 @@ class ChannelNorm(nn.Module):
         return x * (variance + self.eps).rsqrt() * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
+def check_window(size: int) -> None:
+    """Refuse windows whose masks, of size^4 entries, would fill the memory."""
+    if size > MOST_WINDOW:
+        raise UserError(f'--window_size {size} makes windows of {size}x{size} pixels: choose {MOST_WINDOW} or less.')
+
+
 def hidden_width(n_feats: int, mlp_ratio: float) -> int:
     """Channels inside a feed-forward network: `n_feats` times `mlp_ratio`, rounded, at least one."""
     return max(1, round(n_feats * mlp_ratio))
@@ -345,7 +354,7 @@ def attend(values: Tensor, pattern: Pattern) -> Tensor:
 
 
 class PixelNorm(ChannelNorm):
-    """`ChannelNorm` for maps in channels_last memory, which its result is in, in the type of autocast."""
+    """`ChannelNorm` for maps in channels_last memory, which its result is in."""
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1)

@@ -16,16 +16,23 @@ from model.common import Network
 
 State = Mapping[str, Tensor]
 
+# What reading settings from shapes that no network has, and building from such settings, may come to.
+IMPOSSIBLE = (IndexError, TypeError, ValueError, ZeroDivisionError, RuntimeError, UserError)
+
 
 @dataclass(frozen=True)
 class Found:
-    """A network, its scale, and the settings in which it differs from the published one of that name.
+    """A network and its scale.
 
-    `unseen` are settings that no key or shape shows; they are taken to be those of the published network.
+    Attributes:
+        shown: settings that keys and shapes show.
+        settings: those of them in which it differs from the published network of that name.
+        unseen: settings that nothing shows; they are taken to be those of the published network.
     """
 
     name: str
     scale: int
+    shown: dict[str, Any]
     settings: dict[str, Any]
     unseen: tuple[str, ...]
 
@@ -48,13 +55,10 @@ def recognise(state: State) -> Found:
             'that --model ATD and ATD-light are: get the weights of the first one.'
         )
     found = min(_candidates(state), key=lambda candidate: len(candidate.settings), default=None)
-    if found is None:
+    own = _layout(found) if found else None
+    if found is None or own is None:
         raise UserError(f'No network known here has such weights: {len(state)} tensors, {some(list(state))}.')
-    with torch.device('meta'):
-        own = build(found.name, found.scale, **found.settings).state_dict()
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own]
-    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    missing, extra, reshaped = mismatches(own, state)
     if wrong := [*missing, *extra, *reshaped]:
         raise UserError(
             f'These weights look like {found}, but {len(missing)} are missing, {len(extra)} unknown and '
@@ -63,13 +67,38 @@ def recognise(state: State) -> Found:
     return found
 
 
+def mismatches(own: State, state: State) -> tuple[list[str], list[str], list[str]]:
+    """Keys of a network that `state` lacks, keys that the network lacks, and keys with other shapes."""
+    missing = [key for key in own if key not in state]
+    extra = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    return missing, extra, reshaped
+
+
 def _candidates(state: State) -> list[Found]:
-    seen = {network.recognise: network.recognise(state) for network in NETWORKS.values()}
+    seen = {network.recognise: _read(network, state) for network in NETWORKS.values()}
     return [
         _compare(name, network, dict(shown))
         for name, network in NETWORKS.items()
         if (shown := seen[network.recognise]) is not None and shown['scale'] in network.scales
     ]
+
+
+def _read(network: Network, state: State) -> dict[str, Any] | None:
+    """What a network reads from `state`; None as well if shapes of its keys make no sense to it."""
+    try:
+        return network.recognise(state)
+    except IMPOSSIBLE:
+        return None
+
+
+def _layout(found: Found) -> State | None:
+    """The state dict of a network without its values; None if it cannot be."""
+    try:
+        with torch.device('meta'):
+            return build(found.name, found.scale, **found.settings).state_dict()
+    except IMPOSSIBLE:
+        return None
 
 
 def _compare(name: str, network: Network, shown: dict[str, Any]) -> Found:
@@ -79,4 +108,4 @@ def _compare(name: str, network: Network, shown: dict[str, Any]) -> Found:
     arguments = published.arguments
     differing = {key: value for key, value in shown.items() if arguments[key] != value}
     unseen = tuple(key for key in arguments if key not in shown and key != 'scale')
-    return Found(name, scale, differing, unseen)
+    return Found(name, scale, shown, differing, unseen)

@@ -9,7 +9,6 @@ for it is missing), `act` is in force, and one colour channel has a mean of its 
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from model.common import (
@@ -82,14 +81,9 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 SCALES = (2, 3, 4, 8)
 BASELINE = {'n_resblocks': 16, 'n_feats': 64, 'res_scale': 1.0}
-# Not float16: features grow with the pixel values, which go up to 255 here, and from block to block, since no norm
-# bounds them; nothing keeps them below 65504.
-HALF = (torch.bfloat16,)
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'EDSR': Network(
-        EDSR, SCALES, half=HALF, blocks=(ResBlock,), recognise=recognise
-    ),  # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
+    'EDSR': Network(EDSR, SCALES, blocks=(ResBlock,), recognise=recognise),  # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
     # 1.37M 316G / 1.55M 160G / 1.52M 114G
-    'EDSR-baseline': Network(EDSR, SCALES, BASELINE, half=HALF, blocks=(ResBlock,), recognise=recognise),
+    'EDSR-baseline': Network(EDSR, SCALES, BASELINE, blocks=(ResBlock,), recognise=recognise),
 }

@@ -30,6 +30,7 @@ from model.common import (
     UserError,
     attention_cell,
     check_images,
+    check_window,
     conv,
     how_many,
     look_up_bias,
@@ -139,6 +140,7 @@ class OmniSR(nn.Module):
         super().__init__()
         if n_feats % n_heads:
             raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
+        check_window(window_size)
         self.scale, self.window_size = scale, window_size
         self.residual_layer = nn.Sequential(*(OSAGroup(n_feats, n_heads, window_size) for _ in range(n_resgroups)))
         self.input = conv(3, n_feats, 3)

@@ -13,7 +13,6 @@ in force inside the blocks (the channel attention keeps its ReLU); one colour ch
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from model.common import (
@@ -130,10 +129,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
     return found
 
 
-# 15.4M parameters, 3.53T multiply-adds at a 1280x720 output / 15.6M 1.59T / 15.6M 917G at x2 / x3 / x4. Not float16:
-# features grow with the pixel values, up to 255 here, and from block to block; nothing keeps them below 65504.
+# 15.4M parameters, 3.53T multiply-adds at a 1280x720 output / 15.6M 1.59T / 15.6M 917G at x2 / x3 / x4.
 NETWORKS = {
-    'RCAN': Network(
-        RCAN, (2, 3, 4, 8), tiling_exact=False, half=(torch.bfloat16,), blocks=(RCAB,), recognise=recognise
-    ),
+    'RCAN': Network(RCAN, (2, 3, 4, 8), tiling_exact=False, blocks=(RCAB,), recognise=recognise),
 }

@@ -28,6 +28,7 @@ from model.common import (
     UserError,
     Windows,
     check_images,
+    check_window,
     conv,
     cut_windows,
     flatten_image,
@@ -156,6 +157,8 @@ class SwinIR(nn.Module):
         UserError: heads do not divide the channels, a probability that is none.
     """
 
+    mean: Tensor
+
     def __init__(
         self,
         scale: int,
@@ -172,7 +175,9 @@ class SwinIR(nn.Module):
             raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
         if not 0 <= drop_path < 1:
             raise UserError(f'--drop_path {drop_path} is a probability: choose 0 or more and less than 1.')
+        check_window(window_size)
         self.scale, self.window_size = scale, window_size
+        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
         hidden = hidden_width(n_feats, mlp_ratio)
         rates = torch.linspace(0, drop_path, n_resgroups * n_resblocks, device='cpu').tolist()
         self.conv_first = conv(3, n_feats, 3)
@@ -192,10 +197,9 @@ class SwinIR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         out_height, out_width = (self.scale * side for side in x.shape[2:])
-        mean = x.new_tensor(RGB_MEAN).view(-1, 1, 1)
-        x = self.conv_first(mirror_pad(x, self.window_size) - mean)
+        x = self.conv_first(mirror_pad(x, self.window_size) - self.mean)
         x = self.upsample(x + self.conv_after_body(self.body(x)))
-        return x[..., :out_height, :out_width] + mean
+        return x[..., :out_height, :out_width] + self.mean
 
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]

@@ -6,17 +6,17 @@ from torch import Tensor, nn
 
 from error import UserError
 from files import read_safetensors, read_torch, some
-from model.detect import recognise
+from model.detect import mismatches, recognise
 
-WRAPPERS = ('params_ema', 'params', 'model', 'state_dict')  # BasicSR's two, a run's state, and a common one
+WRAPPERS = ('params_ema', 'params', 'average', 'model', 'state_dict')  # BasicSR's, those of a run, a common one
 PREFIX = 'module.'
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """State dict from a file of PyTorch or of safetensors, and in words what was unwrapped to get at it, if anything.
 
-    Taken off are BasicSR's 'params_ema' (preferred) and 'params', 'model', 'state_dict', and DataParallel's prefix
-    'module.' of the names.
+    Taken off are BasicSR's 'params_ema' or else 'params', the 'average' or else the 'model' of a run's state,
+    'state_dict', and DataParallel's prefix 'module.' of the names.
     """
     content = read_safetensors(path) if path.suffix == '.safetensors' else read_torch(path)
     unwrapped = []
@@ -50,9 +50,7 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsample
         UserError: missing or extra keys, or other shapes; nothing was copied.
     """
     own = net.state_dict()
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own]
-    reshaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    missing, extra, reshaped = mismatches(own, state)
     wrong = [*missing, *extra, *reshaped]
     if upsampler is not None:
         wrong = [key for key in wrong if not key.startswith(upsampler)]
