@@ -233,6 +233,8 @@ def train(args: Namespace, folder: RunFolder) -> None:
             f'--batch_size {args.batch_size} is too small for {parallel.size()} processes and --split_batch '
             f'{args.split_batch}: each needs a patch in each part.'
         )
+    if parallel.size() > 1 and 'GAN' in args.loss:
+        raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
     model.run = parallel.shared(model.run, model.device)
     if args.reset:
         folder.clear()
