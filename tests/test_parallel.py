@@ -75,7 +75,7 @@ def test_several_processes_learn_what_one_learns(data_folder, network):
 def test_a_run_goes_on_with_another_number_of_processes(data_folder):
     """Under torchrun as it is, in parts of a batch, stopped by its SIGTERM and continued by one process."""
     more = (
-        f'{EDSR} --batch_size 4 --split_batch 2 --test_every 300 --epochs 1 --print_every 1 --optimizer SGD --lr 1e-4'
+        f'{EDSR} --batch_size 4 --split_batch 2 --test_every 300 --epochs 1 --print_every 1 --optimizer SGD --lr 1e-6'
     )
     command = [*TORCHRUN, '2', PROGRAM[1], *arguments(data_folder, more, '--save run')]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
