@@ -252,13 +252,13 @@ def test_incomplete_weights_are_not_recognised(name: str) -> None:
 
 
 @pytest.mark.filterwarnings('ignore:Initializing zero-element')
-@pytest.mark.parametrize('shape', [(), (5,), (0,), (0, 0, 0, 0), (3, 0, 1, 1)])
 @small_networks
-def test_weights_of_impossible_shapes_are_not_recognised(name: str, shape: tuple[int, ...]) -> None:
+def test_weights_of_impossible_shapes_are_not_recognised(name: str) -> None:
     state = small(name).state_dict()
-    for key, value in state.items():
+    shapes = [(), (7,), (0,), (0, 0, 0, 0), (3, 0, 1, 1)]
+    for i, key in enumerate(state):
         with pytest.raises(UserError, match=r'^(These weights look like|No network known here)'):
-            recognise({**state, key: torch.zeros(shape)} if value.shape != shape else {key: value})
+            recognise({**state, key: torch.zeros(shapes[i % len(shapes)])})
 
 
 @pytest.mark.parametrize('name', ['ATD', 'SwinIR-light', 'ASID', 'OmniSR'])
