@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'Error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('Interrupted: --load NAME continues a training run after its last finished epoch.', file=sys.stderr)
+        print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         from model.tiling import out_of_memory
@@ -70,6 +70,8 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
         finally:
             parallel.finish()
     elif args.n_GPUs > 1:
+        if not args.cpu and (found := parallel.gpus()) < args.n_GPUs:
+            raise UserError(f'--n_GPUs {args.n_GPUs}: this host has {found}; give as many or fewer, or --cpu.')
         parallel.launch(os.path.abspath(__file__), args.n_GPUs, argv)  # noqa: PTH100
     else:
         run_here(args)

@@ -32,6 +32,11 @@ def launch(script: str, processes: int, argv: Sequence[str]) -> None:
         ) from error
 
 
+def gpus() -> int:
+    """Number of GPUs of this host."""
+    return torch.cuda.device_count()
+
+
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
     if int(os.environ.get('SLURM_NTASKS', '1')) > 1 and 'SLURM_PROCID' in os.environ:
