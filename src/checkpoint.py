@@ -6,7 +6,9 @@ metrics.jsonl   for machines: one line an epoch
 results.json    the last evaluation
 loss.png, test_<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
-state.pt        weights and their average, optimiser, counters and log
+state.pt        everything a run continues from: weights and their average, optimiser, counters, log, options
+state_before.pt the state before it
+lock            held while a process trains here
 results-<Set>/  images
 """
 
@@ -16,8 +18,9 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -27,9 +30,12 @@ from files import read_torch, write_atomic
 
 log = logging.getLogger('frugalsr')
 
-STATE = {'model', 'average', 'optimizer', 'epoch', 'step', 'samples', 'log'}
+STATES = ('state.pt', 'state_before.pt')
+STATE = {
+    'model', 'average', 'optimizer', 'scaler', 'loss', 'epoch', 'batch', 'partial', 'step', 'samples', 'log', 'options',
+}  # fmt: skip
 
-OURS = ('state.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
+OURS = ('state.pt', 'state_before.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
 
 
 def finite(value: Any) -> Any:
@@ -49,15 +55,15 @@ def serialized(content: object) -> memoryview:
 
 
 class RunFolder:
-    """Files of one run, below `folder`; `config` is the text of its config.txt."""
+    """Files of one run, below `folder`; `config` is the text of its config.txt. Without `writes` nothing is written."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.models = folder, folder / 'model'
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.models, self.writes = folder, folder / 'model', writes
         self.config = ''
 
     def holds_training(self) -> bool:
         """Whether a training run left its state here."""
-        return (self.folder / 'state.pt').exists()
+        return any((self.folder / name).exists() for name in STATES)
 
     def clear(self) -> None:
         """Delete what a run leaves, and nothing else.
@@ -65,6 +71,8 @@ class RunFolder:
         Raises:
             UserError: a file could not be deleted.
         """
+        if not self.writes:
+            return
         try:
             self._clear()
         except OSError as error:
@@ -81,8 +89,36 @@ class RunFolder:
             with contextlib.suppress(OSError):  # not a folder, or a stranger's file is in it
                 path.rmdir()
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within this block no other process can train here, however this one ends.
+
+        Raises:
+            UserError: another one is at it, or the folder cannot be written.
+        """
+        if not self.writes:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / 'lock').open('a')
+        except OSError as error:
+            raise UserError(
+                f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
+            ) from error
+        with file:
+            try:
+                lock_file(file)
+            except OSError as error:
+                raise UserError(
+                    f'{self.folder} is being trained by another process: wait for it, or choose another --save.'
+                ) from error
+            yield
+
     def start_log(self) -> None:
         """Send the program's messages to log.txt as well as to the screen."""
+        if not self.writes:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             log_file = logging.FileHandler(self.folder / 'log.txt', encoding='utf-8')
@@ -94,11 +130,13 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file."""
-        write_atomic(self.folder / name, text.encode())
+        if self.writes:
+            write_atomic(self.folder / name, text.encode())
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write any other file."""
-        write_atomic(self.folder / name, content)
+        if self.writes:
+            write_atomic(self.folder / name, content)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
@@ -116,42 +154,77 @@ class RunFolder:
             best: these are the best weights so far.
             keep: keep the weights of this epoch under its number.
         """
+        if not self.writes:
+            return
         names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
         weights = serialized(state['average'] or state['model'])
         for name in names:
             write_atomic(self.models / f'model_{name}.pt', weights)
         self.write('config.txt', self.config)
-        self.save(self.folder / 'state.pt', state)
+        self.save_state(state)
         self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in state['log']))
         for name, image in picture.curves(state['log']).items():
             write_atomic(self.folder / name, image)
 
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Write what the run continues from; the state before it is kept beside it."""
+        if not self.writes:
+            return
+        content = serialized(state | {'options': self.config})
+        write_atomic(self.folder / STATES[0], content, before=self.folder / STATES[1])
+
     def keep_best(self, epoch: int) -> None:
         """Make the kept weights of `epoch` the best ones, if they were kept."""
         path = self.models / f'model_{epoch}.pt'
-        if path.is_file():
+        if self.writes and path.is_file():
             write_atomic(self.models / 'model_best.pt', path.read_bytes())
 
     def load_state(self) -> dict[str, Any]:
-        """What `save_epoch` wrote.
+        """What `save_state` wrote last; if that is missing or damaged, what it wrote before.
 
         Raises:
-            UserError: no state, damaged, or not this program's.
+            UserError: no state, both damaged, or not this program's.
         """
-        path = self.folder / 'state.pt'
-        if not path.is_file():
+        paths = [path for name in STATES if (path := self.folder / name).exists()]
+        if not paths:
             raise UserError(
                 f'{self.folder} holds no state (state.pt) to continue from: train it first, without --load.'
             )
-        state = read_torch(path)
-        if not isinstance(state, dict) or not state.keys() >= STATE:
-            raise UserError(f'{path} is not a state of this program: name another run with --load.')
+        try:
+            state = read_state(paths[0])
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            log.warning('%s The state before it is taken.', error)
+            return read_state(paths[1])
+        if paths[0].name != STATES[0]:
+            log.warning('%s is missing: the state before it is taken.', self.folder / STATES[0])
         return state
 
 
-def start_screen() -> None:
-    """Send the program's messages to standard output."""
+def read_state(path: Path) -> dict[str, Any]:
+    """One state file."""
+    state = read_torch(path)
+    if not isinstance(state, dict) or not state.keys() >= STATE:
+        raise UserError(f'{path} is not a state of this program: name another run with --load.')
+    return state
+
+
+def lock_file(file: IO[str]) -> None:
+    """Lock an open file for this process until it is closed; OSError if another process has it."""
+    if sys.platform == 'win32':
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def start_screen(quiet: bool = False) -> None:
+    """Send the program's messages to standard output, or nowhere."""
     log.setLevel(logging.INFO)
-    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout)]
     log.propagate = False
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line

@@ -20,10 +20,11 @@ def some(names: Sequence[str]) -> str:
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
+def write_atomic(path: Path, content: bytes | memoryview, before: Path | None = None) -> None:
     """Write a file aside, flush it to the disk and rename it, so that `path` is the old or the new file, never a part.
 
-    Folders are made as needed.
+    Folders are made as needed. The old file is kept as `before`, if that is given; a process that is killed between the
+    two renames leaves it there and nothing at `path`.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written; the old file is whole and nothing is left over.
@@ -36,13 +37,26 @@ def write_atomic(path: Path, content: bytes | memoryview) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        if before is not None and path.exists():
+            path.replace(before)
         aside.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
         raise WriteError(f'{path} could not be written ({reason}); what was there before is unchanged.') from error
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk too, where the system can do that."""
+    with suppress(OSError):  # Windows cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_torch(path: Path) -> object:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,12 @@ import option
 from error import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from checkpoint import RunFolder
     from data.srdata import SRData
     from model import Model
+    from optimizer import Schedule
     from trainer import Evaluation
 
 log = logging.getLogger('frugalsr')
@@ -30,14 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        run(option.parse(argv))
+        run(option.parse(argv), argv)
     except UserError as error:
         if '--debug' in argv:
             traceback.print_exc()
         print(f'Error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('Interrupted: --load NAME continues a training run after its last finished epoch.', file=sys.stderr)
+        print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         from model.tiling import out_of_memory
@@ -50,19 +54,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: Namespace) -> None:
-    """Do what the options say: measure costs, score files, test, or train."""
+def run(args: Namespace, argv: Sequence[str] = ()) -> None:
+    """Do what the options say: measure costs, score files, test, or train; in several processes if they say so."""
     try:
-        from checkpoint import RunFolder, start_screen
+        import parallel
     except ModuleNotFoundError as error:
         raise UserError(
             f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
         ) from error
 
-    start_screen()
+    if parallel.launched():
+        parallel.start(args.cpu)
+        try:
+            run_here(args)
+        finally:
+            parallel.finish()
+    elif args.n_GPUs > 1:
+        if not args.cpu and (found := parallel.gpus()) < args.n_GPUs:
+            raise UserError(f'--n_GPUs {args.n_GPUs}: this host has {found}; give as many or fewer, or --cpu.')
+        parallel.launch(os.path.abspath(__file__), args.n_GPUs, argv)  # noqa: PTH100
+    else:
+        run_here(args)
+
+
+def run_here(args: Namespace) -> None:
+    """Do what the options say in this process."""
+    import parallel
+    from checkpoint import RunFolder, start_screen
+
+    start_screen(quiet=parallel.rank() > 0)
     if args.model == 'auto':
         settle(args)
-    folder = RunFolder(args.save_dir / args.save)
+    folder = RunFolder(args.save_dir / args.save, writes=parallel.rank() == 0)
+    if parallel.restarted() and folder.holds_training():
+        args.load, args.reset = args.save, False
     if args.costs:
         costs(args, folder)
     elif args.score:
@@ -70,7 +95,8 @@ def run(args: Namespace) -> None:
     elif args.test_only:
         test(args, folder)
     else:
-        train(args, folder)
+        with folder.locked():
+            train(args, folder)
 
 
 def costs(args: Namespace, folder: RunFolder) -> None:
@@ -146,9 +172,12 @@ def test(args: Namespace, folder: RunFolder) -> None:
 
 def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
+    import parallel
     from data.traindata import train_loader
     from loss import Loss
-    from optimizer import learning_rate, make_optimizer
+    from model.recompute import recompute
+    from optimizer import make_optimizer
+    from stopping import Stop
     from trainer import Trainer, timed
 
     if folder.holds_training() and not (args.load or args.reset):
@@ -156,27 +185,31 @@ def train(args: Namespace, folder: RunFolder) -> None:
             f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
             'another --save keeps it.'
         )
-    loss = Loss(args.loss)
     model = make_model(args)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'{args.model} has nothing to train: use it with --test_only.')
-    optimizer = make_optimizer(
-        model.parameters(), args.optimizer, args.lr, args.weight_decay, tuple(args.betas), args.epsilon, args.momentum
-    )
+    new_optimizer = partial(
+        make_optimizer, name=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=tuple(args.betas),
+        epsilon=args.epsilon, momentum=args.momentum,
+    )  # fmt: skip
+    optimizer = new_optimizer(model.parameters())
+    loss = Loss(args.loss, model.range, model.n_colors, args.patch_size, args.gan_k, new_optimizer, args.vgg)
     folder.config = option.write_config(args, model.settings)
     state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
-    def evaluate() -> dict[str, Any]:
-        results = evaluation(timed(model), label(args))
-        write_results(args, folder, evaluation, results, model, f'epoch {trainer.epoch}')
+    stop, dtype = Stop(), autocast_dtype(args, model)
+
+    def evaluate(epoch: int) -> dict[str, Any]:
+        results = evaluation(timed(model), label(args), stop.check)
+        write_results(args, folder, evaluation, results, model, f'epoch {epoch}')
         return results
 
     trainer = Trainer(
-        model, loss, optimizer,
+        model, loss.to(model.device), optimizer,
         loader=lambda numbers: train_loader(
-            data, numbers, args.batch_size, args.n_threads, pin_memory=model.device.type == 'cuda'
+            data, parallel.Batches(numbers, args.batch_size), args.n_threads, pin_memory=model.device.type == 'cuda'
         ),
         name_of=data.name,
         evaluate=evaluate,
@@ -184,25 +217,59 @@ def train(args: Namespace, folder: RunFolder) -> None:
         batch_size=args.batch_size,
         steps=args.test_every,
         parts=args.split_batch,
-        rate=lambda epochs, steps: learning_rate(args.lr, args.decay, args.gamma, epochs, args.warmup, steps),
+        rate=schedule(args),
         clip=args.gclip,
+        clip_norm=args.clip_norm,
+        dtype=dtype,
         skip_threshold=args.skip_threshold,
         print_every=args.print_every,
         keep_all=args.save_models,
         average_decay=args.weight_ema,
         seed=args.seed,
+        save_every=args.save_every,
     )  # fmt: skip
+    if args.checkpointing:
+        recompute(model.net, model.network.blocks)
+    if args.batch_size < parallel.size() * args.split_batch:
+        raise UserError(
+            f'--batch_size {args.batch_size} is too small for {parallel.size()} processes and --split_batch '
+            f'{args.split_batch}: each needs a patch in each part.'
+        )
+    if parallel.size() > 1 and 'GAN' in args.loss:
+        raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
+    model.run = parallel.shared(model.run, model.device)
     if args.reset:
         folder.clear()
     folder.start_log()
     describe(model, folder, origin)
+    if args.amp != 'off':
+        log.info('--amp %s: %s computes in %s.', args.amp, args.model, type_name(dtype))
     if state is None:
         folder.write('config.txt', folder.config)
     elif args.resume > 0:
         trainer.rewind(args.resume, state['log'])
     else:
         trainer.resume(state)
-    trainer.train(args.epochs)
+    with stop:
+        finished = trainer.train(args.epochs, stop.check)
+    if not finished:
+        log.info('%s: stopped, and saved in %s; --load %s continues.', stop.name, trainer.saved, args.save)
+
+
+def schedule(args: Namespace) -> Schedule:
+    """The learning rate over the run."""
+    from optimizer import Schedule
+
+    total = args.epochs if args.decay_unit == 'epochs' else args.epochs * args.test_every
+    return Schedule(args.lr, args.schedule, args.decay, args.gamma, args.decay_unit, total, args.lr_min, args.warmup)
+
+
+def autocast_dtype(args: Namespace, model: Model) -> torch.dtype:
+    """What --amp computes in: what is asked for, or the next that the network stands."""
+    import torch
+
+    wanted = {'off': [], 'bf16': [torch.bfloat16], 'fp16': [torch.float16, torch.bfloat16]}
+    return model.safe(*wanted[args.amp])
 
 
 def device(args: Namespace) -> str:
@@ -232,7 +299,17 @@ def make_model(args: Namespace) -> Model:
     tiler = kind(args.chop_size, args.chop_overlap, args.chop_batch) if args.chop else None
     settings = option.network_settings(args)
     half = args.precision == 'half'
-    return Model(args.model, args.scale, device(args), tiler, args.self_ensemble, half, **settings)
+    return Model(
+        args.model,
+        args.scale,
+        device(args),
+        tiler,
+        args.self_ensemble,
+        half,
+        args.compile,
+        args.channels_last,
+        **settings,
+    )
 
 
 def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
@@ -301,13 +378,15 @@ def train_data(args: Namespace) -> Any:
 
 def make_set(args: Namespace, name: str, span: tuple[int, int], prepare: bool = True, cached: bool = False) -> SRData:
     """Find one set, and prepare it."""
+    import parallel
     from data.sets import find_set
     from data.srdata import SRData
 
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
     data = SRData(images, args.scale, args.lr_border, cached, args.shave)
     if prepare:
-        data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset')
+        with parallel.first_alone():  # it makes what is missing
+            data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset' and parallel.rank() == 0)
     return data
 
 
@@ -323,9 +402,9 @@ def label(args: Namespace) -> str:
     return args.template.rpartition('_x')[0] or args.model
 
 
-def precision(model: Model) -> str:
-    """What the network computes in, in tests: float32, float16 or bfloat16."""
-    return str(model.dtype).removeprefix('torch.')
+def type_name(dtype: torch.dtype) -> str:
+    """float32, float16 or bfloat16."""
+    return str(dtype).removeprefix('torch.')
 
 
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
@@ -334,7 +413,7 @@ def describe(model: Model, folder: RunFolder, origin: str) -> None:
     what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
     log.info('%s, %s; run folder %s', what, origin, folder.folder)
     if model.wants_half:
-        log.info('Half precision: computed in %s.', precision(model))
+        log.info('Half precision: computed in %s.', type_name(model.dtype))
     if model.tiler and not model.network.tiling_exact:
         log.info('Tiles change the result of %s: its attention sees one tile at a time.', model.name)
 
@@ -347,7 +426,7 @@ def write_results(
     protocol = {
         'chop': {'size': tiler.size, 'overlap': tiler.overlap, 'blend': args.chop_blend} if tiler else None,
         'self_ensemble': args.self_ensemble,
-        'precision': precision(model),
+        'precision': type_name(model.dtype),
         'sets': evaluation.protocol(),
     }
     about = {'model': args.model, 'scale': args.scale, 'settings': model.settings, 'weights': weights}

@@ -1,7 +1,9 @@
 """Optimisers, the learning-rate schedule and the weight average, under EDSR's and BasicSR's names."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn, optim
@@ -26,16 +28,39 @@ def make_optimizer(
     return adam(trainable, lr, betas, epsilon, weight_decay)
 
 
-def learning_rate(
-    lr: float, milestones: Sequence[int], gamma: float, epochs: int, warmup: int = 0, steps: int = 0
-) -> float:
-    """The rate of the next step, after `epochs` finished epochs and `steps` finished steps.
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate by finished epochs and steps; without a state, so that a resumed run needs none.
 
-    Step decay: `lr` times `gamma` once per milestone (an epoch) reached. Linear warm-up: step n of the first `warmup`
-    ones has n / warmup of that. A function of the counters alone, so a resumed run needs no state of a schedule.
+    Args:
+        lr: the highest rate.
+        kind: 'step': `lr` times `gamma` once per milestone reached; 'cosine': half a cosine from `lr` to `lr_min`.
+        milestones: after which the rate drops, counted in `unit`.
+        gamma: factor of a drop.
+        unit: 'epochs' or 'steps'.
+        total: length of the cosine, counted in `unit`.
+        lr_min: end of the cosine.
+        warmup: step n of the first `warmup` steps has n / warmup of the rate.
     """
-    rate = lr * gamma ** sum(milestone <= epochs for milestone in milestones)
-    return rate * min(1.0, (steps + 1) / warmup) if warmup else rate
+
+    lr: float
+    kind: str = 'step'
+    milestones: Sequence[int] = ()
+    gamma: float = 0.5
+    unit: str = 'epochs'
+    total: int = 1
+    lr_min: float = 0.0
+    warmup: int = 0
+
+    def __call__(self, epochs: int, steps: int) -> float:
+        """The rate of the next step."""
+        done = epochs if self.unit == 'epochs' else steps
+        if self.kind == 'cosine':
+            share = (1 + math.cos(math.pi * min(done / self.total, 1))) / 2
+            rate = self.lr_min + (self.lr - self.lr_min) * share
+        else:
+            rate = self.lr * self.gamma ** sum(milestone <= done for milestone in self.milestones)
+        return rate * min(1.0, (steps + 1) / self.warmup) if self.warmup else rate
 
 
 def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:

@@ -159,8 +159,16 @@ def build_parser() -> Parser:
     g.add_argument(
         '--n_threads', metavar='N', type=natural, default=min(6, os.cpu_count() or 1), help='processes that load data'
     )
+    g.add_argument('--compile', action='store_true', help='run the network through torch.compile')
+    g.add_argument('--channels_last', action='store_true', help='keep weights and images in channels_last memory')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
-    g.add_argument('--n_GPUs', metavar='N', type=natural, default=1, help='GPUs to use: 1, or 0 for the CPU')
+    g.add_argument(
+        '--n_GPUs',
+        metavar='N',
+        type=natural,
+        default=1,
+        help='GPUs of this host to use, a process each, or with --cpu processes; 0: the CPU',
+    )
     g.add_argument(
         '--seed', metavar='N', type=number(int, 0, 2**63 - 1), default=1, help='of everything that is random'
     )
@@ -386,11 +394,20 @@ def build_parser() -> Parser:
         '--split_batch', metavar='N', type=count, default=1, help='parts a batch is computed in, one after the other'
     )
     g.add_argument(
+        '--amp',
+        choices=('off', 'bf16', 'fp16'),
+        default='off',
+        help='mixed precision in training; where a network does not stand fp16 it is bf16, or none',
+    )
+    g.add_argument(
+        '--checkpointing', action='store_true', help='compute activations again for the gradients, to save memory'
+    )
+    g.add_argument(
         '--gan_k',
         metavar='N',
         type=count,
         default=1,
-        help='discriminator steps a step of the adversarial loss (which comes later)',
+        help='steps of the discriminator a step of the network, with the losses GAN, WGAN_GP and RGAN',
     )
 
     g = parser.add_argument_group('test')
@@ -412,7 +429,19 @@ def build_parser() -> Parser:
         type=epochs_list,
         default='200',
         metavar='E-E-...',
-        help='epochs after which the rate is multiplied by gamma',
+        help='epochs, or steps, after which the rate is multiplied by gamma',
+    )
+    g.add_argument(
+        '--schedule',
+        choices=('step', 'cosine'),
+        default='step',
+        help='of the learning rate: a factor gamma at each decay, or half a cosine down to lr_min',
+    )
+    g.add_argument(
+        '--decay_unit', choices=('epochs', 'steps'), default='epochs', help='what decay and the cosine are counted in'
+    )
+    g.add_argument(
+        '--lr_min', metavar='X', type=number(float, 0), default=0.0, help='learning rate at the end of the cosine'
     )
     g.add_argument('--gamma', metavar='X', type=positive, default=0.5, help='factor of the decay')
     g.add_argument(
@@ -446,7 +475,25 @@ def build_parser() -> Parser:
         default=0.0,
         help='gradients are clipped to +-gclip; 0: not at all',
     )
-    g.add_argument('--loss', metavar='TERMS', default='1*L1', help='weight*NAME joined by +; NAME is L1 or MSE')
+    g.add_argument(
+        '--clip_norm',
+        metavar='X',
+        type=number(float, 0),
+        default=0.0,
+        help='gradients together are scaled down to this Euclidean norm; 0: not at all',
+    )
+    g.add_argument(
+        '--loss',
+        metavar='TERMS',
+        default='1*L1',
+        help='weight*NAME joined by +; NAME is L1, MSE, Charbonnier, FFT, VGG22, VGG54, GAN, WGAN_GP or RGAN',
+    )
+    g.add_argument(
+        '--vgg',
+        metavar='FILE',
+        type=folder,
+        help="weights of VGG19 for VGG22 and VGG54: torchvision's vgg19-dcbb9e9d.pth (left out: torchvision has it)",
+    )
     g.add_argument(
         '--skip_threshold',
         metavar='X',
@@ -467,6 +514,13 @@ def build_parser() -> Parser:
         default=-1,
         metavar='EPOCH',
         help='with --load: from the weights of this epoch (kept by --save_models); -1 or 0: the latest state',
+    )
+    g.add_argument(
+        '--save_every',
+        metavar='N',
+        type=natural,
+        default=0,
+        help='batches between states saved within an epoch, for --load after a crash; 0: only after each epoch',
     )
     g.add_argument('--save_models', action='store_true', help='keep the weights of every epoch')
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
@@ -600,15 +654,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f'--template {args.template} names a network, which --model auto finds: give one of them.')
     if isinstance(args.scale, list):
         raise UserError(f'--scale {"+".join(map(str, args.scale))}: only --costs takes several; give one.')
-    if args.n_GPUs > 1:
-        raise UserError(f'--n_GPUs {args.n_GPUs}: this version runs on one GPU; give 1, or 0 for the CPU.')
-    if args.gan_k != 1:
-        raise UserError(f'--gan_k {args.gan_k}: this version has no adversarial loss; leave it out.')
     training = not (args.test_only or args.score)
     if training and args.scale and args.patch_size % args.scale:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
     if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
+    if training and args.split_batch > 1 and 'GAN' in args.loss:
+        raise UserError(f'--split_batch {args.split_batch}: a discriminator sees whole batches; leave it out.')
     if args.chop_overlap >= args.chop_size:
         raise UserError(
             f'--chop_overlap {args.chop_overlap} is not below --chop_size {args.chop_size}: choose larger tiles.'

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import metric
+import parallel
 import picture
 from checkpoint import RunFolder
 from data.image import Photo, fill_hidden, find_images, read_photo, read_rgb, write_png
@@ -26,11 +28,14 @@ from error import UserError
 from files import some, write_atomic
 from loss import Loss
 from model import Model
-from optimizer import WeightAverage, set_learning_rate
+from optimizer import Schedule, WeightAverage, set_learning_rate
+from stopping import Stopped
 
 log = logging.getLogger('frugalsr')
 
 SHEET_ROWS = 5
+
+T = TypeVar('T')
 
 Upscale = Callable[[SRData, int], tuple[np.ndarray, float]]
 Batch = tuple[Tensor, Tensor]
@@ -51,31 +56,34 @@ class Evaluation:
     ) -> None:
         self.sets, self.ssim, self.folder, self.ground_truth = sets, ssim, folder, ground_truth
 
-    def __call__(self, upscale: Upscale, label: str) -> dict[str, Any]:
+    def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
 
         Args:
             upscale: gives the image of a set at an index, (H, W, 3) uint8, and the seconds that it took.
             label: what to call it in pictures.
+            check: called before each image; what it raises ends the evaluation.
         """
-        return {images.name: self._set(images, upscale, label) for images in self.sets}
+        return parallel.spread({images.name: self._set(images, upscale, label, check) for images in self.sets})
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""
         return {s.name: {'channels': s.channels, 'shave': s.shave, 'lr_border': s.lr_border} for s in self.sets}
 
-    def _set(self, images: SRData, upscale: Upscale, label: str) -> dict[str, Any]:
+    def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
         scores: dict[str, dict[str, float]] = {}
         rows: list[picture.Comparison] = []
         with Writer() as writer:
-            for index in progress(range(len(images)), f'{images.name} x{images.scale}'):
-                sr, seconds = upscale(images, index)
+            outputs = in_turn(len(images), lambda index: upscale(images, index), check)
+            for index, (sr, seconds) in progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
                 name, hr = images.names[index], images.hr(index)
                 scores[name] = self._score(images, sr, hr) | {'seconds': seconds}
                 if self.folder is not None:
                     self._save(writer, images, index, hr, sr)
                     if len(rows) < SHEET_ROWS:
                         rows.append(compare(images, index, hr, {label: sr}))
+        if parallel.rank():
+            return {}
         if self.folder is not None:
             write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet(rows))
         means = {key: metric.mean(score[key] for score in scores.values()) for key in next(iter(scores.values()))}
@@ -111,6 +119,14 @@ def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.nd
         name if math.isnan(psnr) else f'{name}  {psnr:.2f} dB' for name, psnr in zip(versions, scores, strict=True)
     ]
     return picture.Comparison(images.names[index], [hr, *versions.values()], ['HR', *captions])
+
+
+def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = lambda: None) -> Iterator[tuple[int, T]]:
+    """Pieces of work and their results in order, dealt out to all processes; only the first one is given them."""
+    for first, own in parallel.deal(count):
+        check()
+        found = parallel.gather(None if own is None else work(own))
+        yield from ((first + i, result) for i, result in enumerate(found) if result is not None)
 
 
 class Writer:
@@ -198,16 +214,22 @@ def enlarge_folder(model: Model, source: Path, target: Path) -> None:
     if not files:
         raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
     plain = Model('Bicubic', model.scale, model.device, model.tiler)
-    failures: list[str] = []
+    names, failures = output_names(files), []
     start = time.perf_counter()
+
+    def enlarged(index: int) -> tuple[np.ndarray, bytes | None] | str:
+        try:
+            photo = read_photo(files[index])
+        except UserError as error:
+            return str(error)
+        return enlarge_photo(model, plain, photo), photo.icc
+
     with Writer() as writer:
-        for path, name in progress(zip(files, output_names(files), strict=True), source.name, total=len(files)):
-            try:
-                photo = read_photo(path)
-            except UserError as error:
-                failures.append(str(error))
-                continue
-            writer.write(target / f'{name}_x{model.scale}_SR.png', enlarge_photo(model, plain, photo), photo.icc)
+        for index, found in progress(in_turn(len(files), enlarged), source.name, total=len(files)):
+            if isinstance(found, str):
+                failures.append(found)
+            else:
+                writer.write(target / f'{names[index]}_x{model.scale}_SR.png', *found)
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
     if others := [path for path in source.iterdir() if path not in files]:
@@ -242,12 +264,58 @@ def enlarge_photo(model: Model, plain: Model, photo: Photo) -> np.ndarray:
     return np.concatenate((sr, alpha[..., :1]), -1)
 
 
+def draw_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of what a network draws in a step: of its own in each process."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
+def duration(seconds: float) -> str:
+    """As days, hours and minutes, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours // 24} d {hours % 24:02d} h {minutes:02d} min' if hours else f'{minutes} min {rest:02d} s'
+
+
 def plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
     """`batches`; the error of a process that loads them comes as it was, without the traceback PyTorch puts in it."""
     try:
         yield from batches
     except UserError as error:
         raise UserError(str(error).rpartition('error.UserError: ')[2].strip()) from error
+
+
+COUNTERS = ('epoch', 'batch', 'step', 'samples')
+MOST_NOT_FINITE = 10  # batches in a row
+
+
+@dataclass
+class Partial:
+    """What the batches of the epoch under way came to so far.
+
+    Attributes:
+        totals: sums of the loss terms.
+        learned, skipped: numbers of batches.
+        seconds, waited: in all, and for data.
+    """
+
+    totals: dict[str, float]
+    learned: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, values: dict[str, float] | None) -> None:
+        """Count a batch with its loss terms, or a skipped one."""
+        if values is None:
+            self.skipped += 1
+            return
+        self.learned += 1
+        for name, value in values.items():
+            self.totals[name] += value
+
+    def means(self) -> dict[str, float]:
+        """Loss terms a batch; nan if none was learned from."""
+        return {name: total / self.learned if self.learned else math.nan for name, total in self.totals.items()}
 
 
 class Trainer:
@@ -259,18 +327,21 @@ class Trainer:
         optimizer: over its parameters.
         loader: gives the batches of the sample numbers of a range, as (LR, HR), uint8.
         name_of: which image a sample number is cut from.
-        evaluate: scores the model.
+        evaluate: scores the model after an epoch of this number.
         run: where everything goes.
         batch_size: samples a step.
         steps: steps an epoch.
         rate: learning rate of the next step, after numbers of finished epochs and finished steps.
         parts: a batch is computed in this many parts.
         clip: largest absolute value of a gradient; 0: any.
+        clip_norm: largest Euclidean norm of all gradients together; 0: any.
+        dtype: type that the network computes in under autocast, float32 for none; losses and weights are float32.
         skip_threshold: a batch is skipped if its loss exceeds this times that of the last epoch.
         print_every: steps between lines in the log.
         keep_all: keep the weights of every epoch.
         average_decay: of the average of the weights, which is what is tested and saved as weights; 0: none.
         seed: of what a network draws in training, together with the number of the step.
+        save_every: batches between states saved within an epoch; 0: only after each epoch.
     """
 
     def __init__(
@@ -280,32 +351,41 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         loader: Callable[[range], Iterable[Batch]],
         name_of: Callable[[int], str],
-        evaluate: Callable[[], dict[str, Any]],
+        evaluate: Callable[[int], dict[str, Any]],
         run: RunFolder,
         batch_size: int,
         steps: int,
-        rate: Callable[[int, int], float],
+        rate: Schedule,
         parts: int = 1,
         clip: float = 0.0,
+        clip_norm: float = 0.0,
+        dtype: torch.dtype = torch.float32,
         skip_threshold: float = 1e8,
         print_every: int = 100,
         keep_all: bool = False,
         average_decay: float = 0.0,
         seed: int = 0,
+        save_every: int = 0,
     ) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
         self.batch_size, self.steps, self.parts, self.rate = batch_size, steps, parts, rate
-        self.clip, self.skip_threshold, self.print_every, self.keep_all = clip, skip_threshold, print_every, keep_all
-        self.seed = seed
+        self.clip, self.clip_norm, self.skip_threshold = clip, clip_norm, skip_threshold
+        self.print_every, self.keep_all, self.dtype = print_every, keep_all, dtype
+        # Keeps small gradients of float16 from becoming zero.
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
+        self.seed, self.save_every = seed, save_every
         self.average = WeightAverage(model.net, average_decay) if average_decay else None
         self.epoch = self.step = self.samples = 0
-        self.saved = 0  # the epoch of the state on the disk
+        self.batch = 0  # batches done in the epoch that is under way
+        self.partial = self._fresh()  # and what they came to
+        self.not_finite = 0  # batches in a row whose loss was not
+        self.saved = ''  # what the state on the disk is of
         self.rewound = False
         self.log: list[dict[str, Any]] = []
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Continue after the last epoch of a state that `state` gave; hyperparameters stay those of `optimizer`."""
+        """Continue from a state that `state` gave; hyperparameters stay those of `optimizer`."""
         own = [{key: value for key, value in g.items() if key != 'params'} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state['optimizer'])
@@ -315,14 +395,21 @@ class Trainer:
             group.update(hyperparameters)
         if self.average and state['average']:
             self.average.load(state['average'])
-        self.epoch, self.step, self.samples, self.log = (state[key] for key in ('epoch', 'step', 'samples', 'log'))
-        self.saved = self.epoch
+        self.loss.load_state_dict(state['loss'])
+        if state['scaler']:
+            self.scaler.load_state_dict(state['scaler'])
+        for key in COUNTERS:
+            setattr(self, key, state[key])
+        self.log = state['log']
+        if state['partial']['totals'].keys() == self.partial.totals.keys():  # else the terms of the loss have changed
+            self.partial = Partial(**state['partial'])
+        self.saved = self._place()
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
         """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
         self.log = log_of_run[:epoch]
         self.epoch, self.step, self.samples = epoch, self.log[-1]['step'], self.log[-1]['samples']
-        self.saved, self.rewound = len(log_of_run), True
+        self.saved, self.rewound = f'epoch {len(log_of_run)}', True
 
     def state(self) -> dict[str, Any]:
         """Everything that the run continues from."""
@@ -330,32 +417,43 @@ class Trainer:
             'model': self.model.net.state_dict(),
             'average': self.average.state if self.average else None,
             'optimizer': self.optimizer.state_dict(),
-            'epoch': self.epoch,
-            'step': self.step,
-            'samples': self.samples,
+            'loss': self.loss.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            **{key: getattr(self, key) for key in COUNTERS},
+            'partial': asdict(self.partial),
             'log': self.log,
         }
 
-    def train(self, epochs: int) -> None:
-        """Train until `epochs` epochs are done in all."""
+    def train(self, epochs: int, stop: Callable[[], None] = lambda: None) -> bool:
+        """Train until `epochs` epochs are done in all, or `stop`, which is called after each step, raises `Stopped`.
+
+        Returns whether all epochs are done; if not, the state is saved where the run stopped.
+        """
         if self.epoch >= epochs:
             log.info('All %d epochs are done; a larger --epochs continues.', epochs)
-            return
-        last = self.samples + (epochs - self.epoch) * self.steps * self.batch_size
-        batches = plain_errors(self.loader(range(self.samples, last)))
+            return True
+        steps = (epochs - self.epoch) * self.steps - min(self.batch, self.steps)
+        batches = plain_errors(self.loader(range(self.samples, self.samples + steps * self.batch_size)))
         while self.epoch < epochs:
-            record = self._train_epoch(batches, epochs)
-            if not all(p.isfinite().all() for p in self.model.net.parameters()):
-                raise UserError(f'The weights are no longer finite after epoch {self.epoch}; {self._advice()}')
-            self.log.append(record)
-            with self.average.applied() if self.average else nullcontext():
-                results = self.evaluate()
-            record['test'] = {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()}
-            log.info('%s', table(results))
+            try:
+                self._train_epoch(batches, epochs, stop)
+                results = self._evaluate(epochs)
+            except Stopped:
+                self.run.save_state(self.state())
+                self.saved = self._place()
+                return False
+            self._finish_epoch(results)
             if self.rewound:
                 self.run.keep_best(max(epoch for epoch in range(1, self.epoch) if self._is_best(epoch)))
             self.run.save_epoch(self.state(), self._is_best(self.epoch), self.keep_all)
-            self.saved, self.rewound = self.epoch, False
+            self.saved, self.rewound = self._place(), False
+        return True
+
+    def _place(self) -> str:
+        return f'epoch {self.epoch + 1}, batch {self.batch}' if self.batch else f'epoch {self.epoch}'
+
+    def _fresh(self) -> Partial:
+        return Partial(dict.fromkeys([*self.loss.terms, 'total'], 0.0))
 
     def _is_best(self, epoch: int) -> bool:
         """Whether no epoch up to this one had a better PSNR on the first test set."""
@@ -363,76 +461,128 @@ class Trainer:
         first = next(iter(tests[-1]))
         return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
 
-    def _train_epoch(self, batches: Iterator[Batch], epochs: int) -> dict[str, Any]:
+    def _train_epoch(self, batches: Iterator[Batch], epochs: int, stop: Callable[[], None]) -> None:
+        """Train until the epoch is complete, or `stop` raises."""
         self.model.net.train()
-        totals = dict.fromkeys([*self.loss.terms, 'total'], 0.0)
-        waited, skipped, start = 0.0, 0, time.perf_counter()
-        bar = progress(range(1, self.steps + 1), f'Epoch {self.epoch + 1}/{epochs}')
-        for batch in bar:
-            asked = time.perf_counter()
-            lr, hr = next(batches)
-            waited += time.perf_counter() - asked
-            rate = self.rate(self.epoch, self.step)
-            set_learning_rate(self.optimizer, rate)
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.step)).generate_state(1, np.uint64)[0]))
-            values = self._step(lr, hr)
-            self.step += 1
-            self.samples += self.batch_size
-            if values is None:
-                skipped += 1
-            else:
-                for name, value in values.items():
-                    totals[name] += value
-            seconds = time.perf_counter() - start
-            learned = batch - skipped
-            means = {name: total / learned if learned else math.nan for name, total in totals.items()}
-            speed, wait = batch * self.batch_size / seconds, waited / seconds
+        title = f'Epoch {self.epoch + 1}/{epochs}'
+        bar = progress(range(self.batch, self.steps), title, initial=self.batch, total=self.steps)
+        for _ in bar:
+            rate = self._next_step(batches)
+            done, means = self.partial, self.partial.means()
+            speed, wait = self.batch * self.batch_size / done.seconds, done.waited / done.seconds
             bar.set_postfix_str(f'loss {means["total"]:.4g}, {speed:.1f} images/s, {wait:.0%} waiting', refresh=False)
-            if batch % self.print_every == 0:
+            if self.batch % self.print_every == 0:
                 losses = ', '.join(f'{name} {value:.5g}' for name, value in means.items() if name != 'total')
+                left = done.seconds / self.batch * ((epochs - self.epoch) * self.steps - self.batch)
                 log.info(
-                    'Epoch %d, batch %d/%d: %s, lr %.3g, %.1f images/s, %.0f%% waiting for data',
-                    self.epoch + 1, batch, self.steps, losses, rate, speed, 100 * wait,
+                    'Epoch %d, batch %d/%d: %s, lr %.3g, %.1f images/s, %.0f%% waiting for data, %s left',
+                    self.epoch + 1, self.batch, self.steps, losses, rate, speed, 100 * wait, duration(left),
                 )  # fmt: skip
+            stop()
+            if self.save_every and self.batch % self.save_every == 0 and self.batch < self.steps:
+                self.run.save_state(self.state())
+                self.saved = self._place()
+
+    def _next_step(self, batches: Iterator[Batch]) -> float:
+        """Train on the next batch; returns its learning rate."""
+        start = time.perf_counter()
+        lr, hr = next(batches)
+        self.partial.waited += time.perf_counter() - start
+        rate = self.rate(self.epoch, self.step)
+        set_learning_rate(self.optimizer, rate)
+        self.loss.scale_rates(rate / self.optimizer.defaults['lr'])
+        torch.manual_seed(draw_seed(self.seed, self.step, parallel.rank()))
+        self.partial.add(self._step(lr, hr))
+        self.batch += 1
+        self.step += 1
+        self.samples += self.batch_size
+        self.partial.seconds += time.perf_counter() - start
+        return rate
+
+    def _evaluate(self, epochs: int) -> dict[str, Any]:
+        """Scores after an epoch, of the averaged weights if there are any."""
+        loss, rate = self.partial.means()['total'], self.rate(self.epoch, self.step - 1)
+        log.info('Epoch %d/%d: loss %.5g, lr %.3g, %.0f s', self.epoch + 1, epochs, loss, rate, self.partial.seconds)
+        if not self._weights_are_finite():
+            raise UserError(f'The weights are no longer finite after epoch {self.epoch + 1}; {self._advice()}')
+        with self.average.applied() if self.average else nullcontext():
+            results = self.evaluate(self.epoch + 1)
+        log.info('%s', table(results))
+        return results
+
+    def _finish_epoch(self, results: dict[str, Any]) -> None:
+        """Enter an epoch and its scores in the log."""
+        done, rate = self.partial, self.rate(self.epoch, self.step - 1)
         self.epoch += 1
-        log.info('Epoch %d/%d: loss %.5g, lr %.3g, %.0f s', self.epoch, epochs, means['total'], rate, seconds)
-        return {
-            'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate, 'loss': means,
-            'skipped': skipped, 'seconds': seconds, 'images_per_second': speed, 'wait': wait,
-        }  # fmt: skip
+        self.log.append({
+            'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate, 'loss': done.means(),
+            'skipped': done.skipped, 'seconds': done.seconds,
+            'images_per_second': self.batch * self.batch_size / done.seconds, 'wait': done.waited / done.seconds,
+            'test': {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()},
+        })  # fmt: skip
+        self.batch, self.partial = 0, self._fresh()
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.model.net.parameters())
 
     def _step(self, lr: Tensor, hr: Tensor) -> dict[str, float] | None:
         """One step on a batch; its loss terms, or None if it was skipped."""
         self.optimizer.zero_grad(set_to_none=True)
         terms = dict.fromkeys(self.loss.terms, 0.0)
-        for lr_part, hr_part in zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True):
-            share = len(lr_part) / len(lr)
-            losses = self.loss(self.model(lr_part), self.model.to_range(hr_part))
-            total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
-            total.backward()
-            for name, value in losses.items():
-                terms[name] += value.item() * share
+        parts = list(zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True))
+        for i, (lr_part, hr_part) in enumerate(parts):
+            with parallel.unsynchronised(self.model.run) if i < len(parts) - 1 else nullcontext():
+                for name, value in self._gradients(lr_part, hr_part).items():
+                    terms[name] += value
+        terms = dict(zip(terms, parallel.total(list(terms.values())), strict=True))
         values = terms | {'total': sum(terms.values())}
-        if not math.isfinite(values['total']):
-            where = f'in epoch {self.epoch + 1}, on patches of {self._names()}'
-            raise UserError(f'The loss is {values["total"]} {where}; {self._advice()}')
-        learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
-        last = learned[-1] if learned else math.inf
-        if values['total'] > self.skip_threshold * last:
-            log.warning('Batch skipped for its loss of %.4g: patches of %s.', values['total'], self._names())
+        if self._is_unusable(values['total']):
             return None
+        self.scaler.unscale_(self.optimizer)
         if self.clip:
             torch.nn.utils.clip_grad_value_(self.model.net.parameters(), self.clip)
-        self.optimizer.step()
+        if self.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.net.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.average:
             self.average.update()
         return values
 
+    def _gradients(self, lr: Tensor, hr: Tensor) -> dict[str, float]:
+        """Add the gradients of a part of a batch; returns its share of the batch's loss terms."""
+        share, low = len(lr) / self.batch_size, self.dtype != torch.float32
+        with torch.autocast(self.model.device.type, self.dtype if low else torch.bfloat16, enabled=low):
+            sr = self.model(lr)
+        losses = self.loss(sr.float(), self.model.to_range(hr))
+        total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
+        # The gradient is averaged over the processes, each of which has its share of the batch.
+        self.scaler.scale(total * parallel.size()).backward()
+        return {name: value.item() * share for name, value in losses.items()}
+
+    def _is_unusable(self, loss: float) -> bool:
+        """Whether a batch is to be skipped for its loss.
+
+        Raises:
+            UserError: its loss is not finite, and nor are the weights, or it is one of many in a row.
+        """
+        self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        where = f'in epoch {self.epoch + 1}, on patches of {self._names()}'
+        if self.not_finite and not self._weights_are_finite():
+            raise UserError(f'The loss is {loss} {where}, and so are weights; {self._advice()}')
+        if self.not_finite == MOST_NOT_FINITE:
+            raise UserError(f'The loss is {loss} {where}, the {self.not_finite}th time in a row; {self._advice()}')
+        learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
+        last = abs(learned[-1]) if learned else math.inf  # that of a GAN may be below 0
+        if not self.not_finite and loss <= self.skip_threshold * last:
+            return False
+        log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names())
+        return True
+
     def _advice(self) -> str:
         if not self.saved:
             return 'start again with a lower --lr or a --gclip.'
-        kept = f'epoch {self.saved} is kept'
-        return f'{kept}: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
+        return f'{self.saved} is kept: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
 
     def _names(self) -> str:
         numbers = range(self.samples, self.samples + self.batch_size)

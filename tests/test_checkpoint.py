@@ -1,14 +1,18 @@
 import json
 import logging
 import math
+import os
 import pickle
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from checkpoint import RunFolder, finite, start_screen
@@ -27,8 +31,9 @@ def state(*psnr: float) -> dict:
         for i, value in enumerate(psnr)
     ]
     weights = {'body.weight': torch.full((30, 30), float(len(psnr)))}
-    counters = {'epoch': len(psnr), 'step': 2 * len(psnr), 'samples': 4 * len(psnr)}
-    return {'model': weights, 'average': None, 'optimizer': {'state': {}}, **counters, 'log': log}
+    counters = {'epoch': len(psnr), 'batch': 0, 'step': 2 * len(psnr), 'samples': 4 * len(psnr), 'partial': {}}
+    learners = {'average': None, 'optimizer': {'state': {}}, 'scaler': {}, 'loss': {}}
+    return {'model': weights, **learners, **counters, 'log': log}
 
 
 def strict(text: str) -> object:
@@ -103,12 +108,47 @@ def test_results_are_strict_json(run):
 
 
 def test_state_round_trip(run):
-    saved = state(30.0, math.inf)
+    saved, run.config = state(30.0, math.inf), 'model: "EDSR"\n'
     run.save_epoch(saved, best=False, keep=False)
     loaded = run.load_state()
     assert torch.equal(loaded.pop('model')['body.weight'], saved.pop('model')['body.weight'])
-    assert loaded == saved
+    assert loaded == saved | {'options': 'model: "EDSR"\n'}
     assert run.holds_training()
+
+
+def test_the_state_before_is_kept(run, caplog):
+    logging.getLogger('frugalsr').propagate = True
+    for epochs in (1, 2, 3):
+        run.save_state(state(*[30.0] * epochs))
+    assert run.load_state()['epoch'] == 3
+    (run.folder / 'state.pt').unlink()  # killed between the two renames
+    assert run.holds_training()
+    assert run.load_state()['epoch'] == 2
+    assert 'state.pt is missing: the state before it is taken' in caplog.text
+
+
+@pytest.mark.parametrize('share', [0, 0.1, 0.5, 0.99])
+def test_a_torn_state_falls_back_to_the_one_before(run, caplog, share):
+    logging.getLogger('frugalsr').propagate = True
+    for epochs in (1, 2):
+        run.save_state(state(*[30.0] * epochs))
+    path = run.folder / 'state.pt'
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert run.load_state()['epoch'] == 1
+    assert 'damaged' in caplog.text
+
+
+def test_two_processes_cannot_train_in_one_folder(run):
+    with run.locked():
+        code = (
+            f'from checkpoint import *; import pathlib\nwith RunFolder(pathlib.Path({str(run.folder)!r})).locked(): 1'
+        )
+        environment = os.environ | {'PYTHONPATH': str(ROOT / 'src')}
+        done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+        assert 'is being trained by another process' in done.stderr
+    assert subprocess.run([sys.executable, '-c', code], env=environment).returncode == 0
+    with run.locked():
+        pass
 
 
 def test_a_full_disk_leaves_the_last_epoch_whole(run):

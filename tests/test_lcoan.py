@@ -355,7 +355,7 @@ def train_rank(rank: int, folder: Path) -> None:
     distributed.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=2)
     part = slice(0, 1) if rank == 0 else slice(1, 3)
     torch.manual_seed(rank)
-    fresh = KMeans(1, 6, 3, decay=1.0).double().train()
+    fresh = KMeans(1, 18, 3, decay=1.0).double().train()
     fresh(images(3, 6, 3)[part] - 0.5)
     net = small().train()
     for x in batches():
@@ -370,9 +370,9 @@ def test_processes_agree_on_the_centroids(tmp_path: Path) -> None:
     assert torch.equal(fresh, other_fresh)
     assert torch.equal(moved, other_moved)
 
-    # With as many clusters as pixels in the first process, all of these are picked, in some order.
+    # With as many clusters as pixels in all processes, all of them are picked, in some order.
     pixels = (images(3, 6, 3) - 0.5).flatten(0, 1).numpy()
-    means = pixels[:6]
+    means = pixels
     for _ in range(10):
         means = plain_centroids(pixels, means)
     distance = np.abs(fresh.numpy()[:, None] - means).max(-1)

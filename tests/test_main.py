@@ -105,7 +105,7 @@ def test_published_commands(data_folder):
 def test_what_a_run_leaves(data_folder):
     run = train(data_folder, LCOAN, '--save_models --save_results')
     assert sorted(str(path.relative_to(run)) for path in run.rglob('*') if path.is_file()) == [
-        'comparison-Set5.png', 'config.txt', 'log.txt', 'loss.png', 'metrics.jsonl', 'model/model_1.pt',
+        'comparison-Set5.png', 'config.txt', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl', 'model/model_1.pt',
         'model/model_best.pt', 'model/model_latest.pt', 'results-Set5/0001_x2_SR.png', 'results-Set5/0002_x2_SR.png',
         'results.json', 'state.pt', 'test_Set5.png',
     ]  # fmt: skip
@@ -484,15 +484,17 @@ BAD = {
     'unknown option': (nothing, f'{EDSR} --nonsense', ['--nonsense', '--help']),
     'unknown recipe': (nothing, '--template Foo', ['Foo', 'LCoAN_x2']),
     'value out of range': (nothing, f'{EDSR} --lr -1', ['--lr', "'-1'", 'above 0']),
-    'two GPUs': (nothing, f'{EDSR} --n_GPUs 2', ['--n_GPUs 2']),
-    'no GAN yet': (nothing, f'{EDSR} --gan_k 2', ['--gan_k 2']),
+    'many GPUs': (nothing, f'{EDSR.replace("--cpu", "")} --n_GPUs 99', ['--n_GPUs 99', 'this host has']),
+    'parts for a GAN': (nothing, f'{EDSR} --loss L1+0.1*GAN --split_batch 2', ['--split_batch 2']),
     'scale': (nothing, f'{EDSR} --scale 5 --patch_size 20', ['EDSR', '5', '2, 3, 4, 8']),
     'setting of another network': (nothing, f'{EDSR} --n_clusters 4', ['EDSR', 'n_clusters', 'n_resblocks']),
     'settings for bicubic': (nothing, f'{BICUBIC} --scale 2 --n_feats 4', ['Bicubic', 'n_feats']),
     'activation': (nothing, f'{EDSR} --act foo', ['foo', 'relu', 'gelu']),
     'reduction': (nothing, f'{LCOAN} --reduction 3', ['--reduction 3', '--n_feats 8']),
     'nothing to train': (nothing, f'{TINY} --model Bicubic', ['Bicubic', '--test_only']),
-    'loss term': (nothing, f'{EDSR} --loss 1*VGG54', ['VGG54', 'L1', 'MSE']),
+    'loss term': (nothing, f'{EDSR} --loss 1*SSIM', ['SSIM', 'L1', 'VGG54', 'WGAN_GP']),
+    'no file for VGG': (nothing, f'{EDSR} --loss 1*VGG22 --vgg FOLDER/none.pth', ['FOLDER/none.pth']),
+    'luma for VGG': (nothing, f'{EDSR} --loss 1*VGG22 --n_colors 1', ['VGG22', '--n_colors 1']),
     'loss weight': (nothing, f'{EDSR} --loss x*L1', ["'x'", 'L1']),
     'demo without folder': (nothing, f'{BICUBIC} --data_test Demo', ['--dir_demo']),
     'demo of nothing': (
@@ -656,14 +658,12 @@ def test_the_status_of_the_process(tmp_path):
 
 
 def test_ctrl_c(monkeypatch, capsys):
-    def interrupt(args: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main, 'run', interrupt)
     assert main.main([]) == 130
-    assert (
-        capsys.readouterr().err == 'Interrupted: --load NAME continues a training run after its last finished epoch.\n'
-    )
+    assert capsys.readouterr().err == 'Interrupted: --load NAME continues a training run from its last state.\n'
 
 
 def test_lcoan_that_was_never_trained_is_not_tested(trained, capsys):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from optimizer import WeightAverage, learning_rate, make_optimizer, set_learning_rate
+from optimizer import Schedule, WeightAverage, make_optimizer, set_learning_rate
 
 
 def parameters() -> list[nn.Parameter]:
@@ -39,15 +39,31 @@ def test_first_step_by_hand(name):
     assert x.item() == pytest.approx(1 - moved, abs=1e-6)
 
 
+@pytest.mark.parametrize('unit', ['epochs', 'steps'])
 @pytest.mark.parametrize('milestones', [[1], [3], [2, 4, 5], [1, 2, 3], [100]])
 @pytest.mark.parametrize('gamma', [0.5, 0.1])
-def test_schedule_is_that_of_pytorch(milestones, gamma):
+def test_step_schedule_is_that_of_pytorch(milestones, gamma, unit):
     optimizer = optim.SGD([nn.Parameter(torch.ones(1))], 0.03)
-    schedule = optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma)
-    for finished in range(8):
-        assert learning_rate(0.03, milestones, gamma, finished) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+    theirs = optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma)
+    ours = Schedule(0.03, 'step', milestones, gamma, unit)
+    for done in range(8):
+        place = (done, 7 * done) if unit == 'epochs' else (done // 3, done)
+        assert ours(*place) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
         optimizer.step()
-        schedule.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize('unit', ['epochs', 'steps'])
+def test_cosine_schedule_is_that_of_pytorch(unit):
+    optimizer = optim.SGD([nn.Parameter(torch.ones(1))], 0.03)
+    theirs = optim.lr_scheduler.CosineAnnealingLR(optimizer, 6, eta_min=0.01)
+    ours = Schedule(0.03, 'cosine', unit=unit, total=6, lr_min=0.01)
+    for done in range(7):
+        place = (done, 7 * done) if unit == 'epochs' else (done // 3, done)
+        assert ours(*place) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+    assert ours(9, 9) == pytest.approx(0.01)
 
 
 def test_set_learning_rate():
@@ -57,12 +73,13 @@ def test_set_learning_rate():
 
 
 def test_warm_up_rises_linearly_to_the_rate_of_the_schedule():
-    rates = [learning_rate(0.4, [2], 0.5, steps // 3, 4, steps) for steps in range(9)]
+    schedule = Schedule(0.4, 'step', [2], 0.5, warmup=4)
+    rates = [schedule(steps // 3, steps) for steps in range(9)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.2, 0.2, 0.2])
 
 
 def test_warm_up_meets_a_milestone():
-    assert learning_rate(0.4, [1], 0.5, 1, 4, 2) == pytest.approx(0.15)
+    assert Schedule(0.4, 'step', [1], 0.5, warmup=4)(1, 2) == pytest.approx(0.15)
 
 
 class Scaled(nn.Module):

@@ -24,7 +24,8 @@ OLD = """
 """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
-    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path
+    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
+    compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -60,7 +61,9 @@ DEFAULTS = {
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
     'shave': None, 'costs': False, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
-    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None,
+    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'compile': False,
+    'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
+    'checkpointing': False, 'vgg': None,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -277,7 +280,7 @@ COUNTS = """
     chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
     category_size n_tokens reduced_dim
 """
-NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup'
+NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every'
 POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'
 BAD = [
     *[(name, text) for name in COUNTS.split() for text in ('0', '-1', '1.5', 'many', '')],
@@ -285,7 +288,7 @@ BAD = [
     *[(name, text) for name in POSITIVES.split() for text in ('0', '-1', 'nan', 'inf', 'x')],
     ('mlp_ratio', '101'),
     *[(name, text) for name in ('ema_decay', 'momentum', 'drop_path') for text in ('-0.1', '1.1', 'nan')],
-    *[(name, text) for name in ('weight_decay', 'gclip') for text in ('-1', 'nan', 'inf')],
+    *[(name, text) for name in ('weight_decay', 'gclip', 'clip_norm', 'lr_min') for text in ('-1', 'nan', 'inf')],
     *[('weight_ema', text) for text in ('-1', '1', 'nan')],
     *[('betas', text) for text in ('0.9', '0.9 1', '-0.1 0.9', '0.9 0.99 0.999', '(0.9, 0.99)')],
     *[('data_range', text) for text in ('0-5', '5-1', '5', '1-2-3', '1-2/3-4/5-6', 'all', '')],
@@ -315,8 +318,7 @@ def test_out_of_range(name, text):
         ('--nonsense 3', ['--nonsense', '--help']),
         ('--n_feat 3', ['--n_feat', '--help']),  # no guessing from a beginning
         ('--template Foo', ['Foo', 'LCoAN_x2', 'EDSR_x4']),
-        ('--n_GPUs 2', ['--n_GPUs 2', 'one GPU']),
-        ('--gan_k 2', ['--gan_k 2', 'adversarial']),
+        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'discriminator']),
         ('--patch_size 97 --scale 2', ['97', '--scale 2']),
         ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
         ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from main import schedule
 from model import build
-from optimizer import learning_rate
 from option import network_settings, parse
 from template import TEMPLATES
 
@@ -102,7 +102,7 @@ def test_training_is_as_published(name):
     assert args.epochs * args.test_every == steps * K
 
     def rate_at(step: int) -> float:
-        return learning_rate(args.lr, args.decay, args.gamma, step // args.test_every, args.warmup, step)
+        return schedule(args)(step // args.test_every, step)
 
     if warmup:
         assert rate_at(0) == pytest.approx(rate / (warmup * K))

@@ -10,6 +10,7 @@ from data.patch import draw
 from data.sets import find_set
 from data.srdata import SRData
 from data.traindata import TrainData, train_loader
+from parallel import Batches
 
 
 def make(folder, name: str, images: list[np.ndarray], lr=None, scale: int = 2, cached: bool = False) -> SRData:
@@ -35,7 +36,7 @@ def coordinates(scale: int, height: int, width: int) -> tuple[np.ndarray, np.nda
 
 
 def batches(data: TrainData, numbers: range, workers: int = 0, context=None) -> list:
-    loader = train_loader(data, numbers, 3, workers, pin_memory=False)
+    loader = train_loader(data, Batches(numbers, 3), workers, pin_memory=False)
     loader.multiprocessing_context = context
     return list(loader)
 

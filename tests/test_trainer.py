@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import ROOT, picture
 from test_checkpoint import strict
 from torch import Tensor, optim
 
@@ -17,7 +21,9 @@ import picture as pictures
 from data.image import read_rgb, write_png
 from data.sets import ImageSet
 from data.srdata import SRData
-from trainer import Evaluation, Writer, table
+from loss import Loss
+from stopping import Stop, Stopped
+from trainer import Evaluation, Trainer, Writer, table
 
 TINY = (
     '--cpu --n_threads 0 --data_train SR291 --data_test Set5 --scale 2 --patch_size 16 --batch_size 4 --test_every 2 '
@@ -329,11 +335,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_folder, capsys):
     run = train(data_folder, EDSR, '--epochs 2')
     before, record = state(run), metrics(run)
     capsys.readouterr()
-    assert main.main(arguments(data_folder, '--load run --epochs 3 --lr 1e30')) == 2
+    assert main.main(arguments(data_folder, '--load run --epochs 3 --lr 1e30 --test_every 12')) == 2
     message = capsys.readouterr().err
     assert re.fullmatch(r'Error: The loss is (nan|inf) in epoch 3, on patches of .*\n', message)
     assert set(re.findall(r'SR291/000\d', message)) <= {'SR291/0001', 'SR291/0002', 'SR291/0003'} != set()
-    assert 'epoch 2 is kept' in message
+    assert 'the 10th time in a row; epoch 2 is kept' in message
     assert equal(state(run), before)
     assert metrics(run) == record
     train(data_folder, '--load run --epochs 3 --lr 1e-4')
@@ -352,7 +358,7 @@ def test_weights_that_are_not_finite_are_not_kept(data_folder, capsys):
 
 
 def test_a_loss_that_is_not_finite_at_once(data_folder, capsys):
-    assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --save run')) == 2
+    assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --test_every 12 --save run')) == 2
     assert 'start again with a lower --lr' in capsys.readouterr().err
     train(data_folder, EDSR)  # nothing is in the way
 
@@ -398,13 +404,203 @@ def test_an_error_in_a_loading_process_is_one_sentence(data_folder, capsys):
 def test_a_failed_continuation_changes_nothing(data_folder, capsys):
     run = train(data_folder, EDSR, '--epochs 3 --save_models')
     before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file() and path.name != 'log.txt'}
-    for options in ('--epochs 5 --lr 1e30', '--resume 1 --epochs 3 --lr 1e30'):
+    for options in ('--epochs 5 --lr 1e30 --test_every 12', '--resume 1 --epochs 3 --lr 1e30 --test_every 12'):
         capsys.readouterr()
         assert main.main(arguments(data_folder, f'--load run {options}')) == 2
         assert 'epoch 3 is kept' in capsys.readouterr().err
     train(data_folder, '--load run --epochs 1')
     train(data_folder, '--load run --resume 1 --epochs 1')
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_one_batch_whose_loss_is_not_finite_is_skipped(data_folder, monkeypatch):
+    losses = iter([math.nan, None, None, math.inf] + 20 * [None])
+    step = Loss.forward
+
+    def spoiled(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+        bad = next(losses)
+        return {name: value if bad is None else value * bad for name, value in step(self, sr, hr).items()}
+
+    monkeypatch.setattr('loss.Loss.forward', spoiled)
+    run = train(data_folder, EDSR, '--test_every 6')
+    assert [(record['skipped'], record['step']) for record in metrics(run)] == [(2, 6)]
+    assert math.isfinite(metrics(run)[0]['loss']['total'])
+    assert len(re.findall(r'Batch skipped for its loss of (?:nan|inf): patches of', log(run))) == 2
+
+
+def moved(run: Path, start: Path) -> Tensor:
+    """What plain gradient descent at rate 1 changed: the gradient."""
+    one, other = weights(run), weights(start)
+    return torch.cat([(one[key] - other[key]).flatten() for key in one if one[key].is_floating_point()])
+
+
+def test_gradients_are_scaled_down_together(data_folder):
+    base = f'{EDSR} --optimizer SGD --momentum 0 --test_every 1'
+    start = train(data_folder, base, '--lr 1e-25', name='start')
+    free, bound, loose = (
+        moved(train(data_folder, base, f'--lr 1 --clip_norm {norm}', name=f'norm{norm}'), start)
+        for norm in (0, 0.5, 1e9)
+    )
+    assert free.norm() > 1
+    torch.testing.assert_close(bound, free * 0.5 / free.norm(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(loose, free, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('network, option', [
+    *[(network, option) for network in (EDSR, LCOAN) for option in ('--channels_last', '--checkpointing')],
+    (EDSR, '--amp bf16'), (EDSR, '--amp fp16'),
+], ids=lambda text: ' '.join(text.split()[-2:]))  # fmt: skip
+def test_ways_to_compute_a_run(data_folder, network, option):
+    """Recomputed activations change nothing; another type or order of summation changes digits."""
+    more = f'--optimizer SGD --lr {1e-4 if network == EDSR else 0.1} --momentum 0'
+    plain = train(data_folder, network, more, name='plain')
+    run = train(data_folder, network, more, option, name='run')
+    near = 0.05 if 'amp' in option else 1e-4
+    start = train(data_folder, network, more, '--lr 1e-25', name='start')
+    difference, change = moved(run, plain), moved(plain, start)
+    assert difference.norm() <= near * change.norm()
+    assert (difference.norm() == 0) == (option == '--checkpointing')
+    assert not [
+        key for key, value in weights(run).items() if value.is_floating_point() and value.dtype != torch.float32
+    ]
+    again = train(data_folder, '--load run --epochs 2', name='run')
+    assert len(metrics(again)) == 2
+
+
+def test_a_network_that_does_not_stand_float16_says_so(data_folder):
+    run = train(data_folder, EDSR, '--amp fp16')
+    assert '--amp fp16: EDSR computes in bfloat16' in log(run)
+    assert state(run)['scaler'] == {}
+    assert state(train(data_folder, LCOAN, '--amp fp16', name='other'))['scaler']['scale'] > 0
+
+
+def test_cosine(data_folder):
+    run = train(data_folder, EDSR, '--epochs 3 --lr 0.02 --schedule cosine --lr_min 0.01')
+    assert [record['lr'] for record in metrics(run)] == pytest.approx([0.02, 0.0175, 0.0125])
+    run = train(data_folder, EDSR, '--epochs 3 --lr 0.02 --decay 3 --decay_unit steps', name='steps')
+    assert [record['lr'] for record in metrics(run)] == pytest.approx([0.02, 0.01, 0.01])
+
+
+# Stopped and continued.
+
+
+def unbroken(data: Path, network: str, more: str = '') -> Path:
+    return train(data, network, more, '--epochs 3 --test_every 5', name='whole')
+
+
+def same_run(parts: Path, whole: Path) -> None:
+    """All that the two runs learned is equal, bit for bit."""
+    assert learned(parts) == learned(whole)
+    for key in ('model', 'average', 'optimizer', 'epoch', 'batch', 'step', 'samples'):
+        assert equal(state(parts)[key], state(whole)[key]), key
+    assert equal(weights(parts, 'best'), weights(whole, 'best'))
+
+
+class After:
+    """A stop that asks for the end after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Stopped
+
+
+@NETWORKS
+@pytest.mark.parametrize('steps', [[1], [3, 4], [5], [7, 1, 1], [14]])
+def test_a_run_stopped_within_an_epoch_equals_an_unbroken_one(data_folder, monkeypatch, network, steps):
+    more = '--weight_ema 0.9 --warmup 7 --decay 2 --print_every 2'
+    whole = unbroken(data_folder, network, more)
+    options = f'{network} {more} --epochs 3 --test_every 5'
+    train_on = Trainer.train
+    for i, after in enumerate(steps):
+        monkeypatch.setattr(Trainer, 'train', lambda self, epochs, stop, n=after: train_on(self, epochs, After(n)))
+        train(data_folder, '--load parts' if i else options, name='parts')
+    monkeypatch.setattr(Trainer, 'train', train_on)
+    same_run(train(data_folder, '--load parts --n_threads 1', name='parts'), whole)
+
+
+def test_a_run_stopped_in_an_evaluation_repeats_it(data_folder, monkeypatch):
+    whole = unbroken(data_folder, EDSR)
+    evaluations = []
+
+    def stopping(self, *options: object) -> dict:
+        evaluations.append(1)
+        if len(evaluations) == 2:
+            raise Stopped
+        return evaluate(self, *options)
+
+    evaluate = Evaluation.__call__
+    monkeypatch.setattr(Evaluation, '__call__', stopping)
+    parts = train(data_folder, EDSR, '--epochs 3 --test_every 5', name='parts')
+    assert (state(parts)['epoch'], state(parts)['batch']) == (1, 5)
+    same_run(train(data_folder, '--load parts', name='parts'), whole)
+    assert len(evaluations) == 4
+
+
+def in_process(data: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / 'src' / 'main.py'), *arguments(data, *options)]
+    environment = os.environ | {'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f'{text!r} was not said: {process.stderr.read()}')
+
+
+LONG = f'{EDSR} --test_every 400 --epochs 2 --print_every 1 --save run'
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_in_good_order(data_folder, number):
+    process = in_process(data_folder, LONG, '--n_threads 1')
+    wait_for(process, 'batch 3/400')
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, '')
+    place = re.search(rf'{number.name}: stopped, and saved in epoch 1, batch (\d+); --load run continues', said)
+    assert state(data_folder.parent / 'runs' / 'run')['batch'] == int(place[1]) >= 3
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(data_folder, monkeypatch):
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert (stop(), stop.name) == (True, 'SIGINT')
+        killed = []
+        monkeypatch.setattr('os.kill', lambda *what: killed.append(what))
+        signal.raise_signal(signal.SIGINT)
+        assert killed == [(os.getpid(), signal.SIGINT)]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_killed_run_equals_an_unbroken_one(data_folder):
+    more = '--epochs 2 --test_every 40 --print_every 1 --weight_ema 0.9'
+    whole = train(data_folder, EDSR, more, name='whole')
+    train(data_folder, EDSR, more, '--epochs 1', name='parts')
+    for killed in ('Epoch 2, batch 7/', 'Epoch 2, batch 22/'):
+        process = in_process(data_folder, '--load parts --epochs 2 --save_every 3')
+        wait_for(process, killed)
+        process.kill()
+        process.wait()
+        assert state(data_folder.parent / 'runs' / 'parts')['batch'] % 3 == 0
+    parts = train(data_folder, '--load parts --epochs 2', name='parts')
+    assert len(metrics(parts)) == 2
+    same_run(parts, whole)
+
+
+def test_a_second_run_in_one_folder_is_refused(data_folder, capsys):
+    process = in_process(data_folder, LONG)
+    wait_for(process, 'batch 1/400')
+    assert main.main(arguments(data_folder, LONG)) == 2
+    assert 'is being trained by another process' in capsys.readouterr().err
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory')])

@@ -1,6 +1,7 @@
 """Training samples for a PyTorch loader, by sample number."""
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -45,13 +46,17 @@ def to_tensor(patch: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(patch.transpose(2, 0, 1)))
 
 
-def train_loader(data: TrainData, numbers: range, batch_size: int, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of the samples `numbers`, in this order whatever the number of workers."""
+def train_loader(data: TrainData, batches: Iterable[list[int]], workers: int, pin_memory: bool) -> DataLoader:
+    """Batches of samples by their numbers, in this order whatever the number of workers."""
     return DataLoader(
         data,
-        batch_size,
-        sampler=numbers,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
-        drop_last=True,
+        worker_init_fn=start_worker,
     )
+
+
+def start_worker(_: int) -> None:
+    """Leave Ctrl-C, which reaches all processes, to the main one: it finishes its step and then ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -61,6 +61,8 @@ class Model(nn.Module):
         device: where it runs.
         tiler: cuts large images into tiles; None: whole images.
         ensemble: average over the eight flips and rotations.
+        compiled: run the network through torch.compile.
+        channels_last: keep weights and images in this memory format.
         half: half precision under autocast in `upscale`: float16, on a CPU (which has no fast float16) and where the
             network does not stand it bfloat16, where it stands neither float32.
         settings: of the network; what is left out is as in its paper.
@@ -74,16 +76,21 @@ class Model(nn.Module):
         tiler: Tiler | None = None,
         ensemble: bool = False,
         half: bool = False,
+        compiled: bool = False,
+        channels_last: bool = False,
         **settings: object,
     ) -> None:
         super().__init__()
         self.name, self.scale, self.device = name, scale, torch.device(device)
         self.network = find(name)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net = build(name, scale, **settings).to(self.device)
+        self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.fast: nn.Module = torch.compile(self.net) if compiled else self.net  # type: ignore[assignment]
+        self.run = self.fast
         self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
-        safe = [dtype for dtype in fast if dtype in self.network.half]
-        self.dtype = safe[0] if half and safe else torch.float32
+        self.dtype = self.safe(*fast) if half else torch.float32
         taken = inspect.signature(self.network.build).bind(scale, **{**self.network.settings, **settings})
         taken.apply_defaults()
         self.settings = {key: value for key, value in taken.arguments.items() if key != 'scale'}
@@ -93,13 +100,17 @@ class Model(nn.Module):
             self.range = (0.0, float(self.settings['rgb_range']))
         self.chroma = Bicubic(scale)
 
+    def safe(self, *dtypes: torch.dtype) -> torch.dtype:
+        """The first of these types that the network stands under autocast; float32 if it stands none."""
+        return next((dtype for dtype in dtypes if dtype in self.network.half), torch.float32)
+
     def to_range(self, images: Tensor) -> Tensor:
         """uint8 RGB (N, 3, H, W) to what the network works in: (N, n_colors, H, W) float32 on the device."""
         return self._to_range(self._colours(images.to(self.device).float() / 255))
 
     def forward(self, lr: Tensor) -> Tensor:
         """uint8 RGB (N, 3, H, W) to the network's own output, in its own range."""
-        return self.net(self.to_range(lr))
+        return self.run(self.to_range(lr))
 
     @torch.inference_mode()
     def upscale(self, image: np.ndarray) -> np.ndarray:
@@ -125,7 +136,7 @@ class Model(nn.Module):
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             x = self._to_range(self._colours(rgb))
-            y = self_ensemble(self.net, x) if self.ensemble else self.net(x)
+            y = self_ensemble(self.fast, x) if self.ensemble else self.fast(x)
         black, white = self.range
         y = (y.float() - black) / (white - black)
         if self.n_colors == 1:
@@ -137,4 +148,4 @@ class Model(nn.Module):
 
     def _to_range(self, x: Tensor) -> Tensor:
         black, white = self.range
-        return x * (white - black) + black
+        return (x * (white - black) + black).contiguous(memory_format=self.memory_format)

@@ -370,7 +370,7 @@ LIGHT = {
     'mlp_ratio': 1.0,
     'direct_upsampler': True,
 }
-network = partial(Network, ATD, SCALES, tiling_exact=False, upsampler='upsample.', recognise=recognise)
+network = partial(Network, ATD, SCALES, tiling_exact=False, upsampler='upsample.', blocks=(Layer,), recognise=recognise)
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
     'ATD': network(),  # 20.1M 6.47T / 20.3M 2.87T / 20.3M 1.73T

@@ -38,6 +38,7 @@ class Network:
         upsampler: prefix of the parameters that depend on the scale; all others carry over to another scale.
         half: the types below float32 that autocast may use without a visible loss. Of float16 this has to be shown:
             nothing keeps the features of a network without norms below 65504.
+        blocks: classes of the modules that activation checkpointing computes again.
         recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
             them; None for the weights of another network.
     """
@@ -49,6 +50,7 @@ class Network:
     tiling_exact: bool = True
     upsampler: str = 'tail.0.'
     half: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    blocks: tuple[type[nn.Module], ...] = ()
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
 
 

@@ -329,7 +329,15 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 LIGHT = {'n_feats': 48, 'n_resgroups': 4, 'n_resblocks': 3}
 TINY = {'n_feats': 48, 'n_resgroups': 3, 'n_resblocks': 3}
-network = partial(Network, DLGSANet, (2, 3, 4), tiling_exact=False, upsampler='upsample.', recognise=recognise)
+network = partial(
+    Network,
+    DLGSANet,
+    (2, 3, 4),
+    tiling_exact=False,
+    upsampler='upsample.',
+    blocks=(LocalBlock, GlobalBlock),
+    recognise=recognise,
+)
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
     'DLGSANet': network(),  # 4.73M 1.12T / 4.75M 501G / 4.76M 283G

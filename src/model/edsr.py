@@ -83,7 +83,7 @@ SCALES = (2, 3, 4, 8)
 BASELINE = {'n_resblocks': 16, 'n_feats': 64, 'res_scale': 1.0}
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'EDSR': Network(EDSR, SCALES, recognise=recognise),  # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
+    'EDSR': Network(EDSR, SCALES, blocks=(ResBlock,), recognise=recognise),  # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
     # 1.37M 316G / 1.55M 160G / 1.52M 114G
-    'EDSR-baseline': Network(EDSR, SCALES, BASELINE, recognise=recognise),
+    'EDSR-baseline': Network(EDSR, SCALES, BASELINE, blocks=(ResBlock,), recognise=recognise),
 }

@@ -54,6 +54,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def of_all_ranks(rows: Tensor) -> Tensor:
+    """`rows` of all processes of a distributed run, one after the other; `rows` itself in a single one."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    found = [rows] * distributed.get_world_size()
+    distributed.all_gather_object(found, rows.cpu())
+    return torch.cat(found).to(rows.device)
+
+
 class KMeans(nn.Module):
     """Spherical k-means, `rounds` independent clusterings of one embedding.
 
@@ -100,9 +109,9 @@ class KMeans(nn.Module):
         return torch.where(sizes.unsqueeze(-1) > 0, F.normalize(sums, dim=-1), self.means)
 
     def _initialise(self, x: Tensor) -> None:
-        """Random pixels of the batch (of the first rank's), then Lloyd steps on the raw embedding."""
+        """Random pixels of the batch (of all ranks, chosen by the first), then Lloyd steps on the raw embedding."""
         n_clusters = self.means.shape[1]
-        pixels = x.flatten(0, 1)
+        pixels = of_all_ranks(x.flatten(0, 1))
         for means in self.means:
             if len(pixels) >= n_clusters:
                 picks = torch.randperm(len(pixels))[:n_clusters]
@@ -252,4 +261,6 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 # 15.7M parameters, 3.68T multiply-adds at a 1280x720 output / 16.4M 1.71T / 16.3M 1.06T at x2 / x3 / x4; of the
 # parameters 1.33M (match convolutions of groups 2-10) and their 306G / 136G / 76G in the official count are never used.
 HALF = (torch.bfloat16, torch.float16)  # float16 costs LCoAN-small x2 less than 0.001 dB on Set5
-NETWORKS = {'LCoAN': Network(LCoAN, (2, 3, 4, 8), tiling_exact=False, half=HALF, recognise=recognise)}
+NETWORKS = {
+    'LCoAN': Network(LCoAN, (2, 3, 4, 8), tiling_exact=False, half=HALF, blocks=(ResBlock,), recognise=recognise)
+}

@@ -175,4 +175,6 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 # 41.8M parameters, 10.3T multiply-adds at a 1280x720 output / 44.7M 4.88T / 44.2M 3.12T at x2 / x3 / x4.
-NETWORKS = {'NLSN': Network(NLSN, (2, 3, 4, 8), tiling_exact=False, recognise=recognise)}
+NETWORKS = {
+    'NLSN': Network(NLSN, (2, 3, 4, 8), tiling_exact=False, blocks=(ResBlock, SparseAttention), recognise=recognise)
+}

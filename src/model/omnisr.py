@@ -173,6 +173,12 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
     'OmniSR': Network(  # 785k 194G / 793k 88.1G / 805k 50.7G
-        OmniSR, (2, 3, 4), value_range=(-1, 1), tiling_exact=False, upsampler='up.', recognise=recognise
+        OmniSR,
+        (2, 3, 4),
+        value_range=(-1, 1),
+        tiling_exact=False,
+        upsampler='up.',
+        blocks=(OSABlock,),
+        recognise=recognise,
     ),
 }

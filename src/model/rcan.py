@@ -131,5 +131,5 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 # 15.4M parameters, 3.53T multiply-adds at a 1280x720 output / 15.6M 1.59T / 15.6M 917G at x2 / x3 / x4.
 NETWORKS = {
-    'RCAN': Network(RCAN, (2, 3, 4, 8), tiling_exact=False, recognise=recognise),
+    'RCAN': Network(RCAN, (2, 3, 4, 8), tiling_exact=False, blocks=(RCAB,), recognise=recognise),
 }

@@ -230,5 +230,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4: 910K 241G / 918K 109G / 930K 62.7G
-    'SwinIR-light': Network(SwinIR, (2, 3, 4), tiling_exact=False, upsampler='upsample.', recognise=recognise)
+    'SwinIR-light': Network(
+        SwinIR, (2, 3, 4), tiling_exact=False, upsampler='upsample.', blocks=(Layer,), recognise=recognise
+    )
 }

@@ -1,0 +1,141 @@
+"""Several processes on the CPU do what one does."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, picture
+from test_trainer import EDSR, LCOAN, arguments, equal, learned, log, metrics, state, train
+
+import main
+import parallel
+from data.image import read_rgb, write_png
+from parallel import Batches, deal
+
+PROGRAM = [sys.executable, str(ROOT / 'src' / 'main.py')]
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
+
+
+def run(data: Path, *options: str, launcher: list[str] | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {'OMP_NUM_THREADS': '1'}
+    command = [*(launcher or PROGRAM), *arguments(data, *options)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize('batch_size', [4, 7, 8])
+@pytest.mark.parametrize('size', [1, 2, 3, 4])
+def test_every_sample_of_a_batch_is_seen_once(monkeypatch, size, batch_size):
+    monkeypatch.setattr(parallel, 'size', lambda: size)
+    numbers = range(5, 5 + 3 * batch_size)
+    parts = []
+    for rank in range(size):
+        monkeypatch.setattr(parallel, 'rank', lambda rank=rank: rank)
+        parts.append(list(Batches(numbers, batch_size)))
+        assert len(parts[-1]) == 3
+    for i in range(3):
+        together = [number for part in parts for number in part[i]]
+        assert together == list(numbers[i * batch_size : (i + 1) * batch_size])
+        assert max(len(part[i]) for part in parts) - min(len(part[i]) for part in parts) <= 1
+
+
+@pytest.mark.parametrize('count', [0, 1, 5, 6, 7])
+def test_every_piece_of_work_is_dealt_once(monkeypatch, count):
+    monkeypatch.setattr(parallel, 'size', lambda: 3)
+    dealt = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, 'rank', lambda rank=rank: rank)
+        dealt.append([own for _, own in deal(count)])
+    assert sorted(own for part in dealt for own in part if own is not None) == list(range(count))
+    assert len({len(part) for part in dealt}) == 1  # all take part in all rounds
+
+
+@pytest.mark.parametrize('network', [EDSR, LCOAN], ids=['EDSR', 'LCoAN'])
+def test_several_processes_learn_what_one_learns(data_folder, network):
+    more = '--optimizer SGD --lr 1e-4 --batch_size 7 --split_batch 1 --test_every 3 --epochs 2 --weight_ema 0.9 --save'
+    one = train(data_folder, network, more, 'one', name='one')
+    for size in (2, 4):
+        done = run(data_folder, network, more, f'p{size} --n_GPUs {size}')
+        assert done.returncode == 0, done.stderr
+        several = data_folder.parent / 'runs' / f'p{size}'
+        for key, value in state(one)['model'].items():
+            torch.testing.assert_close(state(several)['model'][key], value, rtol=1e-4, atol=1e-5, msg=key)
+        for mine, theirs in zip(learned(several), learned(one), strict=True):
+            assert mine['loss'] == pytest.approx(theirs['loss'], rel=1e-4)
+            assert mine['test'] == pytest.approx(theirs['test'], abs=1e-2)
+            assert mine['samples'] == theirs['samples']
+        assert log(several).count('Epoch 2/2') == 1  # one process speaks
+
+
+def test_a_run_goes_on_with_another_number_of_processes(data_folder):
+    """Under torchrun as it is, in parts of a batch, stopped by its SIGTERM and continued by one process."""
+    more = (
+        f'{EDSR} --batch_size 4 --split_batch 2 --test_every 300 --epochs 1 --print_every 1 --optimizer SGD --lr 1e-6'
+    )
+    command = [*TORCHRUN, '2', PROGRAM[1], *arguments(data_folder, more, '--save run')]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    for line in process.stdout:
+        if 'batch 5/300' in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    stopped = data_folder.parent / 'runs' / 'run'
+    assert 5 <= state(stopped)['batch'] < 300
+    assert re.search(r'SIGTERM: stopped, and saved in epoch 1, batch \d+; --load run continues', log(stopped))
+    parts = train(data_folder, '--load run --split_batch 1', name='run')
+    whole = train(data_folder, more, name='whole')
+    assert metrics(parts)[0]['loss'] == pytest.approx(metrics(whole)[0]['loss'], rel=1e-4)
+    assert metrics(parts)[0]['samples'] == 1200
+
+
+def test_a_folder_is_shared_out(data_folder, tmp_path):
+    for i in range(5):
+        write_png(tmp_path / 'photos' / f'{i}.png', picture(i, 20 + i, 30))
+    (tmp_path / 'photos' / 'bad.png').write_bytes(b'no image')
+    options = f'--model Bicubic --cpu --scale 2 --test_only --data_test Set5+Demo --dir_demo {tmp_path}/photos'
+    assert main.main(arguments(data_folder, options, '--save one --save_results')) == 2
+    done = run(data_folder, options, '--save two --save_results --n_GPUs 2')
+    assert 'bad.png' in done.stderr
+    one, two = (data_folder.parent / 'runs' / name for name in ('one', 'two'))
+    images = sorted(path.relative_to(one) for path in one.rglob('*_SR.png'))
+    assert len(images) == 7
+    assert images == sorted(path.relative_to(two) for path in two.rglob('*_SR.png'))
+    assert all((read_rgb(one / image) == read_rgb(two / image)).all() for image in images)
+
+
+def test_a_process_that_dies_ends_the_run_with_the_reason(data_folder):
+    command = [*PROGRAM, *arguments(data_folder, EDSR, '--n_GPUs 2 --test_every 100000 --print_every 1 --save run')]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}
+    )
+    for line in process.stdout:
+        if 'batch 3/' in line:
+            break
+    ranks = [int(pid) for pid in children(process.pid)]
+    os.kill(max(ranks), signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert re.search(r'Error: Process \d of 2 ended with status -9', errors)
+    assert time.monotonic() - start < 100
+
+
+def children(pid: int) -> list[str]:
+    return Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+
+
+def test_a_batch_smaller_than_the_processes(data_folder):
+    done = run(data_folder, EDSR, '--batch_size 2 --n_GPUs 3 --save run')
+    assert done.returncode == 2
+    assert '--batch_size 2 is too small for 3 processes' in done.stderr
+    assert not (data_folder.parent / 'runs' / 'run' / 'state.pt').exists()
+
+
+def test_one_process_needs_no_group(data_folder):
+    assert (parallel.rank(), parallel.size(), parallel.total([1.5]), parallel.gather('x')) == (0, 1, [1.5], ['x'])
+    assert equal(parallel.spread({'a': 1}), {'a': 1})
