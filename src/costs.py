@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from error import UserError
-from model import build, find
+from model import build, find, n_parameters
 from model.tiling import out_of_memory
 from published import PUBLISHED, SOURCES, Published
 
@@ -31,11 +31,6 @@ Row = dict[str, Any]
 def input_size(scale: int) -> tuple[int, int]:
     """Height and width of the input whose output is 1280x720; at x3 it is 1281x720."""
     return HEIGHT // scale, math.ceil(WIDTH / scale)
-
-
-def parameters(net: nn.Module) -> int:
-    """Number of values that training changes."""
-    return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 @torch.inference_mode()
@@ -142,7 +137,7 @@ def measure_all(pairs: Sequence[tuple[str, int]], device: str, say: Callable[...
 def cost(name: str, scale: int, device: str) -> Row:
     """All figures of one network at one scale, in units, seconds and bytes; None: not known."""
     with torch.device('meta'):
-        count = parameters(build(name, scale))
+        count = n_parameters(build(name, scale))
     latency, memory = measure_apart(name, scale, device)
     published = PUBLISHED.get(name, {}).get(scale, Published())
     return {

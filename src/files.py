@@ -59,14 +59,18 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f'No weights at {path}: check the path.')
+
+
 def read_torch(path: Path) -> object:
     """What a file written by `torch.save` holds, on the CPU; only tensors and plain values are unpickled.
 
     Raises:
         UserError: no such file, not a file of PyTorch, damaged, or with anything but tensors and plain values in it.
     """
-    if not path.is_file():
-        raise UserError(f'No weights at {path}: check the path.')
+    _check_there(path)
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
@@ -92,8 +96,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or not one of that format.
     """
-    if not path.is_file():
-        raise UserError(f'No weights at {path}: check the path.')
+    _check_there(path)
     content = path.read_bytes()
     try:
         start = 8 + int.from_bytes(content[:8], 'little')

@@ -409,8 +409,9 @@ def type_name(dtype: torch.dtype) -> str:
 
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
     """Say what runs where."""
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = f'{model.name} x{model.scale}, {parameters:,} parameters, on {model.device}'
+    from model import n_parameters
+
+    what = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters, on {model.device}'
     log.info('%s, %s; run folder %s', what, origin, folder.folder)
     if model.wants_half:
         log.info('Half precision: computed in %s.', type_name(model.dtype))

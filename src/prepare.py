@@ -171,8 +171,7 @@ def find_sets(name: str, dir_data: Path) -> list[ImageSet]:
 
 def lr_files(images: ImageSet, scale: int) -> list[Path]:
     """Where the LR image of each image is, or would be."""
-    folders = zip(images.hr, images.lr, strict=True)
-    return [folder / f'X{scale}' / f'{hr.stem}x{scale}.png' for hr, folder in folders if folder is not None]
+    return [path for path in images.lr_files(scale) if path is not None]
 
 
 def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:

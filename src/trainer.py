@@ -554,7 +554,7 @@ class Trainer:
         share, low = len(lr) / self.batch_size, self.dtype != torch.float32
         with torch.autocast(self.model.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             sr = self.model(lr)
-        losses = self.loss(sr.float(), self.model.to_range(hr))
+        losses = self.loss(sr, self.model.to_range(hr))
         total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
         # The gradient is averaged over the processes, each of which has its share of the batch.
         self.scaler.scale(total * parallel.size()).backward()

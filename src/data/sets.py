@@ -35,6 +35,13 @@ class ImageSet:
     def __getitem__(self, part: slice) -> 'ImageSet':
         return ImageSet(self.name, self.hr[part], self.lr[part], self.channels)
 
+    def lr_files(self, scale: int) -> list[Path | None]:
+        """Where the low-resolution image of each image is, or would be; None: nowhere."""
+        return [
+            None if folder is None else folder / f'X{scale}' / f'{path.stem}x{scale}.png'
+            for path, folder in zip(self.hr, self.lr, strict=True)
+        ]
+
     @property
     def names(self) -> list[str]:
         """Names of the images, without suffix."""

@@ -43,10 +43,7 @@ class SRData:
         self.shave = scale + (6 if self.channels == 'RGB' else 0) if shave is None else shave
         self.lr_border: Border | None = None  # known once LR is found or made that is not of unknown origin
         self._hr = list(images.hr)
-        self._lr = [
-            None if folder is None else folder / f'X{scale}' / f'{path.stem}x{scale}.png'
-            for path, folder in zip(images.hr, images.lr, strict=True)
-        ]
+        self._lr = images.lr_files(scale)
         self._made: dict[int, np.ndarray] = {}
         self._caches: dict[Path, DecodedCache] = {}
         if cached:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
+from optimizer import set_learning_rate
+
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], optim.Optimizer]
 
 # Gulrajani et al., algorithm 1, with EDSR's learning rate.
@@ -66,8 +68,7 @@ class GAN(nn.Module):
 
     def scale_rate(self, factor: float) -> None:
         """Give the optimiser `factor` times the learning rate it was made with."""
-        for group in self.optimizer.param_groups:
-            group['lr'] = factor * self.optimizer.defaults['lr']
+        set_learning_rate(self.optimizer, factor * self.optimizer.defaults['lr'])
 
     def get_extra_state(self) -> Any:
         """The optimiser's state; its hyperparameters come from the options."""

@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,18 @@ def build(name: str, scale: int, **settings: object) -> nn.Module:
     return network.build(scale, **{**network.settings, **settings})
 
 
+def all_settings(network: Network, scale: int, **settings: object) -> dict[str, Any]:
+    """`settings`, and those that they leave out, as in the paper of the network."""
+    taken = inspect.signature(network.build).bind(scale, **{**network.settings, **settings})
+    taken.apply_defaults()
+    return {key: value for key, value in taken.arguments.items() if key != 'scale'}
+
+
+def n_parameters(net: nn.Module) -> int:
+    """Number of values that training changes."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
 class Model(nn.Module):
     """A network that takes and gives images, whatever values it works in.
 
@@ -91,9 +104,7 @@ class Model(nn.Module):
         self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
-        taken = inspect.signature(self.network.build).bind(scale, **{**self.network.settings, **settings})
-        taken.apply_defaults()
-        self.settings = {key: value for key, value in taken.arguments.items() if key != 'scale'}
+        self.settings = all_settings(self.network, scale, **settings)
         self.n_colors = self.settings.get('n_colors', 3)
         self.range = self.network.value_range
         if 'rgb_range' in self.settings:

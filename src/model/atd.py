@@ -35,6 +35,7 @@ from model.common import (
     WideConv,
     Windows,
     attention,
+    check_divides,
     check_images,
     check_window,
     conv,
@@ -259,8 +260,7 @@ class ATD(nn.Module):
         direct_upsampler: bool = False,
     ) -> None:
         super().__init__()
-        if n_feats % n_heads:
-            raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
+        check_divides('n_heads', n_heads, n_feats)
         if kernel_size % 2 == 0:
             raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
         check_window(window_size)

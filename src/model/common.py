@@ -73,6 +73,12 @@ def check_images(x: Tensor, n_colors: int = 3) -> None:
         )
 
 
+def check_divides(option: str, divisor: int, n_feats: int) -> None:
+    """Refuse a setting that does not divide the number of feature channels."""
+    if n_feats % divisor:
+        raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
+
+
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its mirror image, the edge pixel repeated.
 

@@ -1,6 +1,5 @@
 """Which network a state dict belongs to, found from its keys and shapes."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from error import UserError
 from files import some
-from model import NETWORKS, build
+from model import NETWORKS, all_settings, build
 from model.atd import recognise_v2
 from model.common import Network
 
@@ -103,9 +102,7 @@ def _layout(found: Found) -> State | None:
 
 def _compare(name: str, network: Network, shown: dict[str, Any]) -> Found:
     scale = shown.pop('scale')
-    published = inspect.signature(network.build).bind(scale, **network.settings)
-    published.apply_defaults()
-    arguments = published.arguments
-    differing = {key: value for key, value in shown.items() if arguments[key] != value}
-    unseen = tuple(key for key in arguments if key not in shown and key != 'scale')
+    published = all_settings(network, scale)
+    differing = {key: value for key, value in shown.items() if published[key] != value}
+    unseen = tuple(key for key in published if key not in shown)
     return Found(name, scale, shown, differing, unseen)

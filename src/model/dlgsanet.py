@@ -36,6 +36,7 @@ from model.common import (
     Network,
     TransposedAttention,
     UserError,
+    check_divides,
     check_images,
     conv,
     hidden_width,
@@ -278,8 +279,7 @@ class DLGSANet(nn.Module):
         if n_feats < 4:
             raise UserError(f'--n_feats {n_feats}: the kernels are made from a quarter of them, so choose 4 or more.')
         for option, divisor in {'n_heads': n_heads, 'group_channels': group_channels}.items():
-            if n_feats % divisor:
-                raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
+            check_divides(option, divisor, n_feats)
         if kernel_size % 2 == 0:
             raise UserError(f'--kernel_size {kernel_size} is even and has no pixel in the middle: choose an odd one.')
         hidden, window = hidden_width(n_feats, mlp_ratio), TLC_SIZES[scale] if tlc_size is None else tlc_size

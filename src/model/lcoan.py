@@ -33,6 +33,7 @@ from model.common import (
     UserError,
     WideConv,
     attend,
+    check_divides,
     check_images,
     conv,
     find_pattern,
@@ -215,8 +216,7 @@ class LCoAN(nn.Module):
         shift_mean: bool = True,
     ) -> None:
         super().__init__()
-        if n_feats % reduction:
-            raise UserError(f'--reduction {reduction} does not divide --n_feats {n_feats}: choose a divisor.')
+        check_divides('reduction', reduction, n_feats)
         self.n_colors = n_colors
         self.a = nn.Parameter(torch.ones(1))  # unused, but part of the official weights
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)

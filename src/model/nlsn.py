@@ -30,9 +30,9 @@ from model.common import (
     Network,
     ResBlock,
     Upsampler,
-    UserError,
     WideConv,
     attend,
+    check_divides,
     check_images,
     conv,
     find_pattern,
@@ -125,8 +125,7 @@ class NLSN(nn.Module):
         shift_mean: bool = True,
     ) -> None:
         super().__init__()
-        if n_feats % reduction:
-            raise UserError(f'--reduction {reduction} does not divide --n_feats {n_feats}: choose a divisor.')
+        check_divides('reduction', reduction, n_feats)
         self.n_colors = n_colors
         self.chunk_size = chunk_size
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)

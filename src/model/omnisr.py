@@ -27,8 +27,8 @@ from model.common import (
     Network,
     PixelNorm,
     SpatialGate,
-    UserError,
     attention_cell,
+    check_divides,
     check_images,
     check_window,
     conv,
@@ -138,8 +138,7 @@ class OmniSR(nn.Module):
         self, scale: int, n_feats: int = 64, n_resgroups: int = 5, n_heads: int = 4, window_size: int = 8
     ) -> None:
         super().__init__()
-        if n_feats % n_heads:
-            raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
+        check_divides('n_heads', n_heads, n_feats)
         check_window(window_size)
         self.scale, self.window_size = scale, window_size
         self.residual_layer = nn.Sequential(*(OSAGroup(n_feats, n_heads, window_size) for _ in range(n_resgroups)))

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from model.common import (
     Network,
     Upsampler,
-    UserError,
     WideConv,
     activation,
+    check_divides,
     check_images,
     conv,
     how_many,
@@ -99,8 +99,7 @@ class RCAN(nn.Module):
         shift_mean: bool = True,
     ) -> None:
         super().__init__()
-        if n_feats % reduction:
-            raise UserError(f'--reduction {reduction} does not divide --n_feats {n_feats}: choose a divisor.')
+        check_divides('reduction', reduction, n_feats)
         self.n_colors = n_colors
         groups = (ResidualGroup(n_resblocks, n_feats, reduction, act) for _ in range(n_resgroups))
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)

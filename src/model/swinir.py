@@ -27,6 +27,7 @@ from model.common import (
     Network,
     UserError,
     Windows,
+    check_divides,
     check_images,
     check_window,
     conv,
@@ -171,8 +172,7 @@ class SwinIR(nn.Module):
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        if n_feats % n_heads:
-            raise UserError(f'--n_heads {n_heads} does not divide --n_feats {n_feats}: choose a divisor.')
+        check_divides('n_heads', n_heads, n_feats)
         if not 0 <= drop_path < 1:
             raise UserError(f'--drop_path {drop_path} is a probability: choose 0 or more and less than 1.')
         check_window(window_size)
