@@ -10,6 +10,7 @@ state.pt        everything a run continues from: weights and their average, opti
 state_before.pt the state before it
 lock            held while a process trains here
 results-<Set>/  images
+tensorboard/    event files, where TensorBoard is installed
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +62,7 @@ class RunFolder:
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder, self.models, self.writes = folder, folder / 'model', writes
         self.config = ''
+        self._lock: IO[str] | None = None
 
     def holds_training(self) -> bool:
         """Whether a training run left its state here."""
@@ -82,10 +85,10 @@ class RunFolder:
         for name in OURS:
             (self.folder / name).unlink(missing_ok=True)
         images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR'))
-        for pattern in ('test_*.png', 'comparison-*.png', 'model/model_*.pt', *images):
+        for pattern in ('test_*.png', 'comparison-*.png', 'model/model_*.pt', 'tensorboard/events.*', *images):
             for path in list(self.folder.glob(pattern)):
                 path.unlink()
-        for path in [self.models, *self.folder.glob('results-*')]:
+        for path in [self.models, self.folder / 'tensorboard', *self.folder.glob('results-*')]:
             with contextlib.suppress(OSError):  # not a folder, or a stranger's file is in it
                 path.rmdir()
 
@@ -96,24 +99,48 @@ class RunFolder:
         Raises:
             UserError: another one is at it, or the folder cannot be written.
         """
-        if not self.writes:
+        if self.writes:
+            self._take_lock()
+        try:
             yield
-            return
+        finally:
+            if self._lock:
+                self._lock.close()
+                self._lock = None
+
+    def _take_lock(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / 'lock').open('a')
+            self._lock = (self.folder / 'lock').open('a')
         except OSError as error:
             raise UserError(
                 f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
             ) from error
-        with file:
-            try:
-                lock_file(file)
-            except OSError as error:
-                raise UserError(
-                    f'{self.folder} is being trained by another process: wait for it, or choose another --save.'
-                ) from error
-            yield
+        try:
+            lock_file(self._lock)
+        except OSError as error:
+            raise UserError(
+                f'{self.folder} is being trained by another process: wait for it, or choose another --save.'
+            ) from error
+
+    def _keep_folder(self) -> None:
+        """Make the folder again if it was deleted under the run.
+
+        Raises:
+            UserError: another run was started there since.
+        """
+        if not self._lock:
+            return
+        try:
+            now = (self.folder / 'lock').stat()
+        except FileNotFoundError:
+            self._lock.close()
+            self._take_lock()
+            self.start_log()
+            log.warning('%s was deleted under the run and is made again, without what was kept in it.', self.folder)
+            return
+        if not os.path.samestat(os.fstat(self._lock.fileno()), now):
+            raise UserError(f'{self.folder} was deleted under this run, and another one was started in it: end one.')
 
     def start_log(self) -> None:
         """Send the program's messages to log.txt as well as to the screen."""
@@ -156,20 +183,27 @@ class RunFolder:
         """
         if not self.writes:
             return
+        self._keep_folder()
         names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
         weights = serialized(state['average'] or state['model'])
         for name in names:
             write_atomic(self.models / f'model_{name}.pt', weights)
         self.write('config.txt', self.config)
         self.save_state(state)
-        self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in state['log']))
-        for name, image in picture.curves(state['log']).items():
-            write_atomic(self.folder / name, image)
+        self.write_log(state['log'])
+
+    def write_log(self, records: list[dict[str, Any]]) -> None:
+        """Write metrics and curves of the epochs of a run."""
+        self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in records))
+        if self.writes:
+            for name, image in picture.curves(records).items():
+                write_atomic(self.folder / name, image)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write what the run continues from; the state before it is kept beside it."""
         if not self.writes:
             return
+        self._keep_folder()
         content = serialized(state | {'options': self.config})
         write_atomic(self.folder / STATES[0], content, before=self.folder / STATES[1])
 

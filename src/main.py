@@ -173,6 +173,7 @@ def test(args: Namespace, folder: RunFolder) -> None:
 def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
     import parallel
+    from board import Board
     from data.traindata import train_loader
     from loss import Loss
     from model.recompute import recompute
@@ -199,7 +200,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
-    stop, dtype = Stop(), autocast_dtype(args, model)
+    stop, dtype, board = Stop(), autocast_dtype(args, model), Board(folder.folder / 'tensorboard')
 
     def evaluate(epoch: int) -> dict[str, Any]:
         results = evaluation(timed(model), label(args), stop.check)
@@ -227,6 +228,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         average_decay=args.weight_ema,
         seed=args.seed,
         save_every=args.save_every,
+        watch=lambda record: None if parallel.rank() else board.write(record, evaluation.shown),
     )  # fmt: skip
     if args.checkpointing:
         recompute(model.net, model.network.blocks)
@@ -246,10 +248,13 @@ def train(args: Namespace, folder: RunFolder) -> None:
         log.info('--amp %s: %s computes in %s.', args.amp, args.model, type_name(dtype))
     if state is None:
         folder.write('config.txt', folder.config)
-    elif args.resume > 0:
-        trainer.rewind(args.resume, state['log'])
     else:
-        trainer.resume(state)
+        for change in option.changes(state['options'], folder.config):
+            log.info('Changed: %s', change)
+        if args.resume > 0:
+            trainer.rewind(args.resume, state['log'])
+        else:
+            trainer.resume(state)
     with stop:
         finished = trainer.train(args.epochs, stop.check)
     if not finished:
@@ -372,18 +377,26 @@ def train_data(args: Namespace) -> Any:
     from data.traindata import TrainData
 
     cached = args.ext != 'img'
-    sets = [make_set(args, name, args.data_range[0], cached=cached) for name in args.data_train]
-    return TrainData(sets, args.patch_size, args.seed, not args.no_augment)
+    skip = args.skip_bad_images
+    sets = [make_set(args, name, args.data_range[0], cached=cached, skip_bad=skip) for name in args.data_train]
+    return TrainData(sets, args.patch_size, args.seed, not args.no_augment, skip)
 
 
-def make_set(args: Namespace, name: str, span: tuple[int, int], prepare: bool = True, cached: bool = False) -> SRData:
+def make_set(
+    args: Namespace,
+    name: str,
+    span: tuple[int, int],
+    prepare: bool = True,
+    cached: bool = False,
+    skip_bad: bool = False,
+) -> SRData:
     """Find one set, and prepare it."""
     import parallel
     from data.sets import find_set
     from data.srdata import SRData
 
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
-    data = SRData(images, args.scale, args.lr_border, cached, args.shave)
+    data = SRData(images, args.scale, args.lr_border, cached, args.shave, skip_bad)
     if prepare:
         with parallel.first_alone():  # it makes what is missing
             data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset' and parallel.rank() == 0)

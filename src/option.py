@@ -220,6 +220,11 @@ def build_parser() -> Parser:
         default='mirror',
         help='border of the bicubic that makes missing LR: mirror as in the files of EDSR, clamp as in those of RCAN',
     )
+    g.add_argument(
+        '--skip_bad_images',
+        action='store_true',
+        help='train without images that cannot be read, count them, and let the next image take their place',
+    )
     g.add_argument('--no_augment', action='store_true', help='no flips and rotations of training patches')
     g.add_argument('--chop', action='store_true', help='enlarge in tiles, for small memories')
     g.add_argument('--no_chop', action='store_false', dest='chop', help='whole images, where a recipe says tiles')
@@ -635,6 +640,13 @@ def read_config(path: Path) -> dict[str, object]:
     if not known:
         raise UserError(f'{path.parent} is not a run of this program: its config.txt is missing or unreadable.')
     return options
+
+
+def changes(old: str, new: str) -> list[str]:
+    """What differs between the texts of two config.txt, of what a continued run takes over: 'lr 0.001 -> 0.0001'."""
+    before, after = (dict(line.split(': ', 1) for line in text.splitlines()) for text in (old, new))
+    keys = [key for key in after if key in before and key not in NOT_RESTORED]
+    return [f'{key} {before[key]} -> {after[key]}' for key in keys if json.loads(before[key]) != json.loads(after[key])]
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from error import UserError
@@ -53,12 +54,27 @@ def restarted() -> bool:
 
 
 def start(cpu: bool) -> None:
-    """Meet the other processes; each takes the GPU of its number on its host."""
-    if cpu:
-        distributed.init_process_group('gloo')
-    else:
+    """Meet the other processes; each takes the GPU of its number on its host.
+
+    torchrun keeps its store when it starts processes again, with the addresses of those that failed in it
+    (https://github.com/pytorch/pytorch/issues/135712), so on one host each start has a part of its own. Several hosts
+    do not count alike.
+
+    Raises:
+        UserError: started again on several hosts by a torchrun that keeps its store.
+    """
+    if not cpu:
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        distributed.init_process_group('nccl')
+    store, number, processes = next(rendezvous('env://'))
+    if os.environ.get('GROUP_WORLD_SIZE') == '1':
+        store = distributed.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+    elif restarted() and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        raise UserError(
+            'On several hosts torchrun can restart processes only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '
+            'environment: set that, and start it again.'
+        )
+    backend = 'gloo' if cpu else 'nccl'
+    distributed.init_process_group(backend, store=store, rank=number, world_size=processes)
 
 
 def rank() -> int:

@@ -24,6 +24,7 @@ from data.image import Photo, fill_hidden, find_images, read_photo, read_rgb, wr
 from data.imresize import enlarge
 from data.outputs import match_outputs
 from data.srdata import SRData
+from data.traindata import Sample, WorkerDied, whole_batches
 from error import UserError
 from files import some, write_atomic
 from loss import Loss
@@ -34,11 +35,11 @@ from stopping import Stopped
 log = logging.getLogger('frugalsr')
 
 SHEET_ROWS = 5
+SHOWN = 3
 
 T = TypeVar('T')
 
 Upscale = Callable[[SRData, int], tuple[np.ndarray, float]]
-Batch = tuple[Tensor, Tensor]
 
 
 class Evaluation:
@@ -49,12 +50,16 @@ class Evaluation:
         ssim: measure SSIM too.
         folder: where images go, as `results-<Set>/<name>_x<scale>_SR.png`, and a comparison sheet a set; None: nowhere.
         ground_truth: save LR and HR beside them.
+
+    Attributes:
+        shown: the last outputs for the first images of each set, (H, W, 3) uint8 as '<Set>/<name>'.
     """
 
     def __init__(
         self, sets: Sequence[SRData], ssim: bool, folder: Path | None = None, ground_truth: bool = False
     ) -> None:
         self.sets, self.ssim, self.folder, self.ground_truth = sets, ssim, folder, ground_truth
+        self.shown: dict[str, np.ndarray] = {}
 
     def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
@@ -78,6 +83,8 @@ class Evaluation:
             for index, (sr, seconds) in progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
                 name, hr = images.names[index], images.hr(index)
                 scores[name] = self._score(images, sr, hr) | {'seconds': seconds}
+                if len(scores) <= SHOWN:
+                    self.shown[f'{images.name}/{name}'] = sr
                 if self.folder is not None:
                     self._save(writer, images, index, hr, sr)
                     if len(rows) < SHEET_ROWS:
@@ -276,14 +283,6 @@ def duration(seconds: float) -> str:
     return f'{hours // 24} d {hours % 24:02d} h {minutes:02d} min' if hours else f'{minutes} min {rest:02d} s'
 
 
-def plain_errors(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """`batches`; the error of a process that loads them comes as it was, without the traceback PyTorch puts in it."""
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).rpartition('error.UserError: ')[2].strip()) from error
-
-
 COUNTERS = ('epoch', 'batch', 'step', 'samples')
 MOST_NOT_FINITE = 10  # batches in a row
 
@@ -295,12 +294,14 @@ class Partial:
     Attributes:
         totals: sums of the loss terms.
         learned, skipped: numbers of batches.
+        replaced: number of samples whose image could not be used.
         seconds, waited: in all, and for data.
     """
 
     totals: dict[str, float]
     learned: int = 0
     skipped: int = 0
+    replaced: int = 0
     seconds: float = 0.0
     waited: float = 0.0
 
@@ -325,7 +326,7 @@ class Trainer:
         model: with its weights.
         loss: between its output and the target.
         optimizer: over its parameters.
-        loader: gives the batches of the sample numbers of a range, as (LR, HR), uint8.
+        loader: gives the batches of the sample numbers of a range.
         name_of: which image a sample number is cut from.
         evaluate: scores the model after an epoch of this number.
         run: where everything goes.
@@ -342,6 +343,7 @@ class Trainer:
         average_decay: of the average of the weights, which is what is tested and saved as weights; 0: none.
         seed: of what a network draws in training, together with the number of the step.
         save_every: batches between states saved within an epoch; 0: only after each epoch.
+        watch: given the record of each epoch.
     """
 
     def __init__(
@@ -349,7 +351,7 @@ class Trainer:
         model: Model,
         loss: Loss,
         optimizer: torch.optim.Optimizer,
-        loader: Callable[[range], Iterable[Batch]],
+        loader: Callable[[range], Iterable[Sample]],
         name_of: Callable[[int], str],
         evaluate: Callable[[int], dict[str, Any]],
         run: RunFolder,
@@ -366,7 +368,9 @@ class Trainer:
         average_decay: float = 0.0,
         seed: int = 0,
         save_every: int = 0,
+        watch: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
+        self.watch = watch
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
         self.batch_size, self.steps, self.parts, self.rate = batch_size, steps, parts, rate
@@ -380,6 +384,7 @@ class Trainer:
         self.batch = 0  # batches done in the epoch that is under way
         self.partial = self._fresh()  # and what they came to
         self.not_finite = 0  # batches in a row whose loss was not
+        self.unusable: set[str] = set()  # images that others took the place of
         self.saved = ''  # what the state on the disk is of
         self.rewound = False
         self.log: list[dict[str, Any]] = []
@@ -431,9 +436,11 @@ class Trainer:
         """
         if self.epoch >= epochs:
             log.info('All %d epochs are done; a larger --epochs continues.', epochs)
+            if not self.rewound:
+                self.run.write_log(self.log)
             return True
         steps = (epochs - self.epoch) * self.steps - min(self.batch, self.steps)
-        batches = plain_errors(self.loader(range(self.samples, self.samples + steps * self.batch_size)))
+        batches = self._batches(self.samples + steps * self.batch_size)
         while self.epoch < epochs:
             try:
                 self._train_epoch(batches, epochs, stop)
@@ -447,13 +454,29 @@ class Trainer:
                 self.run.keep_best(max(epoch for epoch in range(1, self.epoch) if self._is_best(epoch)))
             self.run.save_epoch(self.state(), self._is_best(self.epoch), self.keep_all)
             self.saved, self.rewound = self._place(), False
+            self.watch(self.log[-1])
         return True
+
+    def _batches(self, end: int) -> Iterator[Sample]:
+        """Batches up to sample number `end`; a loading process that died is replaced, once at one place."""
+        died_at = -1
+        while True:
+            try:
+                yield from whole_batches(self.loader(range(self.samples, end)))
+                return
+            except WorkerDied as error:
+                if self.samples == died_at:
+                    raise UserError(
+                        f'A loading process died again ({error}): if memory ran out, give a smaller --n_threads.'
+                    ) from error
+                died_at = self.samples
+                log.warning('A loading process died (%s): loading starts again after batch %d.', error, self.batch)
 
     def _place(self) -> str:
         return f'epoch {self.epoch + 1}, batch {self.batch}' if self.batch else f'epoch {self.epoch}'
 
     def _fresh(self) -> Partial:
-        return Partial(dict.fromkeys([*self.loss.terms, 'total'], 0.0))
+        return Partial(dict.fromkeys([*self.loss.names, 'total'], 0.0))
 
     def _is_best(self, epoch: int) -> bool:
         """Whether no epoch up to this one had a better PSNR on the first test set."""
@@ -461,7 +484,7 @@ class Trainer:
         first = next(iter(tests[-1]))
         return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
 
-    def _train_epoch(self, batches: Iterator[Batch], epochs: int, stop: Callable[[], None]) -> None:
+    def _train_epoch(self, batches: Iterator[Sample], epochs: int, stop: Callable[[], None]) -> None:
         """Train until the epoch is complete, or `stop` raises."""
         self.model.net.train()
         title = f'Epoch {self.epoch + 1}/{epochs}'
@@ -483,21 +506,32 @@ class Trainer:
                 self.run.save_state(self.state())
                 self.saved = self._place()
 
-    def _next_step(self, batches: Iterator[Batch]) -> float:
+    def _next_step(self, batches: Iterator[Sample]) -> float:
         """Train on the next batch; returns its learning rate."""
         start = time.perf_counter()
-        lr, hr = next(batches)
+        sample = next(batches)
         self.partial.waited += time.perf_counter() - start
         rate = self.rate(self.epoch, self.step)
         set_learning_rate(self.optimizer, rate)
         self.loss.scale_rates(rate / self.optimizer.defaults['lr'])
         torch.manual_seed(draw_seed(self.seed, self.step, parallel.rank()))
-        self.partial.add(self._step(lr, hr))
+        self._note_replaced(sample.replaced)
+        self.partial.add(self._step(*sample.flipped(self.model.device)))
         self.batch += 1
         self.step += 1
         self.samples += self.batch_size
         self.partial.seconds += time.perf_counter() - start
         return rate
+
+    def _note_replaced(self, replaced: Tensor) -> None:
+        """Count samples whose image could not be used, and name each such image once."""
+        if not replaced.any():
+            return
+        self.partial.replaced += int(replaced.sum())
+        names = {self.name_of(n) for n, bad in zip(parallel.part(self._numbers()), replaced, strict=True) if bad}
+        for name in sorted(names - self.unusable):
+            log.warning('%s cannot be used: the next image takes its place.', name)
+        self.unusable |= names
 
     def _evaluate(self, epochs: int) -> dict[str, Any]:
         """Scores after an epoch, of the averaged weights if there are any."""
@@ -516,7 +550,7 @@ class Trainer:
         self.epoch += 1
         self.log.append({
             'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate, 'loss': done.means(),
-            'skipped': done.skipped, 'seconds': done.seconds,
+            'skipped': done.skipped, 'replaced': int(sum(parallel.total([done.replaced]))), 'seconds': done.seconds,
             'images_per_second': self.batch * self.batch_size / done.seconds, 'wait': done.waited / done.seconds,
             'test': {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()},
         })  # fmt: skip
@@ -528,14 +562,13 @@ class Trainer:
     def _step(self, lr: Tensor, hr: Tensor) -> dict[str, float] | None:
         """One step on a batch; its loss terms, or None if it was skipped."""
         self.optimizer.zero_grad(set_to_none=True)
-        terms = dict.fromkeys(self.loss.terms, 0.0)
+        terms = torch.zeros(len(self.loss.names), device=self.model.device)
         parts = list(zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True))
         for i, (lr_part, hr_part) in enumerate(parts):
             with parallel.unsynchronised(self.model.run) if i < len(parts) - 1 else nullcontext():
-                for name, value in self._gradients(lr_part, hr_part).items():
-                    terms[name] += value
-        terms = dict(zip(terms, parallel.total(list(terms.values())), strict=True))
-        values = terms | {'total': sum(terms.values())}
+                terms += self._gradients(lr_part, hr_part)
+        values = dict(zip(self.loss.names, parallel.total(terms.tolist()), strict=True))
+        values['total'] = sum(values[name] for name in self.loss.terms)
         if self._is_unusable(values['total']):
             return None
         self.scaler.unscale_(self.optimizer)
@@ -549,8 +582,8 @@ class Trainer:
             self.average.update()
         return values
 
-    def _gradients(self, lr: Tensor, hr: Tensor) -> dict[str, float]:
-        """Add the gradients of a part of a batch; returns its share of the batch's loss terms."""
+    def _gradients(self, lr: Tensor, hr: Tensor) -> Tensor:
+        """Add the gradients of a part of a batch; returns its share of what the loss names, on the device."""
         share, low = len(lr) / self.batch_size, self.dtype != torch.float32
         with torch.autocast(self.model.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             sr = self.model(lr)
@@ -558,7 +591,7 @@ class Trainer:
         total = sum(losses.values(), torch.zeros((), device=self.model.device)) * share
         # The gradient is averaged over the processes, each of which has its share of the batch.
         self.scaler.scale(total * parallel.size()).backward()
-        return {name: value.item() * share for name, value in losses.items()}
+        return torch.stack([*losses.values(), *self.loss.watched()]).detach() * share
 
     def _is_unusable(self, loss: float) -> bool:
         """Whether a batch is to be skipped for its loss.
@@ -585,5 +618,8 @@ class Trainer:
         return f'{self.saved} is kept: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
 
     def _names(self) -> str:
-        numbers = range(self.samples, self.samples + self.batch_size)
-        return ', '.join(dict.fromkeys(self.name_of(number) for number in numbers))
+        return ', '.join(dict.fromkeys(map(self.name_of, self._numbers())))
+
+    def _numbers(self) -> range:
+        """Samples of the batch under way."""
+        return range(self.samples, self.samples + self.batch_size)

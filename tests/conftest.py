@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.image import write_png
 
@@ -30,6 +31,15 @@ def picture(seed: int, height: int, width: int) -> np.ndarray:
     waves = sum(np.sin(y * a + x * b + c) for a, b, c in rng.uniform(-0.4, 0.4, (6, 3)))
     colours = rng.uniform(0, 255, (2, 3))
     return np.where((waves > 0)[..., None], colours[0], colours[1]).round().astype(np.uint8)
+
+
+@pytest.fixture
+def one_thread():
+    """As in processes that are started with one: another number of threads sums in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_a_continued_run_equals_an_unbroken_one(data_folder, kind):
         assert equal(state(parts)[key], state(whole)[key]), key
         assert not equal(state(parts)[key], before[key]), key
     assert learned(parts) == learned(whole)
-    assert list(learned(whole)[0]['loss']) == ['L1', kind.split()[0], 'total']
+    assert list(learned(whole)[0]['loss']) == ['L1', kind.split()[0], 'discriminator', 'total']
     assert [record['skipped'] for record in learned(whole)] == [0, 0]
 
 
@@ -181,7 +181,7 @@ def test_a_run_may_take_on_a_discriminator_and_drop_it(data_folder):
     assert state(run)['loss'] == {}
     assert [list(record['loss']) for record in metrics(run)] == [
         ['L1', 'total'],
-        ['L1', 'RGAN', 'total'],
+        ['L1', 'RGAN', 'discriminator', 'total'],
         ['L1', 'total'],
     ]
 

@@ -125,6 +125,42 @@ def test_a_process_that_dies_ends_the_run_with_the_reason(data_folder):
     assert time.monotonic() - start < 100
 
 
+def test_torchrun_starts_a_run_again_from_its_last_state(data_folder):
+    more = f'{EDSR} --test_every 60 --epochs 1 --print_every 1 --save_every 5 --optimizer SGD --lr 1e-6 --save'
+    command = [*TORCHRUN, '2', '--max_restarts=1', PROGRAM[1], *arguments(data_folder, more, 'run')]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'}
+    )
+    for line in process.stdout:
+        if 'batch 12/' in line:
+            break
+    os.kill(max(int(pid) for pid in children(process.pid)), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    again = data_folder.parent / 'runs' / 'run'
+    assert 'weights from the run run, epoch 0' in log(again)
+    whole = train(data_folder, more, 'whole', name='whole')
+    assert learned(again)[0]['samples'] == 240
+    assert learned(again)[0]['loss'] == pytest.approx(learned(whole)[0]['loss'], rel=1e-4)
+
+
+def test_tasks_of_slurm_find_each_other(data_folder):
+    more = f'{EDSR} --epochs 2 --optimizer SGD --lr 1e-4 --save'
+    one = train(data_folder, more, 'one', name='one')
+    job = {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_NTASKS': '2', 'SLURM_LAUNCH_NODE_IPADDR': '127.0.0.1'}
+    tasks = []
+    for task in ('0', '1'):
+        environment = os.environ | job | {'SLURM_PROCID': task, 'SLURM_LOCALID': task, 'OMP_NUM_THREADS': '1'}
+        command = [*PROGRAM, *arguments(data_folder, more, 'two')]
+        tasks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+    said = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0]
+    assert ('Epoch 2/2' in said[0], said[1]) == (True, '')
+    for mine, theirs in zip(learned(data_folder.parent / 'runs' / 'two'), learned(one), strict=True):
+        assert mine['loss'] == pytest.approx(theirs['loss'], rel=1e-4)
+        assert mine['samples'] == theirs['samples']
+
+
 def children(pid: int) -> list[str]:
     return Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.imresize import shrink
-from data.patch import Draw, cut, draw, flip, mirrored, shuffled
+from data.patch import Draw, cut, draw, mirrored, shuffled
 
 LAST = np.nextafter(1, 0)  # the largest place that can be drawn
 UNFLIPPED = (False, False, False)
@@ -123,23 +123,3 @@ def test_the_mirrored_lr_is_the_lr_of_the_mirrored_hr(scale, size):
     lr = mirrored(shrink(hr, scale), 16)
     assert lr.shape == (16, 16, 3)
     np.testing.assert_array_equal(shrink(mirrored(hr, 16 * scale), scale)[:-2, :-2], lr[:-2, :-2])
-
-
-@pytest.mark.parametrize(
-    ('flips', 'expected'),
-    [
-        ((False, False, False), [[1, 2, 3], [4, 5, 6]]),
-        ((True, False, False), [[3, 2, 1], [6, 5, 4]]),
-        ((False, True, False), [[4, 5, 6], [1, 2, 3]]),
-        ((True, True, False), [[6, 5, 4], [3, 2, 1]]),
-        ((False, False, True), [[1, 4], [2, 5], [3, 6]]),
-        ((True, False, True), [[3, 6], [2, 5], [1, 4]]),
-        ((False, True, True), [[4, 1], [5, 2], [6, 3]]),
-        ((True, True, True), [[6, 3], [5, 2], [4, 1]]),
-    ],
-)
-def test_flip(flips, expected):
-    image = np.array([[1, 2, 3], [4, 5, 6]])[..., None] * [1, 10]
-    flipped = flip(image, flips)
-    np.testing.assert_array_equal(flipped[..., 0], expected)
-    np.testing.assert_array_equal(flipped[..., 1], 10 * np.array(expected))

@@ -167,6 +167,33 @@ def test_a_truncated_hr_image(tmp_path, cached):
     assert not (tmp_path / 'LR_bicubic' / 'X2' / 'bx2.png').exists()
 
 
+@pytest.mark.parametrize('cached', [False, True])
+def test_images_that_cannot_be_used_are_counted_and_passed_over(tmp_path, warnings, cached):
+    images = one_set(tmp_path, (20, 24), (30, 18), (16, 16), (20, 20))
+    write_png(tmp_path / 'LR_bicubic' / 'X2' / 'ax2.png', picture(1, 3, 3))
+    images.hr[1].write_bytes(images.hr[1].read_bytes()[:300])
+    data = prepared(images, 2, cached=cached, skip_bad=True)
+    assert len(warnings) == 1
+    assert warnings[0].startswith('2 of 4 images of ')
+    for part in (str(tmp_path / 'LR_bicubic' / 'X2' / 'ax2.png'), str(images.hr[1])):
+        assert part in warnings[0]
+    for index in (0, 1):
+        with pytest.raises(UserError, match=r'remove the LR file|cannot be read'):
+            data.lr(index)
+    np.testing.assert_array_equal(data.lr(3), shrink(read_rgb(images.hr[3]), 2))
+    assert len(data) == 4
+
+
+def test_one_warning_where_nothing_can_be_written(tmp_path, warnings):
+    images = one_set(tmp_path, (20, 24), (30, 18))
+    for name in ('LR_bicubic', 'bin'):
+        (tmp_path / name).write_text('a file where the folder should be')
+    data = prepared(images, 2, cached=True)
+    assert len(warnings) == 1
+    assert 'LR images are kept in memory and images are decoded whenever they are read' in warnings[0]
+    np.testing.assert_array_equal(data.lr(1), shrink(read_rgb(images.hr[1]), 2))
+
+
 def test_lr_border(tmp_path):
     """White above, black below: repeating the edge pixel and reflecting the image weigh them differently."""
     image = np.zeros((8, 8, 3), np.uint8)

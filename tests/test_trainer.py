@@ -31,6 +31,8 @@ TINY = (
 )
 LCOAN = f'{TINY} --model LCoAN --n_resgroups 2 --n_resblocks 1 --n_feats 8 --n_clusters 4 --window_size 16'
 EDSR = f'{TINY} --model EDSR --n_resblocks 1 --n_feats 8'
+NLSN = f'{TINY} --model NLSN --n_resblocks 2 --n_feats 16 --chunk_size 16'
+SWINIR = f'{TINY} --model SwinIR-light --n_resgroups 1 --n_resblocks 2 --n_feats 12 --n_heads 2 --drop_path 0.5'
 NETWORKS = pytest.mark.parametrize('network', [EDSR, LCOAN], ids=['EDSR', 'LCoAN'])
 
 
@@ -467,6 +469,34 @@ def test_ways_to_compute_a_run(data_folder, network, option):
     assert len(metrics(again)) == 2
 
 
+def test_compiled(data_folder, monkeypatch):
+    """The graph that PyTorch records computes what the network does, and the weights keep their names."""
+    compiled = []
+
+    def record(net: torch.nn.Module) -> torch.nn.Module:
+        compiled.append(net)
+        return compile_(net, backend='eager')
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', record)
+    run = train(data_folder, EDSR, '--compile')
+    (net,) = compiled
+    plain = train(data_folder, EDSR, name='plain')
+    for key, value in weights(run).items():
+        torch.testing.assert_close(value, weights(plain)[key], rtol=1e-4, atol=1e-5)
+    assert weights(run).keys() == weights(plain).keys() == net.state_dict().keys()
+    train(data_folder, '--load run --epochs 2')
+    assert len(compiled) == 2
+
+
+def test_what_changes_in_a_continued_run_is_logged(data_folder):
+    train(data_folder, EDSR, '--lr 0.001')
+    run = train(data_folder, '--load run --epochs 2 --lr 1e-4 --batch_size 3')
+    assert re.findall(r'Changed: (.*)', log(run)) == ['batch_size 4 -> 3', 'epochs 1 -> 2', 'lr 0.001 -> 0.0001']
+    train(data_folder, '--load run')
+    assert len(re.findall(r'Changed: (.*)', log(run))) == 3
+
+
 def test_a_network_that_does_not_stand_float16_says_so(data_folder):
     run = train(data_folder, EDSR, '--amp fp16')
     assert '--amp fp16: EDSR computes in bfloat16' in log(run)
@@ -494,6 +524,20 @@ def same_run(parts: Path, whole: Path) -> None:
     for key in ('model', 'average', 'optimizer', 'epoch', 'batch', 'step', 'samples'):
         assert equal(state(parts)[key], state(whole)[key]), key
     assert equal(weights(parts, 'best'), weights(whole, 'best'))
+
+
+@pytest.mark.parametrize('network', [NLSN, SWINIR], ids=['NLSN', 'SwinIR'])
+def test_a_stopped_run_of_a_network_that_draws_equals_an_unbroken_one(data_folder, monkeypatch, network):
+    """NLSN draws its hashes and SwinIR the blocks it leaves out."""
+    whole = unbroken(data_folder, network)
+    train_on = Trainer.train
+    monkeypatch.setattr(Trainer, 'train', lambda self, epochs, stop: train_on(self, epochs, After(7)))
+    train(data_folder, network, '--epochs 3 --test_every 5', name='parts')
+    monkeypatch.setattr(Trainer, 'train', train_on)
+    torch.rand(5)
+    same_run(train(data_folder, '--load parts', name='parts'), whole)
+    other = train(data_folder, network, '--epochs 3 --test_every 5 --seed 2', name='other')
+    assert learned(other) != learned(whole)
 
 
 class After:
@@ -578,15 +622,6 @@ def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch):
         assert killed == [(os.getpid(), signal.SIGINT)]
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.fixture
-def one_thread():
-    """As in the processes that `in_process` starts: another number of threads sums in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures('one_thread')

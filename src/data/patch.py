@@ -63,13 +63,3 @@ def mirrored(image: np.ndarray, side: int) -> np.ndarray:
     """Continue (H, W, C) at the bottom and right by its mirror image to at least (side, side, C)."""
     down, right = (max(0, side - n) for n in image.shape[:2])
     return np.pad(image, ((0, down), (0, right), (0, 0)), mode='symmetric')
-
-
-def flip(image: np.ndarray, flips: tuple[bool, bool, bool]) -> np.ndarray:
-    """Mirror left-right, mirror up-down, transpose (H, W, C), in this order."""
-    left_right, up_down, transpose = flips
-    if left_right:
-        image = image[:, ::-1]
-    if up_down:
-        image = image[::-1]
-    return image.transpose(1, 0, 2) if transpose else image

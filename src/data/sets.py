@@ -13,6 +13,7 @@ from error import UserError
 Channels = Literal['Y', 'RGB']
 Range = tuple[int, int]
 
+BENCHMARKS = ('Set5', 'Set14', 'B100', 'Urban100')
 SAMPLE = ('astronaut.png', 'camera.png', 'chelsea.png', 'coffee.png', 'rocket.jpg')
 
 
@@ -96,9 +97,11 @@ def find_set(name: str, dir_data: Path, benchmark: Path, span: Range | None = No
     tried = ', '.join(str(root / layout.folders[0][0]) for root in roots)
     there = ', '.join(sorted(path.name for path in dir_data.iterdir())[:8]) if dir_data.is_dir() else ''
     state = f'which holds {there or "nothing"}' if dir_data.is_dir() else 'which does not exist'
+    archives = name if name in LAYOUTS else 'benchmark' if name in BENCHMARKS else ''
     raise UserError(
         f'No set {name!r}: none of {tried} is a folder; --dir_data is {dir_data}, {state}; expected '
-        f'<dir_data>/{layout.folders[0][0]}/*.png (LR beside it in {layout.folders[0][1]}/X<scale>, made when missing).'
+        f'<dir_data>/{layout.folders[0][0]}/*.png (LR beside it in {layout.folders[0][1]}/X<scale>, made when missing)'
+        + (f'; python src/prepare.py {archives} gets it.' if archives else '.')
     )
 
 

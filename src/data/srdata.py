@@ -1,9 +1,9 @@
 """Paired images of a set: HR cropped to a multiple of the scale, LR from its file or made by MATLAB's bicubic."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class SRData:
         border: what the bicubic assumes beyond the edge when LR is made.
         cached: keep decoded copies beside the images (EDSR's `--ext sep`).
         shave: pixels at each border that no score counts; None: the scale, and by EDSR's convention for RGB 6 more.
+        skip_bad: `prepare` passes over images that cannot be used; reading them raises `UserError`.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class SRData:
         border: Border = 'mirror',
         cached: bool = False,
         shave: int | None = None,
+        skip_bad: bool = False,
     ) -> None:
+        self.skip_bad = skip_bad
         self.name, self.channels, self.names = images.name, images.channels, images.names
         self.scale, self.border = scale, border
         self.shave = scale + (6 if self.channels == 'RGB' else 0) if shave is None else shave
@@ -45,6 +48,8 @@ class SRData:
         self._hr = list(images.hr)
         self._lr = images.lr_files(scale)
         self._made: dict[int, np.ndarray] = {}
+        self._bad: dict[int, str] = {}  # what is wrong with an image
+        self._unwritten: dict[str, WriteError] = {}  # what is done without, and why
         self._caches: dict[Path, DecodedCache] = {}
         if cached:
             for hr, lr in zip(self._hr, self._lr, strict=True):
@@ -56,16 +61,22 @@ class SRData:
 
     def hr(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8, H and W multiples of the scale."""
+        self._check_usable(index)
         image = self._read(self._hr[index])
         height, width = (n - n % self.scale for n in image.shape[:2])
         return image[:height, :width]
 
     def lr(self, index: int) -> np.ndarray:
         """(H / scale, W / scale, 3) uint8."""
+        self._check_usable(index)
         path = self._lr[index]
         if index in self._made or path is None:
             return self._in_memory(index)
         return self._read(path)
+
+    def _check_usable(self, index: int) -> None:
+        if index in self._bad:
+            raise UserError(self._bad[index])
 
     def prepare(self, workers: int = 1, renew_cache: bool = False) -> None:
         """Check the LR files there are, make those that are missing, decode what is to be cached.
@@ -78,13 +89,32 @@ class SRData:
         missing = []
         for index, (hr, lr) in enumerate(zip(self._hr, self._lr, strict=True)):
             if lr is not None and lr.is_file():
-                self._check_size(hr, lr)
+                with self._excused(index):
+                    self._check_size(hr, lr)
             else:
                 missing.append(index)
         with ThreadPoolExecutor(max(1, workers)) as pool:
             self._make_missing(pool, missing)
             if self._caches:
                 self._fill_caches(pool, renew_cache)
+        if self._bad:
+            found = ' '.join(self._bad[index] for index in sorted(self._bad)[:3])
+            log.warning('%d of %d images of %s cannot be used: %s', len(self._bad), len(self), self.name, found)
+        if self._unwritten:
+            what, reason = ' and '.join(self._unwritten), next(iter(self._unwritten.values()))
+            log.warning('%s x%d: %s: %s', self.name, self.scale, what, reason)
+
+    @contextmanager
+    def _excused(self, index: int) -> Iterator[None]:
+        """Within this block an image that cannot be used is noted, where that is no reason to stop."""
+        try:
+            yield
+        except WriteError:
+            raise
+        except UserError as error:
+            if not self.skip_bad:
+                raise
+            self._bad[index] = str(error)
 
     def _make_missing(self, pool: ThreadPoolExecutor, missing: Sequence[int]) -> None:
         incomplete = {path.parent for index in missing if (path := self._lr[index])}
@@ -93,7 +123,7 @@ class SRData:
             self._note_border(folder, folder in incomplete)
         errors = [error for error in self._each(pool, self._make_lr, missing, f'Making LR of {self.name}') if error]
         if errors:
-            log.warning('LR images of %s x%d are kept in memory: %s', self.name, self.scale, errors[0])
+            self._unwritten['LR images are kept in memory'] = errors[0]
 
     def _note_border(self, folder: Path, making: bool) -> None:
         """LR images made here have a note of their border beside them, so that no other is taken for it."""
@@ -112,16 +142,25 @@ class SRData:
                 write_atomic(note, f'{self.border}\n'.encode())
 
     def _fill_caches(self, pool: ThreadPoolExecutor, renew: bool) -> None:
-        files = [path for path in (*self._hr, *filter(None, self._lr)) if path.parent in self._caches]
-        files = [path for path in files if path.is_file()]
+        files = [
+            (index, path)
+            for paths in (self._hr, self._lr)
+            for index, path in enumerate(paths)
+            if path and path.parent in self._caches and path.is_file() and index not in self._bad
+        ]
+
+        def decode(item: tuple[int, Path]) -> None:
+            with self._excused(item[0]):
+                self._caches[item[1].parent].write(item[1])
+
         try:
             if renew:
-                for path in files:
+                for _, path in files:
                     self._caches[path.parent].remove(path)
-            todo = [path for path in files if not self._caches[path.parent].path(path).exists()]
-            self._each(pool, lambda path: self._caches[path.parent].write(path), todo, f'Decoding {self.name}')
+            todo = [item for item in files if not self._caches[item[1].parent].path(item[1]).exists()]
+            self._each(pool, decode, todo, f'Decoding {self.name}')
         except WriteError as error:
-            log.warning('Images of %s are decoded whenever they are read: %s', self.name, error)
+            self._unwritten['images are decoded whenever they are read'] = error
 
     def _each(self, pool: ThreadPoolExecutor, work: Callable, items: Sequence, title: str) -> list:
         disable = None if items else True  # None: shown on a terminal only
@@ -133,13 +172,14 @@ class SRData:
 
     def _make_lr(self, index: int) -> WriteError | None:
         path = self._lr[index]
-        image = self._in_memory(index)
-        if path is not None:
-            try:
-                write_png(path, image)
-            except WriteError as error:
-                return error
-            del self._made[index]
+        with self._excused(index):
+            image = self._in_memory(index)
+            if path is not None:
+                try:
+                    write_png(path, image)
+                except WriteError as error:
+                    return error
+                del self._made[index]
         return None
 
     def _in_memory(self, index: int) -> np.ndarray:

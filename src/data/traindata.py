@@ -1,15 +1,37 @@
 """Training samples for a PyTorch loader, by sample number."""
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.patch import cut, draw, flip
+from data.patch import cut, draw
 from data.srdata import SRData
+from error import UserError
+
+
+class Sample(NamedTuple):
+    """A training sample as it is handed to the device, or with a leading N a batch of them.
+
+    Attributes:
+        lr, hr: (3, side, side) and (3, patch_size, patch_size), uint8, not yet flipped.
+        flips: (3,) bool: mirror left-right, mirror up-down, transpose.
+        replaced: () bool: the image of this number cannot be used, another one took its place.
+    """
+
+    lr: Tensor
+    hr: Tensor
+    flips: Tensor
+    replaced: Tensor
+
+    def flipped(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """LR and HR of a batch on `device`, each sample turned there by its own flips."""
+        lr, hr, flips = (part.to(device, non_blocking=True) for part in self[:3])
+        return turn(lr, flips), turn(hr, flips)
 
 
 class TrainData(Dataset):
@@ -20,25 +42,52 @@ class TrainData(Dataset):
         patch_size: side of the HR patch in pixels, a multiple of the scale.
         seed: of all random choices.
         augment: flip and transpose each patch at random.
+        skip_bad: the next image takes the place of one that cannot be used.
     """
 
-    def __init__(self, sets: Sequence[SRData], patch_size: int, seed: int, augment: bool = True) -> None:
+    def __init__(
+        self, sets: Sequence[SRData], patch_size: int, seed: int, augment: bool = True, skip_bad: bool = False
+    ) -> None:
         self.sets, self.patch_size, self.seed, self.augment = sets, patch_size, seed, augment
-        self.scale = sets[0].scale
+        self.scale, self.skip_bad = sets[0].scale, skip_bad
         self.images = [(images, index) for images in sets for index in range(len(images))]
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """LR and HR patch of sample `number`: (3, side, side) and (3, patch_size, patch_size), uint8."""
+    def __getitem__(self, number: int) -> Sample:
+        """Sample `number`.
+
+        Raises:
+            UserError: its image cannot be used, nor, with `skip_bad`, can any other.
+        """
         choice = draw(self.seed, number, len(self.images))
-        images, index = self.images[choice.image]
-        pair = cut(images.lr(index), images.hr(index), self.scale, self.patch_size // self.scale, choice)
-        lr, hr = (flip(patch, choice.flips if self.augment else (False, False, False)) for patch in pair)
-        return to_tensor(lr), to_tensor(hr)
+        lr, hr, image = self._read(choice.image)
+        lr, hr = cut(lr, hr, self.scale, self.patch_size // self.scale, choice)
+        flips = choice.flips if self.augment else (False, False, False)
+        return Sample(to_tensor(lr), to_tensor(hr), torch.tensor(flips), torch.tensor(image != choice.image))
+
+    def _read(self, image: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """LR and HR of an image, or of the next one that can be used, and which it is."""
+        for other in range(image, image + len(self.images)):
+            images, index = self.images[other % len(self.images)]
+            try:
+                return images.lr(index), images.hr(index), other
+            except UserError as error:
+                if not self.skip_bad:
+                    raise
+                reason = error
+        raise UserError(f'None of the {len(self.images)} training images can be used: {reason}')
 
     def name(self, number: int) -> str:
         """Which image sample `number` is cut from."""
         images, index = self.images[draw(self.seed, number, len(self.images)).image]
         return f'{images.name}/{images.names[index]}'
+
+
+def turn(images: Tensor, flips: Tensor) -> Tensor:
+    """Square images (N, C, side, side), each mirrored left-right, up-down and transposed by its row of (N, 3) bool."""
+    left_right, up_down, transpose = flips.view(-1, 3, 1, 1, 1).unbind(1)
+    images = torch.where(left_right, images.flip(-1), images)
+    images = torch.where(up_down, images.flip(-2), images)
+    return torch.where(transpose, images.transpose(-1, -2), images)
 
 
 def to_tensor(patch: np.ndarray) -> Tensor:
@@ -47,7 +96,7 @@ def to_tensor(patch: np.ndarray) -> Tensor:
 
 
 def train_loader(data: TrainData, batches: Iterable[list[int]], workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of samples by their numbers, in this order whatever the number of workers."""
+    """Batches of samples by their numbers, as a `Sample` each, in this order whatever the number of workers."""
     return DataLoader(
         data,
         batch_sampler=batches,
@@ -60,3 +109,32 @@ def train_loader(data: TrainData, batches: Iterable[list[int]], workers: int, pi
 def start_worker(_: int) -> None:
     """Leave Ctrl-C, which reaches all processes, to the main one: it finishes its step and then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class WorkerDied(Exception):
+    """A process that loads data ended before its time."""
+
+
+def whole_batches(loader: Iterable[Sample]) -> Iterator[Sample]:
+    """The batches of a loader, with errors as this program has them.
+
+    When a loading process dies PyTorch raises in the middle of whatever the program is doing, a step perhaps; here that
+    is noticed between two batches. The error of a loading process comes as it was, without the traceback in it.
+
+    Raises:
+        WorkerDied: a loading process ended.
+        UserError: a sample could not be made.
+    """
+    child = getattr(signal, 'SIGCHLD', None)  # Windows has none
+    handler = signal.getsignal(child) if child else None
+    try:
+        batches = iter(loader)
+        if child:
+            signal.signal(child, handler)
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rpartition('error.UserError: ')[2].strip()) from error
+    except (RuntimeError, OSError, EOFError) as error:  # OSError: a batch was on its way
+        if type(error) is RuntimeError and 'DataLoader worker' not in str(error):
+            raise
+        raise WorkerDied(str(error)) from error

@@ -62,6 +62,8 @@ class Loss(nn.Module):
         }
         self.weights = parse(text, terms)
         self.terms = nn.ModuleDict({name: terms[name]() for name in self.weights})
+        self.adversaries = [term for term in self.terms.values() if isinstance(term, GAN)]
+        self.names = [*self.terms, *(['discriminator'] if self.adversaries else [])]
 
     def forward(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
         """The weighted terms by name, in float32; the loss is their sum."""
@@ -69,11 +71,14 @@ class Loss(nn.Module):
             sr, hr = sr.float(), hr.float()
             return {name: self.weights[name] * term(sr, hr) for name, term in self.terms.items()}
 
+    def watched(self) -> list[Tensor]:
+        """What `names` has besides the terms, and is no part of the loss: the last loss of the discriminators."""
+        return [torch.stack([term.last_loss for term in self.adversaries]).sum()] if self.adversaries else []
+
     def scale_rates(self, factor: float) -> None:
         """Give what the terms train `factor` times the learning rate it started with."""
-        for term in self.terms.values():
-            if isinstance(term, GAN):
-                term.scale_rate(factor)
+        for term in self.adversaries:
+            term.scale_rate(factor)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Continue from `state`. A term that it does not know starts anew, and others that it knows are left out.

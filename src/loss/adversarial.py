@@ -48,6 +48,7 @@ class GAN(nn.Module):
         """One step of the discriminator; returns its logits of `hr` before it."""
         fake, real = self.discriminator(sr), self.discriminator(hr)
         loss = self.discriminator_loss(fake, real) + self.penalty(sr, hr)
+        self.last_loss = loss.detach()
         self.optimizer.zero_grad()
         loss.backward()
         if nn.utils.get_total_norm(p.grad for p in self.discriminator.parameters() if p.grad is not None).isfinite():

@@ -1,0 +1,34 @@
+"""The log of a run for TensorBoard, where that is installed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Board:
+    """Writes event files into `folder` from its first epoch on; older entries of these epochs are void."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def write(self, record: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> None:
+        """The numbers of an epoch's record in the trainer's log, and images, (H, W, 3) uint8 by name."""
+        epoch = record['epoch']
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._writer = SummaryWriter(str(self.folder), purge_step=epoch)
+        scalars = {f'loss/{term}': value for term, value in record['loss'].items()}
+        for name, scores in record['test'].items():
+            scalars |= {f'{score}/{name}': scores[score] for score in ('psnr', 'ssim') if score in scores}
+        scalars |= {key: record[key] for key in ('lr', 'skipped', 'images_per_second', 'wait')}
+        for tag, value in scalars.items():
+            self._writer.add_scalar(tag, value, epoch)
+        for tag, image in images.items():
+            self._writer.add_image(tag, image, epoch, dataformats='HWC')
+        self._writer.flush()
