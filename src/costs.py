@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from allocator import keep_memory
 from error import UserError
 from model import build, find, n_parameters
 from model.tiling import out_of_memory
@@ -163,7 +164,7 @@ def deviates(count: int, published: Published) -> bool:
 def measure_apart(name: str, scale: int, device: str) -> tuple[float | None, float | None]:
     """`measure` in a process of its own; None, None if its memory does not suffice, for which it may be killed."""
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_memory) as pool:
             return pool.submit(measure, name, scale, device).result()
     except (BrokenProcessPool, RuntimeError) as error:
         if not isinstance(error, BrokenProcessPool) and not out_of_memory(error):

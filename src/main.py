@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import option
+from allocator import keep_memory
 from error import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ log = logging.getLogger('frugalsr')
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    keep_memory()
     try:
         run(option.parse(argv), argv)
     except UserError as error:
