@@ -76,25 +76,30 @@ class Evaluation:
         return {s.name: {'channels': s.channels, 'shave': s.shave, 'lr_border': s.lr_border} for s in self.sets}
 
     def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
-        scores: dict[str, dict[str, float]] = {}
-        rows: list[picture.Comparison] = []
-        with Writer() as writer:
-            outputs = in_turn(len(images), lambda index: upscale(images, index), check)
+        outputs = in_turn(len(images), lambda index: upscale(images, index), check)
+        with Background() as background:
             for index, (sr, seconds) in progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
-                name, hr = images.names[index], images.hr(index)
-                scores[name] = self._score(images, sr, hr) | {'seconds': seconds}
-                if len(scores) <= SHOWN:
-                    self.shown[f'{images.name}/{name}'] = sr
-                if self.folder is not None:
-                    self._save(writer, images, index, hr, sr)
-                    if len(rows) < SHEET_ROWS:
-                        rows.append(compare(images, index, hr, {label: sr}))
+                if index < SHOWN:
+                    self.shown[f'{images.name}/{images.names[index]}'] = sr
+                background.start(self._finish, images, index, sr, seconds, label)
         if parallel.rank():
             return {}
+        scores, rows = zip(*background.results, strict=True)
         if self.folder is not None:
-            write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet(rows))
-        means = {key: metric.mean(score[key] for score in scores.values()) for key in next(iter(scores.values()))}
-        return means | {'images': scores}
+            write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet([row for row in rows if row]))
+        means = {key: metric.mean(score[key] for score in scores) for key in scores[0]}
+        return means | {'images': dict(zip(images.names, scores, strict=True))}
+
+    def _finish(
+        self, images: SRData, index: int, sr: np.ndarray, seconds: float, label: str
+    ) -> tuple[dict[str, float], picture.Comparison | None]:
+        """Score an image and save it; also a row of the comparison sheet, for the first ones."""
+        hr = images.hr(index)
+        scores = self._score(images, sr, hr) | {'seconds': seconds}
+        if self.folder is None:
+            return scores, None
+        self._save(images, index, hr, sr)
+        return scores, compare(images, index, hr, {label: sr}) if index < SHEET_ROWS else None
 
     def _score(self, images: SRData, sr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
         scores = {'psnr': score(metric.psnr, images, sr, hr)}
@@ -102,13 +107,13 @@ class Evaluation:
             scores['ssim'] = score(metric.ssim, images, sr, hr)
         return scores
 
-    def _save(self, writer: 'Writer', images: SRData, index: int, hr: np.ndarray, sr: np.ndarray) -> None:
+    def _save(self, images: SRData, index: int, hr: np.ndarray, sr: np.ndarray) -> None:
         assert self.folder is not None
         stem = self.folder / f'results-{images.name}' / f'{images.names[index]}_x{images.scale}'
-        writer.write(stem.with_name(f'{stem.name}_SR.png'), sr)
+        write_png(stem.with_name(f'{stem.name}_SR.png'), sr)
         if self.ground_truth:
-            writer.write(stem.with_name(f'{stem.name}_LR.png'), images.lr(index))
-            writer.write(stem.with_name(f'{stem.name}_HR.png'), hr)
+            write_png(stem.with_name(f'{stem.name}_LR.png'), images.lr(index))
+            write_png(stem.with_name(f'{stem.name}_HR.png'), hr)
 
 
 def score(measure: Callable[..., float], images: SRData, sr: np.ndarray, hr: np.ndarray) -> float:
@@ -136,24 +141,43 @@ def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = la
         yield from ((first + i, result) for i, result in enumerate(found) if result is not None)
 
 
-class Writer:
-    """Writes PNG files in the background; errors surface when it is closed."""
+class Background:
+    """Does what follows the network in threads, at most two pieces behind it; errors surface at the end at the latest.
 
-    def __enter__(self) -> 'Writer':
+    Attributes:
+        results: of the pieces in the order they were started, once the block has ended.
+    """
+
+    def __enter__(self) -> 'Background':
         self._pool = ThreadPoolExecutor(2)
         self._futures: list[Future] = []
+        self.results: list[Any] = []
         return self
 
-    def write(self, path: Path, image: np.ndarray, icc: bytes | None = None) -> None:
-        """Write (H, W, C) uint8 or uint16, with its colour profile, to `path`."""
+    def start(self, work: Callable[..., Any], *arguments: object) -> None:
+        """Begin a piece of work, after waiting until not more than one other is left."""
         if len(self._futures) > 1:
-            self._futures.pop(0).result()
-        self._futures.append(self._pool.submit(write_png, path, image, icc))
+            self.results.append(self._futures.pop(0).result())
+        self._futures.append(self._pool.submit(work, *arguments))
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown()
-        for future in self._futures:
-            future.result()
+        self.results += [future.result() for future in self._futures]
+
+
+class Ahead:
+    """Loads the item that comes next while the one before it is in use."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._coming: dict[Any, Future] = {}
+
+    def __call__(self, load: Callable[[int], T], index: int, count: int) -> T:
+        """`load(index)`, of `count` items that are asked for as `parallel.deal` deals them."""
+        now = self._coming.pop((load, index), None) or self._pool.submit(load, index)
+        after = index + parallel.size()
+        self._coming = {(load, after): self._pool.submit(load, after)} if after < count else {}
+        return now.result()
 
 
 def progress(items: Any, title: str, **options: Any) -> tqdm:
@@ -199,9 +223,10 @@ def read_outputs(sets: Sequence[SRData], folder: Path) -> Upscale:
 
 def timed(model: Model) -> Upscale:
     """A network as a way of enlarging the images of a set; reading them is not timed."""
+    ahead = Ahead()
 
     def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:
-        lr = images.lr(index)
+        lr = ahead(images.lr, index, len(images))
         start = time.perf_counter()
         sr = model.upscale(lr)
         return sr, time.perf_counter() - start
@@ -221,22 +246,25 @@ def enlarge_folder(model: Model, source: Path, target: Path) -> None:
     if not files:
         raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
     plain = Model('Bicubic', model.scale, model.device, model.tiler)
-    names, failures = output_names(files), []
+    names, failures, ahead = output_names(files), [], Ahead()
     start = time.perf_counter()
+
+    def read(index: int) -> Photo:
+        return read_photo(files[index])
 
     def enlarged(index: int) -> tuple[np.ndarray, bytes | None] | str:
         try:
-            photo = read_photo(files[index])
+            photo = ahead(read, index, len(files))
         except UserError as error:
             return str(error)
         return enlarge_photo(model, plain, photo), photo.icc
 
-    with Writer() as writer:
+    with Background() as background:
         for index, found in progress(in_turn(len(files), enlarged), source.name, total=len(files)):
             if isinstance(found, str):
                 failures.append(found)
             else:
-                writer.write(target / f'{names[index]}_x{model.scale}_SR.png', *found)
+                background.start(write_png, target / f'{names[index]}_x{model.scale}_SR.png', *found)
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
     if others := [path for path in source.iterdir() if path not in files]:
