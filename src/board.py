@@ -1,10 +1,13 @@
 """The log of a run for TensorBoard, where that is installed."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+log = logging.getLogger('frugalsr')
 
 
 class Board:
@@ -16,8 +19,14 @@ class Board:
 
     def write(self, record: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> None:
         """The numbers of an epoch's record in the trainer's log, and images, (H, W, 3) uint8 by name."""
-        epoch = record['epoch']
-        if self._writer is None:
+        try:
+            self._write(record['epoch'], record, images)
+        except OSError as error:
+            log.warning('The log for TensorBoard could not be written (%s).', error.strerror or error)
+            self._writer = None
+
+    def _write(self, epoch: int, record: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> None:
+        if self._writer is None or not self.folder.is_dir():  # it may have been deleted
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:

@@ -8,7 +8,7 @@ loss.png, test_<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
 state.pt        everything a run continues from: weights and their average, optimiser, counters, log, options
 state_before.pt the state before it
-lock            held while a process trains here
+lock            locked while a process trains here
 results-<Set>/  images
 tensorboard/    event files, where TensorBoard is installed
 """
@@ -20,12 +20,14 @@ import logging
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+import parallel
 import picture
 from error import UserError
 from files import read_torch, write_atomic
@@ -118,12 +120,18 @@ class RunFolder:
             ) from error
         try:
             lock_file(self._lock)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f'{self.folder} is being trained by another process: wait for it, or choose another --save.'
             ) from error
+        except OSError as error:
+            raise UserError(f'{self.folder} cannot be locked ({error.strerror}): choose another --save_dir.') from error
 
-    def _keep_folder(self) -> None:
+    def saved_by_this_launch(self) -> bool:
+        """Whether the state here is of the same launch of several processes as this one, after a restart perhaps."""
+        return self.holds_training() and self.load_state().get('launch') == parallel.launch_name()
+
+    def keep_folder(self) -> None:
         """Make the folder again if it was deleted under the run.
 
         Raises:
@@ -169,10 +177,6 @@ class RunFolder:
         """Write results.json."""
         self.write('results.json', json.dumps(finite(results), indent=1) + '\n')
 
-    def save(self, path: Path, content: object) -> None:
-        """Write tensors and plain values in PyTorch's format."""
-        write_atomic(path, serialized(content))
-
     def save_epoch(self, state: dict[str, Any], best: bool, keep: bool) -> None:
         """Write everything that an epoch leaves: weights, state, metrics and curves.
 
@@ -183,12 +187,11 @@ class RunFolder:
         """
         if not self.writes:
             return
-        self._keep_folder()
+        self.keep_folder()
         names = ['latest', *(['best'] if best else []), *([str(state['epoch'])] if keep else [])]
         weights = serialized(state['average'] or state['model'])
         for name in names:
             write_atomic(self.models / f'model_{name}.pt', weights)
-        self.write('config.txt', self.config)
         self.save_state(state)
         self.write_log(state['log'])
 
@@ -203,9 +206,11 @@ class RunFolder:
         """Write what the run continues from; the state before it is kept beside it."""
         if not self.writes:
             return
-        self._keep_folder()
-        content = serialized(state | {'options': self.config})
-        write_atomic(self.folder / STATES[0], content, before=self.folder / STATES[1])
+        self.keep_folder()
+        self.write('config.txt', self.config)
+        content = serialized(state | {'options': self.config, 'launch': parallel.launch_name()})
+        latest, before = (self.folder / name for name in STATES)
+        write_atomic(latest, content, before if zipfile.is_zipfile(latest) else None)  # not a torn one
 
     def keep_best(self, epoch: int) -> None:
         """Make the kept weights of `epoch` the best ones, if they were kept."""
@@ -245,7 +250,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def lock_file(file: IO[str]) -> None:
-    """Lock an open file for this process until it is closed; OSError if another process has it."""
+    """Lock an open file for this process until it is closed, and not for those that it starts.
+
+    Raises:
+        BlockingIOError, PermissionError: another process has it.
+        OSError: it cannot be locked.
+    """
     if sys.platform == 'win32':
         import msvcrt
 
@@ -253,7 +263,7 @@ def lock_file(file: IO[str]) -> None:
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def start_screen(quiet: bool = False) -> None:

@@ -66,11 +66,9 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
         ) from error
 
     if parallel.launched():
-        parallel.start(args.cpu)
-        try:
-            run_here(args)
-        finally:
-            parallel.finish()
+        parallel.start(device(args) == 'cpu')
+        run_here(args)
+        parallel.finish()
     elif args.n_GPUs > 1:
         if not args.cpu and (found := parallel.gpus()) < args.n_GPUs:
             raise UserError(f'--n_GPUs {args.n_GPUs}: this host has {found}; give as many or fewer, or --cpu.')
@@ -88,8 +86,6 @@ def run_here(args: Namespace) -> None:
     if args.model == 'auto':
         settle(args)
     folder = RunFolder(args.save_dir / args.save, writes=parallel.rank() == 0)
-    if parallel.restarted() and folder.holds_training():
-        args.load, args.reset = args.save, False
     if args.costs:
         costs(args, folder)
     elif args.score:
@@ -97,6 +93,8 @@ def run_here(args: Namespace) -> None:
     elif args.test_only:
         test(args, folder)
     else:
+        if parallel.restarted() and folder.saved_by_this_launch():
+            args.load, args.resume, args.reset = args.save, -1, False
         with folder.locked():
             train(args, folder)
 

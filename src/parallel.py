@@ -6,6 +6,7 @@ Started by torchrun, by srun (one task a GPU), or by `--n_GPUs N`, which calls t
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,17 +20,24 @@ SLURM = {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SL
 
 
 def launch(script: str, processes: int, argv: Sequence[str]) -> None:
-    """Run `script` in so many processes on this host, and wait for them; the program ends if one of them fails."""
+    """Run `script` in so many processes on this host, and wait for them; signals are passed on to them.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     try:
         main(['--standalone', f'--nproc_per_node={processes}', script, *argv])
+    except SignalException:
+        return
     except ChildFailedError as error:
         number, failure = next(iter(error.failures.items()))
+        hint = '.' if failure.exitcode == 2 else ': --load continues the run from its last state.'
         raise UserError(
-            f'Process {number} of {processes} ended with status {failure.exitcode}, for the reason above: '
-            '--load continues the run from its last state.'
+            f'Process {number} of {processes} ended with status {failure.exitcode}, for the reason above{hint}'
         ) from error
 
 
@@ -53,6 +61,11 @@ def restarted() -> bool:
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
 
 
+def launch_name() -> str:
+    """What the processes that torchrun started together have in common, also with those it starts again."""
+    return os.environ.get('TORCHELASTIC_RUN_ID', '')
+
+
 def start(cpu: bool) -> None:
     """Meet the other processes; each takes the GPU of its number on its host.
 
@@ -64,7 +77,7 @@ def start(cpu: bool) -> None:
         UserError: started again on several hosts by a torchrun that keeps its store.
     """
     if not cpu:
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
     store, number, processes = next(rendezvous('env://'))
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         store = distributed.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
@@ -74,7 +87,9 @@ def start(cpu: bool) -> None:
             'environment: set that, and start it again.'
         )
     backend = 'gloo' if cpu else 'nccl'
-    distributed.init_process_group(backend, store=store, rank=number, world_size=processes)
+    # All wait while the first one makes LR images; the launcher ends those that wait for one that died.
+    patience = timedelta(hours=2)
+    distributed.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=patience)
 
 
 def rank() -> int:

@@ -182,7 +182,8 @@ class Ahead:
 
 def progress(items: Any, title: str, **options: Any) -> tqdm:
     """A progress bar that is shown on a terminal only and leaves no trace."""
-    return tqdm(items, desc=title, leave=False, disable=None, dynamic_ncols=True, **options)
+    disable = True if parallel.rank() else None
+    return tqdm(items, desc=title, leave=False, disable=disable, dynamic_ncols=True, **options)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -434,8 +435,9 @@ class Trainer:
         for key in COUNTERS:
             setattr(self, key, state[key])
         self.log = state['log']
-        if state['partial']['totals'].keys() == self.partial.totals.keys():  # else the terms of the loss have changed
-            self.partial = Partial(**state['partial'])
+        fresh, self.partial = self.partial.totals, Partial(**state['partial'])
+        if self.partial.totals.keys() != fresh.keys():  # the terms of the loss have changed
+            self.partial.totals, self.partial.learned = fresh, 0
         self.saved = self._place()
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
@@ -474,16 +476,27 @@ class Trainer:
                 self._train_epoch(batches, epochs, stop)
                 results = self._evaluate(epochs)
             except Stopped:
-                self.run.save_state(self.state())
-                self.saved = self._place()
+                self._save_state()
                 return False
+            self._leave_branch()
             self._finish_epoch(results)
-            if self.rewound:
-                self.run.keep_best(max(epoch for epoch in range(1, self.epoch) if self._is_best(epoch)))
             self.run.save_epoch(self.state(), self._is_best(self.epoch), self.keep_all)
-            self.saved, self.rewound = self._place(), False
+            self.saved = self._place()
             self.watch(self.log[-1])
         return True
+
+    def _save_state(self) -> None:
+        """Save what the run continues from within an epoch."""
+        self._leave_branch()
+        self.run.save_state(self.state())
+        self.saved = self._place()
+
+    def _leave_branch(self) -> None:
+        """Before a run that went back saves for the first time: take the later epochs out of the log and the best."""
+        if self.rewound:
+            self.run.keep_best(max(epoch for epoch in range(1, self.epoch + 1) if self._is_best(epoch)))
+            self.run.write_log(self.log)
+            self.rewound = False
 
     def _batches(self, end: int) -> Iterator[Sample]:
         """Batches up to sample number `end`; a loading process that died is replaced, once at one place."""
@@ -531,8 +544,7 @@ class Trainer:
                 )  # fmt: skip
             stop()
             if self.save_every and self.batch % self.save_every == 0 and self.batch < self.steps:
-                self.run.save_state(self.state())
-                self.saved = self._place()
+                self._save_state()
 
     def _next_step(self, batches: Iterator[Sample]) -> float:
         """Train on the next batch; returns its learning rate."""
@@ -552,11 +564,13 @@ class Trainer:
         return rate
 
     def _note_replaced(self, replaced: Tensor) -> None:
-        """Count samples whose image could not be used, and name each such image once."""
-        if not replaced.any():
+        """Count the samples of a batch whose image could not be used, and name each such image once."""
+        count = sum(parallel.total([float(replaced.sum())]))
+        if not count:
             return
-        self.partial.replaced += int(replaced.sum())
-        names = {self.name_of(n) for n, bad in zip(parallel.part(self._numbers()), replaced, strict=True) if bad}
+        self.partial.replaced += int(count)
+        own = [self.name_of(n) for n, bad in zip(parallel.part(self._numbers()), replaced, strict=True) if bad]
+        names = {name for part in parallel.gather(own) for name in part}
         for name in sorted(names - self.unusable):
             log.warning('%s cannot be used: the next image takes its place.', name)
         self.unusable |= names
@@ -567,6 +581,7 @@ class Trainer:
         log.info('Epoch %d/%d: loss %.5g, lr %.3g, %.0f s', self.epoch + 1, epochs, loss, rate, self.partial.seconds)
         if not self._weights_are_finite():
             raise UserError(f'The weights are no longer finite after epoch {self.epoch + 1}; {self._advice()}')
+        self.run.keep_folder()
         with self.average.applied() if self.average else nullcontext():
             results = self.evaluate(self.epoch + 1)
         log.info('%s', table(results))
@@ -578,20 +593,20 @@ class Trainer:
         self.epoch += 1
         self.log.append({
             'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate, 'loss': done.means(),
-            'skipped': done.skipped, 'replaced': int(sum(parallel.total([done.replaced]))), 'seconds': done.seconds,
+            'skipped': done.skipped, 'replaced': done.replaced, 'seconds': done.seconds,
             'images_per_second': self.batch * self.batch_size / done.seconds, 'wait': done.waited / done.seconds,
             'test': {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()},
         })  # fmt: skip
         self.batch, self.partial = 0, self._fresh()
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(p.isfinite().all()) for p in self.model.net.parameters())
+        return all(bool(value.isfinite().all()) for value in self.model.net.state_dict().values())
 
     def _step(self, lr: Tensor, hr: Tensor) -> dict[str, float] | None:
         """One step on a batch; its loss terms, or None if it was skipped."""
         self.optimizer.zero_grad(set_to_none=True)
         terms = torch.zeros(len(self.loss.names), device=self.model.device)
-        parts = list(zip(lr.chunk(self.parts), hr.chunk(self.parts), strict=True))
+        parts = list(zip(lr.tensor_split(self.parts), hr.tensor_split(self.parts), strict=True))
         for i, (lr_part, hr_part) in enumerate(parts):
             with parallel.unsynchronised(self.model.run) if i < len(parts) - 1 else nullcontext():
                 terms += self._gradients(lr_part, hr_part)
@@ -633,7 +648,8 @@ class Trainer:
             raise UserError(f'The loss is {loss} {where}, and so are weights; {self._advice()}')
         if self.not_finite == MOST_NOT_FINITE:
             raise UserError(f'The loss is {loss} {where}, the {self.not_finite}th time in a row; {self._advice()}')
-        learned = [record['loss']['total'] for record in self.log if record['skipped'] < self.steps]
+        totals = [record['loss']['total'] for record in self.log]
+        learned = [total for total in totals if math.isfinite(total)]
         last = abs(learned[-1]) if learned else math.inf  # that of a GAN may be below 0
         if not self.not_finite and loss <= self.skip_threshold * last:
             return False

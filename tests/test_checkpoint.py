@@ -112,7 +112,7 @@ def test_state_round_trip(run):
     run.save_epoch(saved, best=False, keep=False)
     loaded = run.load_state()
     assert torch.equal(loaded.pop('model')['body.weight'], saved.pop('model')['body.weight'])
-    assert loaded == saved | {'options': 'model: "EDSR"\n'}
+    assert loaded == saved | {'options': 'model: "EDSR"\n', 'launch': ''}
     assert run.holds_training()
 
 
@@ -136,6 +136,25 @@ def test_a_torn_state_falls_back_to_the_one_before(run, caplog, share):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert run.load_state()['epoch'] == 1
     assert 'damaged' in caplog.text
+
+
+def test_a_torn_state_does_not_replace_the_one_before(run):
+    for epochs in (1, 2):
+        run.save_state(state(*[30.0] * epochs))
+    path = run.folder / 'state.pt'
+    path.write_bytes(path.read_bytes()[:-100])
+    run.save_state(state(30.0, 31.0, 32.0))
+    assert torch.load(run.folder / 'state_before.pt', weights_only=True)['epoch'] == 1
+    assert run.load_state()['epoch'] == 3
+
+
+def test_a_restarted_launch_knows_its_own_state(run, monkeypatch):
+    assert not run.saved_by_this_launch()
+    for name, later in (('one', True), ('two', False)):
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'one')
+        run.save_state(state(30.0))
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', name)
+        assert run.saved_by_this_launch() == later
 
 
 def test_two_processes_cannot_train_in_one_folder(run):
@@ -163,10 +182,9 @@ def test_every_write_can_fail(run):
     run.save_epoch(state(30.0), best=True, keep=False)
     before = files(run.folder)
     with full_disk(10):
-        for write in (run.write, lambda name, text: run.save(run.folder / name, text)):
-            for name in before:
-                with pytest.raises(WriteError, match=Path(name).name):
-                    write(name, 'something longer than ten bytes')
+        for name in before:
+            with pytest.raises(WriteError, match=Path(name).name):
+                run.write(name, 'something longer than ten bytes')
     assert files(run.folder) == before
 
 
@@ -195,7 +213,8 @@ def test_no_state(run):
 
 @pytest.mark.parametrize('content', [{'params': torch.ones(1)}, torch.ones(2), [1, 2]])
 def test_the_state_of_another_program(run, content):
-    run.save(run.folder / 'state.pt', content)
+    run.folder.mkdir()
+    torch.save(content, run.folder / 'state.pt')
     with pytest.raises(UserError, match=r'state\.pt is not a state of this program'):
         run.load_state()
 

@@ -89,6 +89,23 @@ def test_or_is_counted_and_replaced(data_folder, monkeypatch, workers):
     assert log(run).count('SR291/0002 cannot be used: the next image takes its place') == 1
 
 
+def test_each_bad_image_is_counted_once_by_several_processes(data_folder):
+    path = data_folder / 'SR291' / 'HR' / '0002.png'
+    more = '--ext img --epochs 2 --batch_size 6 --test_every 1 --skip_bad_images --n_threads 0 --save'
+    train(data_folder, EDSR, more, 'first', name='first')  # makes LR
+    truncate(path)
+    one = train(data_folder, EDSR, more, 'one', name='one')
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'src' / 'main.py'), *arguments(data_folder, EDSR, more, 'two --n_GPUs 2')],
+        capture_output=True, text=True, timeout=120, env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = data_folder.parent / 'runs' / 'two'
+    for run in (one, two):
+        assert [record['replaced'] for record in metrics(run)] == [2, 2]
+        assert log(run).count('SR291/0002 cannot be used: the next image takes its place') == 1
+
+
 def test_a_killed_loading_process_is_replaced(data_folder):
     more = '--epochs 2 --test_every 60'
     whole = train(data_folder, EDSR, more, name='whole')
@@ -109,17 +126,18 @@ def test_loading_processes_that_die_at_once_end_the_run(data_folder, capsys, mon
 
 
 def test_a_run_folder_that_is_deleted_is_made_again(data_folder):
-    whole = train(data_folder, EDSR, '--epochs 2 --test_every 40', name='whole')
-    process = in_process(data_folder, f'{EDSR} --epochs 2 --test_every 40 --print_every 1 --save_every 10 --save run')
-    wait_for(process, 'Epoch 1, batch 12/')
+    """In the second epoch, when all files have been there."""
+    whole = train(data_folder, EDSR, '--epochs 3 --test_every 40', name='whole')
+    process = in_process(data_folder, f'{EDSR} --epochs 3 --test_every 40 --print_every 1 --save_every 10 --save run')
+    wait_for(process, 'Epoch 2, batch 12/')
     run = data_folder.parent / 'runs' / 'run'
     shutil.rmtree(run)
     wait_for(process, 'was deleted under the run and is made again')
     assert main.main(arguments(data_folder, f'{EDSR} --save run')) == 2  # the new folder is taken, too
     _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (0, '')
+    assert process.returncode == 0, errors
     same_run(run, whole)
-    assert 'Epoch 2/2' in log(run)
+    assert 'Epoch 3/3' in log(run)
 
 
 def test_another_run_in_a_deleted_folder_is_left_alone(data_folder):

@@ -57,12 +57,12 @@ def test_every_piece_of_work_is_dealt_once(monkeypatch, count):
 
 @pytest.mark.parametrize('network', [EDSR, LCOAN], ids=['EDSR', 'LCoAN'])
 def test_several_processes_learn_what_one_learns(data_folder, network):
-    more = '--optimizer SGD --lr 1e-4 --batch_size 7 --split_batch 1 --test_every 3 --epochs 2 --weight_ema 0.9 --save'
+    more = '--optimizer SGD --lr 1e-4 --batch_size 7 --test_every 3 --epochs 2 --weight_ema 0.9 --save'
     one = train(data_folder, network, more, 'one', name='one')
-    for size in (2, 4):
-        done = run(data_folder, network, more, f'p{size} --n_GPUs {size}')
+    for size, parts in ((2, 1), (4, 1)) if network == EDSR else ((2, 1), (2, 3)):
+        done = run(data_folder, network, more, f'p{size}{parts} --n_GPUs {size} --split_batch {parts}')
         assert done.returncode == 0, done.stderr
-        several = data_folder.parent / 'runs' / f'p{size}'
+        several = data_folder.parent / 'runs' / f'p{size}{parts}'
         for key, value in state(one)['model'].items():
             torch.testing.assert_close(state(several)['model'][key], value, rtol=1e-4, atol=1e-5, msg=key)
         for mine, theirs in zip(learned(several), learned(one), strict=True):
@@ -73,17 +73,18 @@ def test_several_processes_learn_what_one_learns(data_folder, network):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(data_folder):
-    """Under torchrun as it is, in parts of a batch, stopped by its SIGTERM and continued by one process."""
+    """In parts of a batch, stopped by SIGTERM and continued by one process."""
     more = (
         f'{EDSR} --batch_size 4 --split_batch 2 --test_every 300 --epochs 1 --print_every 1 --optimizer SGD --lr 1e-6'
     )
-    command = [*TORCHRUN, '2', PROGRAM[1], *arguments(data_folder, more, '--save run')]
+    command = [*PROGRAM, *arguments(data_folder, more, '--save run --n_GPUs 2')]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     for line in process.stdout:
         if 'batch 5/300' in line:
             process.send_signal(signal.SIGTERM)
             break
     process.communicate(timeout=60)
+    assert process.returncode == 0
     stopped = data_folder.parent / 'runs' / 'run'
     assert 5 <= state(stopped)['batch'] < 300
     assert re.search(r'SIGTERM: stopped, and saved in epoch 1, batch \d+; --load run continues', log(stopped))

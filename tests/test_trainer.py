@@ -528,6 +528,46 @@ def same_run(parts: Path, whole: Path) -> None:
     assert equal(weights(parts, 'best'), weights(whole, 'best'))
 
 
+def test_changed_options_last_when_a_run_is_stopped_again(data_folder, monkeypatch):
+    train(data_folder, EDSR, '--test_every 5')
+    train_on = Trainer.train
+    monkeypatch.setattr(Trainer, 'train', lambda self, epochs, stop: train_on(self, epochs, After(2)))
+    train(data_folder, '--load run --epochs 3 --lr 1e-5')
+    monkeypatch.setattr(Trainer, 'train', train_on)
+    run = train(data_folder, '--load run')
+    assert [record['lr'] for record in metrics(run)] == pytest.approx([1e-4, 1e-5, 1e-5])
+    assert log(run).count('Changed: lr') == 1
+
+
+def test_the_best_is_taken_back_when_a_rewound_run_is_stopped(data_folder, monkeypatch):
+    scores = iter([20.0, 30.0, 40.0])
+    monkeypatch.setattr('metric.psnr', lambda *_: next(scores))
+    for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
+        path.unlink()
+    train(data_folder, EDSR, '--epochs 3 --save_models --test_every 5')
+    train_on = Trainer.train
+    monkeypatch.setattr(Trainer, 'train', lambda self, epochs, stop: train_on(self, epochs, After(2)))
+    train(data_folder, '--load run --resume 2 --epochs 4')
+    monkeypatch.setattr(Trainer, 'train', train_on)
+    monkeypatch.setattr('metric.psnr', lambda *_: 10.0)
+    run = train(data_folder, '--load run')
+    assert equal(weights(run, 'best'), weights(run, '2'))
+    assert [record['test']['Set5']['psnr'] for record in metrics(run)] == [20, 30, 10, 10]
+
+
+def test_another_loss_after_a_stop_in_an_evaluation(data_folder, monkeypatch):
+    def stopping(self, *options: object) -> dict:
+        monkeypatch.undo()
+        raise Stopped
+
+    monkeypatch.setattr(Evaluation, '__call__', stopping)
+    train(data_folder, EDSR)
+    run = train(data_folder, '--load run --loss 1*MSE')
+    (record,) = metrics(run)
+    assert record['loss'] == {'MSE': None, 'total': None}
+    assert record['images_per_second'] > 0
+
+
 @pytest.mark.parametrize('network', [NLSN, SWINIR], ids=['NLSN', 'SwinIR'])
 def test_a_stopped_run_of_a_network_that_draws_equals_an_unbroken_one(data_folder, monkeypatch, network):
     """NLSN draws its hashes and SwinIR the blocks it leaves out."""
@@ -632,7 +672,7 @@ def test_a_killed_run_equals_an_unbroken_one(data_folder):
     whole = train(data_folder, EDSR, more, name='whole')
     train(data_folder, EDSR, more, '--epochs 1', name='parts')
     for killed in ('Epoch 2, batch 7/', 'Epoch 2, batch 22/'):
-        process = in_process(data_folder, '--load parts --epochs 2 --save_every 3')
+        process = in_process(data_folder, '--load parts --epochs 2 --save_every 3 --n_threads 1')
         wait_for(process, killed)
         process.kill()
         process.wait()
