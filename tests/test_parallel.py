@@ -59,7 +59,7 @@ def test_every_piece_of_work_is_dealt_once(monkeypatch, count):
 def test_several_processes_learn_what_one_learns(data_folder, network):
     more = '--optimizer SGD --lr 1e-4 --batch_size 7 --test_every 3 --epochs 2 --weight_ema 0.9 --save'
     one = train(data_folder, network, more, 'one', name='one')
-    for size, parts in ((2, 1), (4, 1)) if network == EDSR else ((2, 1), (2, 3)):
+    for size, parts in ((2, 3), (4, 1)) if network == EDSR else ((2, 1), (4, 1)):
         done = run(data_folder, network, more, f'p{size}{parts} --n_GPUs {size} --split_batch {parts}')
         assert done.returncode == 0, done.stderr
         several = data_folder.parent / 'runs' / f'p{size}{parts}'
@@ -70,6 +70,13 @@ def test_several_processes_learn_what_one_learns(data_folder, network):
             assert mine['test'] == pytest.approx(theirs['test'], abs=1e-2)
             assert mine['samples'] == theirs['samples']
         assert log(several).count('Epoch 2/2') == 1  # one process speaks
+
+
+def test_processes_with_shares_of_unequal_size_keep_in_step_in_parts(data_folder):
+    """The centroids of LCoAN are averaged over the processes in every part."""
+    done = run(data_folder, LCOAN, '--batch_size 7 --split_batch 3 --n_GPUs 2 --save run')
+    assert done.returncode == 0, done.stderr
+    assert metrics(data_folder.parent / 'runs' / 'run')[0]['samples'] == 14
 
 
 def test_a_run_goes_on_with_another_number_of_processes(data_folder):
