@@ -6,10 +6,13 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.common import (
+    FEW_TOKENS,
     MeanShift,
     ResBlock,
+    TokenLinear,
     Upsampler,
     activation,
+    attention,
     conv,
     mean_shifts,
     rgb_to_ycbcr,
@@ -124,3 +127,32 @@ def test_upsampler_enlarges_step_by_step(scale: int, steps: list[int]) -> None:
     # Convolutions at 0, 2, 4, ..., pixel shuffles between: the names of the official weights.
     expected = {f'{2 * i}.weight': (4 * step**2, 4, 3, 3) for i, step in enumerate(steps)}
     assert {k: tuple(v.shape) for k, v in net.state_dict().items() if k.endswith('weight')} == expected
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('n_tokens', [1, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('scale', [None, 0.7])
+def test_attention_is_a_mean_weighted_by_a_softmax(n_tokens: int, masked: bool, scale: float | None) -> None:
+    q, k, v = numbers(3, 2, n_tokens, 2, 5).requires_grad_()
+    mask = numbers(2, n_tokens, n_tokens) if masked else None
+    out = attention(q, k, v, mask, scale)
+    logits = torch.einsum('bqhd,bkhd->bhqk', q, k) * (5**-0.5 if scale is None else scale)
+    weights = (logits if mask is None else logits + mask).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    expected = torch.einsum('bhqk,bkhd->bqhd', weights, v).flatten(2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    seed = numbers(*out.shape)
+    found, truth = (torch.autograd.grad(result, (q, k, v), seed, retain_graph=True) for result in (out, expected))
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('n', [1, 3])
+def test_linear_layer_of_tokens(n: int) -> None:
+    layer, x = TokenLinear(5, 7).double(), numbers(n, 6, 5)
+    out = layer(x)
+    torch.testing.assert_close(out, x @ layer.weight.t() + layer.bias, rtol=0, atol=1e-12)
+    assert out.is_contiguous()

@@ -30,6 +30,7 @@ from model.common import (
     RGB_MEAN,
     DirectUpsampler,
     Network,
+    TokenLinear,
     Upsampler,
     UserError,
     WideConv,
@@ -66,9 +67,9 @@ class DictionaryAttention(nn.Module):
     def __init__(self, n_feats: int, n_tokens: int, reduced_dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((n_tokens,), 0.5))
-        self.wq = nn.Linear(n_feats, reduced_dim)
-        self.wk = nn.Linear(n_feats, reduced_dim)
-        self.wv = nn.Linear(n_feats, n_feats)
+        self.wq = TokenLinear(n_feats, reduced_dim)
+        self.wk = TokenLinear(n_feats, reduced_dim)
+        self.wv = TokenLinear(n_feats, n_feats)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, L, C) and tokens (N, M, C) to what the pixels read (N, L, C) and the softmaxed map (N, L, M)."""
@@ -91,7 +92,7 @@ class CategoryAttention(nn.Module):
         super().__init__()
         self.n_heads, self.category_size = n_heads, category_size
         self.logit_scale = nn.Parameter(torch.full((1, 1), math.log(10)))
-        self.proj = nn.Linear(n_feats, n_feats)
+        self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(self, qkv: Tensor, category: Tensor) -> Tensor:
         """(N, L, 3 * C) and the categories (N, L) int64 to (N, L, C)."""
@@ -103,7 +104,7 @@ class CategoryAttention(nn.Module):
         q, k, v = rows.view(-1, size, 3, self.n_heads, channels // (3 * self.n_heads)).unbind(2)
         factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         out = attention((q * factor).to(v.dtype), k, v, scale=1.0)
-        return self.proj(take_rows(out.view(n, -1, channels // 3), inverse_of(order)))
+        return self.proj(take_rows(out.reshape(n, -1, channels // 3), inverse_of(order)))
 
 
 class WindowAttention(nn.Module):
@@ -112,7 +113,7 @@ class WindowAttention(nn.Module):
     def __init__(self, n_feats: int, n_heads: int, window_size: int) -> None:
         super().__init__()
         self.relative_position_bias_table = position_table(window_size, n_heads)
-        self.proj = nn.Linear(n_feats, n_feats)
+        self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(self, qkv: Tensor, positions: Tensor, windows: Windows) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, positions)
@@ -120,23 +121,18 @@ class WindowAttention(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Feed-forward network with a depthwise convolution between its layers.
-
-    It works on (N, hidden, L), which is how a depthwise convolution is fastest, and never moves its pixels.
-    """
+    """Feed-forward network with a depthwise convolution between its layers."""
 
     def __init__(self, n_feats: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
         depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
-        self.fc1 = nn.Linear(n_feats, hidden)
+        self.fc1 = TokenLinear(n_feats, hidden)
         self.dwconv = nn.Sequential(OrderedDict(depthwise_conv=nn.Sequential(depthwise, nn.GELU())))
-        self.fc2 = nn.Linear(hidden, n_feats)
+        self.fc2 = TokenLinear(hidden, n_feats)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        first, second = (layer.weight.expand(len(x), -1, -1) for layer in (self.fc1, self.fc2))
-        x = F.gelu(torch.baddbmm(self.fc1.bias.unsqueeze(-1), first, x.transpose(1, 2)))
-        x = x + self.dwconv(x.unflatten(2, (height, width))).flatten(2)
-        return torch.baddbmm(self.fc2.bias, x.transpose(1, 2), second.transpose(1, 2))
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x + flatten_image(self.dwconv(unflatten_image(x, height, width))))
 
 
 class Layer(nn.Module):
@@ -162,7 +158,7 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(n_feats)
         if refines:
             self.norm3 = nn.InstanceNorm1d(n_tokens, affine=True)
-        self.wqkv = nn.Linear(n_feats, 3 * n_feats)
+        self.wqkv = TokenLinear(n_feats, 3 * n_feats)
         self.attn_win = WindowAttention(n_feats, n_heads, window_size)
         self.attn_atd = DictionaryAttention(n_feats, n_tokens, reduced_dim)
         self.attn_aca = CategoryAttention(n_feats, n_heads, category_size)

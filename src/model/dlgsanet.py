@@ -19,7 +19,7 @@ Departures from the official code:
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from math import isqrt
 from typing import Any
 
@@ -30,28 +30,35 @@ from torch.autograd.function import once_differentiable
 
 from model.common import (
     RGB_MEAN,
-    ChannelNorm,
     DirectUpsampler,
     GatedFFN,
     Network,
+    PixelNorm,
     TransposedAttention,
     UserError,
     check_divides,
     check_images,
     conv,
+    flatten_image,
+    full_precision,
     hidden_width,
     how_many,
+    unflatten_image,
     widen,
 )
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 
 
-def taps(padded: Tensor, size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Row and column of every tap of a size x size kernel, with the view (..., H, W) of `padded` that it meets."""
+def by_tap(weights: Tensor) -> tuple[Tensor, ...]:
+    """Views (N, G, 1, H, W) of kernels (N, G, k, k, H, W), one for each tap, row by row."""
+    return weights.flatten(2, 3).unsqueeze(2).unbind(3)
+
+
+def shifted(padded: Tensor, size: int) -> list[Tensor]:
+    """Views (..., H, W) of `padded`, what each tap of a size x size kernel meets, row by row."""
     height, width = padded.shape[-2] - size + 1, padded.shape[-1] - size + 1
-    for i, j in product(range(size), repeat=2):
-        yield i, j, padded[..., i : i + height, j : j + width]
+    return [padded[..., i : i + height, j : j + width] for i, j in product(range(size), repeat=2)]
 
 
 class DynamicConv(torch.autograd.Function):
@@ -63,8 +70,9 @@ class DynamicConv(torch.autograd.Function):
         groups, size = weights.shape[1:3]
         x_groups = widen(x.unflatten(1, (groups, -1)))
         out = torch.zeros_like(x_groups)
-        for i, j, view in taps(F.pad(x_groups, [size // 2] * 4), size):
-            out.addcmul_(weights[:, :, None, i, j], view)
+        padded = F.pad(x_groups, [size // 2] * 4)
+        for weight, view in zip(by_tap(weights), shifted(padded, size), strict=True):
+            out.addcmul_(weight, view)
         return out.flatten(1, 2).to(x.dtype)
 
     @staticmethod
@@ -75,10 +83,10 @@ class DynamicConv(torch.autograd.Function):
         x_groups, grad_groups = (widen(t.unflatten(1, (groups, -1))) for t in (x, grad))
         padded = F.pad(x_groups, [size // 2] * 4)
         grad_padded, grad_weights = torch.zeros_like(padded), torch.empty_like(weights)
-        for i, j, view in taps(grad_padded, size):
-            view.addcmul_(weights[:, :, None, i, j], grad_groups)
-        for i, j, view in taps(padded, size):
-            grad_weights[:, :, i, j] = (grad_groups * view).sum(2)
+        for weight, view in zip(by_tap(weights), shifted(grad_padded, size), strict=True):
+            view.addcmul_(weight, grad_groups)
+        for grad_weight, view in zip(by_tap(grad_weights), shifted(padded, size), strict=True):
+            grad_weight.copy_((grad_groups * view).sum(2, keepdim=True))
         return F.pad(grad_padded, [-(size // 2)] * 4).flatten(1, 2).to(x.dtype), grad_weights
 
 
@@ -98,7 +106,10 @@ def dynamic_conv(x: Tensor, weights: Tensor) -> Tensor:
 
 
 class FilterGenerator(nn.Module):
-    """Kernels for every pixel from the features around it, linear throughout: (N, C, H, W) to (N, G, k, k, H, W)."""
+    """Kernels for every pixel from the features around it, linear throughout: (N, C, H, W) to (N, G, k, k, H, W).
+
+    The last convolution is a matrix product, which writes a tap of all pixels in a row, whatever the memory format.
+    """
 
     def __init__(self, n_feats: int, groups: int, kernel_size: int) -> None:
         super().__init__()
@@ -109,7 +120,10 @@ class FilterGenerator(nn.Module):
         self.shape = (groups, kernel_size, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x)).unflatten(1, self.shape)
+        weight, bias = self.conv2.parameters()
+        weights = weight.flatten(1).expand(len(x), -1, -1)
+        kernels = torch.baddbmm(bias.unsqueeze(1), weights, self.conv1(x).flatten(2))
+        return kernels.view(len(x), *self.shape, *x.shape[2:])
 
 
 class DynamicLocalAttention(nn.Module):
@@ -123,28 +137,25 @@ class DynamicLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv0(x)
-        return self.conv1(dynamic_conv(x, self.conv(x)))
-
-
-def window_steps(length: int, size: int) -> tuple[int, int]:
-    """Number of windows of `size` that it takes to cover `length`, and the distance from each to the next."""
-    n = -(-length // size)
-    return n, -(-(length - size) // max(n - 1, 1))
+        filtered = flatten_image(dynamic_conv(x.contiguous(), self.conv(x)))
+        weight = self.conv1.weight.flatten(1).t().expand(len(x), -1, -1)
+        return unflatten_image(filtered @ weight, *x.shape[2:])
 
 
 def windows(length: int, size: int) -> list[slice]:
-    """The windows of `size` along an axis; the last one is moved back to end with the image."""
-    n, step = window_steps(length, size)
+    """The windows of `size` that cover an axis, at equal steps; the last one is moved back to end with the image."""
+    n = -(-length // size)
+    step = -(-(length - size) // max(n - 1, 1))
     starts = (min(i * step, length - size) for i in range(n))
     return [slice(start, start + size) for start in starts]
 
 
-def coverage(length: int, size: int, device: torch.device) -> Tensor:
-    """How many of the windows along an axis each position lies in: (length,)."""
-    n, step = window_steps(length, size)
-    position = torch.arange(length, device=device)
-    start = (torch.arange(n, device=device) * step).clamp(max=length - size).unsqueeze(1)
-    return ((start <= position) & (position < start + size)).sum(0)
+def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
+    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0."""
+    found = windows(length, size)
+    pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
+    inside = [[w.start <= piece.start and piece.stop <= w.stop for piece in pieces] for w in found]
+    return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
 
 
 class SparseGlobalAttention(TransposedAttention):
@@ -152,30 +163,53 @@ class SparseGlobalAttention(TransposedAttention):
 
     In training the whole patch is one window. In evaluation windows have `tlc_size` pixels a side, at most those of the
     image; where they overlap, their results are averaged.
+
+    A similarity is a sum over pixels, and what it weights is a sum over channels. Windows are therefore put together
+    from the cells that their borders cut the image into, and each pixel is weighted once, by the mean of the maps of
+    its windows, times the last convolution.
     """
 
     def __init__(self, n_feats: int, n_heads: int, tlc_size: int) -> None:
         super().__init__(n_feats, n_heads)
         self.tlc_size = tlc_size
 
-    def weights(self, logits: Tensor) -> Tensor:
-        return logits.relu()
-
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv_dwconv(self.qkv(x))
-        height, width = x.shape[2:]
-        if self.training or max(height, width) <= self.tlc_size:
-            return self.project_out(self.attend(qkv.flatten(2)).view_as(x))
+        qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)
+        sizes = [length if self.training else min(length, self.tlc_size) for length in x.shape[2:]]
+        weight = self.project_out.weight
+        (rows, down), (columns, across) = (cells(*axis, weight) for axis in zip(x.shape[2:], sizes, strict=True))
+        places = list(product(rows, columns))
+        parts = [qkv[:, i, j].flatten(1, 2) for i, j in places]
+        out = qkv.new_empty(*qkv.shape[:3], len(weight))
+        for (i, j), part, factor in zip(places, parts, self.maps(parts, torch.kron(down, across)), strict=True):
+            values = part.chunk(3, -1)[2]
+            out[:, i, j] = (values @ factor.to(values.dtype)).view_as(out[:, i, j])
+        return out.permute(0, 3, 1, 2)
 
-        h, w = min(height, self.tlc_size), min(width, self.tlc_size)
-        places = list(product(windows(height, h), windows(width, w)))
-        cut = torch.stack([qkv[:, :, rows, columns] for rows, columns in places], 1)  # (N, windows, 3 * C, h, w)
-        parts = self.attend(cut.flatten(3).flatten(0, 1)).view(-1, len(places), x.shape[1], h, w)
-        total = parts.new_zeros(x.shape)
-        for part, (rows, columns) in zip(parts.unbind(1), places, strict=True):
-            total[:, :, rows, columns] += part
-        count = coverage(height, h, x.device).unsqueeze(1) * coverage(width, w, x.device)
-        return self.project_out(total / count)
+    def maps(self, parts: list[Tensor], inside: Tensor) -> Tensor:
+        """What to multiply the values of each cell by, in float32 or more.
+
+        Args:
+            parts: queries, keys and values of the pixels of each cell, (N, pixels, 3 * C).
+            inside: (windows, cells), 1 where the cell is a part of the window, else 0.
+
+        Returns:
+            (cells, N, C, C), with the channels of the values before those of the result.
+        """
+        with full_precision(inside):
+            sums, squares = zip(*map(self.sums, parts), strict=True)
+            products = torch.tensordot(inside, torch.stack(sums), 1)  # (windows, N, heads, C / heads, C / heads)
+            q, k = torch.tensordot(inside, torch.stack(squares), 1).clamp_min(1e-24).sqrt().unbind(2)
+            cosines = products / (q.unsqueeze(-1) * k.unsqueeze(-2))
+            last = self.project_out.weight.flatten(1).t().unflatten(0, (self.n_heads, -1))
+            maps = (cosines * self.temperature).relu().transpose(-2, -1) @ last
+            return torch.tensordot((inside / inside.sum(0)).t(), maps.flatten(2, 3), 1)
+
+    def sums(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Over the pixels of a cell: products (N, heads, C / heads, C / heads), squares (N, 2, heads, C / heads)."""
+        qk = widen(part[..., : part.shape[-1] // 3 * 2]).unflatten(2, (2, self.n_heads, -1))
+        q, k = qk.unbind(2)
+        return q.permute(0, 2, 3, 1) @ k.transpose(1, 2), qk.square().sum(1)
 
 
 class Norm(nn.Module):
@@ -183,7 +217,7 @@ class Norm(nn.Module):
 
     def __init__(self, n_feats: int) -> None:
         super().__init__()
-        self.body = ChannelNorm(n_feats, 1e-5)
+        self.body = PixelNorm(n_feats, 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -297,7 +331,7 @@ class DLGSANet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
-        x = self.overlap_embed(x - self.mean)
+        x = self.overlap_embed((x - self.mean).contiguous(memory_format=torch.channels_last))
         return self.upsample(x + self.deep_feature_extraction(x)) + self.mean
 
 

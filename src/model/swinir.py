@@ -25,6 +25,7 @@ from model.common import (
     RGB_MEAN,
     DirectUpsampler,
     Network,
+    TokenLinear,
     UserError,
     Windows,
     check_divides,
@@ -58,8 +59,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.relative_position_bias_table = position_table(window_size, n_heads)
         self.register_buffer('relative_position_index', relative_positions(window_size))
-        self.qkv = nn.Linear(n_feats, 3 * n_feats)
-        self.proj = nn.Linear(n_feats, n_feats)
+        self.qkv = TokenLinear(n_feats, 3 * n_feats)
+        self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
@@ -71,8 +72,8 @@ class MLP(nn.Module):
 
     def __init__(self, n_feats: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(n_feats, hidden)
-        self.fc2 = nn.Linear(hidden, n_feats)
+        self.fc1 = TokenLinear(n_feats, hidden)
+        self.fc2 = TokenLinear(hidden, n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
