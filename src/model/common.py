@@ -267,7 +267,7 @@ class GatedFFN(nn.Module):
         gate, value = self.dwconv(self.project_in(x)).chunk(2, 1)
         if not gate.is_contiguous():  # as in channels_last memory, where a GELU on a part of the channels is slow
             gate = gate.clone()
-        return self.project_out(F.gelu(gate) * value)
+        return self.project_out(F.gelu(gate).mul_(value))
 
 
 class TransposedAttention(nn.Module):
@@ -376,18 +376,20 @@ def to_tokens(x: Tensor, cell: tuple[int, int], strided: bool, parts: int = 1) -
     n, channels, height, width = x.shape
     rows, columns = height // cell[0], width // cell[1]
     x = x.permute(0, 2, 3, 1).reshape(n, rows, cell[0], columns, cell[1], parts, channels // parts)
-    x = x.permute(5, 0, 2, 4, 1, 3, 6) if strided else x.permute(5, 0, 1, 3, 2, 4, 6)
-    return x.flatten(4, 5).flatten(0, 3)
+    if strided:
+        return x.permute(5, 0, 2, 4, 1, 3, 6).reshape(-1, rows * columns, channels // parts)
+    return x.permute(5, 0, 1, 3, 2, 4, 6).reshape(-1, cell[0] * cell[1], channels // parts)
 
 
 def to_map(tokens: Tensor, like: Tensor, cell: tuple[int, int], strided: bool, parts: int = 1) -> Tensor:
     """Inverse of `to_tokens`, with the height and width of `like`."""
-    cells, channels = (like.shape[2] // cell[0], like.shape[3] // cell[1]), tokens.shape[-1]
+    n, _, height, width = like.shape
+    cells, channels = (height // cell[0], width // cell[1]), tokens.shape[-1]
     if strided:
-        x = tokens.reshape(parts, -1, *cell, *cells, channels).permute(1, 4, 2, 5, 3, 0, 6)
+        x = tokens.view(parts, n, *cell, *cells, channels).permute(1, 4, 2, 5, 3, 0, 6)
     else:
-        x = tokens.reshape(parts, -1, *cells, *cell, channels).permute(1, 2, 4, 3, 5, 0, 6)
-    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        x = tokens.view(parts, n, *cells, *cell, channels).permute(1, 2, 4, 3, 5, 0, 6)
+    return x.reshape(n, height, width, parts * channels).permute(0, 3, 1, 2)
 
 
 def attention_cell(x: Tensor, window_size: int, strided: bool) -> tuple[int, int]:
@@ -451,7 +453,7 @@ class ChannelAttention(TransposedAttention):
     def forward(self, x: Tensor) -> Tensor:
         parts = to_tokens(self.qkv_dwconv(self.qkv(x)), self.cell, self.strided, 3 * self.n_heads)
         q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
-        cosines = (q / length(q)).transpose(2, 3) @ k / length(k)
+        cosines = q.transpose(2, 3) @ k / length(q).transpose(2, 3) / length(k)
         out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
         return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads))
 
