@@ -1,9 +1,10 @@
 """Blocks that several networks share, and the facts that a network file declares beside its class."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -198,6 +199,51 @@ class Upsampler(nn.Sequential):
         for step in steps:
             layers += [conv(n_feats, n_feats * step**2, 3), nn.PixelShuffle(step)]
         super().__init__(*layers)
+
+
+def as_one(first: nn.Conv2d, last: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Of two 3x3 convolutions around a pixel shuffle the 5x5 convolution that comes before it instead of both.
+
+    Its weight is (colours * scale^2, C, 5, 5). It is found from what both answer to one pixel of each channel, and its
+    bias from what they answer to none.
+    """
+    scale = math.isqrt(first.out_channels // last.in_channels)
+
+    def answer(maps: Tensor, bias: Tensor | None) -> Tensor:
+        return F.pixel_unshuffle(F.conv2d(F.pixel_shuffle(maps, scale), last.weight, bias, padding=1), scale)
+
+    pixels = F.pad(first.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
+    weight = answer(pixels, None).transpose(0, 1).flip(2, 3)
+    bias = answer(first.get_parameter('bias').view(1, -1, 1, 1).expand(-1, -1, 3, 3), last.bias)[0, :, 1, 1]
+    return weight, bias
+
+
+class Tail(nn.Sequential):
+    """Last layers of the EDSR family: `Upsampler`, and a 3x3 convolution to pixels, (N, C, H, W) to (N, colours, ...).
+
+    Between the last two convolutions stands a rearrangement and nothing else, so that together they are one 5x5
+    convolution with few outputs, at a small part of the cost and memory. It differs only in the outermost pixels, where
+    the map in between ends; these are found in two steps.
+    """
+
+    def __init__(self, scale: int, n_feats: int, n_colors: int) -> None:
+        super().__init__(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *steps, first, shuffle = self[0].children()
+        last = self[1]
+        for step in steps:
+            x = step(x)
+
+        def in_two_steps(x: Tensor) -> Tensor:
+            return last(shuffle(first(x)))
+
+        with full_precision(x):
+            x = widen(x)
+            y = shuffle(F.conv2d(x, *as_one(cast(nn.Conv2d, first), cast(nn.Conv2d, last)), padding=2))
+            top, bottom = in_two_steps(x[:, :, :2])[:, :, :1], in_two_steps(x[:, :, -2:])[:, :, -1:]
+            left, right = in_two_steps(x[..., :2])[..., :1], in_two_steps(x[..., -2:])[..., -1:]
+        return torch.cat((left, torch.cat((top, y[:, :, 1:-1], bottom), 2)[..., 1:-1], right), 3)
 
 
 def recognise_ends(state: Mapping[str, Tensor]) -> dict[str, object] | None:

@@ -29,9 +29,8 @@ from model.common import (
     Network,
     Pattern,
     ResBlock,
-    Upsampler,
+    Tail,
     UserError,
-    WideConv,
     attend,
     check_divides,
     check_images,
@@ -229,7 +228,7 @@ class LCoAN(nn.Module):
             )
             self.body.append(Group(nn.Sequential(*blocks), attention, n_feats, res_scale))
         self.m_conv = nn.Sequential(conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
+        self.tail = Tail(scale, n_feats, n_colors)
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)

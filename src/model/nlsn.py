@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from model.common import (
     Network,
     ResBlock,
-    Upsampler,
-    WideConv,
+    Tail,
     attend,
     check_divides,
     check_images,
@@ -136,7 +135,7 @@ class NLSN(nn.Module):
             if i % BLOCKS_PER_ATTENTION == 0:
                 self.body.append(SparseAttention(n_feats, reduction, chunk_size, res_scale))
         self.body.append(conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
+        self.tail = Tail(scale, n_feats, n_colors)
 
         # Attentions, dim, rounds. What evaluation needs is drawn here, since torch.export cannot trace a generator; on
         # the CPU and in no buffer, so that a network made on the meta device has it too.
