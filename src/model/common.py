@@ -361,15 +361,15 @@ def inverse_of(order: Tensor) -> Tensor:
 class Pattern(NamedTuple):
     """Which pixels attend to which, and how much. R: rounds, L: pixels, W: windows, w: window size."""
 
-    order: Tensor  # (N, R, W * w) int64: pixels sorted by code, the last window filled up
-    inverse: Tensor  # (N, R, L) int64: where a pixel stands in `order`
-    attention: Tensor  # (N, R, W, w, 3 * w): softmaxed map over a window and its neighbours
+    order: Tensor  # (N, R, (W + 2) * w) int64: pixels sorted by code, in a ring: last window, all windows, first window
+    inverse: Tensor  # (N, R, L) int64: where a pixel stands in all windows
+    attention: Tensor  # (N, R, W, w, 3 * w): softmaxed map over the previous window, a window itself and the next one
     round_weights: Tensor  # (N, R, L, 1): share of each round in a pixel's result
 
 
-def with_neighbours(windows: Tensor) -> Tensor:
-    """Each window followed by the previous and the next one, cyclically: (N, R, W, w, C) to (N, R, W, 3 * w, C)."""
-    return torch.cat((windows, windows.roll(1, 2), windows.roll(-1, 2)), 3)
+def with_neighbours(ring: Tensor, window_size: int) -> Tensor:
+    """Each window between its neighbours: (N, R, (W + 2) * w, C) to (N, R, W, 3 * w, C), a view."""
+    return ring.unfold(2, 3 * window_size, window_size).transpose(-2, -1)
 
 
 def find_pattern(embedding: Tensor, codes: Tensor, window_size: int) -> Pattern:
@@ -384,13 +384,16 @@ def find_pattern(embedding: Tensor, codes: Tensor, window_size: int) -> Pattern:
     length = order.shape[-1]
     padding = torch.arange(-(-length % window_size), 0, device=order.device) % length
     order = torch.cat((order, order[..., padding]), -1)
+    order = torch.cat((order[..., -window_size:], order, order[..., :window_size]), -1)
 
     with full_precision(embedding):
-        queries = take_rows(widen(embedding), order).unflatten(2, (-1, window_size))
-        keys = with_neighbours(F.normalize(queries, dim=-1, eps=5e-5))
+        ring = take_rows(widen(embedding), order)
+        queries = ring[:, :, window_size:-window_size].unflatten(2, (-1, window_size))
+        keys = with_neighbours(F.normalize(ring, dim=-1, eps=5e-5), window_size)
         logits = queries @ keys.transpose(-2, -1)
-        score = logits.logsumexp(-1).flatten(2).gather(-1, inverse)
-        attention, round_weights = logits.softmax(-1), score.softmax(1).unsqueeze(-1)
+        attention = logits.softmax(-1)
+        score = logits.amax(-1) - attention.amax(-1).log()  # both of the same key: what is left is the sum
+        round_weights = score.flatten(2).gather(-1, inverse).softmax(1).unsqueeze(-1)
     return Pattern(order, inverse, attention.to(embedding.dtype), round_weights.to(embedding.dtype))
 
 
