@@ -124,6 +124,11 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = Tru
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
 
 
+def in_fast_memory(x: Tensor) -> Tensor:
+    """On a CPU in channels_last memory, where convolutions are up to a tenth faster; elsewhere as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
     device = x.device.type
@@ -187,7 +192,7 @@ class ResBlock(nn.Module):
         self.res_scale = res_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) * self.res_scale
+        return torch.add(x, self.body(x), alpha=self.res_scale)
 
 
 class Upsampler(nn.Sequential):
@@ -399,9 +404,10 @@ def find_pattern(embedding: Tensor, codes: Tensor, window_size: int) -> Pattern:
 
 def attend(values: Tensor, pattern: Pattern) -> Tensor:
     """Means of the values (N, L, C), weighted by the map of the pattern and by its rounds: (N, L, C)."""
-    windows = take_rows(values, pattern.order).unflatten(2, (-1, pattern.attention.shape[-2]))
-    out = (pattern.attention @ with_neighbours(windows)).flatten(1, 3)
-    rounds = torch.arange(pattern.order.shape[1], device=values.device).view(1, -1, 1) * pattern.order.shape[-1]
+    n_windows, window_size = pattern.attention.shape[2:4]
+    ring = take_rows(values, pattern.order)
+    out = (pattern.attention @ with_neighbours(ring, window_size)).flatten(1, 3)
+    rounds = torch.arange(ring.shape[1], device=values.device).view(1, -1, 1) * n_windows * window_size
     return (take_rows(out, pattern.inverse + rounds) * pattern.round_weights).sum(1)
 
 

@@ -35,11 +35,14 @@ from model.common import (
     check_images,
     conv,
     find_pattern,
+    flatten_image,
     full_precision,
     how_many,
+    in_fast_memory,
     mean_shifts,
     recognise_ends,
     shape_of,
+    unflatten_image,
     widen,
 )
 
@@ -77,10 +80,10 @@ class SparseAttention(nn.Module):
         self.conv_assembly = nn.Sequential(conv(n_feats, n_feats, 1))
 
     def forward(self, x: Tensor, directions: Tensor) -> Tensor:
-        embedding = self.conv_match(x).flatten(2).transpose(1, 2)
+        embedding = flatten_image(self.conv_match(x))
         pattern = find_pattern(embedding, buckets(embedding, directions), self.chunk_size)
-        out = attend(self.conv_assembly(x).flatten(2).transpose(1, 2), pattern)
-        return x + out.transpose(1, 2).reshape(x.shape) * self.res_scale
+        out = attend(flatten_image(self.conv_assembly(x)), pattern)
+        return torch.add(x, unflatten_image(out, *x.shape[2:]), alpha=self.res_scale)
 
 
 class NLSN(nn.Module):
@@ -146,7 +149,7 @@ class NLSN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
         directions = iter(self.directions(x))
-        head = x = self.head(self.sub_mean(x))
+        head = x = self.head(self.sub_mean(in_fast_memory(x)))
         for module in self.body:
             x = module(x, next(directions)) if isinstance(module, SparseAttention) else module(x)
         return self.add_mean(self.tail(x + head))
