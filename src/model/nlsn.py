@@ -111,6 +111,8 @@ class NLSN(nn.Module):
         UserError: a reduction that does not divide n_feats.
     """
 
+    draws: Tensor
+
     def __init__(
         self,
         scale: int,
@@ -141,10 +143,11 @@ class NLSN(nn.Module):
         self.tail = Tail(scale, n_feats, n_colors)
 
         # Attentions, dim, rounds. What evaluation needs is drawn here, since torch.export cannot trace a generator; on
-        # the CPU and in no buffer, so that a network made on the meta device has it too.
+        # the CPU, so that it is the same for every device and a network made on the meta device has it too.
         self.sets = (1 + n_resblocks // BLOCKS_PER_ATTENTION, n_feats // reduction, n_hashes)
         most, generator = math.prod(self.sets) * MOST_BUCKETS // 2, torch.Generator().manual_seed(0)
-        self.draws = torch.randn(most, generator=generator, dtype=torch.float32, device='cpu')
+        draws = torch.randn(most, generator=generator, dtype=torch.float32, device='cpu')
+        self.register_buffer('draws', draws, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
@@ -159,7 +162,7 @@ class NLSN(nn.Module):
         shape = (*self.sets, n_buckets(x.shape[2] * x.shape[3], self.chunk_size) // 2)
         if self.training:
             return torch.randn(shape, device=x.device)
-        return self.draws[: math.prod(shape)].view(shape).to(x.device)
+        return self.draws[: math.prod(shape)].view(shape)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
