@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
@@ -9,6 +10,7 @@ from model.common import (
     FEW_TOKENS,
     MeanShift,
     ResBlock,
+    Tail,
     TokenLinear,
     Upsampler,
     activation,
@@ -156,3 +158,34 @@ def test_linear_layer_of_tokens(n: int) -> None:
     out = layer(x)
     torch.testing.assert_close(out, x @ layer.weight.t() + layer.bias, rtol=0, atol=1e-12)
     assert out.is_contiguous()
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4, 8])
+@pytest.mark.parametrize('size', [(1, 1), (1, 5), (2, 1), (3, 4), (6, 5)])
+@pytest.mark.parametrize('n_colors', [1, 3])
+def test_tail_is_an_upsampler_and_a_convolution(scale: int, size: tuple[int, int], n_colors: int) -> None:
+    torch.manual_seed(0)
+    tail = Tail(scale, 4, n_colors).double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+
+    y = x
+    for layer in (*tail[0], tail[1]):  # one after the other
+        if isinstance(layer, nn.PixelShuffle):
+            y = F.pixel_shuffle(y, layer.upscale_factor)
+        else:
+            y = F.conv2d(y, layer.weight, layer.bias, padding=1)
+
+    found = tail(x)
+    assert torch.allclose(found, y, rtol=0, atol=1e-12)
+    gradient, inputs = torch.randn_like(y), (x, *tail.parameters())
+    for a, b in zip(*(torch.autograd.grad(out, inputs, gradient) for out in (found, y)), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+def test_tail_is_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    tail, x = Tail(2, 4, 3), torch.randn(1, 4, 5, 6)
+    with torch.autocast('cpu', torch.bfloat16):
+        low = tail(x)
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, tail(x), rtol=0, atol=1e-6)

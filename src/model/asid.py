@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.common import (
@@ -52,6 +53,11 @@ class StageMaps(NamedTuple):
     across: Tensor | None
 
 
+def mix(tokens: Tensor, attention_map: Tensor, to_v: Tensor, to_out: Tensor) -> Tensor:
+    """Values of the tokens (B, T, C), weighted by the map (B, T, T) and projected: both matrices (C, C) in one."""
+    return torch.bmm(attention_map, F.linear(tokens, to_out @ to_v))
+
+
 class OwnMap(nn.Module):
     """Single-head attention between the pixels of a window; also gives its map."""
 
@@ -63,11 +69,12 @@ class OwnMap(nn.Module):
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, 1)
 
     def forward(self, tokens: Tensor, _: None) -> tuple[Tensor, Tensor]:
-        q, k, v = self.to_qkv(tokens).chunk(3, -1)
+        queries, keys, values = self.to_qkv.weight.chunk(3)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, tokens.device))
-        logits = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        products = F.linear(tokens, keys.t() @ queries)  # q and k meet in their product alone: one matrix for both
+        logits = torch.baddbmm(bias, products, tokens.transpose(1, 2), alpha=len(keys) ** -0.5)
         attention_map = logits.softmax(-1)
-        return self.to_out(attention_map @ v), attention_map
+        return mix(tokens, attention_map, values, self.to_out.get_parameter('0.weight')), attention_map
 
 
 class SharedMap(nn.Module):
@@ -79,7 +86,7 @@ class SharedMap(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(n_feats, n_feats, bias=False))
 
     def forward(self, tokens: Tensor, attention_map: Tensor) -> tuple[Tensor, Tensor]:
-        return self.to_out(attention_map @ self.to_v(tokens)), attention_map
+        return mix(tokens, attention_map, self.to_v.weight, self.to_out.get_parameter('0.weight')), attention_map
 
 
 class SpatialAttention(nn.Module):

@@ -29,19 +29,21 @@ from model.common import (
     Network,
     Pattern,
     ResBlock,
-    Upsampler,
+    Tail,
     UserError,
-    WideConv,
     attend,
     check_divides,
     check_images,
     conv,
     find_pattern,
+    flatten_image,
     full_precision,
     how_many,
+    in_fast_memory,
     mean_shifts,
     recognise_ends,
     shape_of,
+    unflatten_image,
     widen,
 )
 
@@ -151,10 +153,10 @@ class CollaborativeAttention(nn.Module):
 
     def forward(self, x: Tensor, pattern: Pattern | None) -> tuple[Tensor, Pattern]:
         if pattern is None:
-            embedding = self.conv_match(x).flatten(2).transpose(1, 2)
+            embedding = flatten_image(self.conv_match(x))
             pattern = find_pattern(embedding, self.kmeans(embedding), self.window_size)
-        out = attend(self.conv_assembly(x).flatten(2).transpose(1, 2), pattern)
-        return x + out.transpose(1, 2).reshape(x.shape) * self.res_scale, pattern
+        out = attend(flatten_image(self.conv_assembly(x)), pattern)
+        return torch.add(x, unflatten_image(out, *x.shape[2:]), alpha=self.res_scale), pattern
 
 
 class Group(nn.Module):
@@ -171,7 +173,7 @@ class Group(nn.Module):
 
     def forward(self, x: Tensor, pattern: Pattern | None) -> tuple[Tensor, Pattern]:
         out, pattern = self.attention[0](self.local_body(x), pattern)
-        return x + self.m_conv(out) * self.res_scale, pattern
+        return torch.add(x, self.m_conv(out), alpha=self.res_scale), pattern
 
 
 class LCoAN(nn.Module):
@@ -229,11 +231,11 @@ class LCoAN(nn.Module):
             )
             self.body.append(Group(nn.Sequential(*blocks), attention, n_feats, res_scale))
         self.m_conv = nn.Sequential(conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
+        self.tail = Tail(scale, n_feats, n_colors)
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
-        head = self.head(self.sub_mean(x))
+        head = self.head(self.sub_mean(in_fast_memory(x)))
         x, pattern = head, None
         for group in self.body:
             x, pattern = group(x, pattern)

@@ -29,18 +29,20 @@ from torch import Tensor, nn
 from model.common import (
     Network,
     ResBlock,
-    Upsampler,
-    WideConv,
+    Tail,
     attend,
     check_divides,
     check_images,
     conv,
     find_pattern,
+    flatten_image,
     full_precision,
     how_many,
+    in_fast_memory,
     mean_shifts,
     recognise_ends,
     shape_of,
+    unflatten_image,
     widen,
 )
 
@@ -78,10 +80,10 @@ class SparseAttention(nn.Module):
         self.conv_assembly = nn.Sequential(conv(n_feats, n_feats, 1))
 
     def forward(self, x: Tensor, directions: Tensor) -> Tensor:
-        embedding = self.conv_match(x).flatten(2).transpose(1, 2)
+        embedding = flatten_image(self.conv_match(x))
         pattern = find_pattern(embedding, buckets(embedding, directions), self.chunk_size)
-        out = attend(self.conv_assembly(x).flatten(2).transpose(1, 2), pattern)
-        return x + out.transpose(1, 2).reshape(x.shape) * self.res_scale
+        out = attend(flatten_image(self.conv_assembly(x)), pattern)
+        return torch.add(x, unflatten_image(out, *x.shape[2:]), alpha=self.res_scale)
 
 
 class NLSN(nn.Module):
@@ -108,6 +110,8 @@ class NLSN(nn.Module):
     Raises:
         UserError: a reduction that does not divide n_feats.
     """
+
+    draws: Tensor
 
     def __init__(
         self,
@@ -136,18 +140,19 @@ class NLSN(nn.Module):
             if i % BLOCKS_PER_ATTENTION == 0:
                 self.body.append(SparseAttention(n_feats, reduction, chunk_size, res_scale))
         self.body.append(conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
+        self.tail = Tail(scale, n_feats, n_colors)
 
         # Attentions, dim, rounds. What evaluation needs is drawn here, since torch.export cannot trace a generator; on
-        # the CPU and in no buffer, so that a network made on the meta device has it too.
+        # the CPU, so that it is the same for every device and a network made on the meta device has it too.
         self.sets = (1 + n_resblocks // BLOCKS_PER_ATTENTION, n_feats // reduction, n_hashes)
         most, generator = math.prod(self.sets) * MOST_BUCKETS // 2, torch.Generator().manual_seed(0)
-        self.draws = torch.randn(most, generator=generator, dtype=torch.float32, device='cpu')
+        draws = torch.randn(most, generator=generator, dtype=torch.float32, device='cpu')
+        self.register_buffer('draws', draws, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
         directions = iter(self.directions(x))
-        head = x = self.head(self.sub_mean(x))
+        head = x = self.head(self.sub_mean(in_fast_memory(x)))
         for module in self.body:
             x = module(x, next(directions)) if isinstance(module, SparseAttention) else module(x)
         return self.add_mean(self.tail(x + head))
@@ -157,7 +162,7 @@ class NLSN(nn.Module):
         shape = (*self.sets, n_buckets(x.shape[2] * x.shape[3], self.chunk_size) // 2)
         if self.training:
             return torch.randn(shape, device=x.device)
-        return self.draws[: math.prod(shape)].view(shape).to(x.device)
+        return self.draws[: math.prod(shape)].view(shape)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:

@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.common import (
@@ -27,6 +26,7 @@ from model.common import (
     Network,
     PixelNorm,
     SpatialGate,
+    attention,
     attention_cell,
     check_divides,
     check_images,
@@ -56,10 +56,9 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         cell = attention_cell(x, self.window_size, self.strided)
         qkv = self.to_qkv(to_tokens(x, cell, self.strided))
-        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
-        return to_map(self.to_out(out.transpose(1, 2).flatten(2)), x, cell, self.strided)
+        return to_map(self.to_out(attention(q, k, v, bias.to(q.dtype))), x, cell, self.strided)
 
 
 class Residual(nn.Module):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from model.common import (
     Network,
-    Upsampler,
-    WideConv,
+    Tail,
     activation,
     check_divides,
     check_images,
     conv,
     how_many,
+    in_fast_memory,
     mean_shifts,
     recognise_ends,
     shape_of,
@@ -105,11 +105,11 @@ class RCAN(nn.Module):
         self.sub_mean, self.add_mean = mean_shifts(rgb_range, n_colors, shift_mean)
         self.head = nn.Sequential(conv(n_colors, n_feats, 3))
         self.body = nn.Sequential(*groups, conv(n_feats, n_feats, 3))
-        self.tail = nn.Sequential(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
+        self.tail = Tail(scale, n_feats, n_colors)
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
-        x = self.head(self.sub_mean(x))
+        x = self.head(self.sub_mean(in_fast_memory(x)))
         x = x + self.body(x)
         return self.add_mean(self.tail(x))
 
