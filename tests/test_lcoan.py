@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,6 +216,21 @@ def test_training_moves_the_centroids_by_a_running_average() -> None:
         assert np.abs(model.means[r].numpy() - expected).max() < 1e-12
     assert np.array_equal(model.means[:, 3].numpy(), old[:, 3])
     assert np.abs(model.means.numpy() - old).max() > 1e-3
+
+
+@pytest.mark.parametrize('value', [math.inf, math.nan])
+def test_an_embedding_that_is_not_finite_moves_no_centroid(value: float) -> None:
+    torch.manual_seed(0)
+    model = KMeans(2, 4, 3, decay=0.9).train()
+    model.initted.fill_(True)
+    model.means.copy_(F.normalize(model.means, dim=-1))
+    x, before = torch.rand(2, 10, 3), model.means.clone()
+    x[1, 4, 0] = value
+    model(x)
+    torch.testing.assert_close(model.means, before, rtol=0, atol=1e-6)
+    model(torch.rand(2, 10, 3))
+    assert model.means.isfinite().all()
+    assert (model.means - before).abs().max() > 1e-3
 
 
 def test_the_centroids_move_in_every_batch_of_training() -> None:

@@ -104,12 +104,16 @@ class KMeans(nn.Module):
         return torch.einsum('nld,rkd->nrlk', x, self.means.to(x.dtype)).argmax(-1)
 
     def _centroids(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Normalised sums of the members over the batch and all ranks; an empty cluster keeps its centroid."""
+        """Normalised sums of the members over the batch and all ranks.
+
+        A cluster that is empty keeps its centroid, as all do where the embedding is not finite.
+        """
         members = F.one_hot(codes, self.means.shape[1]).to(x.dtype)
         sums = torch.einsum('nrlk,nld->rkd', members, x).to(self.means.dtype)
         sizes = members.sum((0, 2))
         sums, sizes = sum_over_ranks(sums), sum_over_ranks(sizes)
-        return torch.where(sizes.unsqueeze(-1) > 0, F.normalize(sums, dim=-1), self.means)
+        known = (sizes.unsqueeze(-1) > 0) & sums.isfinite().all(-1, keepdim=True)
+        return torch.where(known, F.normalize(sums, dim=-1), self.means)
 
     def _initialise(self, x: Tensor) -> None:
         """Random pixels of the batch (of all ranks, chosen by the first), then Lloyd steps on the raw embedding."""
