@@ -143,7 +143,7 @@ class NLSN(nn.Module):
         self.tail = Tail(scale, n_feats, n_colors)
 
         # Attentions, dim, rounds. What evaluation needs is drawn here, since torch.export cannot trace a generator; on
-        # the CPU, so that it is the same for every device and a network made on the meta device has it too.
+        # the CPU, so that a network made on the meta device has it too; as a buffer it moves with the network.
         self.sets = (1 + n_resblocks // BLOCKS_PER_ATTENTION, n_feats // reduction, n_hashes)
         most, generator = math.prod(self.sets) * MOST_BUCKETS // 2, torch.Generator().manual_seed(0)
         draws = torch.randn(most, generator=generator, dtype=torch.float32, device='cpu')
@@ -162,7 +162,7 @@ class NLSN(nn.Module):
         shape = (*self.sets, n_buckets(x.shape[2] * x.shape[3], self.chunk_size) // 2)
         if self.training:
             return torch.randn(shape, device=x.device)
-        return self.draws[: math.prod(shape)].view(shape)
+        return self.draws[: math.prod(shape)].view(shape).to(x.device)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
