@@ -76,8 +76,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], note: str) -> bytes:
         ends += lengths
     for row, end in enumerate(ends):
         axes.annotate(f'{end:.0f}%', (end, row), (3, 0), va='center', textcoords='offset points', fontsize=8)
-    axes.set(xlabel=note)
-    axes.margins(x=0.1)
+    axes.set(xlabel=note, xlim=(0, 1.1 * ends.max(initial=1)))
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis='x')
     figure.legend(*axes.get_legend_handles_labels(), loc='outside upper center', ncols=4, fontsize=8)

@@ -33,10 +33,16 @@ def growths(report: Row) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Points (side, value) of each network by quantity, its exponent in its name."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {'seconds': {}, 'MB': {}}
     for row in report['networks']:
-        for panel, points in zip(panels.values(), (seconds(row), memory(row)), strict=True):
-            if points:
-                panel[f'{label(row)}, pixels^{power(points)}'] = points
+        if row['growth']:
+            panels['seconds'][f'{label(row)}, pixels^{power(seconds(row))}{mark(row)}'] = seconds(row)
+        if memory(row):
+            panels['MB'][f'{label(row)}, pixels^{power(memory(row))}'] = memory(row)
     return panels
+
+
+def mark(row: Row) -> str:
+    """Of a network whose time grows faster than the image."""
+    return ' *' if (exponent(seconds(row)) or 0) > STEEP else ''
 
 
 def seconds(row: Row) -> list[tuple[float, float]]:
@@ -108,9 +114,8 @@ def growth_table(report: Row) -> list[str]:
     lines = [['', '', *map(str, SIDES), 'exponent', 'of memory']]
     for row in report['networks']:
         cells = [f'{at["seconds"]["median"]:.2f} s, {number(at["memory"], 1e6, 0)} MB' for at in row['growth']]
-        mark = ' *' if (exponent(seconds(row)) or 0) > STEEP else '  '
         dashes = ['-'] * (len(SIDES) - len(cells))
-        lines.append([*label(row).split(), *cells, *dashes, power(seconds(row)) + mark, power(memory(row))])
+        lines.append([*label(row).split(), *cells, *dashes, power(seconds(row)) + mark(row), power(memory(row))])
     title = f'LR squares by side; exponents of their number of pixels in time (* above {STEEP}) and memory:'
     return [title, *aligned(lines)] if any(row['growth'] for row in report['networks']) else []
 

@@ -249,7 +249,7 @@ def measure_network(name: str, scale: int, device: str, form: Form, ceiling: Row
     row: Row = {'model': name, 'scale': scale, 'multiply_adds': multiply_adds(name, scale, *input_size(scale))}
     row |= dict.fromkeys(('dtype', 'latency', 'kinds', 'rate', 'share', 'patch', *TIMES, *MEMORY))
     row |= {'growth': [], 'failed': {}}
-    for what, work in {'test': enlarge, 'training': learn}.items():
+    for what, work in {'enlarging': enlarge, 'training': learn}.items():
         found = attempt(work, name, scale, device, form)
         row |= {'failed': row['failed'] | {what: found}} if isinstance(found, str) else found
     if row['latency']:

@@ -143,7 +143,7 @@ def test_no_network_works(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr('speed.attempt', lambda *_: 'memory ran out')
     assert run(tmp_path, '--profile --growth --model EDSR') == 0
     row = json.loads((tmp_path / 'profile' / 'profile.json').read_text())['networks'][0]
-    assert row['failed'] == dict.fromkeys(('test', 'training', '8x8'), 'memory ran out')
+    assert row['failed'] == dict.fromkeys(('enlarging', 'training', '8x8'), 'memory ran out')
 
 
 def test_large_squares_are_not_waited_for(tiny, monkeypatch):
@@ -252,7 +252,7 @@ def test_time_that_grows_faster_than_the_image_is_marked():
     linear = [{'side': side, 'seconds': spread([side * side / 1e3]), 'memory': None} for side in SQUARES]
     cells = '4.10 s, - MB 16.38 s, - MB 65.54 s, - MB - -'
     assert ' '.join(table(made(1.0, growth=linear))[-2].split()) == f'EDSR x4 {cells} 1.00 -'
-    assert list(growths(made(1.0))['seconds']) == ['EDSR x4, pixels^2.00']
+    assert list(growths(made(1.0))['seconds']) == ['EDSR x4, pixels^2.00 *']
     assert growths(made(1.0, growth=[])) == {'seconds': {}, 'MB': {}}
 
 
