@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from allocator import keep_memory
@@ -27,6 +28,7 @@ TOLERANCE = 0.01
 SECONDS, RUNS = 2.0, 10  # a latency is the median of as many calls as fit, at most so many
 
 Row = dict[str, Any]
+T = TypeVar('T')
 
 
 def input_size(scale: int) -> tuple[int, int]:
@@ -61,31 +63,54 @@ def measure(name: str, scale: int, device: str) -> tuple[float, float | None]:
     """
     torch.manual_seed(0)
     net = build(name, scale).eval()
-    for key, buffer in net.named_buffers():
-        if key.endswith('initted'):  # LCoAN refuses to run with centroids that were never trained
-            buffer.fill_(True)
+    mark_trained(net)
     net.to(device)
+    image = torch.rand(1, 3, *input_size(scale), device=device)
+    times, memory = measured(net, image[..., :WARM_UP, :WARM_UP].contiguous(), image, net)
+    return statistics.median(times), memory
+
+
+def mark_trained(net: nn.Module) -> None:
+    """Have LCoAN run, which refuses to with centroids that were never trained."""
+    for key, buffer in net.named_buffers():
+        if key.endswith('initted'):
+            buffer.fill_(True)
+
+
+def measured(
+    call: Callable[[Tensor], object], first: Tensor, images: Tensor, net: nn.Module, least: int = 1
+) -> tuple[list[float], float | None]:
+    """Seconds of `least` or more calls with `images`, and their peak memory in bytes, weights of `net` included.
+
+    What a process does only once is done in a call with `first`, which is not measured.
+    """
+    device = images.device.type
     weights = sum(p.nbytes for p in net.state_dict().values())
     before = start_memory(device)
-    timed(net, torch.rand(1, 3, WARM_UP, WARM_UP, device=device))
-    image = torch.rand(1, 3, *input_size(scale), device=device)
-    times = [timed(net, image)]
-    if times[0] < SECONDS:  # a first call is slower than others; where one call is long, that is little of it
-        times.clear()
-    while not times or (sum(times) < SECONDS and len(times) < RUNS):
-        times.append(timed(net, image))
+    timed(partial(call, first), device)
+    times = repeated(partial(call, images), device, least)
     after = peak_memory(device)
     known = before is not None and after is not None
-    return statistics.median(times), weights + after - before if known else None
+    return times, weights + after - before if known else None
 
 
-def timed(net: nn.Module, image: torch.Tensor) -> float:
+def repeated(call: Callable[[], object], device: str, least: int = 1) -> list[float]:
+    """Seconds of as many calls as fit in `SECONDS`, but at least `least` and at most `RUNS`."""
+    times = [timed(call, device)]
+    if times[0] < SECONDS:  # a first call is slower than others; where one call is long, that is little of it
+        times.clear()
+    while len(times) < least or (sum(times) < SECONDS and len(times) < RUNS):
+        times.append(timed(call, device))
+    return times
+
+
+def timed(call: Callable[[], object], device: str) -> float:
     """Seconds of a call, to its end on the device."""
-    device: Any = {'cuda': torch.cuda, 'mps': torch.mps}.get(image.device.type, torch.cpu)
-    device.synchronize()
+    at: Any = {'cuda': torch.cuda, 'mps': torch.mps}.get(device, torch.cpu)
+    at.synchronize()
     start = time.perf_counter()
-    net(image)
-    device.synchronize()
+    call()
+    at.synchronize()
     return time.perf_counter() - start
 
 
@@ -162,14 +187,26 @@ def deviates(count: int, published: Published) -> bool:
 
 
 def measure_apart(name: str, scale: int, device: str) -> tuple[float | None, float | None]:
-    """`measure` in a process of its own; None, None if its memory does not suffice, for which it may be killed."""
+    """`measure` in a process of its own; None, None if its memory does not suffice."""
+    try:
+        return apart(measure, name, scale, device)
+    except MemoryError:
+        return None, None
+
+
+def apart(work: Callable[..., T], *given: object) -> T:
+    """`work(*given)` in a process of its own.
+
+    Raises:
+        MemoryError: its memory does not suffice, for which it may have been killed.
+    """
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_memory) as pool:
-            return pool.submit(measure, name, scale, device).result()
+            return pool.submit(work, *given).result()
     except (BrokenProcessPool, RuntimeError) as error:
         if not isinstance(error, BrokenProcessPool) and not out_of_memory(error):
             raise
-        return None, None
+        raise MemoryError(f'{work.__name__}{given} ran out of memory') from error
 
 
 def device_name(device: str) -> str:
@@ -187,18 +224,13 @@ def table(rows: Sequence[Row]) -> str:
         published = row['published']
         lines.append([
             row['model'], f'x{row["scale"]}',
-            *(_number(value, 1e3, 1) for value in (row['parameters'], published['parameters'])),
+            *(number(value, 1e3, 1) for value in (row['parameters'], published['parameters'])),
             '*' if row['deviates'] else '',
-            *(_number(value, 1e9, 1) for value in (row['multiply_adds'], published['multiply_adds'])),
-            *(_number(value, 1e-3, 1) for value in (row['latency'], published['latency'])),
-            *(_number(value, 1e6, 0) for value in (row['memory'], published['memory'])),
-            _number((published['psnr'] or {}).get('Urban100'), 1, 2),
+            *(number(value, 1e9, 1) for value in (row['multiply_adds'], published['multiply_adds'])),
+            *(number(value, 1e-3, 1) for value in (row['latency'], published['latency'])),
+            *(number(value, 1e6, 0) for value in (row['memory'], published['memory'])),
+            number((published['psnr'] or {}).get('Urban100'), 1, 2),
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    justified = [
-        [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(line, widths, strict=True) for line in lines)
-    ]
     where = ', '.join(dict.fromkeys(row['device'] for row in rows))
     notes = [
         f'Output of {WIDTH}x{HEIGHT}, float32, one image, on {where}. Memory: the peak, weights included.',
@@ -206,7 +238,17 @@ def table(rows: Sequence[Row]) -> str:
         'Published latency and memory: on a GPU that is not named (ESC, ICCV 2025, table 2).',
         *sources(rows),
     ]
-    return '\n'.join([*('  '.join(line).rstrip() for line in justified), *notes])
+    return '\n'.join([*aligned(lines), *notes])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Cells under each other, those of the first two columns to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justified = [
+        [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(line, widths, strict=True) for line in lines)
+    ]
+    return ['  '.join(line).rstrip() for line in justified]
 
 
 def sources(rows: Sequence[Row]) -> list[str]:
@@ -218,7 +260,8 @@ def sources(rows: Sequence[Row]) -> list[str]:
     return [f'{", ".join(names[source])}: {SOURCES[source]}.' for source in SOURCES if source in names]
 
 
-def _number(value: float | None, unit: float, digits: int) -> str:
+def number(value: float | None, unit: float, digits: int) -> str:
+    """A figure in multiples of `unit`; None: not known."""
     return '-' if value is None else f'{value / unit:.{digits}f}'
 
 

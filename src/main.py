@@ -88,6 +88,8 @@ def run_here(args: Namespace) -> None:
     folder = RunFolder(args.save_dir / args.save, writes=parallel.rank() == 0)
     if args.costs:
         costs(args, folder)
+    elif args.profile or args.compare:
+        profile(args, folder)
     elif args.score:
         score(args, folder)
     elif args.test_only:
@@ -106,8 +108,7 @@ def costs(args: Namespace, folder: RunFolder) -> None:
     from costs import find_pairs, measure_all, points, table
     from picture import scatter
 
-    scales = args.scale if isinstance(args.scale, list) else [args.scale]
-    pairs = find_pairs(option.cost_models(args), scales)
+    pairs = find_pairs(option.cost_models(args), option.cost_scales(args))
     folder.start_log()
     rows = measure_all(pairs, device(args), log.info)
     for line in table(rows).splitlines():
@@ -115,6 +116,35 @@ def costs(args: Namespace, folder: RunFolder) -> None:
     folder.write('costs.json', json.dumps(rows, indent=1) + '\n')
     note = 'Urban100 as published, where a score was found; area: multiply-adds at 1280x720'
     folder.write_bytes('costs.png', scatter(points(rows), note))
+    log.info('Written: %s', folder.folder)
+
+
+def profile(args: Namespace, folder: RunFolder) -> None:
+    """Measure how near networks come to what this machine can do, and compare that with an older measurement."""
+    import json
+
+    from costs import find_pairs
+    from picture import bars, growth
+    from report import NOTE, compare, growths, parts, read_report, table
+    from speed import Form, profile_all
+
+    old = read_report(args.compare) if args.compare else None
+    if args.profile:
+        pairs = find_pairs(option.cost_models(args), option.cost_scales(args))
+        folder.start_log()
+        form = Form(args.compile, args.channels_last, tuple(amp_dtypes(args)))
+        for report in profile_all(pairs, device(args), form, args.growth, log.info):
+            folder.write('profile.json', json.dumps(report, indent=1) + '\n')
+        folder.write_bytes('profile.png', bars(parts(report), NOTE))
+        if args.growth:
+            folder.write_bytes('growth.png', growth(growths(report)))
+        lines = table(report)
+    else:
+        report = read_report(folder.folder / 'profile.json')
+        folder.start_log()
+        lines = []
+    for line in [*lines, *(compare(report, old) if old else [])]:
+        log.info('%s', line)
     log.info('Written: %s', folder.folder)
 
 
@@ -271,10 +301,14 @@ def schedule(args: Namespace) -> Schedule:
 
 def autocast_dtype(args: Namespace, model: Model) -> torch.dtype:
     """What --amp computes in: what is asked for, or the next that the network stands."""
+    return model.safe(*amp_dtypes(args))
+
+
+def amp_dtypes(args: Namespace) -> list[torch.dtype]:
+    """The types that --amp asks for, the first choice first."""
     import torch
 
-    wanted = {'off': [], 'bf16': [torch.bfloat16], 'fp16': [torch.float16, torch.bfloat16]}
-    return model.safe(*wanted[args.amp])
+    return {'off': [], 'bf16': [torch.bfloat16], 'fp16': [torch.float16, torch.bfloat16]}[args.amp]
 
 
 def device(args: Namespace) -> str:

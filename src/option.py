@@ -153,6 +153,24 @@ def build_parser() -> Parser:
         action='store_true',
         help='print parameters, multiply-adds, latency and memory of networks beside the published ones',
     )
+    g.add_argument(
+        '--profile',
+        action='store_true',
+        help="measure how near networks come to this machine's arithmetic, as they run with --compile, --channels_last "
+        'and --amp: latency, memory, time by kind of operation, training step',
+    )
+    g.add_argument(
+        '--growth',
+        action='store_true',
+        help='with --profile: also time and memory of LR squares of 64 to 1024 pixels a side',
+    )
+    g.add_argument(
+        '--compare',
+        metavar='FILE',
+        type=folder,
+        help='an older profile.json to compare with what --profile measures, or without it with the one in the run '
+        'folder',
+    )
     g.add_argument('--template', default='', metavar='NAME', help=f'recipe that sets defaults: {", ".join(TEMPLATES)}')
 
     g = parser.add_argument_group('hardware')
@@ -211,7 +229,8 @@ def build_parser() -> Parser:
         '--scale',
         metavar='N',
         type=scales,
-        help='factor of enlargement (left out: 4, or that of the weights with --model auto); with --costs also 2+3+4',
+        help='factor of enlargement (left out: 4, or that of the weights with --model auto); with --costs or '
+        '--profile also 2+3+4',
     )
     g.add_argument('--patch_size', metavar='N', type=count, default=192, help='side of the HR training patch, pixels')
     g.add_argument(
@@ -245,8 +264,8 @@ def build_parser() -> Parser:
         '--model',
         default='LCoAN',
         metavar='NAME',
-        help=f'{", ".join(MODELS)}; auto: what the file given with --pre_train holds; with --costs also all, or names '
-        'joined by +',
+        help=f'{", ".join(MODELS)}; auto: what the file given with --pre_train holds; with --costs or --profile also '
+        'all, or names joined by +',
     )
     g.add_argument('--pre_train', default='', metavar='FILE', help='weights to start from')
     g.add_argument(
@@ -601,13 +620,20 @@ def _default_name(args: argparse.Namespace) -> str:
         return f'{args.score.name}_score'
     if args.costs:
         return 'costs'
+    if args.profile or args.compare:
+        return 'profile'
     name = args.template or f'{args.model}_x{args.scale}'
     return f'{name}_test' if args.test_only else name
 
 
 def cost_models(args: argparse.Namespace) -> list[str]:
-    """The networks of --costs: one, several joined by +, or all that have weights."""
+    """The networks of --costs or --profile: one, several joined by +, or all that have weights."""
     return [name for name in MODELS if name != 'Bicubic'] if args.model == 'all' else args.model.split('+')
+
+
+def cost_scales(args: argparse.Namespace) -> list[int]:
+    """The scales of --costs or --profile."""
+    return args.scale if isinstance(args.scale, list) else [args.scale]
 
 
 def network_settings(args: argparse.Namespace) -> dict[str, object]:
@@ -651,21 +677,28 @@ def changes(old: str, new: str) -> list[str]:
 
 def _check(args: argparse.Namespace) -> None:
     """Combinations of options that cannot be, and names that there are not."""
-    for name in cost_models(args) if args.costs else [args.model]:
-        if name not in MODELS and (name != 'auto' or args.costs):
+    measured = next((option for option in ('costs', 'profile', 'compare') if getattr(args, option)), None)
+    for name in cost_models(args) if measured else [args.model]:
+        if name not in MODELS and (name != 'auto' or measured):
             raise UserError(f'Unknown network {name!r}: choose one of {", ".join(MODELS)}.')
-    if args.costs:
+    if args.growth and not args.profile:
+        raise UserError('--growth: it is measured with --profile; give both.')
+    if args.costs and (args.profile or args.compare):
+        raise UserError(f'--{"profile" if args.profile else "compare"}: --costs is another measurement; give one.')
+    if measured:
         others = ('load', 'pre_train', 'template', 'test_only', 'score', 'reset', 'chop', 'self_ensemble')
         for option in (*others, *NETWORK_SETTINGS):
             if getattr(args, option):
-                raise UserError(f'--{option}: --costs measures the published networks alone; leave it out.')
+                raise UserError(f'--{option}: --{measured} measures the published networks alone; leave it out.')
+        if args.n_GPUs > 1:
+            raise UserError(f'--n_GPUs {args.n_GPUs}: --{measured} measures on one device; leave it out.')
         return
     if args.model == 'auto' and not args.pre_train:
         raise UserError('--model auto: give the weights to recognise with --pre_train.')
     if args.model == 'auto' and args.template:
         raise UserError(f'--template {args.template} names a network, which --model auto finds: give one of them.')
     if isinstance(args.scale, list):
-        raise UserError(f'--scale {"+".join(map(str, args.scale))}: only --costs takes several; give one.')
+        raise UserError(f'--scale {"+".join(map(str, args.scale))}: only --costs and --profile take several; give one.')
     training = not (args.test_only or args.score)
     if training and args.scale and args.patch_size % args.scale:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')

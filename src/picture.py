@@ -65,6 +65,41 @@ def scatter(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], not
     return _png(figure)
 
 
+def bars(rows: Mapping[str, Mapping[str, float]], note: str) -> bytes:
+    """PNG of a bar a row, stacked from its named shares of one whole."""
+    figure = _figure(8, 1.5 + 0.3 * len(rows))
+    axes = figure.add_subplot()
+    ends = np.zeros(len(rows))
+    for name in next(iter(rows.values()), {}):
+        lengths = np.array([100 * shares[name] for shares in rows.values()])
+        axes.barh(list(rows), lengths, left=ends, label=name)
+        ends += lengths
+    for row, end in enumerate(ends):
+        axes.annotate(f'{end:.0f}%', (end, row), (3, 0), va='center', textcoords='offset points', fontsize=8)
+    axes.set(xlabel=note, xlim=(0, 1.1 * ends.max(initial=1)))
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis='x')
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside upper center', ncols=4, fontsize=8)
+    return _png(figure)
+
+
+def growth(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
+    """PNG of one panel a quantity: by network, its points (side of the LR square, value) on logarithmic axes."""
+    figure = _figure(6 * len(panels), 5)
+    for number, (title, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for name, points in lines.items():
+            axes.loglog(*zip(*points, strict=True), label=name, marker='.', base=2)
+        sides = sorted({side for points in lines.values() for side, _ in points})
+        axes.set_xticks(sides, labels=[f'{side:g}' for side in sides])
+        axes.set_yscale('log', base=10)
+        axes.set(xlabel='side of the LR square', ylabel=title)
+        axes.grid(alpha=0.3, which='both')
+        if lines:
+            axes.legend(fontsize=8)
+    return _png(figure)
+
+
 def sheet(rows: Sequence[Comparison]) -> bytes:
     """PNG of one row per image: a crop full of detail, the same in every version of the image."""
     columns = len(rows[0].images)

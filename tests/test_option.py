@@ -25,7 +25,8 @@ OLD = """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
-    compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg
+    compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
+    compare
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -63,7 +64,7 @@ DEFAULTS = {
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
-    'checkpointing': False, 'vgg': None,
+    'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -225,6 +226,13 @@ def test_costs_of_several():
     assert (option.cost_models(args), args.scale) == (list(option.MODELS[1:]), 4)
 
 
+def test_profile_of_several():
+    args = options('--profile --growth --model EDSR+ATD-light --scale 2+4 --amp bf16 --compile --channels_last')
+    assert (option.cost_models(args), option.cost_scales(args), args.save) == (['EDSR', 'ATD-light'], [2, 4], 'profile')
+    args = options('--compare old.json --save mine')
+    assert (args.compare, args.save, option.cost_scales(args)) == (Path('old.json').absolute(), 'mine', [4])
+
+
 def test_recognised_network_settles_the_options():
     args = options('--model auto --pre_train x.pt --test_only --res_scale 0.5')
     assert (args.scale, args.save) == (None, '')
@@ -337,6 +345,15 @@ def test_out_of_range(name, text):
         ('--costs --template ASID_x4', ['--template', '--costs']),
         ('--costs --n_feats 8', ['--n_feats', '--costs']),
         ('--costs --model auto', ["'auto'"]),
+        ('--costs --n_GPUs 2', ['--n_GPUs 2', '--costs']),
+        ('--costs --profile', ['--profile', '--costs']),
+        ('--costs --compare x.json', ['--compare', '--costs']),
+        ('--profile --model Foo', ["'Foo'", *option.MODELS]),
+        ('--profile --pre_train x.pt', ['--pre_train', '--profile']),
+        ('--profile --n_feats 8', ['--n_feats', '--profile']),
+        ('--compare x.json --test_only', ['--test_only', '--compare']),
+        ('--growth', ['--growth', '--profile']),
+        ('--growth --compare x.json', ['--growth', '--profile']),
         ('--model auto --pre_train x.pt --template ASID_x4', ['--template ASID_x4', 'auto']),
     ],
 )
