@@ -243,7 +243,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'ASID': Network(  # 298k 77.8G / 304k 35.7G / 313k 20.8G
+    'ASID': Network(  # 298k 74.1G / 304k 34.0G / 313k 19.8G
         ASID,
         (2, 3, 4),
         value_range=(-1, 1),
@@ -252,7 +252,7 @@ NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
         blocks=(IDSABlock,),
         recognise=recognise,
     ),
-    'ASIDd8': Network(  # 732k 190G / 739k 86.3G / 748k 49.6G
+    'ASIDd8': Network(  # 732k 182G / 739k 82.6G / 748k 47.4G
         ASID,
         (2, 3, 4),
         {'n_resgroups': 8},

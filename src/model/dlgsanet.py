@@ -374,7 +374,7 @@ network = partial(
 )
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'DLGSANet': network(),  # 4.73M 1.12T / 4.75M 501G / 4.76M 283G
-    'DLGSANet-light': network(LIGHT),  # 745k 178G / 752k 80.1G / 761k 45.5G
-    'DLGSANet-tiny': network(TINY),  # 566k 135G / 572k 60.9G / 581k 34.7G
+    'DLGSANet': network(),  # 4.73M 1.11T / 4.75M 497G / 4.76M 281G
+    'DLGSANet-light': network(LIGHT),  # 745k 177G / 752k 79.4G / 761k 45.2G
+    'DLGSANet-tiny': network(TINY),  # 566k 134G / 572k 60.4G / 581k 34.5G
 }

@@ -23,7 +23,6 @@ from model.common import (
     check_images,
     conv,
     how_many,
-    in_fast_memory,
     mean_shifts,
     recognise_ends,
     shape_of,
@@ -109,7 +108,7 @@ class RCAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
-        x = self.head(self.sub_mean(in_fast_memory(x)))
+        x = self.head(self.sub_mean(x))
         x = x + self.body(x)
         return self.add_mean(self.tail(x))
 
