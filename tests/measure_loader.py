@@ -3,7 +3,7 @@
     python tests/measure_loader.py [--workers 0 1 2] [--batches 300] [--long 10000]
 
 Eight random 2040x1356 images are cached as in training; batches of 16 patches of 192 HR pixels, x2, are read as fast as
-they come. Memory is the resident size of this process and its workers, shared pages counted in each.
+they come. Memory is that of this process and its worker without pages of files, as Linux counts it (RssAnon, RssShmem).
 """
 
 import argparse
@@ -67,8 +67,8 @@ def resident() -> float:
     """MiB of this process and the processes it started."""
     own = Path('/proc/self')
     pids = [own.resolve().name, *(own / 'task' / own.resolve().name / 'children').read_text().split()]
-    pages = sum(int(Path(f'/proc/{pid}/statm').read_text().split()[1]) for pid in pids)
-    return pages * 4096 / 2**20
+    lines = [line for pid in pids for line in Path(f'/proc/{pid}/status').read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith(('RssAnon', 'RssShmem'))) / 2**10
 
 
 if __name__ == '__main__':
