@@ -57,8 +57,8 @@ def launched() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after one had failed."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) > 0
+    """Whether torchrun started these processes again after one had failed; every host counts its own failures."""
+    return sum(total([float(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'))])) > 0
 
 
 def launch_name() -> str:
