@@ -132,6 +132,8 @@ def profile(args: Namespace, folder: RunFolder) -> None:
     if args.profile:
         pairs = find_pairs(option.cost_models(args), option.cost_scales(args))
         folder.start_log()
+        if (before := folder.folder / 'profile.json').is_file():
+            folder.write('profile_before.json', before.read_text())
         form = Form(args.compile, args.channels_last, tuple(amp_dtypes(args)))
         for report in profile_all(pairs, device(args), form, args.growth, log.info):
             folder.write('profile.json', json.dumps(report, indent=1) + '\n')
@@ -359,7 +361,8 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
     if args.load:
         run = RunFolder(args.save_dir / args.load)
         state = run.load_state()
-        weights, source = state['model'], f'the run {args.load}, epoch {state["epoch"]}'
+        place = f'epoch {state["epoch"]}' + (f' and {state["batch"]} batches' if state['batch'] else '')
+        weights, source = state['model'], f'the run {args.load}, {place}'
         if args.resume > 0:
             if args.resume > state['epoch']:
                 raise UserError(f'--resume {args.resume}: the run {args.load} has {state["epoch"]} epochs.')
@@ -456,9 +459,11 @@ def type_name(dtype: torch.dtype) -> str:
 
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
     """Say what runs where."""
+    import parallel
     from model import n_parameters
 
-    what = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters, on {model.device}'
+    where = f'{model.device}, {parallel.size()} processes' if parallel.size() > 1 else str(model.device)
+    what = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters, on {where}'
     log.info('%s, %s; run folder %s', what, origin, folder.folder)
     if model.wants_half:
         log.info('Half precision: computed in %s.', type_name(model.dtype))

@@ -29,6 +29,7 @@ def launch(script: str, processes: int, argv: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # else each process warns of what is meant
     try:
         main(['--standalone', f'--nproc_per_node={processes}', script, *argv])
     except SignalException:

@@ -11,6 +11,7 @@ from error import UserError
 from speed import BATCH, KINDS, MEMORY, SIDES, SMALL, TIMES
 
 LAST = 3  # points that an exponent is fitted to
+BUSY = 1.2  # ceilings further apart are pointed out
 STEEP = 1.1  # an exponent above this is marked: that of linear growth is 1
 NOTE = f'% of the ceiling of arithmetic reached for an output of {WIDTH}x{HEIGHT}, divided as the time is'
 
@@ -169,12 +170,17 @@ def compare(new: Row, old: Row) -> list[str]:
             cells = (change(key, after[name], before[name], rates) for key in (*TIMES, *MEMORY))
             lines.append([*name.split(), *cells])
     single = ', '.join(sorted(set(before) ^ set(after)))
+    apart = max(rates[0]['median'] / rates[1]['median'], rates[1]['median'] / rates[0]['median'])
+    busy = (
+        f'The ceilings differ by a factor of {apart:.1f}: if both runs are of one machine, it was busy in one of them, '
+    )
     return [
         'New / old, median (quartiles); = no change, since the quartiles overlap. Times are multiplied by the float32 '
         'ceiling measured in their own run; memory is as it is.',
         f'New: {about(new)}',
         f'Old: {about(old)}',
         *aligned(lines),
+        *([f'{busy}and the ratios mean little.'] if apart > BUSY else []),
         *([f'In one of them alone: {single}.'] if single else []),
         *(f'Old: {line}' for line in failures(old)),
     ]

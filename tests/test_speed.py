@@ -298,11 +298,13 @@ def test_no_change_is_an_overlap(ranges):
 def test_comparison():
     """Half the time at twice the ceiling is no change; half the time at the same ceiling is half."""
     same = compare(made(0.5, 2e9, batch=None), made(1.0, 1e9))
+    assert any(line.startswith('The ceilings differ by a factor of 2.0: ') for line in same)
     assert any(re.fullmatch(r'EDSR +x4 +1\.00 \(0\.98-1\.02\) = +- +- +1\.00 +-', line) for line in same)
     faster = compare(made(0.5, memory=1e6), made(1.0))
     assert any(
         re.fullmatch(r'EDSR +x4 +0\.50 \(0\.49-0\.51\) +1\.00 \(0\.98-1\.02\) = +- +0\.50 +-', s) for s in faster
     )
+    assert not any('differ' in line for line in compare(made(1.0, 1.1e9), made(1.0, 1e9)))
     other = compare(made(1.0, model='RCAN'), made(1.0))
     assert 'In one of them alone: EDSR x4, RCAN x4.' in other
     assert 'Old: EDSR x4, training: memory ran out.' in other
@@ -313,7 +315,7 @@ def test_comparison():
 
 
 def test_compare_measures_only_if_asked(tiny, tmp_path, capsys):
-    """Given the file of the run folder itself, which is read before it is written anew."""
+    """Given the file of the run folder itself, which is read, and kept, before it is written anew."""
     assert run(tmp_path, '--profile --model EDSR') == 0
     path = tmp_path / 'profile' / 'profile.json'
     before = path.read_bytes()
@@ -324,6 +326,7 @@ def test_compare_measures_only_if_asked(tiny, tmp_path, capsys):
     assert 'Old: a machine, 1 threads, torch 2.13.0, 2026-11-20; eager, float32;' in capsys.readouterr().out
     assert run(tmp_path, f'--profile --model EDSR --compare {path}') == 0
     assert 'New / old' in capsys.readouterr().out
+    assert (tmp_path / 'profile' / 'profile_before.json').read_bytes() == before
 
 
 @pytest.mark.parametrize(
