@@ -110,16 +110,22 @@ class RunFolder:
                 self._lock.close()
                 self._lock = None
 
-    def _take_lock(self) -> None:
+    @contextlib.contextmanager
+    def _made(self) -> Iterator[None]:
+        """The folder, made if need be, for a file to be opened in within this block."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / 'lock').open('a')
+            yield
         except OSError as error:
             raise UserError(
                 f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
             ) from error
+
+    def _take_lock(self) -> None:
+        with self._made():
+            file = self._lock = (self.folder / 'lock').open('a')
         try:
-            lock_file(self._lock)
+            lock_file(file)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f'{self.folder} is being trained by another process: wait for it, or choose another --save.'
@@ -154,13 +160,8 @@ class RunFolder:
         """Send the program's messages to log.txt as well as to the screen."""
         if not self.writes:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._made():
             log_file = logging.FileHandler(self.folder / 'log.txt', encoding='utf-8')
-        except OSError as error:
-            raise UserError(
-                f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
-            ) from error
         log.handlers = [*(h for h in log.handlers if not isinstance(h, logging.FileHandler)), log_file]
 
     def write(self, name: str, text: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import option
 from allocator import keep_memory
-from error import UserError
+from error import UserError, report_error
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(option.parse(argv), argv)
     except UserError as error:
-        if '--debug' in argv:
-            traceback.print_exc()
-        print(f'Error: {error}', file=sys.stderr)
-        return 2
+        return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
         return 130
@@ -208,6 +204,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
     from board import Board
     from data.traindata import train_loader
     from loss import Loss
+    from model import type_name
     from model.recompute import recompute
     from optimizer import make_optimizer
     from stopping import Stop
@@ -452,15 +449,10 @@ def label(args: Namespace) -> str:
     return args.template.rpartition('_x')[0] or args.model
 
 
-def type_name(dtype: torch.dtype) -> str:
-    """float32, float16 or bfloat16."""
-    return str(dtype).removeprefix('torch.')
-
-
 def describe(model: Model, folder: RunFolder, origin: str) -> None:
     """Say what runs where."""
     import parallel
-    from model import n_parameters
+    from model import n_parameters, type_name
 
     where = f'{model.device}, {parallel.size()} processes' if parallel.size() > 1 else str(model.device)
     what = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters, on {where}'
@@ -475,6 +467,8 @@ def write_results(
     args: Namespace, folder: RunFolder, evaluation: Evaluation, results: dict, model: Model, weights: str
 ) -> None:
     """Write results.json: the scores, and everything that has a say in them."""
+    from model import type_name
+
     tiler = model.tiler
     protocol = {
         'chop': {'size': tiler.size, 'overlap': tiler.overlap, 'blend': args.chop_blend} if tiler else None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import option
-from error import UserError
+from error import UserError, report_error
 
 if TYPE_CHECKING:
     from data.archive import Archive
@@ -40,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(build_parser().parse_args(argv))
     except UserError as error:
-        if '--debug' in argv:
-            traceback.print_exc()
-        print(f'Error: {error}', file=sys.stderr)
-        return 2
+        return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         print('Interrupted: the same command goes on where this one stopped.', file=sys.stderr)
         return 130

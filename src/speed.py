@@ -24,7 +24,7 @@ from torch.profiler import profile, supported_activities
 
 from costs import WARM_UP, Row, apart, input_size, mark_trained, measured, multiply_adds, repeated
 from error import UserError
-from model import Model
+from model import Model, type_name
 from model.tiling import out_of_memory
 from optimizer import make_optimizer
 from template import TEMPLATES
@@ -66,12 +66,8 @@ class Form:
 
     def __str__(self) -> str:
         layout = ['channels_last'] if self.channels_last else []
-        dtype = _name(self.dtypes[0] if self.dtypes else torch.float32)
+        dtype = type_name(self.dtypes[0] if self.dtypes else torch.float32)
         return ', '.join(['compiled' if self.compiled else 'eager', *layout, dtype])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix('torch.')
 
 
 def spread(values: Sequence[float]) -> Row:
@@ -97,7 +93,7 @@ def gauge(device: str, dtypes: Sequence[torch.dtype]) -> Row:
         kernel = torch.rand(CHANNELS, CHANNELS, 3, 3, device=device, dtype=dtype)
         product = rates(2 * MATRIX**3, partial(torch.mm, matrix, matrix))
         convolution = rates(2 * 9 * CHANNELS**4, partial(conv2d, image, kernel, padding=1))
-        found[_name(dtype)] = max(product, convolution, key=lambda rate: rate['median'])
+        found[type_name(dtype)] = max(product, convolution, key=lambda rate: rate['median'])
     source, target = torch.rand(2, COPIED, device=device)
     return found | {'copy': rates(2 * source.nbytes, partial(target.copy_, source))}
 
@@ -141,7 +137,7 @@ def enlarge(name: str, scale: int, device: str, form: Form) -> Row:
     latency, memory = measure(run, model, form, *size)
     kinds = by_kind(partial(run, images_for(model, *size)), device)
     batch, _ = measure(run, model, form, *SMALL)
-    dtype = _name(model.safe(*form.dtypes))
+    dtype = type_name(model.safe(*form.dtypes))
     return {'dtype': dtype, 'latency': latency, 'memory': memory, 'kinds': kinds, 'batch': batch}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from test_parallel import children
+from test_parallel import run as run_program
 from test_trainer import EDSR, LONG, arguments, in_process, log, metrics, same_run, state, train, wait_for
 
 import main
@@ -95,10 +96,7 @@ def test_each_bad_image_is_counted_once_by_several_processes(data_folder):
     train(data_folder, EDSR, more, 'first', name='first')  # makes LR
     truncate(path)
     one = train(data_folder, EDSR, more, 'one', name='one')
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'src' / 'main.py'), *arguments(data_folder, EDSR, more, 'two --n_GPUs 2')],
-        capture_output=True, text=True, timeout=120, env=os.environ | {'OMP_NUM_THREADS': '1'},
-    )  # fmt: skip
+    done = run_program(data_folder, EDSR, more, 'two --n_GPUs 2')
     assert done.returncode == 0, done.stderr
     two = data_folder.parent / 'runs' / 'two'
     for run in (one, two):

@@ -65,6 +65,11 @@ def n_parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
+def type_name(dtype: torch.dtype) -> str:
+    """float32, float16 or bfloat16."""
+    return str(dtype).removeprefix('torch.')
+
+
 class Model(nn.Module):
     """A network that takes and gives images, whatever values it works in.
 
