@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import memory
 from allocator import keep_memory
 from error import UserError
 from model import build, find, n_parameters
@@ -86,10 +85,10 @@ def measured(
     """
     device = images.device.type
     weights = sum(p.nbytes for p in net.state_dict().values())
-    before = start_memory(device)
+    before = memory.start_peak(device)
     timed(partial(call, first), device)
     times = repeated(partial(call, images), device, least)
-    after = peak_memory(device)
+    after = memory.peak(device)
     known = before is not None and after is not None
     return times, weights + after - before if known else None
 
@@ -112,30 +111,6 @@ def timed(call: Callable[[], object], device: str) -> float:
     call()
     at.synchronize()
     return time.perf_counter() - start
-
-
-def start_memory(device: str) -> int | None:
-    """Bytes in use now, from where the peak is counted."""
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    with suppress(OSError):
-        Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
-    return _status('VmRSS')
-
-
-def peak_memory(device: str) -> int | None:
-    """Largest number of bytes in use since `start_memory`."""
-    return torch.cuda.max_memory_allocated() if device == 'cuda' else _status('VmHWM')
-
-
-def _status(key: str) -> int | None:
-    """A figure of this process that Linux keeps, in bytes; None elsewhere."""
-    with suppress(OSError):
-        for line in Path('/proc/self/status').read_text().splitlines():
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def find_pairs(names: Sequence[str], scales: Sequence[int]) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ import math
 import os
 import pickle
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,11 +20,12 @@ def some(names: Sequence[str]) -> str:
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
-def write_atomic(path: Path, content: bytes | memoryview, before: Path | None = None) -> None:
+def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], before: Path | None = None) -> None:
     """Write a file aside, flush it to the disk and rename it, so that `path` is the old or the new file, never a part.
 
-    Folders are made as needed. The old file is kept as `before`, if that is given; a process that is killed between the
-    two renames leaves it there and nothing at `path`.
+    `content` may come in pieces; errors of what makes them pass through. Folders are made as needed. The old file is
+    kept as `before`, if that is given; a process that is killed between the two renames leaves it there and nothing at
+    `path`.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written; the old file is whole and nothing is left over.
@@ -34,7 +35,8 @@ def write_atomic(path: Path, content: bytes | memoryview, before: Path | None = 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open('xb') as stream:
-            stream.write(content)
+            for piece in [content] if isinstance(content, bytes | memoryview) else content:
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         if before is not None and path.exists():

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from checkpoint import RunFolder
     from data.srdata import SRData
     from model import Model
+    from model.tiling import Tiler
     from optimizer import Schedule
     from trainer import Evaluation
 
@@ -180,7 +181,8 @@ def score(args: Namespace, folder: RunFolder) -> None:
 
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
-    from trainer import enlarge_folder, table, timed
+    from enlarge import enlarge_folder
+    from trainer import table, timed
 
     model = make_model(args)
     _, origin = load(args, model)
@@ -195,7 +197,8 @@ def test(args: Namespace, folder: RunFolder) -> None:
         log.info('%s', table(results))
         write_results(args, folder, evaluation, results, model, origin)
     if 'Demo' in args.data_test:
-        enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo')
+        limit = args.max_memory if model.device.type == 'cpu' else None
+        enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo', limit)
 
 
 def train(args: Namespace, folder: RunFolder) -> None:
@@ -326,28 +329,41 @@ def make_model(args: Namespace) -> Model:
     import torch
 
     from model import Model
-    from model.tiling import MeanTiler, Tiler
 
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats its results only with this
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Costs time, and nothing here reads memory before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(args.seed)
-    kind = MeanTiler if args.chop_blend == 'mean' else Tiler
-    tiler = kind(args.chop_size, args.chop_overlap, args.chop_batch) if args.chop else None
     settings = option.network_settings(args)
     half = args.precision == 'half'
     return Model(
         args.model,
         args.scale,
         device(args),
-        tiler,
+        make_tiler(args),
         args.self_ensemble,
         half,
         args.compile,
         args.channels_last,
         **settings,
     )
+
+
+def make_tiler(args: Namespace) -> Tiler | None:
+    """What cuts images into tiles, of one shape for --compile."""
+    from model.autotile import AutoTiler
+    from model.tiling import MeanTiler, Tiler
+
+    if not args.chop:
+        return None
+    where, fixed = device(args), args.compile
+    batch = args.chop_batch if where == 'cuda' and not fixed else 1
+    if args.chop == 'auto':
+        return AutoTiler(args.chop_overlap, batch, where, args.max_memory, fixed)
+    if args.chop_blend == 'mean':
+        return MeanTiler(args.chop_size, args.chop_overlap, args.chop_batch)
+    return Tiler(args.chop_size, args.chop_overlap, 1 if fixed else args.chop_batch, fixed)
 
 
 def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:

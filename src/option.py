@@ -28,7 +28,7 @@ EXAMPLES = """examples:
     python main.py --model Bicubic --test_only --data_test Sample
   enlarge a folder of images
     python main.py --template LCoAN-small_x4 --pre_train LCoAN-small_x4.pt --test_only --data_test Demo \\
-      --dir_demo FOLDER --chop
+      --dir_demo FOLDER
   train the LCoAN of the paper, and continue it
     python main.py --template LCoAN_x2 --dir_data /data --save LCoAN_x2
     python main.py --load LCoAN_x2
@@ -89,6 +89,22 @@ def truth(text: str) -> bool:
     if text.lower() not in ('true', 'false'):
         raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
     return text.lower() == 'true'
+
+
+def automatic(text: str) -> str:
+    """'auto'."""
+    if text != 'auto':
+        raise argparse.ArgumentTypeError(f'{text!r} is not auto; --chop alone takes tiles of --chop_size')
+    return text
+
+
+def memory_size(text: str) -> int:
+    """Bytes, from a number with the unit M or G (2**20, 2**30)."""
+    units = {'M': 2**20, 'G': 2**30}
+    try:
+        return int(positive(text[:-1]) * units[text[-1:].upper()])
+    except (KeyError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not an amount of memory such as 2G or 700M') from error
 
 
 def names(text: str) -> list[str]:
@@ -245,7 +261,21 @@ def build_parser() -> Parser:
         help='train without images that cannot be read, count them, and let the next image take their place',
     )
     g.add_argument('--no_augment', action='store_true', help='no flips and rotations of training patches')
-    g.add_argument('--chop', action='store_true', help='enlarge in tiles, for small memories')
+    g.add_argument(
+        '--chop',
+        nargs='?',
+        const=True,
+        type=automatic,
+        metavar='auto',
+        help='enlarge in tiles, for small memories; auto: as large as memory allows (left out: as the recipe says, or '
+        'for Demo alone auto)',
+    )
+    g.add_argument(
+        '--max_memory',
+        metavar='N',
+        type=memory_size,
+        help='with --data_test Demo: most memory of a process on a CPU, or of the GPU, such as 2G or 700M',
+    )
     g.add_argument('--no_chop', action='store_false', dest='chop', help='whole images, where a recipe says tiles')
     g.add_argument('--chop_size', metavar='N', type=count, default=192, help='largest side of a tile, LR pixels')
     g.add_argument(
@@ -571,7 +601,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for key, value in saved.items():
             if key not in NOT_RESTORED:  # numbers as text, to be checked like typed ones
                 parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value})
+    chop = args.chop
     args = parser.parse_args(argv)
+    if chop is None and args.data_test == ['Demo']:
+        args.chop = 'auto'
+    args.chop = args.chop or False
     if args.scale is None and args.model != 'auto':
         args.scale = 4
     _check(args)
@@ -715,6 +749,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError('--data_test Demo: give the folder of images with --dir_demo.')
         if not args.test_only or args.score:
             raise UserError('--data_test Demo: these images have no scores; use it with --test_only.')
+    if args.max_memory is not None and (args.data_test != ['Demo'] or args.chop != 'auto'):
+        raise UserError('--max_memory chooses the tiles of --data_test Demo alone: leave out --chop and other sets.')
     if args.load:
         for option in ('pre_train', 'template'):
             if getattr(args, option):

@@ -4,7 +4,7 @@ Started by torchrun, by srun (one task a GPU), or by `--n_GPUs N`, which calls t
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from error import UserError
 
@@ -184,3 +185,9 @@ def deal(count: int) -> Iterator[tuple[int, int | None]]:
     for first in range(0, count, size()):
         own = first + rank()
         yield first, own if own < count else None
+
+
+def progress(items: Iterable, title: str, **options: Any) -> tqdm:
+    """A progress bar that is shown on a terminal only and leaves no trace."""
+    disable = True if rank() else None
+    return tqdm(items, desc=title, leave=False, disable=disable, dynamic_ncols=True, **options)

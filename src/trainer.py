@@ -3,9 +3,7 @@
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,19 +12,19 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import metric
 import parallel
 import picture
+from background import Ahead, Background
 from checkpoint import RunFolder
-from data.image import Photo, fill_hidden, find_images, read_photo, read_rgb, write_png
+from data.image import read_rgb, write_png
 from data.imresize import enlarge
 from data.outputs import match_outputs
 from data.srdata import SRData
 from data.traindata import Sample, WorkerDied, whole_batches
 from error import UserError
-from files import some, write_atomic
+from files import write_atomic
 from loss import Loss
 from model import Model
 from optimizer import Schedule, WeightAverage, set_learning_rate
@@ -78,7 +76,7 @@ class Evaluation:
     def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
         outputs = in_turn(len(images), lambda index: upscale(images, index), check)
         with Background() as background:
-            for index, (sr, seconds) in progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
+            for index, (sr, seconds) in parallel.progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
                 if index < SHOWN:
                     self.shown[f'{images.name}/{images.names[index]}'] = sr
                 background.start(self._finish, images, index, sr, seconds, label)
@@ -141,51 +139,6 @@ def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = la
         yield from ((first + i, result) for i, result in enumerate(found) if result is not None)
 
 
-class Background:
-    """Does what follows the network in threads, at most two pieces behind it; errors surface at the end at the latest.
-
-    Attributes:
-        results: of the pieces in the order they were started, once the block has ended.
-    """
-
-    def __enter__(self) -> 'Background':
-        self._pool = ThreadPoolExecutor(2)
-        self._futures: list[Future] = []
-        self.results: list[Any] = []
-        return self
-
-    def start(self, work: Callable[..., Any], *arguments: object) -> None:
-        """Begin a piece of work, after waiting until not more than one other is left."""
-        if len(self._futures) > 1:
-            self.results.append(self._futures.pop(0).result())
-        self._futures.append(self._pool.submit(work, *arguments))
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-        self.results += [future.result() for future in self._futures]
-
-
-class Ahead:
-    """Loads the item that comes next while the one before it is in use."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._coming: dict[Any, Future] = {}
-
-    def __call__(self, load: Callable[[int], T], index: int, count: int) -> T:
-        """`load(index)`, of `count` items that are asked for as `parallel.deal` deals them."""
-        now = self._coming.pop((load, index), None) or self._pool.submit(load, index)
-        after = index + parallel.size()
-        self._coming = {(load, after): self._pool.submit(load, after)} if after < count else {}
-        return now.result()
-
-
-def progress(items: Any, title: str, **options: Any) -> tqdm:
-    """A progress bar that is shown on a terminal only and leaves no trace."""
-    disable = True if parallel.rank() else None
-    return tqdm(items, desc=title, leave=False, disable=disable, dynamic_ncols=True, **options)
-
-
 def table(results: dict[str, Any]) -> str:
     """Results by set, as text."""
     width = max([len(name) for name in results] + [3])
@@ -233,71 +186,6 @@ def timed(model: Model) -> Upscale:
         return sr, time.perf_counter() - start
 
     return upscale
-
-
-def enlarge_folder(model: Model, source: Path, target: Path) -> None:
-    """Enlarge every image of a folder; a file that cannot be read is named at the end, after the others are done.
-
-    Raises:
-        UserError: no folder, no images in it, or some that could not be read.
-    """
-    if not source.is_dir():
-        raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
-    files = find_images(source)
-    if not files:
-        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
-    plain = Model('Bicubic', model.scale, model.device, model.tiler)
-    names, failures, ahead = output_names(files), [], Ahead()
-    start = time.perf_counter()
-
-    def read(index: int) -> Photo:
-        return read_photo(files[index])
-
-    def enlarged(index: int) -> tuple[np.ndarray, bytes | None] | str:
-        try:
-            photo = ahead(read, index, len(files))
-        except UserError as error:
-            return str(error)
-        return enlarge_photo(model, plain, photo), photo.icc
-
-    with Background() as background:
-        for index, found in progress(in_turn(len(files), enlarged), source.name, total=len(files)):
-            if isinstance(found, str):
-                failures.append(found)
-            else:
-                background.start(write_png, target / f'{names[index]}_x{model.scale}_SR.png', *found)
-    seconds = (time.perf_counter() - start) / len(files)
-    log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
-    if others := [path for path in source.iterdir() if path not in files]:
-        log.info('Left out, no images of a known kind: %s', some(sorted(path.name for path in others)))
-    if failures:
-        raise UserError(f'{len(failures)} of {len(files)} images could not be read: {" ".join(failures)}')
-
-
-def output_names(files: Sequence[Path]) -> list[str]:
-    """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
-    stems = Counter(path.stem for path in files)
-    names: dict[str, None] = {}
-    for path in files:
-        name = path.stem if stems[path.stem] == 1 else path.name
-        while name in names:
-            name += '_'
-        names[name] = None
-    return list(names)
-
-
-def enlarge_photo(model: Model, plain: Model, photo: Photo) -> np.ndarray:
-    """(H, W), (H, W, 3) or (H, W, 4) of the photograph's own depth.
-
-    Alpha is enlarged apart from the colour and by `plain`, the bicubic: what is opaque stays opaque, which a network
-    does not guarantee.
-    """
-    if photo.alpha is None:
-        sr = model.upscale(photo.color)
-        return sr[..., 1] if photo.grey else sr
-    sr = model.upscale(fill_hidden(photo.color, photo.alpha))
-    alpha = plain.upscale(np.repeat(photo.alpha[..., None], 3, -1))
-    return np.concatenate((sr, alpha[..., :1]), -1)
 
 
 def draw_seed(seed: int, step: int, rank: int) -> int:
@@ -529,7 +417,7 @@ class Trainer:
         """Train until the epoch is complete, or `stop` raises."""
         self.model.net.train()
         title = f'Epoch {self.epoch + 1}/{epochs}'
-        bar = progress(range(self.batch, self.steps), title, initial=self.batch, total=self.steps)
+        bar = parallel.progress(range(self.batch, self.steps), title, initial=self.batch, total=self.steps)
         for _ in bar:
             rate = self._next_step(batches)
             done, means = self.partial, self.partial.means()

@@ -14,7 +14,7 @@ from PIL.ImageFile import ImageFile
 
 import data.image
 from data.image import fill_hidden, find_images, read_photo, read_rgb, read_size, write_png
-from data.png16 import write_png16
+from data.png import encode_png
 from error import UserError, WriteError
 
 RNG = np.random.default_rng(0)
@@ -178,7 +178,7 @@ def test_first_frame(tmp_path, suffix):
 @pytest.mark.parametrize('channels', [None, 1, 2, 3, 4])
 def test_png16(tmp_path, channels):
     image = RGBA16[..., 0] if channels is None else RGBA16[..., :channels]
-    (tmp_path / 'x.png').write_bytes(write_png16(image))
+    (tmp_path / 'x.png').write_bytes(b''.join(encode_png([image], len(image))))
     check_16bit(read_photo(tmp_path / 'x.png'), channels or 1)
 
 
@@ -244,7 +244,7 @@ def test_orientation(tmp_path, orientation):
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_orientation_16bit(tmp_path, orientation):
     block = exif(orientation).tobytes().removeprefix(b'Exif\0\0')
-    (tmp_path / 'x.png').write_bytes(png_with(write_png16(RGBA16), b'eXIf', block))
+    (tmp_path / 'x.png').write_bytes(png_with(b''.join(encode_png([RGBA16], len(RGBA16))), b'eXIf', block))
     tag = (ExifTags.Base.Orientation, 'H', 1, orientation, True)
     tifffile.imwrite(tmp_path / 'x.tif', RGBA16, photometric='rgb', extrasamples=['unassalpha'], extratags=[tag])
     for name in ('x.png', 'x.tif'):
@@ -270,7 +270,7 @@ def test_read_size(tmp_path, orientation):
     deflated = {'compression': 'tiff_adobe_deflate'}
     paths = [saved(tmp_path / f'x.{suffix}', RGB, **options) for suffix in ('png', 'jpg', 'tif', 'webp')]
     paths += [saved(tmp_path / 'x.tiff', RGB, **options, **deflated), tmp_path / '16.png', tmp_path / '16.tif']
-    data = write_png16(RGBA16)
+    data = b''.join(encode_png([RGBA16], len(RGBA16)))
     if orientation is not None:
         data = png_with(data, b'eXIf', options['exif'].tobytes().removeprefix(b'Exif\0\0'))
     paths[-2].write_bytes(data)
@@ -392,7 +392,7 @@ def test_damaged_png(tmp_path, image):
 
 
 def test_interlaced_png16(tmp_path):
-    data = bytearray(write_png16(RGBA16))
+    data = bytearray(b''.join(encode_png([RGBA16], len(RGBA16))))
     data[28] = 1
     data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
     (tmp_path / 'x.png').write_bytes(data)
@@ -441,7 +441,7 @@ def test_write_png_gives_ordinary_permissions(tmp_path):
     assert (tmp_path / 'x.png').stat().st_mode == (tmp_path / 'y').stat().st_mode
 
 
-@pytest.mark.parametrize('shape', [(4,), (4, 4, 2), (4, 4, 3, 1)])
+@pytest.mark.parametrize('shape', [(4,), (4, 4, 5), (4, 4, 3, 1)])
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
 def test_write_png_refuses_other_shapes(tmp_path, shape, dtype):
     with pytest.raises(ValueError, match='a PNG takes'):

@@ -422,7 +422,7 @@ def test_a_broken_photograph_does_not_keep_the_others(data_folder, photos, capsy
     (photos / 'text.jpg').write_text('not a picture')
     assert demo(data_folder, photos) == 2
     message = capsys.readouterr().err
-    assert message.startswith('Error: 2 of 11 images could not be read')
+    assert message.startswith('Error: 2 of 11 images could not be enlarged')
     assert message.count('\n') == 1
     assert str(photos / 'cut.png') in message
     assert str(photos / 'text.jpg') in message

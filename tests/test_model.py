@@ -13,6 +13,7 @@ from error import UserError
 from model import Model, build
 from model.bicubic import Bicubic
 from model.common import rgb_to_ycbcr
+from model.autotile import AutoTiler
 from model.tiling import Tiler
 
 SMALL = {
@@ -270,3 +271,22 @@ def test_half_precision_costs_next_to_nothing(name: str) -> None:
     assert [x.dtype for x in inputs] == [torch.bfloat16]
     assert scores[0] > 25
     assert abs(scores[0] - scores[1]) < 0.1
+
+
+@pytest.mark.parametrize('auto', [False, True])
+def test_tiles_are_compiled_once(monkeypatch: pytest.MonkeyPatch, auto: bool) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda net: compile_(net, backend=backend))
+    torch.compiler.reset()
+    tiler = AutoTiler(8, 1, 'cpu', fixed=True) if auto else Tiler(24, 8, 1, fixed=True)
+    model, plain = (small('EDSR', tiler=tiler, compiled=compiled) for compiled in (True, False))
+    for height, width in ((40, 50), (24, 24), (9, 70), (200, 30)):
+        image = picture(0, height, width)
+        assert np.array_equal(model.upscale(image), plain.upscale(image))
+    assert len(graphs) == 1

@@ -26,7 +26,7 @@ NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare
+    compare max_memory
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -65,6 +65,7 @@ DEFAULTS = {
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
+    'max_memory': None,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -251,6 +252,26 @@ def test_tiles_of_a_recipe_can_be_left_out():
     assert options('--template ASID_x4 --no_chop').chop is False
 
 
+DEMO = f'--test_only --data_test Demo --dir_demo {Path(__file__).parent}'
+
+
+@pytest.mark.parametrize(
+    ('line', 'chop'),
+    [
+        (DEMO, 'auto'), (f'{DEMO} --template ASID_x4', 'auto'), (f'{DEMO} --no_chop', False), (f'{DEMO} --chop', True),
+        ('--test_only --chop auto', 'auto'), ('--test_only', False), (f'{DEMO} --max_memory 2G', 'auto'),
+        (f'{DEMO} --data_test Set5+Demo', False), (f'{DEMO} --data_test Set5+Demo --template ASID_x4', True),
+    ],
+)  # fmt: skip
+def test_tiles_are_automatic_for_photographs_unless_typed(line, chop):
+    assert options(line).chop == chop
+
+
+def test_memory_is_in_units():
+    found = [options(f'{DEMO} --max_memory {text}').max_memory for text in ('2G', '700m', '1.5G')]
+    assert found == [2**31, 700 * 2**20, 3 * 2**29]
+
+
 def test_recognised_network_meets_the_checks_of_any_other():
     with pytest.raises(UserError, match=r'--scale 2: x\.pt holds weights of EDSR x3; leave it out'):
         option.settle(options('--model auto --pre_train x.pt --scale 2 --test_only'), 'EDSR', 3, {}, {})
@@ -304,6 +325,7 @@ BAD = [
     *[(name, text) for name in ('data_train', 'data_test') for text in ('', '+')],
     ('seed', str(2**64)), ('resume', '-2'), ('n_colors', '2'), ('shift_mean', 'maybe'), ('ext', 'npy'),
     ('optimizer', 'Lion'), ('precision', 'double'), ('lr_border', 'wrap'), ('lr', '1e31'),
+    ('chop', 'FOLDER'), *[('max_memory', text) for text in ('2', '2K', 'G', '0G', '')],
     ('chop_blend', 'max'), ('scale', '2+'), ('scale', '2+x'),
 ]  # fmt: skip
 
@@ -330,6 +352,8 @@ def test_out_of_range(name, text):
         ('--patch_size 97 --scale 2', ['97', '--scale 2']),
         ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
         ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),
+        (f'{DEMO} --chop --max_memory 2G', ['--max_memory', '--chop']),
+        ('--test_only --chop auto --max_memory 2G', ['--max_memory', 'Demo']),
         ('--data_test Demo --test_only', ['--dir_demo']),
         ('--data_test Demo --dir_demo .', ['Demo', '--test_only']),
         ('--resume 3', ['--resume 3', '--load']),

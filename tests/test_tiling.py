@@ -243,7 +243,7 @@ def test_the_failed_attempt_is_freed_before_the_next(held_floats: Callable[[], i
         return activations
 
     Tiler(512, 0, 1)(run, torch.zeros(1, 512, 512, dtype=torch.uint8), 1, to_uint8)
-    assert seen[:5] == [4 * side * side for side in (512, 256, 128, 64, 32)]
+    assert seen[:5] == [4 * side * (side + 512) for side in (512, 256, 128, 64, 32)]  # a tile, and a row of them
 
 
 def test_hopeless_memory_ends_in_the_error() -> None:
@@ -275,6 +275,28 @@ def test_other_errors_pass_through(error: type[Exception]) -> None:
 def test_settings_are_checked(size: int, overlap: int, batch: int) -> None:
     with pytest.raises(ValueError, match='need'):
         Tiler(size, overlap, batch)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (5, 40), (16, 16), (17, 15), (60, 83)])
+def test_fixed_tiles_have_exactly_their_size_and_give_the_same(height: int, width: int) -> None:
+    image, run = noise(3, height, width), Limited(10**9)
+    assert torch.equal(Tiler(16, 4, 1, fixed=True)(run, image, 1, identity), image)
+    assert set(run.shapes) == {(1, 3, 16, 16)}
+    assert torch.equal(Tiler(16, 4, 1, fixed=True)(enlarge, image, 2, identity), enlarge(image[None])[0])
+
+
+def test_a_small_image_is_continued_by_its_mirror_image() -> None:
+    seen = []
+    Tiler(5, 2, 1, fixed=True)(lambda tiles: seen.append(tiles) or tiles, torch.tensor([[[1.0, 2.0]]]), 1, identity)
+    assert seen[0][0, 0].tolist() == [[1, 2, 2, 1, 1]] * 5
+
+
+def test_rows_come_from_top_to_bottom_few_at_a_time() -> None:
+    image, found = noise(3, 83, 61), []
+    for rows in Tiler(32, 4, 2).rows(enlarge, image, 2, identity):
+        assert rows.shape[-2] <= 32
+        found.append(rows.clone())
+    assert torch.equal(torch.cat(found, -2), enlarge(image))
 
 
 # Tiles of one size and their plain mean, as OmniSR and ASID are tested.

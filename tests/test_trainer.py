@@ -7,8 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +18,13 @@ from torch import Tensor, optim
 
 import main
 import picture as pictures
+from background import Background
 from data.image import read_rgb, write_png
 from data.sets import ImageSet
 from data.srdata import SRData
 from loss import Loss
 from stopping import Stop, Stopped
-from trainer import Ahead, Background, Evaluation, Trainer, table
+from trainer import Evaluation, Trainer, table
 
 TINY = (
     '--cpu --n_threads 0 --data_train SR291 --data_test Set5 --scale 2 --patch_size 16 --batch_size 4 --test_every 2 '
@@ -783,40 +782,3 @@ def test_an_image_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / 'results').write_text('in the way')
     with pytest.raises(Exception, match=r'a\.png could not be written'), Background() as background:
         background.start(write_png, tmp_path / 'results' / 'a.png', picture(0, 5, 5))
-
-
-def test_results_of_the_background_keep_their_order():
-    with Background() as background:
-        for i in range(7):
-            background.start(lambda n: (time.sleep(0.001 * (7 - n)), n)[1], i)
-    assert background.results == list(range(7))
-
-
-def test_an_error_of_one_piece_of_work_surfaces():
-    with pytest.raises(ZeroDivisionError), Background() as background:
-        for i in (1, 0, 2, 3):
-            background.start(lambda n: 1 / n, i)
-
-
-@pytest.mark.parametrize('processes', [1, 3])
-def test_the_next_item_is_loaded_while_one_is_in_use(monkeypatch, processes):
-    monkeypatch.setattr('parallel.size', lambda: processes)
-    loaded = [threading.Event() for _ in range(10)]
-
-    def load(index: int) -> int:
-        loaded[index].set()
-        if index == 4:
-            raise ValueError
-        return 2 * index
-
-    ahead, own = Ahead(), range(1, 10, processes)
-    for index in own:
-        if index == 4:
-            with pytest.raises(ValueError):
-                ahead(load, index, 10)
-        else:
-            assert ahead(load, index, 10) == 2 * index
-        if index + processes < 10:
-            assert loaded[index + processes].wait(10)
-    assert ahead(load, 0, 1) == 0  # another set begins
-    assert [event.is_set() for event in loaded] == [index in (0, *own) for index in range(10)]

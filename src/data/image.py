@@ -1,17 +1,17 @@
 """Image files in and out: what a photograph may look like on disk is dealt with here and nowhere else."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from data.png16 import HEAD_BYTES, is_png16, read_png16, with_profile, write_png16
+from data.png import HEAD_BYTES, encode_png, is_png16, read_png16
 from error import UserError
 from files import write_atomic
 
@@ -19,6 +19,7 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
 MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # Pillow's pixel modes that convert to 8 bits
 MAX_PIXELS = 2**28
+OPAQUE, CLEAR, DEEP = 8, 40, 46  # bytes a pixel while an image is read, measured
 
 # Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -93,24 +94,39 @@ def read_size(path: Path) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
+def bytes_to_read(path: Path) -> int:
+    """How much memory `read_photo` takes at most, and what a transparent image takes to be filled.
+
+    Raises:
+        UserError: as in `read_photo`, as far as the header tells.
+    """
+    height, width = read_size(path)
+    with _user_errors(path), path.open('rb') as file:
+        head = file.read(HEAD_BYTES)
+        image = Image.open(file, formats=FORMATS)
+        pixel = DEEP if is_png16(head) or _is_tif16(image) else CLEAR if image.has_transparency_data else OPAQUE
+    return height * width * pixel
+
+
 def write_png(path: Path, image: np.ndarray, icc: bytes | None = None) -> None:
-    """Writes uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4) as PNG, whole or not at all.
+    """`write_rows` of a whole image."""
+    write_rows([image], path, len(image), icc)
+
+
+def write_rows(rows: Iterable[np.ndarray], path: Path, height: int, icc: bytes | None = None) -> None:
+    """Writes uint8 or uint16 rows (some, W), (some, W, 3) or (some, W, 4), `height` in all, as PNG, whole or not.
 
     The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey.
 
     Raises:
-        WriteError: the file cannot be written; an older one stays as it was.
+        WriteError: the file cannot be written; an older one stays as it was. Errors of `rows` pass through.
     """
-    if image.dtype not in (np.uint8, np.uint16) or image.ndim < 2 or image.shape[2:] not in ((), (3,), (4,)):
-        raise ValueError(f'a PNG takes uint8 or uint16 (H, W), (H, W, 3) or (H, W, 4), not {image.dtype} {image.shape}')
-    if image.dtype == np.uint16:
-        png = write_png16(image)
-    else:
-        png = iio.imwrite('<bytes>', image, extension='.png', compress_level=1)
-    space = b'GRAY' if image.ndim == 2 else b'RGB '
-    if icc is not None and icc[16:20] == space:  # ICC.1:2022, section 7.2: data colour space
-        png = with_profile(png, icc)
-    write_atomic(path, png)
+    rows = iter(rows)
+    first = next(rows)
+    space = b'GRAY' if first.ndim == 2 else b'RGB '
+    if icc is not None and icc[16:20] != space:  # ICC.1:2022, section 7.2: data colour space
+        icc = None
+    write_atomic(path, encode_png(chain([first], rows), height, icc))
 
 
 def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -157,11 +173,15 @@ def _read_samples(path: Path) -> tuple[np.ndarray, bytes | None]:
             raise ValueError(f'{image.width} x {image.height} pixels, at most {MAX_PIXELS} are allowed')
         if is_png16(head):
             samples = read_png16(path.read_bytes())
-        elif isinstance(image, TiffImageFile) and 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ()):
+        elif _is_tif16(image):
             samples = _read_tif16(path)
         else:
             samples = _read_8bit(image)
         return _upright(samples, _orientation(image.getexif)), image.info.get('icc_profile')
+
+
+def _is_tif16(image: Image.Image) -> bool:
+    return isinstance(image, TiffImageFile) and 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ())
 
 
 def _read_8bit(image: ImageFile) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Networks by name, and the wrapper that runs one on images."""
 
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -128,23 +129,32 @@ class Model(nn.Module):
         """uint8 RGB (N, 3, H, W) to the network's own output, in its own range."""
         return self.run(self.to_range(lr))
 
-    @torch.inference_mode()
     def upscale(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type.
+        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together."""
+        height, width, channels = image.shape
+        sr, done = np.empty((height * self.scale, width * self.scale, channels), image.dtype), 0
+        for rows in self.rows(image):
+            sr[done : done + len(rows)] = rows
+            done += len(rows)
+        return sr
+
+    @torch.inference_mode()
+    def rows(self, image: np.ndarray) -> Iterator[np.ndarray]:
+        """Rows of (H, W, 3) uint8 or uint16 enlarged, (some, scale * W, 3) of the same type from top to bottom.
 
         Leaves the network in evaluation mode.
         """
         self.net.eval()
+        lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
         peak = np.iinfo(image.dtype).max
-        integers = np.uint8 if peak == 255 else np.int32  # few operations of PyTorch know uint16
-        lr = torch.from_numpy(np.ascontiguousarray(image, integers)).permute(2, 0, 1)
         run = partial(self._upscale, peak=peak)
 
         def finish(rows: Tensor) -> Tensor:
             return rows.mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
 
-        sr = self.tiler(run, lr, self.scale, finish) if self.tiler else finish(run(lr.unsqueeze(0))[0].cpu())
-        return np.ascontiguousarray(sr.permute(1, 2, 0).numpy(), image.dtype)
+        pieces = self.tiler.rows(run, lr, self.scale, finish) if self.tiler else [finish(run(lr.unsqueeze(0))[0].cpu())]
+        for rows in pieces:
+            yield rows.permute(1, 2, 0).numpy()
 
     def _upscale(self, lr: Tensor, peak: int) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 RAMP = 2
+ROWS = 16  # of the input, finished at a time
 SMALLEST_STEP = 16
 
 Function = Callable[[Tensor], Tensor]
@@ -21,8 +22,8 @@ Function = Callable[[Tensor], Tensor]
 log = logging.getLogger('frugalsr')
 
 
-def split(length: int, size: int, overlap: int) -> tuple[int, list[int]]:
-    """Cover an axis of `length` >= 1 pixels with the fewest equal tiles of at most `size` pixels.
+def split(length: int, size: int, overlap: int, fixed: bool = False) -> tuple[int, list[int]]:
+    """Cover an axis of `length` >= 1 pixels with the fewest equal tiles of at most (if `fixed`, of) `size` pixels.
 
     Returns the tile side and the first pixel of every tile. Neighbours share at least `overlap` pixels
     (0 <= overlap < size), the last tile ends where the axis ends.
@@ -30,20 +31,22 @@ def split(length: int, size: int, overlap: int) -> tuple[int, list[int]]:
     if length <= size:
         return length, [0]
     count = -(-(length - overlap) // (size - overlap))
-    side = -(-(length + (count - 1) * overlap) // count)
+    side = size if fixed else -(-(length + (count - 1) * overlap) // count)
     return side, [i * (length - side) // (count - 1) for i in range(count)]
 
 
 class Tiler:
     """Super-resolve images by tiles of at most `size` x `size` input pixels, at most `batch` of them at a time.
 
-    Neighbouring tiles share at least `overlap` input pixels. When memory runs out, first the batch and then the tile
-    is halved and the image is started again; later images start with what fitted.
+    Neighbouring tiles share at least `overlap` input pixels. If `fixed`, all tiles have exactly `size` pixels a side,
+    and a smaller image is continued by its mirror image; else they are as small as their number allows. When memory
+    runs out, first the batch and then the tile is halved, and the image goes on where it stood; later images start
+    with what fitted.
 
     Raises ValueError unless 0 <= overlap < size and batch >= 1.
     """
 
-    def __init__(self, size: int, overlap: int, batch: int) -> None:
+    def __init__(self, size: int, overlap: int, batch: int, fixed: bool = False) -> None:
         if not 0 <= overlap < size:
             raise ValueError(f'tiles of {size} pixels cannot overlap by {overlap}: need 0 <= overlap < size')
         if batch < 1:
@@ -51,45 +54,70 @@ class Tiler:
         self.size = size
         self.overlap = overlap
         self.batch = batch
+        self.fixed = fixed
 
     @torch.no_grad()
     def __call__(self, run: Function, image: Tensor, scale: int, finish: Function) -> Tensor:
-        """Return the (C', H*scale, W*scale) result for a (C, H, W) image, H and W >= 1, both on the host.
+        """Return the (C, H*scale, W*scale) result for a (C, H, W) image: the `rows` together."""
+        return torch.cat([rows.clone() for rows in self.rows(run, image, scale, finish)], -2)
+
+    @torch.no_grad()
+    def rows(self, run: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
+        """Give the rows of the result for a (C, H, W) image, H and W >= 1, both on the host, from top to bottom.
 
         `run` maps a batch of tiles (n, C, h, w), on the host and in the dtype and value range of the image, to
-        (n, C', h*scale, w*scale) on any device; all tiles of an image have one shape. `finish` turns float32 rows
-        (C', some, W*scale), in the value range of `run`, into as many final rows; it may work in place. It is given
-        all rows once, from top to bottom, and its dtype is that of the result: beside this result the host holds
-        about one row of tiles as floats.
+        (n, C, h*scale, w*scale) on any device; all tiles of an image have one shape. `finish` turns float32 rows
+        (C, some, W*scale), in the value range of `run`, into as many final rows; it may work in place. It is given
+        all rows once, from top to bottom, a few at a time, in memory that is used again for those that follow; beside
+        them the host holds one row of tiles as floats.
 
         Raises the out-of-memory error of `run` if even one smallest tile does not fit; other errors pass through.
         """
-        while True:
+        done, (height, width) = 0, image.shape[-2:]
+        if self.fixed:
+            image = _continue(image, max(height, self.size), max(width, self.size))
+        while done < height:
             try:
-                return self._attempt(run, image, scale, finish)
+                for piece in self._pieces(run, image, scale, done):
+                    for rows in piece[:, : (height - done) * scale, : width * scale].split(ROWS * scale, -2):
+                        done += rows.shape[-2] // scale
+                        yield finish(rows)
             except RuntimeError as error:
                 if not out_of_memory(error) or not self._shrink(*image.shape[-2:]):
                     raise
             # Only here, past the handler, is the traceback gone and with it the tensors of the failed attempt.
-            if torch.cuda.is_available():
+            if done < height and torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _attempt(self, run: Function, image: Tensor, scale: int, finish: Function) -> Tensor:
-        height = image.shape[-2]
-        side, tops = split(height, self.size, self.overlap)
-        bands = (self._band(run, image.narrow(-2, top, side), scale) for top in tops)
-        return _concatenate(map(finish, _merge(bands, side, tops, scale, dim=-2)), height * scale, dim=-2)
+    def _pieces(self, run: Function, image: Tensor, scale: int, done: int) -> Iterator[Tensor]:
+        """Float rows of the result from input row `done` on."""
+        top = max(0, done - self.overlap // 2)
+        image = image[:, top:]
+        side, tops = self._split(image.shape[-2])
+        return _merge(self._bands(run, image, side, tops, scale), side, tops, scale, dim=-2, first=done - top)
 
-    def _band(self, run: Function, band: Tensor, scale: int) -> Tensor:
-        width = band.shape[-1]
-        side, lefts = split(width, self.size, self.overlap)
-        tiles = _run_batches(run, [band.narrow(-1, left, side) for left in lefts], self.batch)
-        return _concatenate(_merge(tiles, side, lefts, scale, dim=-1), width * scale, dim=-1)
+    def _bands(self, run: Function, image: Tensor, height: int, tops: list[int], scale: int) -> Iterator[Tensor]:
+        """Rows of tiles, each in the memory of the one before it: large blocks that come and go leave gaps."""
+        channels, _, width = image.shape
+        # In memory as images lie, (H, W, C), so that it becomes one without a copy.
+        band = torch.empty(height * scale, width * scale, channels).permute(2, 0, 1)
+        side, lefts = self._split(width)
+        for top in tops:
+            tiles = [image[:, top : top + height, left : left + side] for left in lefts]
+            filled = 0
+            for piece in _merge(_run_batches(run, tiles, self.batch), side, lefts, scale, dim=-1):
+                band[..., filled : filled + piece.shape[-1]] = piece
+                filled += piece.shape[-1]
+                del piece
+            yield band
+
+    def _split(self, length: int) -> tuple[int, list[int]]:
+        return split(length, self.size, self.overlap, self.fixed)
 
     def _shrink(self, height: int, width: int) -> bool:
         """Halve what the image really used, which may be less than what was allowed; False if nothing is left."""
-        tile_height, _ = split(height, self.size, self.overlap)
-        tile_width, lefts = split(width, self.size, self.overlap)
+        tile_height, _ = self._split(height)
+        tile_width, lefts = self._split(width)
         side, batch = max(tile_height, tile_width), min(self.batch, len(lefts))
         smallest = self.overlap + SMALLEST_STEP
         if batch > 1:
@@ -107,22 +135,23 @@ class MeanTiler(Tiler):
 
     So OmniSR and ASID are tested by their authors. The tile side is that of `size`, or the shorter side of a smaller
     image. When memory runs out, only the number of tiles a call is halved, since the size is part of the protocol.
-    The whole result is held as floats.
     """
 
-    def _attempt(self, run: Function, image: Tensor, scale: int, finish: Function) -> Tensor:
+    def _pieces(self, run: Function, image: Tensor, scale: int, done: int) -> Iterator[Tensor]:
         height, width = image.shape[-2:]
         side = min(self.size, height, width)
-        corners = [(y, x) for y in self._starts(height, side) for x in self._starts(width, side)]
-        tiles = _run_batches(run, [image[:, y : y + side, x : x + side] for y, x in corners], self.batch)
-        total, counts = torch.empty(0), torch.zeros(1, height * scale, width * scale)
-        for (y, x), tile in zip(corners, tiles, strict=True):
-            if not total.numel():
-                total = torch.zeros(tile.shape[0], height * scale, width * scale)
-            rows, columns = (slice(start * scale, (start + side) * scale) for start in (y, x))
-            total[:, rows, columns] += tile
-            counts[:, rows, columns] += 1
-        return finish(total.div_(counts))
+        lefts, tops = (self._starts(length, side) for length in (width, height))
+        counts = _covered(tops, side, height)[:, None] * _covered(lefts, side, width)
+        counts = counts.repeat_interleave(scale, -1)
+        shared = torch.zeros(1, 0, 1)  # the rows that the tiles above reached too
+        for top, below in pairwise([*(top for top in tops if top + side > done), height]):
+            tiles = _run_batches(run, [image[:, top : top + side, left : left + side] for left in lefts], self.batch)
+            band = _sum(tiles, lefts, width * scale, scale)
+            band[:, : shared.shape[1]] += shared
+            skip = max(0, done - top)
+            rows = counts[top + skip : below].repeat_interleave(scale, 0)
+            yield band[:, skip * scale : (below - top) * scale] / rows
+            shared = band[:, (below - top) * scale :].clone()
 
     def _starts(self, length: int, side: int) -> list[int]:
         step = side - self.overlap if side > self.overlap else -(-side // 2)
@@ -142,6 +171,30 @@ def _run_batches(run: Function, tiles: list[Tensor], batch: int) -> Iterator[Ten
         yield from run(torch.stack(tiles[first : first + batch])).to('cpu', torch.float32, copy=True)
 
 
+def _continue(image: Tensor, height: int, width: int) -> Tensor:
+    """(C, H, W) continued by its mirror image to `height` and `width`."""
+    for dim, length in ((-2, height), (-1, width)):
+        have = image.shape[dim]
+        index = torch.arange(length) % (2 * have)
+        image = image.index_select(dim, torch.minimum(index, 2 * have - 1 - index)) if have < length else image
+    return image
+
+
+def _covered(starts: list[int], side: int, length: int) -> Tensor:
+    """How many tiles cover each pixel of an axis."""
+    pixels = torch.arange(length)
+    return sum(((start <= pixels) & (pixels < start + side)).float() for start in starts)  # type: ignore[return-value]
+
+
+def _sum(tiles: Iterator[Tensor], lefts: list[int], width: int, scale: int) -> Tensor:
+    """A row of tiles added up: (C, height of a tile, width)."""
+    total = torch.zeros(0)
+    for left, tile in zip(lefts, tiles, strict=True):
+        total = total if total.numel() else torch.zeros(*tile.shape[:2], width)
+        total[..., left * scale : left * scale + tile.shape[-1]] += tile
+    return total
+
+
 def _seams(side: int, starts: list[int]) -> Iterator[tuple[int, int]]:
     """Where each tile begins to give way to the next, and over how many pixels; the last one ends without a fade."""
     for left, right in pairwise(starts):
@@ -151,9 +204,11 @@ def _seams(side: int, starts: list[int]) -> Iterator[tuple[int, int]]:
     yield starts[-1] + side, 0
 
 
-def _merge(tiles: Iterator[Tensor], side: int, starts: list[int], scale: int, dim: int) -> Iterator[Tensor]:
-    """Turn overlapping tiles into pieces that follow each other along `dim`; fades the tiles in place."""
-    cut, tail = 0, None
+def _merge(
+    tiles: Iterator[Tensor], side: int, starts: list[int], scale: int, dim: int, first: int = 0
+) -> Iterator[Tensor]:
+    """Turn overlapping tiles into pieces that follow each other along `dim` from `first` on; fades tiles in place."""
+    cut, tail = first, None
     for start, (seam, ramp) in zip(starts, _seams(side, starts), strict=True):
         tile = next(tiles)
         if tail is not None:
@@ -170,25 +225,6 @@ def _fade_in(new: Tensor, old: Tensor, dim: int) -> None:
     weight = (torch.arange(steps) + 0.5) / max(steps, 1)
     # `lerp` leaves equal values as they are, to the bit; normalised weights would not.
     new.copy_(old.lerp(new, weight if dim == -1 else weight[:, None]))
-
-
-def _concatenate(pieces: Iterator[Tensor], length: int, dim: int) -> Tensor:
-    """`torch.cat` of non-empty (C, H, W) pieces, `length` in all, that never holds more than one of them.
-
-    The result lies in memory as images do, (H, W, C), so that it becomes one without a copy.
-    """
-    result, filled = torch.empty(0), 0
-    for piece in pieces:
-        if not filled:
-            shape = list(piece.shape)
-            shape[dim] = length
-            channels, height, width = shape
-            result = piece.new_empty(height, width, channels).permute(2, 0, 1)
-        steps = piece.shape[dim]
-        result.narrow(dim, filled, steps).copy_(piece)
-        filled += steps
-        del piece
-    return result
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -1,6 +1,7 @@
-"""The 16-bit PNG codec against the specification, spelled out byte by byte below, and against Pillow."""
+"""The PNG codec against the specification, spelled out byte by byte below, and against Pillow."""
 
 import struct
+import tracemalloc
 import zlib
 from io import BytesIO
 
@@ -8,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.png16 import is_png16, read_png16, write_png16
+from data.png import encode_png, is_png16, read_png16
 
 SIGNATURE = b'\x89PNG\r\n\x1a\n'
 CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
+
+
+def written(image: np.ndarray, parts: int = 1) -> bytes:
+    return b''.join(encode_png(np.array_split(image, parts), len(image)))
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
@@ -72,18 +77,41 @@ def test_reading_follows_the_specification(color_type, shape, kind):
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 8), (8, 1), (5, 9, 1), (5, 9, 2), (5, 9, 3), (9, 5, 4)])
-def test_written_files_read_back(shape):
+@pytest.mark.parametrize('parts', [1, 2])
+def test_written_files_read_back(shape, parts):
     image = np.random.default_rng(0).integers(0, 65536, shape).astype(np.uint16)
-    data = write_png16(image)
+    data = written(image, min(parts, len(image)))
     assert is_png16(data[:32])
     np.testing.assert_array_equal(read_png16(data).reshape(shape), image)
 
 
 def test_pillow_reads_what_is_written():
     image = np.random.default_rng(1).integers(0, 65536, (6, 11)).astype(np.uint16)
-    np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(write_png16(image)))), image)
+    np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(written(image)))), image)
     color = np.repeat(image[..., None], 3, axis=2)
-    np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(write_png16(color)))), color >> 8)
+    np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(written(color)))), color >> 8)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'mode'), [((7, 9), 'L'), ((7, 9, 3), 'RGB'), ((200, 5, 4), 'RGBA'), ((1, 1, 3), 'RGB')]
+)
+@pytest.mark.parametrize('parts', [1, 3])
+def test_pillow_reads_8_bits_written_in_parts(shape, mode, parts):
+    image = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    with Image.open(BytesIO(written(image, min(parts, len(image))))) as found:
+        assert found.mode == mode
+        np.testing.assert_array_equal(np.asarray(found), image)
+
+
+def test_a_large_image_is_packed_a_few_rows_at_a_time():
+    """What is held beside the file is much smaller than the image: here at most 64 rows of 4,096, several times."""
+    image = np.random.default_rng(1).integers(0, 256, (4096, 512, 3)).astype(np.uint8)
+    tracemalloc.start()
+    for piece in encode_png([image], 4096):
+        assert len(piece) < 200_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < image.nbytes / 4
 
 
 def test_what_pillow_writes_is_read():
@@ -93,15 +121,15 @@ def test_what_pillow_writes_is_read():
     np.testing.assert_array_equal(read_png16(buffer.getvalue())[..., 0], image)
 
 
-@pytest.mark.parametrize('shape', [(4,), (4, 4, 5), (0, 4)])
+@pytest.mark.parametrize('shape', [(4,), (4, 4, 5), (4, 0)])
 def test_writing_refuses_other_shapes(shape):
-    with pytest.raises(ValueError, match='16-bit PNG takes'):
-        write_png16(np.zeros(shape, np.uint16))
+    with pytest.raises(ValueError, match='a PNG'):
+        written(np.zeros(shape, np.uint16))
 
 
 def test_writing_refuses_other_types():
-    with pytest.raises(ValueError, match='16-bit PNG takes'):
-        write_png16(np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match='a PNG takes'):
+        written(np.zeros((4, 4), np.float32))
 
 
 @pytest.mark.parametrize(('color_type', 'key'), [(0, [7]), (2, [7, 8, 9])])
@@ -127,14 +155,14 @@ def test_is_png16_of_other_files(head):
 
 
 def test_every_cut_is_noticed():
-    data = write_png16(np.arange(12, dtype=np.uint16).reshape(3, 4))
+    data = written(np.arange(12, dtype=np.uint16).reshape(3, 4))
     for size in range(len(data) - 1):
         with pytest.raises(ValueError):
             read_png16(data[:size])
 
 
 def test_every_flipped_bit_is_noticed():
-    data = write_png16(np.arange(4, dtype=np.uint16).reshape(2, 2))
+    data = written(np.arange(4, dtype=np.uint16).reshape(2, 2))
     iend = len(data) - 12
     for i in range(iend):
         with pytest.raises(ValueError):

@@ -1,11 +1,11 @@
-"""PNG with 16 bits a channel, which Pillow reduces to 8 bits.
+"""PNG: written row by row, so that no image need be held, and read where it has 16 bits, which Pillow reduces to 8.
 
 Follows the PNG specification, third edition (https://www.w3.org/TR/png-3/): chunks in section 5, filters in section 9.
 """
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -14,6 +14,8 @@ HEAD_BYTES = 25  # signature, length and name of IHDR, width, height, bit depth
 CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # colour type -> channels: grey, RGB, grey + alpha, RGBA
 COLOR_TYPES = {channels: color_type for color_type, channels in CHANNELS.items()}
 NONE, SUB, UP, AVERAGE, PAETH = range(5)
+ROWS = 64  # packed at a time
+CHUNK_BYTES = 2**16  # written at a time, or more
 DEFLATE_RATIO = 1032  # deflate never packs more bytes into one
 
 
@@ -47,27 +49,46 @@ def read_png16(data: bytes) -> np.ndarray:
     return image if key is None else _with_alpha(image, key)
 
 
-def write_png16(image: np.ndarray) -> bytes:
-    """Encodes (H, W) or (H, W, C) uint16, C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA, as a PNG file."""
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.dtype != np.uint16 or image.ndim != 3 or image.shape[2] not in COLOR_TYPES or image.size == 0:
-        raise ValueError(f'a 16-bit PNG takes uint16 (H, W) or (H, W, 1 to 4), not {image.dtype} {image.shape}')
-    height, width, channels = image.shape
-    pixels = image.astype('>u2').reshape(height, -1).view(np.uint8)
-    rows = np.empty((height, 1 + pixels.shape[1]), np.uint8)
-    rows[:, 0] = UP
-    rows[0, 1:] = pixels[0]
-    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
-    header = struct.pack('>IIBBBBB', width, height, 16, COLOR_TYPES[channels], 0, 0, 0)
-    return SIGNATURE + _chunk(b'IHDR', header) + _chunk(b'IDAT', zlib.compress(rows.data, 1)) + _chunk(b'IEND', b'')
+def encode_png(rows: Iterable[np.ndarray], height: int, icc: bytes | None = None) -> Iterator[bytes]:
+    """A PNG file in pieces, from rows of an image that come in pieces; packed for speed, not for size.
+
+    Args:
+        rows: uint8 or uint16 (some, W) or (some, W, C) from top to bottom, `height` in all; C = 1 grey, 2 grey and
+            alpha, 3 RGB, 4 RGBA.
+        icc: a colour profile to put in.
+    """
+    packer, packed, above = zlib.compressobj(1), b'', None
+    for block in _blocks(rows):
+        if above is None:
+            _, width, channels = block.shape
+            shape = width, height, 8 * block.itemsize, COLOR_TYPES[channels], 0, 0, 0
+            yield SIGNATURE + _chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))
+            if icc is not None:
+                yield _chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc))
+            above = np.zeros(width * channels * block.itemsize, np.uint8)
+        pixels = np.ascontiguousarray(block, block.dtype.newbyteorder('>')).reshape(len(block), -1).view(np.uint8)
+        filtered = np.empty((len(pixels), 1 + len(above)), np.uint8)
+        filtered[:, 0] = UP
+        np.subtract(pixels[0], above, out=filtered[0, 1:])
+        np.subtract(pixels[1:], pixels[:-1], out=filtered[1:, 1:])
+        above = pixels[-1].copy()
+        packed += packer.compress(filtered.data)
+        if len(packed) > CHUNK_BYTES:
+            yield _chunk(b'IDAT', packed)
+            packed = b''
+    yield _chunk(b'IDAT', packed + packer.flush()) + _chunk(b'IEND', b'')
 
 
-def with_profile(png: bytes, icc: bytes) -> bytes:
-    """A PNG file of any depth with an ICC profile added, behind its header as the PNG specification wants it."""
-    end_of_header = len(SIGNATURE) + 25
-    profile = _chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc))
-    return png[:end_of_header] + profile + png[end_of_header:]
+def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The rows again, (some, W, C) and few at a time."""
+    for piece in rows:
+        piece = piece[..., None] if piece.ndim == 2 else piece
+        if piece.dtype not in (np.uint8, np.uint16) or piece.shape[2:] not in ((1,), (2,), (3,), (4,)):
+            raise ValueError(f'a PNG takes uint8 or uint16 (H, W) or (H, W, 1 to 4), not {piece.dtype} {piece.shape}')
+        if piece.size == 0:
+            raise ValueError(f'a PNG has pixels, and {piece.shape} has none')
+        for first in range(0, len(piece), ROWS):
+            yield piece[first : first + ROWS]
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:

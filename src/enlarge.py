@@ -1,0 +1,105 @@
+"""--data_test Demo: folders of photographs, whatever they are, enlarged."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import memory
+import parallel
+from background import Ahead, Background
+from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, write_rows
+from error import UserError
+from files import some
+from model import Model
+
+log = logging.getLogger('frugalsr')
+
+REACH = 4  # input pixels around one that have a say in its bicubic enlargement, and more
+
+
+def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None = None) -> None:
+    """Enlarge every image of a folder; a file that cannot be read is named at the end, after the others are done.
+
+    With several processes each has its share. Images are written as their rows are made; beside the network's part of
+    the memory there is the image, decoded, and if there is no `limit` the one after it.
+
+    Raises:
+        UserError: no folder, no images in it, or some that could not be read or do not fit into memory.
+    """
+    if not source.is_dir():
+        raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
+    files = find_images(source)
+    if not files:
+        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
+    names, failures, ahead = output_names(files), [], Ahead()
+    start = time.perf_counter()
+
+    def read(index: int) -> Photo:
+        return read_photo(files[index])
+
+    with Background() as background:
+        for _, own in parallel.progress(list(parallel.deal(len(files))), source.name):
+            if own is None:
+                continue
+            try:
+                if limit is not None:
+                    check_fits(files[own], limit)
+                photo = read(own) if limit is not None else ahead(read, own, len(files))
+                height = len(photo.color) * model.scale
+                path = target / f'{names[own]}_x{model.scale}_SR.png'
+                background.feed(enlarged(model, photo), write_rows, path, height, photo.icc)
+            except UserError as error:
+                failures.append(str(error))
+    failures = [failure for own in parallel.gather(failures) for failure in own]
+    seconds = (time.perf_counter() - start) / len(files)
+    log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
+    if others := [path for path in source.iterdir() if path not in files]:
+        log.info('Left out, no images of a known kind: %s', some(sorted(path.name for path in others)))
+    if failures:
+        raise UserError(f'{len(failures)} of {len(files)} images could not be enlarged: {" ".join(failures)}')
+
+
+def check_fits(path: Path, limit: int) -> None:
+    """Whether there is room to read an image within a limit of what the process has in memory, in bytes.
+
+    Raises:
+        UserError: there is not.
+    """
+    needs = (memory.in_use('cpu') or 0) + bytes_to_read(path)
+    if needs > limit:
+        raise UserError(f'{path}: to read it takes up to {needs / 2**30:.3g}G in all; give a larger --max_memory.')
+
+
+def output_names(files: Sequence[Path]) -> list[str]:
+    """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
+    stems = Counter(path.stem for path in files)
+    names: dict[str, None] = {}
+    for path in files:
+        name = path.stem if stems[path.stem] == 1 else path.name
+        while name in names:
+            name += '_'
+        names[name] = None
+    return list(names)
+
+
+def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:
+    """Rows (some, W), (some, W, 3) or (some, W, 4) of a photograph enlarged, of its own depth, from top to bottom.
+
+    Alpha is enlarged apart from the colour and by bicubic: what is opaque stays opaque, which a network does not
+    guarantee.
+    """
+    if photo.alpha is None:
+        for rows in model.rows(photo.color):
+            yield rows[..., 1] if photo.grey else rows
+        return
+    plain, done = Model('Bicubic', model.scale, model.device), 0
+    for rows in model.rows(fill_hidden(photo.color, photo.alpha)):
+        first, done = done, done + len(rows)
+        top = max(0, first // model.scale - REACH)
+        alpha = photo.alpha[top : -(-done // model.scale) + REACH]
+        alpha = plain.upscale(np.repeat(alpha[..., None], 3, -1))[first - top * model.scale :, :, :1]
+        yield np.concatenate((rows, alpha[: len(rows)]), -1)

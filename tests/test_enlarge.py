@@ -1,0 +1,104 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from data.image import Photo, bytes_to_read, read_photo, write_png
+from enlarge import check_fits, enlarged
+from error import UserError
+from model import Model
+from model.tiling import Tiler
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize('scale', [2, 3])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_alpha_in_parts_is_alpha_as_a_whole(scale, dtype):
+    peak = np.iinfo(dtype).max
+    color = RNG.integers(0, peak, (70, 40, 3), endpoint=True).astype(dtype)
+    alpha = RNG.integers(1, peak, (70, 40), endpoint=True).astype(dtype)
+    model = Model('Bicubic', scale, tiler=Tiler(24, 8, 2))
+    parts = list(enlarged(model, Photo(color, alpha, grey=False)))
+    assert len(parts) > 3
+    sr = np.concatenate(parts)
+    plain = Model('Bicubic', scale).upscale(alpha[..., None].repeat(3, 2))
+    assert np.array_equal(sr[..., 3], plain[..., 0])
+    assert np.abs(sr[..., :3].astype(int) - Model('Bicubic', scale).upscale(color)).max() <= 1
+
+
+def test_grey_stays_grey():
+    grey = RNG.integers(0, 256, (9, 8, 1)).astype(np.uint8)
+    (rows,) = enlarged(Model('Bicubic', 2), Photo(grey.repeat(3, 2), None, grey=True))
+    assert rows.shape == (18, 16)
+
+
+def test_an_image_too_large_to_be_read_within_the_limit_is_named(tmp_path):
+    write_png(tmp_path / 'a.png', np.zeros((50, 60, 3), np.uint8))
+    check_fits(tmp_path / 'a.png', 10**12)
+    with pytest.raises(UserError, match=r'a\.png: .* larger --max_memory'):
+        check_fits(tmp_path / 'a.png', 10**6)
+
+
+MEMORY = """
+import sys
+sys.path.insert(0, {source!r})
+from allocator import keep_memory
+keep_memory()
+import memory
+{setup}
+before = memory.start_peak('cpu')
+{work}
+print(memory.peak('cpu') - before)
+"""
+
+
+def taken(setup: str, work: str) -> int:
+    """Bytes that a piece of a program takes, in a process of its own."""
+    program = MEMORY.format(source=str(ROOT / 'src'), setup=setup, work=work)
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')
+@pytest.mark.parametrize('kind', ['grey', 'rgb', 'jpeg', 'palette', 'clear', 'deep', 'tif'])
+def test_reading_takes_no_more_than_is_said(tmp_path, kind):
+    low = RNG.integers(0, 256, (1500, 2000, 4)).astype(np.uint8)
+    path = tmp_path / {'jpeg': 'a.jpg', 'tif': 'a.tif'}.get(kind, 'a.png')
+    if kind == 'deep':
+        write_png(path, low.astype(np.uint16) * 257)
+    elif kind == 'tif':
+        import tifffile
+
+        tifffile.imwrite(path, low[..., :3].astype(np.uint16), photometric='rgb')
+    elif kind == 'palette':
+        Image.fromarray(low[..., :3]).quantize(16).save(path)
+    else:
+        Image.fromarray(low if kind == 'clear' else low[..., 0] if kind == 'grey' else low[..., :3]).save(path)
+    setup = 'from pathlib import Path; from data.image import read_photo, fill_hidden; import scipy.ndimage'
+    work = f'photo = read_photo(Path({str(path)!r}))\nif photo.alpha is not None: fill_hidden(photo.color, photo.alpha)'
+    used, said = taken(setup, work), bytes_to_read(path)
+    assert read_photo(path).color.nbytes < used
+    assert used < said * 1.05 + 2**23  # and what libraries take once
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')
+def test_a_limit_of_memory_is_held(tmp_path):
+    """The image at x4 has 92 MB, as floats 369, and in one piece the network would take much more."""
+    write_png(tmp_path / 'photos' / 'a.png', RNG.integers(0, 256, (1200, 1600, 3)).astype(np.uint8))
+    options = (
+        f'--model EDSR-baseline --cpu --n_feats 32 --n_resblocks 1 --scale 4 --test_only --data_test Demo --dir_demo '
+        f'{tmp_path}/photos --max_memory {{}}M --save_dir {tmp_path}/runs --save demo --pre_train {tmp_path}/net.pt'
+    )
+    setup = (
+        'import torch, main; from model import build; '
+        f"torch.save(build('EDSR-baseline', 4, n_feats=32, n_resblocks=1).state_dict(), {str(tmp_path / 'net.pt')!r}); "
+        'used = memory.in_use("cpu") >> 20'
+    )
+    for more in (200, 350):
+        work = f'main.main({options!r}.format(used + {more}).split())'
+        assert taken(setup, work) <= more * 2**20
+        (tmp_path / 'runs' / 'demo' / 'results-Demo' / 'a_x4_SR.png').unlink()
