@@ -483,6 +483,7 @@ def write_results(
     args: Namespace, folder: RunFolder, evaluation: Evaluation, results: dict, model: Model, weights: str
 ) -> None:
     """Write results.json: the scores, and everything that has a say in them."""
+    from machine import machine
     from model import type_name
 
     tiler = model.tiler
@@ -493,6 +494,7 @@ def write_results(
         'sets': evaluation.protocol(),
     }
     about = {'model': args.model, 'scale': args.scale, 'settings': model.settings, 'weights': weights}
+    about |= {'machine': machine(model.device.type)}
     folder.write_results(about | {'protocol': protocol, 'sets': results})
     if evaluation.folder:
         log.info('Images: %s', folder.folder)

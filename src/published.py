@@ -8,6 +8,16 @@ from dataclasses import dataclass
 
 SETS = ('Set5', 'Set14', 'B100', 'Urban100', 'Manga109')
 
+# All of their images; the x2, x3, x4 scores on Set5 of networks that were trained on SR291, from their papers.
+SIZES = {'Set5': 5, 'Set14': 14, 'B100': 100, 'Urban100': 100, 'Manga109': 109}
+SAME_IMAGES = {
+    'VDSR': {2: 37.53, 3: 33.66, 4: 31.35},
+    'LapSRN': {2: 37.52, 3: 33.81, 4: 31.54},
+    'DRRN': {2: 37.74, 3: 34.03, 4: 31.68},
+    'MemNet': {2: 37.78, 3: 34.09, 4: 31.74},
+    'IDN': {2: 37.83, 3: 34.11, 4: 31.82},
+}
+
 SOURCES = {
     'ESC': 'ESC (ICCV 2025), table 2',
     'DLGSANet': 'DLGSANet, project page and README (github.com/NeonLeexiang/DLGSANet)',

@@ -5,15 +5,11 @@ several times is a spread {'median', 'quartiles': [lower, upper]}; what could no
 """
 
 import os
-import platform
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ from torch.profiler import profile, supported_activities
 
 from costs import WARM_UP, Row, apart, input_size, mark_trained, measured, multiply_adds, repeated
 from error import UserError
+from machine import machine
 from model import Model, type_name
 from model.tiling import out_of_memory
 from optimizer import make_optimizer
@@ -218,10 +215,8 @@ def profile_all(
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or the profiler says when it starts and stops
     say('Ceiling of arithmetic')
     report: Row = {
-        'device': torch.cuda.get_device_name() if device == 'cuda' else cpu_name(),
+        **machine(device),
         'threads': torch.get_num_threads(),
-        'torch': torch.__version__,
-        'date': datetime.now(timezone.utc).date().isoformat(),
         'form': str(form),
         'ceiling': apart(gauge, device, form.dtypes),
         'networks': [],
@@ -230,14 +225,6 @@ def profile_all(
         say('%s x%d', name, scale)
         report['networks'].append(measure_network(name, scale, device, form, report['ceiling'], growth))
         yield report
-
-
-def cpu_name() -> str:
-    """The processor, as far as the system says."""
-    with suppress(OSError, StopIteration):
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(': ', 1)[1] for line in lines if line.startswith('model name'))
-    return platform.processor() or 'CPU'
 
 
 def measure_network(name: str, scale: int, device: str, form: Form, ceiling: Row, growth: bool) -> Row:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from error import UserError
 from model import Model, build
+from model.autotile import AutoTiler
 from model.bicubic import Bicubic
 from model.common import rgb_to_ycbcr
-from model.autotile import AutoTiler
 from model.tiling import Tiler
 
 SMALL = {

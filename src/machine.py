@@ -1,0 +1,25 @@
+"""Where something was measured."""
+
+import platform
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+
+def machine(device: str) -> dict[str, str]:
+    """Name of the GPU or processor, version of PyTorch, and today's date."""
+    return {
+        'device': torch.cuda.get_device_name() if device == 'cuda' else cpu_name(),
+        'torch': torch.__version__,
+        'date': datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor, as far as the system says."""
+    with suppress(OSError, StopIteration):
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(': ', 1)[1] for line in lines if line.startswith('model name'))
+    return platform.processor() or 'CPU'

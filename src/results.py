@@ -1,0 +1,197 @@
+"""Measure the weights in models/ and bicubic on the benchmarks, and write docs/RESULTS.md from their results.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import main as program
+import option
+from allocator import keep_memory
+from error import UserError, report_error
+from files import write_atomic
+from published import PUBLISHED, SAME_IMAGES, SETS, SIZES
+
+log = logging.getLogger('frugalsr')
+
+MEASURED = SETS[:4]  # for Manga109 there are no images here
+STUDIED = 'Set5+Set14'
+WHOLE = '--no_chop'
+STUDIES = {
+    'whole images': WHOLE,
+    'tiles of 48': '--chop --chop_blend ramp --chop_overlap 20 --chop_size 48',
+    'tiles of 96': '--chop --chop_blend ramp --chop_overlap 20 --chop_size 96',
+    'tiles of 192': '--chop --chop_blend ramp --chop_overlap 20 --chop_size 192',
+    'self-ensemble': f'{WHOLE} --self_ensemble',
+    'bfloat16': f'{WHOLE} --precision half',
+}
+NOTE = """# Results
+
+Written by `python src/results.py --dir_data DATA` from the `results.json` of its runs. Measured on {where}.
+
+PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the recipe of each network says
+([docs/PROTOCOLS.md](PROTOCOLS.md)). The weights are those of [models/](../models), tested as the recipe of their name says (their
+cards say how they were trained: short runs on SR291, 291 small images). Published figures stand in tables of their own: they are of
+networks trained for long on the 800 images of DIV2K, or on DF2K (3,450 images), or on SR291 as ours, and are copied from their
+sources ([src/published.py](../src/published.py)), not measured.
+"""
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    keep_memory()
+    try:
+        run(build_parser().parse_args(argv))
+    except UserError as error:
+        return report_error(error, '--debug' in argv)
+    except KeyboardInterrupt:
+        print('Interrupted: the same command goes on where this one stopped.', file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> option.Parser:
+    """The options."""
+    parser = option.Parser(
+        prog='results.py',
+        usage='python results.py [options]',
+        description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are not done again.',
+        formatter_class=option.Formatter,
+        allow_abbrev=False,
+    )
+    root = option.ROOT
+    for name, place, what in (
+        ('dir_data', root / 'dataset', 'folder of the image sets'),
+        ('extend', root / 'models', 'folder of the weights'),
+        ('save_dir', root / 'experiment' / 'results', 'folder of the runs'),
+        ('out', root / 'docs' / 'RESULTS.md', 'file to write'),
+    ):
+        parser.add_argument(f'--{name}', metavar='PATH', type=option.folder, default=place, help=what)
+    parser.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+def run(args: Namespace) -> None:
+    """Measure what is missing, and write the page."""
+    weights = sorted(path.stem for path in args.extend.glob('*.pt'))
+    if not weights:
+        raise UserError(f'{args.extend} holds no weights (*.pt): give their folder with --extend.')
+    scales = sorted({scale_of(name) for name in weights})
+    found = {f'Bicubic_x{s}': measured(args, f'Bicubic_x{s}', f'--model Bicubic --scale {s}') for s in scales}
+    found |= {name: measured(args, name, network(args, name)) for name in weights}
+    studied = {
+        (name, what): measured(args, f'{name} {what}', f'{network(args, name)} {options}', STUDIED)
+        for name in weights
+        for what, options in STUDIES.items()
+    }
+    write_atomic(args.out, page(found, studied).encode())
+    print(f'Written: {args.out}')
+
+
+def scale_of(name: str) -> int:
+    """Of weights, by their name."""
+    scale = name.rpartition('_x')[2]
+    if not scale.isdigit():
+        raise UserError(f'{name}.pt: weights are named after their recipe and scale, such as ASID_x4.pt; rename it.')
+    return int(scale)
+
+
+def network(args: Namespace, name: str) -> str:
+    """Options that test weights by the recipe of their name."""
+    return f'--template {name} --pre_train {args.extend / name}.pt'
+
+
+def measured(args: Namespace, name: str, options: str, sets: str = '+'.join(MEASURED)) -> Row:
+    """The results.json of a run, which is done if it is not there."""
+    folder = args.save_dir / name.replace(' ', '_')
+    if not (folder / 'results.json').is_file():
+        where = ['--dir_data', str(args.dir_data), '--save_dir', str(args.save_dir), '--save', folder.name]
+        line = [*options.split(), '--test_only', '--data_test', sets, *where, *(['--cpu'] if args.cpu else [])]
+        parsed = option.parse(line)
+        program.run(parsed, line)
+    return json.loads((folder / 'results.json').read_text())
+
+
+def page(found: dict[str, Row], studied: dict[tuple[str, str], Row]) -> str:
+    """The whole of RESULTS.md."""
+    machines = [row['machine'] for row in (*found.values(), *studied.values())]
+    where = '; '.join(dict.fromkeys(f'{m["device"]}, torch {m["torch"]}, {m["date"]}' for m in machines))
+    parts = [NOTE.format(where=where)]
+    for scale in sorted({row['scale'] for row in found.values()}):
+        ours = {name: row for name, row in found.items() if row['scale'] == scale}
+        parts += [f'## x{scale}\n', *measured_table(ours), '', *published_table(scale), '']
+    parts += ['## Self-ensemble, tiles, bfloat16\n', *study_table(studied), '']
+    return '\n'.join(parts)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A table of Markdown."""
+    head = list(head)
+    return [f'| {" | ".join(cells)} |' for cells in (head, ['---'] * len(head), *rows)]
+
+
+def measured_table(rows: dict[str, Row]) -> list[str]:
+    """PSNR / SSIM of weights and bicubic by set."""
+    sets = next(iter(rows.values()))['sets']
+    head = ['Measured', *(title(name, len(result['images'])) for name, result in sets.items())]
+    return table(head, ([link(name), *map(scores, row['sets'].values())] for name, row in rows.items()))
+
+
+def title(name: str, images: int) -> str:
+    """Of a set, and how many of its images there are if not all."""
+    return name if images == SIZES[name] else f'{name}, {images} of {SIZES[name]} images'
+
+
+def link(name: str) -> str:
+    """To the card of weights; bicubic has none."""
+    return 'Bicubic' if name.startswith('Bicubic') else f'[{name}](../models/{name}.md)'
+
+
+def scores(result: Row) -> str:
+    """As in papers: 37.83 / .9600."""
+    return f'{result["psnr"]:.2f} / {result["ssim"]:.4f}'.replace(' 0.', ' .')
+
+
+def published_table(scale: int) -> list[str]:
+    """PSNR as printed, of the networks here and of those trained on SR291."""
+    rows = [
+        [name, known[scale].data, *(number((known[scale].psnr or {}).get(data)) for data in SETS)]
+        for name, known in PUBLISHED.items()
+        if known[scale].psnr
+    ]
+    rows += [[name, 'SR291', number(psnr[scale]), *['-'] * (len(SETS) - 1)] for name, psnr in SAME_IMAGES.items()]
+    return table(['Published PSNR', 'Trained on', *SETS], rows)
+
+
+def number(value: float | None) -> str:
+    """With two digits."""
+    return '-' if value is None else f'{value:.2f}'
+
+
+def study_table(studied: dict[tuple[str, str], Row]) -> list[str]:
+    """What each way of running weights gains or loses against whole images, and how long it takes an image."""
+    rows = []
+    for (name, what), row in studied.items():
+        whole = studied[name, 'whole images']['sets']
+        cells = []
+        for data, result in row['sets'].items():
+            change = result['psnr'] - whole[data]['psnr']
+            share = result['seconds'] / whole[data]['seconds']
+            gain = '' if row['sets'] is whole or math.isnan(change) else f' ({change:+.3f})'
+            cells += [f'{result["psnr"]:.2f}{gain}', f'{result["seconds"]:.2f}{"" if not gain else f" ({share:.2f}x)"}']
+        rows.append([name, what, *cells])
+    sets = next(iter(studied.values()))['sets']
+    return table(['Weights', 'Run as', *(head for data in sets for head in (f'{data}, dB', 's an image'))], rows)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
