@@ -121,8 +121,8 @@ def profile(args: Namespace, folder: RunFolder) -> None:
 
     from costs import find_pairs
     from picture import bars, growth
-    from report import NOTE, compare, growths, parts, read_report, table
     from speed import Form, profile_all
+    from speed_report import NOTE, compare, growths, parts, read_report, table
 
     old = read_report(args.compare) if args.compare else None
     if args.profile:
