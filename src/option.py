@@ -647,6 +647,12 @@ def write_config(args: argparse.Namespace, settings: Mapping[str, object] = Mapp
     return '\n'.join(lines) + '\n'
 
 
+def changed(args: argparse.Namespace) -> list[str]:
+    """The options that are not at their default, whether typed, of a recipe or of a loaded run."""
+    default = vars(build_parser().parse_args([]))
+    return [key for key, value in vars(args).items() if value != default[key]]
+
+
 def read_config(path: Path) -> dict[str, object]:
     """The options in a config.txt.
 
