@@ -96,7 +96,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in OURS:
             (self.folder / name).unlink(missing_ok=True)
-        images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR'))
+        images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR', 'attention'))
         for pattern in ('test_*.png', 'comparison-*.png', 'model/model_*.pt', 'tensorboard/events.*', *images):
             for path in list(self.folder.glob(pattern)):
                 path.unlink()

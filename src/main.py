@@ -184,9 +184,12 @@ def score(args: Namespace, folder: RunFolder) -> None:
 
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
+    import attention
     from trainer import enlarge_folder, table, timed
 
     model = make_model(args)
+    if args.show_attention:
+        attention.source(model)  # which complains
     _, origin = load(args, model)
     evaluation = make_evaluation(args, test_sets(args), folder, save=args.save_results, ssim=True)
     folder.start_log()
@@ -200,8 +203,21 @@ def test(args: Namespace, folder: RunFolder) -> None:
     try:
         if 'Demo' in args.data_test:
             enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo')
+        if args.show_attention and folder.writes:
+            show_attention(model, saved_images(args, folder, evaluation))
     finally:
         write_report(args, folder, evaluation, facts(model, origin), model.settings)
+
+
+def show_attention(model: Model, saved: Mapping[str, Sequence[Saved]]) -> None:
+    """Save what the network takes together in the first images of each set."""
+    import attention
+    from trainer import SHEET_ROWS
+
+    for images in saved.values():
+        for image in images[:SHEET_ROWS]:
+            name = f'{image.name}_x{image.scale}_attention.png'
+            attention.save(model, image.lr(), image.file.with_name(name))
 
 
 def train(args: Namespace, folder: RunFolder) -> None:
