@@ -4,6 +4,7 @@ config.txt      the resolved options
 log.txt         for people
 metrics.jsonl   for machines: one line an epoch
 results.json    the last evaluation
+report.html     all of it on one page
 loss.png, test_<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
 state.pt        everything a run continues from: weights and their average, optimiser, counters, log, options
@@ -39,7 +40,16 @@ STATE = {
     'model', 'average', 'optimizer', 'scaler', 'loss', 'epoch', 'batch', 'partial', 'step', 'samples', 'log', 'options',
 }  # fmt: skip
 
-OURS = ('state.pt', 'state_before.pt', 'config.txt', 'log.txt', 'metrics.jsonl', 'results.json', 'loss.png')
+OURS = (
+    'state.pt',
+    'state_before.pt',
+    'config.txt',
+    'log.txt',
+    'metrics.jsonl',
+    'results.json',
+    'report.html',
+    'loss.png',
+)
 
 
 def finite(value: Any) -> Any:
@@ -86,7 +96,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in OURS:
             (self.folder / name).unlink(missing_ok=True)
-        images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR'))
+        images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR', 'attention'))
         for pattern in ('test_*.png', 'comparison-*.png', 'model/model_*.pt', 'tensorboard/events.*', *images):
             for path in list(self.folder.glob(pattern)):
                 path.unlink()

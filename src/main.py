@@ -9,9 +9,11 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import option
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from model import Model
     from model.tiling import Tiler
     from optimizer import Schedule
+    from report import Saved
     from trainer import Evaluation
 
 log = logging.getLogger('frugalsr')
@@ -122,8 +125,8 @@ def profile(args: Namespace, folder: RunFolder) -> None:
 
     from costs import find_pairs
     from picture import bars, growth
-    from report import NOTE, compare, growths, parts, read_report, table
     from speed import Form, profile_all
+    from speed_report import NOTE, compare, growths, parts, read_report, table
 
     old = read_report(args.compare) if args.compare else None
     if args.profile:
@@ -177,28 +180,47 @@ def score(args: Namespace, folder: RunFolder) -> None:
     log.info('%s', table(results))
     protocol = {'scored': str(args.score), 'sets': evaluation.protocol()}
     folder.write_results({'model': None, 'scale': args.scale, 'protocol': protocol, 'sets': results})
+    write_report(args, folder, evaluation, {'Scored': args.score})
 
 
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
+    import attention
     from enlarge import enlarge_folder
     from trainer import table, timed
 
     model = make_model(args)
+    if args.show_attention:
+        attention.source(model)  # which complains
     _, origin = load(args, model)
-    sets = test_sets(args)
+    evaluation = make_evaluation(args, test_sets(args), folder, save=args.save_results, ssim=True)
     folder.start_log()
     describe(model, folder, origin)
     if not folder.holds_training():
         folder.write('config.txt', option.write_config(args, model.settings))
-    if sets:
-        evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=True)
+    if evaluation.sets:
         results = evaluation(timed(model), label(args))
         log.info('%s', table(results))
         write_results(args, folder, evaluation, results, model, origin)
-    if 'Demo' in args.data_test:
-        limit = args.max_memory if model.device.type == 'cpu' else None
-        enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo', limit)
+    try:
+        if 'Demo' in args.data_test:
+            limit = args.max_memory if model.device.type == 'cpu' else None
+            enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo', limit)
+        if args.show_attention and folder.writes:
+            show_attention(model, saved_images(args, folder, evaluation))
+    finally:
+        write_report(args, folder, evaluation, facts(model, origin), model.settings)
+
+
+def show_attention(model: Model, saved: Mapping[str, Sequence[Saved]]) -> None:
+    """Save what the network takes together in the first images of each set."""
+    import attention
+    from trainer import SHEET_ROWS
+
+    for images in saved.values():
+        for image in images[:SHEET_ROWS]:
+            name = f'{image.name}_x{image.scale}_attention.png'
+            attention.save(model, image.lr(), image.file.with_name(name))
 
 
 def train(args: Namespace, folder: RunFolder) -> None:
@@ -239,6 +261,11 @@ def train(args: Namespace, folder: RunFolder) -> None:
         write_results(args, folder, evaluation, results, model, f'epoch {epoch}')
         return results
 
+    def watch(record: dict[str, Any]) -> None:
+        if parallel.rank() == 0:
+            board.write(record, evaluation.shown)
+            write_report(args, folder, evaluation, facts(model, f'epoch {record["epoch"]}'), model.settings)
+
     trainer = Trainer(
         model, loss.to(model.device), optimizer,
         loader=lambda numbers: train_loader(
@@ -260,7 +287,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         average_decay=args.weight_ema,
         seed=args.seed,
         save_every=args.save_every,
-        watch=lambda record: None if parallel.rank() else board.write(record, evaluation.shown),
+        watch=watch,
     )  # fmt: skip
     if args.checkpointing:
         recompute(model.net, model.network.blocks)
@@ -465,14 +492,22 @@ def label(args: Namespace) -> str:
     return args.template.rpartition('_x')[0] or args.model
 
 
-def describe(model: Model, folder: RunFolder, origin: str) -> None:
-    """Say what runs where."""
+def facts(model: Model, origin: str) -> dict[str, str]:
+    """What runs where."""
     import parallel
-    from model import n_parameters, type_name
+    from model import n_parameters
 
     where = f'{model.device}, {parallel.size()} processes' if parallel.size() > 1 else str(model.device)
-    what = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters, on {where}'
-    log.info('%s, %s; run folder %s', what, origin, folder.folder)
+    network = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters'
+    return {'Network': network, 'Weights': origin.removeprefix('weights from '), 'Device': where}
+
+
+def describe(model: Model, folder: RunFolder, origin: str) -> None:
+    """Say what runs where."""
+    from model import type_name
+
+    network, _, where = facts(model, origin).values()
+    log.info('%s, on %s, %s; run folder %s', network, where, origin, folder.folder)
     if model.wants_half:
         log.info('Half precision: computed in %s.', type_name(model.dtype))
     if model.tiler and not model.network.tiling_exact:
@@ -498,6 +533,56 @@ def write_results(
     folder.write_results(about | {'protocol': protocol, 'sets': results})
     if evaluation.folder:
         log.info('Images: %s', folder.folder)
+
+
+def write_report(
+    args: Namespace,
+    folder: RunFolder,
+    evaluation: Evaluation,
+    about: Mapping[str, object],
+    settings: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Write report.html: `about` the run, and what is in its folder."""
+    from report import page, read_curves
+
+    if not folder.writes:
+        return
+    now = datetime.now().astimezone()
+    about = {**about, 'Run folder': folder.folder, 'Date': f'{now:%Y-%m-%d %H:%M %Z}'}
+    title = args.score.name if args.score else label(args)
+    content = page(
+        f'{title} x{args.scale}',
+        about,
+        evaluation.results,
+        read_curves(folder.folder),
+        saved_images(args, folder, evaluation),
+        option.write_config(args, settings),
+        option.changed(args),
+    )
+    folder.write_bytes('report.html', content)
+
+
+def saved_images(args: Namespace, folder: RunFolder, evaluation: Evaluation) -> dict[str, list[Saved]]:
+    """The enlarged images that a run left in its folder, by set."""
+    from data.image import find_images, read_rgb
+    from enlarge import output_names
+    from report import Saved
+
+    def saved(images: str, name: str, *sources: Callable) -> Saved:
+        file = folder.folder / f'results-{images}' / f'{name}_x{args.scale}_SR.png'
+        return Saved(name, file, args.scale, *sources)
+
+    found = {}
+    if evaluation.folder:
+        for data in evaluation.sets:
+            found[data.name] = [
+                saved(data.name, name, partial(data.lr, i), partial(data.hr, i)) for i, name in enumerate(data.names)
+            ]
+    if 'Demo' in args.data_test and args.dir_demo.is_dir():
+        files = find_images(args.dir_demo)
+        demo = [saved('Demo', n, partial(read_rgb, file)) for n, file in zip(output_names(files), files, strict=True)]
+        found['Demo'] = [image for image in demo if image.file.is_file()]
+    return found
 
 
 if __name__ == '__main__':

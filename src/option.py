@@ -580,6 +580,12 @@ def build_parser() -> Parser:
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
     g.add_argument('--save_results', action='store_true', help='save the enlarged images')
     g.add_argument('--save_gt', action='store_true', help='save LR and HR beside them (and with it the enlarged ones)')
+    g.add_argument(
+        '--show_attention',
+        action='store_true',
+        help='in tests of LCoAN and ATD: save its clusters or categories as colours over the first images of each set '
+        '(and with it the enlarged ones)',
+    )
     return parser
 
 
@@ -615,7 +621,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f'--{key} {getattr(args, key)}: the run {args.load} has {key} {saved.get(key)}, '
                 'which cannot change in a run; leave it out, or start another run.'
             )
-    args.save_results |= args.save_gt
+    args.save_results |= args.save_gt or args.show_attention
     if args.model != 'auto':
         args.save = args.save or args.load or _default_name(args)
     return args
@@ -679,6 +685,12 @@ def write_config(args: argparse.Namespace, settings: Mapping[str, object] = Mapp
     """The text of config.txt: one `option: value` a line, the value as JSON; `settings` are those of the network."""
     lines = (f'{key}: {json.dumps(value, default=str)}' for key, value in sorted({**vars(args), **settings}.items()))
     return '\n'.join(lines) + '\n'
+
+
+def changed(args: argparse.Namespace) -> list[str]:
+    """The options that are not at their default, whether typed, of a recipe or of a loaded run."""
+    default = vars(build_parser().parse_args([]))
+    return [key for key, value in vars(args).items() if value != default[key]]
 
 
 def read_config(path: Path) -> dict[str, object]:
@@ -760,9 +772,12 @@ def _check(args: argparse.Namespace) -> None:
         if args.save not in ('', args.load) and not args.test_only:
             raise UserError(f'--save {args.save}: the run {args.load} goes on in its own folder; leave it out.')
     if args.score:
-        for option in ('load', 'pre_train', 'reset', 'save_results', 'save_gt', 'chop', 'self_ensemble'):
+        network = ('load', 'pre_train', 'reset', 'save_results', 'save_gt', 'show_attention', 'chop', 'self_ensemble')
+        for option in network:
             if getattr(args, option):
                 raise UserError(f'--{option}: --score measures files and runs no network; leave it out.')
+    if args.show_attention and not args.test_only:
+        raise UserError('--show_attention: its pictures are made in tests; use it with --test_only.')
     if args.resume > 0 and not args.load:
         raise UserError(f'--resume {args.resume}: name the run with --load.')
     if args.reset and args.test_only:

@@ -124,6 +124,13 @@ def _detail(image: np.ndarray) -> tuple[int, int]:
     return max(corners, key=lambda at: edges[at[0] : at[0] + CROP, at[1] : at[1] + CROP].sum())
 
 
+def centre(image: np.ndarray, side: int) -> tuple[slice, slice]:
+    """Rows and columns of the middle of (H, W, ...), at most `side` each."""
+    starts = (max(0, (size - side) // 2) for size in image.shape[:2])
+    rows, columns = (slice(start, min(start + side, size)) for start, size in zip(starts, image.shape[:2], strict=True))
+    return rows, columns
+
+
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # matplotlib takes a third of a second to import
 

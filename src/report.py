@@ -1,202 +1,242 @@
-"""What --profile measured, as tables, and compared with an older measurement; speed.py says what a report holds."""
+"""report.html: a run on one page, which fetches nothing: style, script and images are in it."""
 
-import json
-from collections.abc import Sequence
+import base64
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 
-from costs import HEIGHT, WIDTH, Row, aligned, number
+from data.image import read_rgb, read_size
+from data.imresize import enlarge
 from error import UserError
-from speed import BATCH, KINDS, MEMORY, SIDES, SMALL, TIMES
+from picture import centre
 
-LAST = 3  # points that an exponent is fitted to
-BUSY = 1.2  # ceilings further apart are pointed out
-STEEP = 1.1  # an exponent above this is marked: that of linear growth is 1
-NOTE = f'% of the ceiling of arithmetic reached for an output of {WIDTH}x{HEIGHT}, divided as the time is'
-
-
-def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """Power of the number of pixels that the last of the points (side, value) grow with; None of a single one."""
-    if len(points) < 2:
-        return None
-    side, value = np.log(points[-LAST:]).T
-    return float(np.polyfit(2 * side, value, 1)[0])
+MOST = 20  # images of a set
+SIDE = 1024  # of the part of an image that is shown, pixels
+LARGEST = 2**24  # pixels of a saved image that is opened
+QUALITY = 90  # of the JPEG files in the page
+LABELS = {'bicubic': 'Bicubic', 'hr': 'HR'}
 
 
-def power(points: Sequence[tuple[float, float]]) -> str:
-    """The exponent of points as text."""
-    found = exponent(points)
-    return '-' if found is None else f'{found:.2f}'
+@dataclass(frozen=True)
+class Saved:
+    """An enlarged image in the run folder, and what it is compared with.
 
-
-def growths(report: Row) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Points (side, value) of each network by quantity, its exponent in its name."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {'seconds': {}, 'MB': {}}
-    for row in report['networks']:
-        if row['growth']:
-            panels['seconds'][f'{label(row)}, pixels^{power(seconds(row))}{mark(row)}'] = seconds(row)
-        if memory(row):
-            panels['MB'][f'{label(row)}, pixels^{power(memory(row))}'] = memory(row)
-    return panels
-
-
-def mark(row: Row) -> str:
-    """Of a network whose time grows faster than the image."""
-    return ' *' if (exponent(seconds(row)) or 0) > STEEP else ''
-
-
-def seconds(row: Row) -> list[tuple[float, float]]:
-    """Points (side, seconds) of a network."""
-    return [(at['side'], at['seconds']['median']) for at in row['growth']]
-
-
-def memory(row: Row) -> list[tuple[float, float]]:
-    """Points (side, MB) of a network."""
-    return [(at['side'], at['memory'] / 1e6) for at in row['growth'] if at['memory']]
-
-
-def parts(report: Row) -> dict[str, dict[str, float]]:
-    """The share of the ceiling that each network reaches, divided as its time is between kinds of operations."""
-    rows = [row for row in report['networks'] if row['share']]
-    return {label(row): {name: row['share'] * share for name, share in row['kinds'].items()} for row in rows}
-
-
-def label(row: Row) -> str:
-    """Network and scale."""
-    return f'{row["model"]} x{row["scale"]}'
-
-
-def shown(value: Row | None, unit: float, digits: int) -> str:
-    """Median and quartiles of a spread, in multiples of `unit`."""
-    if value is None:
-        return '-'
-    median, low, high = (number(x, unit, digits) for x in (value['median'], *value['quartiles']))
-    return f'{median} ({low}-{high})'
-
-
-def about(report: Row) -> str:
-    """Where, when and how a report was measured, and the ceilings."""
-    rates = [f'{name} {shown(rate, 1e9, 1)}' for name, rate in report['ceiling'].items()]
-    where = f'{report["device"]}, {report["threads"]} threads, torch {report["torch"]}, {report["date"]}'
-    return f'{where}; {report["form"]}; ceilings in GFLOP/s, and GB/s: {", ".join(rates)}'
-
-
-def table(report: Row) -> list[str]:
-    """The report as lines of text."""
-    lines = [
-        ['', '', 'mult-adds', 'latency', 'GFLOP/s', 'of the', 'memory', 'small', 'LR', 'step', 'memory'],
-        ['', '', 'G', 'ms', '', 'ceiling', 'MB', 'images/s', 'patch', 's', 'MB'],
-    ]
-    kinds = [['', '', *KINDS]]
-    for row in report['networks']:
-        batch = row['batch']
-        lines.append([
-            *label(row).split(), number(row['multiply_adds'], 1e9, 1), shown(row['latency'], 1e-3, 1),
-            number(row['rate'], 1e9, 1), percent(row['share']), number(row['memory'], 1e6, 0),
-            number(batch and SMALL[0] / batch['median'], 1, 2), number(row['patch'], 1, 0), shown(row['step'], 1, 2),
-            number(row['step_memory'], 1e6, 0),
-        ])  # fmt: skip
-        kinds.append([*label(row).split(), *(percent((row['kinds'] or {}).get(name)) for name in KINDS)])
-    return [
-        about(report),
-        f'Output of {WIDTH}x{HEIGHT}; median (quartiles). Small images: {SMALL[0]} of {SMALL[2]}x{SMALL[3]} a call. '
-        f'Step: forward, L1, backward and Adam on {BATCH} LR patches.',
-        *aligned(lines),
-        'Time by kind of operation:',
-        *aligned(kinds),
-        *growth_table(report),
-        *failures(report),
-    ]
-
-
-def growth_table(report: Row) -> list[str]:
-    """Seconds and MB by side of the LR square, as lines of text; none if they were not measured."""
-    lines = [['', '', *map(str, SIDES), 'exponent', 'of memory']]
-    for row in report['networks']:
-        cells = [f'{at["seconds"]["median"]:.2f} s, {number(at["memory"], 1e6, 0)} MB' for at in row['growth']]
-        dashes = ['-'] * (len(SIDES) - len(cells))
-        lines.append([*label(row).split(), *cells, *dashes, power(seconds(row)) + mark(row), power(memory(row))])
-    title = f'LR squares by side; exponents of their number of pixels in time (* above {STEEP}) and memory:'
-    return [title, *aligned(lines)] if any(row['growth'] for row in report['networks']) else []
-
-
-def percent(share: float | None) -> str:
-    """A share as text; None: not known."""
-    return '-' if share is None else f'{share:.0%}'
-
-
-def failures(report: Row) -> list[str]:
-    """A sentence for each thing that could not be measured."""
-    rows = report['networks']
-    return [f'{label(row)}, {what}: {why}.' for row in rows for what, why in row['failed'].items()]
-
-
-def scaled(spread: Row, rate: Row) -> Row:
-    """The operations that a machine of some rate could have done in a time."""
-    pairs = zip(spread['quartiles'], rate['quartiles'], strict=True)
-    return {'median': spread['median'] * rate['median'], 'quartiles': [time * speed for time, speed in pairs]}
-
-
-def ratio(new: Row, old: Row) -> Row:
-    """The ratio of two spreads; 1 lies between its quartiles exactly where those of the two overlap."""
-    low, high = new['quartiles'][0] / old['quartiles'][1], new['quartiles'][1] / old['quartiles'][0]
-    return {'median': new['median'] / old['median'], 'quartiles': [low, high]}
-
-
-def judged(found: Row) -> str:
-    """A ratio as text."""
-    low, high = found['quartiles']
-    return f'{shown(found, 1, 2)} =' if low <= 1 <= high else shown(found, 1, 2)
-
-
-def change(key: str, new: Row, old: Row, rates: Sequence[Row]) -> str:
-    """The ratio of one quantity of a network as text."""
-    if not new[key] or not old[key]:
-        return '-'
-    if key in MEMORY:
-        return f'{new[key] / old[key]:.2f}'
-    return judged(ratio(scaled(new[key], rates[0]), scaled(old[key], rates[1])))
-
-
-def compare(new: Row, old: Row) -> list[str]:
-    """Ratios of what two reports have in common, as lines of text."""
-    before = {label(row): row for row in old['networks']}
-    after = {label(row): row for row in new['networks']}
-    rates = [report['ceiling']['float32'] for report in (new, old)]
-    lines = [['', '', *TIMES.values(), *MEMORY.values()]]
-    for name in after:
-        if name in before:
-            cells = (change(key, after[name], before[name], rates) for key in (*TIMES, *MEMORY))
-            lines.append([*name.split(), *cells])
-    single = ', '.join(sorted(set(before) ^ set(after)))
-    apart = max(rates[0]['median'] / rates[1]['median'], rates[1]['median'] / rates[0]['median'])
-    busy = (
-        f'The ceilings differ by a factor of {apart:.1f}: if both runs are of one machine, it was busy in one of them, '
-    )
-    return [
-        'New / old, median (quartiles); = no change, since the quartiles overlap. Times are multiplied by the float32 '
-        'ceiling measured in their own run; memory is as it is.',
-        f'New: {about(new)}',
-        f'Old: {about(old)}',
-        *aligned(lines),
-        *([f'{busy}and the ratios mean little.'] if apart > BUSY else []),
-        *([f'In one of them alone: {single}.'] if single else []),
-        *(f'Old: {line}' for line in failures(old)),
-    ]
-
-
-def read_report(path: Path) -> Row:
-    """What --profile wrote.
-
-    Raises:
-        UserError: no such file, or another one.
+    Attributes:
+        name: of the image.
+        file: the enlarged image.
+        scale: how much it was enlarged.
+        lr: reads what was enlarged, (H, W, 3) uint8.
+        hr: reads what it should be; None: nobody knows.
     """
+
+    name: str
+    file: Path
+    scale: int
+    lr: Callable[[], np.ndarray]
+    hr: Callable[[], np.ndarray] | None = None
+
+    def versions(self) -> dict[str, np.ndarray]:
+        """The middle of the image, at most SIDE x SIDE pixels, bicubic ('bicubic'), as it was saved ('sr') and 'hr'."""
+        lr = self.lr()
+        rows, columns = centre(lr, SIDE // self.scale)
+        large = tuple(slice(self.scale * s.start, self.scale * s.stop) for s in (rows, columns))
+        found = {'bicubic': enlarge(lr[rows, columns], self.scale), 'sr': read_rgb(self.file)[large]}
+        return found | ({'hr': self.hr()[large]} if self.hr else {})
+
+
+def read_curves(folder: Path) -> dict[str, bytes]:
+    """The curves that training left in a run folder: PNG files by name."""
+    paths = [folder / 'loss.png', *sorted(folder.glob('test_*.png'))]
+    return {path.stem: path.read_bytes() for path in paths if path.is_file()}
+
+
+def page(
+    title: str,
+    facts: Mapping[str, object],
+    results: Mapping[str, Mapping[str, Any]],
+    curves: Mapping[str, bytes],
+    saved: Mapping[str, Sequence[Saved]],
+    options: str,
+    changed: Collection[str],
+) -> bytes:
+    """The page.
+
+    Args:
+        title: what the network is called.
+        facts: what stands below it, by name.
+        results: of an evaluation, by set.
+        curves: PNG files by name.
+        saved: images by set.
+        options: text of a config.txt.
+        changed: options that are not at their default.
+    """
+    parts = [
+        f'<h1>{escape(title)}</h1>',
+        _pairs(facts.items()),
+        _results(results),
+        _curves(curves),
+        *(_images(name, images, results.get(name, {}).get('images', {}), title) for name, images in saved.items()),
+        _options(options, changed),
+    ]
+    text = PAGE.format(title=escape(title), style=STYLE, script=SCRIPT, body='\n'.join(filter(None, parts)))
+    return text.encode(errors='replace')  # a file's name may be no text
+
+
+def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
+    return '<dl>' + '\n'.join(f'<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>' for k, v in pairs) + '</dl>'
+
+
+def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
+    if not results:
+        return ''
+    rows = [(name, len(result['images']), *_scores(result)) for name, result in results.items()]
+    parts = ['<h2>Results</h2>', _table(('Set', 'Images', 'PSNR', 'SSIM', 's/image'), rows)]
+    for name, result in results.items():
+        images = [(image, *_scores(scores)) for image, scores in result['images'].items()]
+        table = _table(('Image', 'PSNR', 'SSIM', 's'), images)
+        parts.append(f'<details><summary>{escape(name)}, each image</summary>{table}</details>')
+    return '\n'.join(parts)
+
+
+def _scores(result: Mapping[str, float]) -> tuple[str, str, str]:
+    return _number(result['psnr'], 2), _number(result.get('ssim', math.nan), 4), _number(result['seconds'], 3)
+
+
+def _number(value: float, digits: int) -> str:
+    return '-' if math.isnan(value) else f'{value:.{digits}f}'
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    def cells(tag: str, row: Iterable[object]) -> str:
+        return '<tr>' + ''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in row) + '</tr>'
+
+    body = '\n'.join(cells('td', row) for row in rows)
+    return f'<div class="wide"><table><thead>{cells("th", head)}</thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def _curves(curves: Mapping[str, bytes]) -> str:
+    if not curves:
+        return ''
+    images = (
+        f'<img src="{_data("png", png)}" alt="{escape(name)} over the epochs" width="720" height="480">'
+        for name, png in curves.items()
+    )
+    return '<h2>Training</h2>\n<div class="row">' + '\n'.join(images) + '</div>'
+
+
+def _images(name: str, images: Sequence[Saved], scores: Mapping[str, Mapping[str, float]], label: str) -> str:
+    figures = list(filter(None, (_figure(image, scores.get(image.name), label) for image in images[:MOST])))
+    if not images:
+        return ''
+    few = f'{len(figures)} of {len(images)}: the first {MOST}, without those above {LARGEST / 1e6:.1f} megapixels. '
+    note = f'The middle of each, at most {SIDE}x{SIDE} pixels, as JPEG; the files hold the whole images.'
+    return (
+        f'<h2>Images of {escape(name)}</h2>\n<p>{few if len(figures) < len(images) else ""}{note}</p>\n'
+        f'<div class="row">{"".join(figures)}</div>'
+    )
+
+
+def _figure(image: Saved, scores: Mapping[str, float] | None, label: str) -> str:
+    """A slider between the versions of an image; nothing for one that is too large or cannot be read."""
     try:
-        report = json.loads(path.read_text())
-        compare(report, report)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise UserError(
-            f'{path} is missing, or no profile.json of this program: measure one with --profile.'
-        ) from error
-    return report
+        if math.prod(read_size(image.file)) > LARGEST:
+            return ''
+        versions = image.versions()
+    except UserError:
+        return ''
+    height, width = versions['sr'].shape[:2]
+    name, right = escape(image.name), escape(label)
+    left = [kind for kind in ('hr', 'bicubic') if kind in versions]  # the last one is on top
+    sources = {kind: _data('jpeg', _jpeg(pixels)) for kind, pixels in versions.items()}
+    layers = ''.join(f'<img class="left {kind}" src="{sources[kind]}" alt="{name}, {LABELS[kind]}">' for kind in left)
+    names = ''.join(f'<span class="{kind}">{LABELS[kind]}</span>' for kind in left)
+    choice = '<label><input type="checkbox"> HR on the left</label>' if 'hr' in left else ''
+    psnr = f', {_number(scores["psnr"], 2)} dB' if scores else ''
+    return f"""<figure style="width:{width}px">
+<div class="pair"><img src="{sources['sr']}" alt="{name}, {right}" width="{width}" height="{height}">{layers}
+<input type="range" min="0" max="100" step="any" value="50" autocomplete="off" aria-label="{name}: left or right">
+</div>
+<figcaption><b>{name}</b>{psnr}<br>{names} | {right}{choice}</figcaption>
+</figure>
+"""
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    return iio.imwrite('<bytes>', pixels, extension='.jpg', quality=QUALITY, subsampling=0)
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
+
+
+def _options(config: str, changed: Collection[str]) -> str:
+    parts = (line.partition(': ') for line in config.splitlines())
+    pairs = [(key, value) for key, _, value in parts]
+    own, rest = ([pair for pair in pairs if (pair[0] in changed) == wanted] for wanted in (True, False))
+    tables = f'<h3>Given</h3>\n{_pairs(own)}\n<h3>Default</h3>\n{_pairs(rest)}'
+    return f'<h2>Options</h2>\n<details><summary>{len(own)} given, {len(rest)} default</summary>{tables}</details>'
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+<script>{script}</script>
+</body>
+</html>
+"""
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1, h2, h3 { line-height: 1.2; }
+h2 { margin: 2.5rem 0 1rem; border-bottom: 1px solid #8886; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .2rem 1rem; }
+dt { opacity: .7; overflow-wrap: normal; }
+dd { margin: 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem 0 .25rem 1rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 4rem; }
+@media (max-width: 30rem) { table { font-size: .9rem; } th, td { padding-left: .6rem; } }
+summary { cursor: pointer; padding: .3rem 0; }
+img { display: block; max-width: 100%; height: auto; }
+.row { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+.row > img { width: 30rem; background: #fff; border-radius: .4rem; }
+figure { margin: 0; min-width: min(14rem, 100%); max-width: 100%; }
+figcaption { margin-top: .3rem; }
+figcaption label { display: block; width: fit-content; }
+.pair { --at: 50%; position: relative; width: fit-content; overflow: hidden; }
+.pair .left { position: absolute; inset: 0; width: 100%; height: 100%;
+  clip-path: inset(0 calc(100% - var(--at)) 0 0); }
+.pair::before, .pair::after { content: ''; position: absolute; z-index: 1; left: var(--at); pointer-events: none; }
+.pair::before { top: 0; bottom: 0; width: 2px; margin-left: -1px; background: #fff; box-shadow: 0 0 2px #000; }
+.pair::after { content: '\\2194'; top: 50%; width: 2rem; line-height: 2rem; margin: -1rem; border-radius: 1rem;
+  text-align: center; background: #fff; color: #000; box-shadow: 0 0 3px #000; }
+.pair:focus-within { outline: 3px solid #4a90ff; }
+.pair input { position: absolute; inset: 0 -1rem; width: calc(100% + 2rem); height: 100%; margin: 0; opacity: 0;
+  cursor: ew-resize; touch-action: pan-y; appearance: none; }
+.pair input::-webkit-slider-thumb { appearance: none; width: 2rem; height: 2rem; }
+.pair input::-moz-range-thumb { width: 2rem; height: 2rem; border: 0; }
+figure:has(:checked) .bicubic, figure:not(:has(:checked)) span.hr { display: none; }
+"""
+
+SCRIPT = """
+addEventListener('input', ({ target }) => {
+  if (target.type === 'range') target.parentElement.style.setProperty('--at', target.value + '%');
+});
+"""

@@ -35,10 +35,10 @@ NOTE = """# Results
 Written by `python src/results.py --dir_data DATA` from the `results.json` of its runs. Measured on {where}.
 
 PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the recipe of each network says
-([docs/PROTOCOLS.md](PROTOCOLS.md)). The weights are those of [models/](../models), tested as the recipe of their name says (their
-cards say how they were trained: short runs on SR291, 291 small images). Published figures stand in tables of their own: they are of
-networks trained for long on the 800 images of DIV2K, or on DF2K (3,450 images), or on SR291 as ours, and are copied from their
-sources ([src/published.py](../src/published.py)), not measured.
+([docs/PROTOCOLS.md](PROTOCOLS.md)). The weights are those of [models/](../models), tested as the recipe of their name
+says; their cards say how they were trained: short runs on SR291, 291 small images. Published figures stand in tables of
+their own: they are of networks trained for long, on the 800 images of DIV2K, on DF2K (3,450 images), or on SR291, and are
+copied from their sources ([src/published.py](../src/published.py)), not measured.
 """
 
 Row = dict[str, Any]
@@ -63,7 +63,7 @@ def build_parser() -> option.Parser:
     parser = option.Parser(
         prog='results.py',
         usage='python results.py [options]',
-        description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are not done again.',
+        description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are kept.',
         formatter_class=option.Formatter,
         allow_abbrev=False,
     )

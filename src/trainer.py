@@ -51,6 +51,7 @@ class Evaluation:
 
     Attributes:
         shown: the last outputs for the first images of each set, (H, W, 3) uint8 as '<Set>/<name>'.
+        results: the last ones.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Evaluation:
     ) -> None:
         self.sets, self.ssim, self.folder, self.ground_truth = sets, ssim, folder, ground_truth
         self.shown: dict[str, np.ndarray] = {}
+        self.results: dict[str, Any] = {}
 
     def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
@@ -67,7 +69,9 @@ class Evaluation:
             label: what to call it in pictures.
             check: called before each image; what it raises ends the evaluation.
         """
-        return parallel.spread({images.name: self._set(images, upscale, label, check) for images in self.sets})
+        found = {images.name: self._set(images, upscale, label, check) for images in self.sets}
+        self.results = parallel.spread(found)
+        return self.results
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""

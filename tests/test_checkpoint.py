@@ -235,8 +235,9 @@ def test_clear_deletes_what_a_run_left_and_nothing_else(run):
     run.save_epoch(state(30.0), best=True, keep=True)
     run.write('config.txt', 'x')
     run.write('log.txt', 'x')
+    run.write('report.html', 'x')
     run.write_results({})
-    for name in ('results-Set5/a_x2_SR.png', 'results-Set5/a_x2_HR.png', 'comparison-Set5.png'):
+    for name in (*(f'results-Set5/a_x2_{kind}.png' for kind in ('SR', 'HR', 'attention')), 'comparison-Set5.png'):
         run.write(name, 'x')
     mine = ['notes.txt', 'mine/a.pt', 'model/mine.pt', 'results-Set14/notes.txt', 'results-2024', 'best.png']
     for name in mine:

@@ -107,9 +107,9 @@ def test_what_a_run_leaves(data_folder):
     run = train(data_folder, LCOAN, '--save_models --save_results')
     assert sorted(str(path.relative_to(run)) for path in run.rglob('*') if path.is_file()) == [
         'comparison-Set5.png', 'config.txt', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl', 'model/model_1.pt',
-        'model/model_best.pt', 'model/model_latest.pt', 'results-Set5/0001_x2_SR.png', 'results-Set5/0002_x2_SR.png',
-        'results.json', 'state.pt', *(f'tensorboard/{path.name}' for path in (run / 'tensorboard').glob('events.*')),
-        'test_Set5.png',
+        'model/model_best.pt', 'model/model_latest.pt', 'report.html', 'results-Set5/0001_x2_SR.png',
+        'results-Set5/0002_x2_SR.png', 'results.json', 'state.pt',
+        *(f'tensorboard/{path.name}' for path in (run / 'tensorboard').glob('events.*')), 'test_Set5.png',
     ]  # fmt: skip
     for path in run.rglob('*.png'):
         with Image.open(path) as image:
@@ -623,7 +623,7 @@ def test_a_test_in_the_folder_of_a_training_run_leaves_the_run_whole(trained):
     command = f'{TEST_EDSR} --save edsr --pre_train {weights} --batch_size 7'
     assert main.main(arguments(trained / 'data', command)) == 0
     after = fingerprint(trained / 'runs' / 'edsr')
-    assert {name for name in before if after[name] != before[name]} <= {'log.txt', 'results.json'}
+    assert {name for name in before if after[name] != before[name]} <= {'log.txt', 'results.json', 'report.html'}
 
 
 def test_a_loaded_run_is_tested_elsewhere(trained):

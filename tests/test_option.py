@@ -26,7 +26,7 @@ NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory
+    compare max_memory show_attention
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -65,7 +65,7 @@ DEFAULTS = {
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None,
+    'max_memory': None, 'show_attention': False,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,

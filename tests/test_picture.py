@@ -8,7 +8,7 @@ from conftest import picture
 from PIL import Image
 
 import picture as pictures
-from picture import CROP, Comparison
+from picture import CROP, Comparison, centre
 
 
 @pytest.fixture
@@ -100,3 +100,11 @@ def test_the_crop_holds_the_detail_and_is_the_same_in_every_version(figures, top
     first, second = (axes.images[0].get_array() for axes in figures[0].axes)
     assert (first != 90).sum() == (hr != 90).sum()  # all of the detail
     assert (second == 255 - first).all()
+
+
+@pytest.mark.parametrize(
+    'size, side, expected', [((5, 9), 5, (0, 5, 2, 7)), ((4, 3), 9, (0, 4, 0, 3)), ((6, 7), 1, (2, 3, 3, 4))]
+)
+def test_centre(size, side, expected):
+    rows, columns = centre(np.zeros((*size, 3)), side)
+    assert (rows.start, rows.stop, columns.start, columns.stop) == expected

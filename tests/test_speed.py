@@ -19,8 +19,8 @@ from model import NETWORKS
 from model.common import Network
 from option import MODELS
 from picture import bars, growth
-from report import compare, exponent, growths, judged, parts, ratio, read_report, scaled, table
 from speed import KINDS, Form, attempt, by_kind, kind, lr_patch, spread
+from speed_report import compare, exponent, growths, judged, parts, ratio, read_report, scaled, table
 
 CPU = ('cpu', Form())
 SQUARES = (64, 128, 256)
@@ -57,7 +57,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr('costs.SECONDS', 0.0)
     for constant, value in {'MATRIX': 64, 'CHANNELS': 8, 'COPIED': 2**10, 'SIDES': (8, 16, 32)}.items():
         monkeypatch.setattr(speed, constant, value)
-    monkeypatch.setattr('report.SIDES', (8, 16, 32))
+    monkeypatch.setattr('speed_report.SIDES', (8, 16, 32))
 
 
 def run(tmp_path, options: str) -> int:
