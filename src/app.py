@@ -70,8 +70,8 @@ def run(args: Namespace) -> None:
             import uvicorn
 
             from checkpoint import start_screen
-            from enlarging import enlarge, find_choices
-            from page import site
+            from web.enlarging import enlarge, find_choices
+            from web.page import site
         except ModuleNotFoundError as error:
             raise UserError(
                 f"{error.name} is missing in {sys.executable}: pip install -r requirements.txt 'gradio>=6.31,<7'."

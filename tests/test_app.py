@@ -77,7 +77,7 @@ def restored(monkeypatch):
 class TestErrors:
     def test_gradio_is_optional(self, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, 'gradio', None)
-        monkeypatch.delitem(sys.modules, 'page', raising=False)
+        monkeypatch.delitem(sys.modules, 'web.page', raising=False)
         said = refused(capsys, '--port', '0')
         assert 'gradio is missing' in said
         assert "'gradio>=" in said

@@ -11,13 +11,13 @@ from conftest import ROOT, picture
 from PIL import Image
 from safetensors.torch import save_file
 
-import enlarging
 import main
 from data.image import read_photo, write_png
 from data.imresize import enlarge as bicubic
-from enlarging import Choice, Result, enlarge, find_choices
 from error import UserError
 from files import read_torch
+from web import enlarging
+from web.enlarging import Choice, Result, enlarge, find_choices
 
 WEIGHTS = ROOT / 'models' / 'LCoAN-small_x2.pt'
 X2 = Choice('LCoAN', 2, WEIGHTS)

@@ -18,7 +18,7 @@ from PIL import Image
 from test_app import Program
 
 from data.image import write_png
-from page import without_folders
+from web.page import without_folders
 
 WAIT = 60  # seconds, at most
 BROWSER = [

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from visitors import Visitors
+from web.visitors import Visitors
 
 MAX_BYTES = 4000
 

@@ -12,11 +12,11 @@ from PIL import Image
 import main
 import option
 from data.image import Photo, read_photo, read_size, write_png
+from enlarge import enlarged
 from error import UserError
 from model import Model
 from model.detect import recognise
 from model.weights import read_weights
-from trainer import enlarge_photo
 
 log = logging.getLogger('frugalsr')
 
@@ -72,11 +72,11 @@ def find_choices(folder: Path) -> list[Choice]:
 
 @lru_cache(maxsize=2)
 def load(choice: Choice, cpu: bool) -> Model:
-    """The network with its weights, as `main.py --test_only --chop` would run it."""
+    """The network with its weights, as `main.py --test_only --chop auto` would run it."""
     words = ['--model', 'auto', '--pre_train', str(choice.file)]
     if choice.file is None:
         words = ['--model', choice.network, '--scale', str(choice.scale)]
-    args = option.parse([*words, '--test_only', '--chop', *(['--cpu'] if cpu else [])])
+    args = option.parse([*words, '--test_only', '--chop', 'auto', *(['--cpu'] if cpu else [])])
     if choice.file:
         main.settle(args)
     model = main.make_model(args)
@@ -100,7 +100,7 @@ def enlarge(image: Path, choice: Choice, folder: Path, max_pixels: int, cpu: boo
     photo = read_photo(image)
     model = load(choice, cpu)
     start = time.perf_counter()
-    sr = enlarge_photo(model, Model('Bicubic', scale, model.device, model.tiler), photo)
+    sr = np.concatenate(list(enlarged(model, photo)))
     seconds = time.perf_counter() - start
     result = folder / f'{image.stem}_x{scale}.png'
     write_png(result, sr, photo.icc)

@@ -10,10 +10,10 @@ import gradio as gr
 from fastapi import FastAPI
 
 from data.image import SUFFIXES
-from enlarging import Choice, Result
 from error import UserError
 from model.tiling import out_of_memory
-from visitors import COOKIE, Visitors
+from web.enlarging import Choice, Result
+from web.visitors import COOKIE, Visitors
 
 TITLE = 'FrugalSR'
 ABOUT = (
