@@ -9,8 +9,8 @@ feed-forward network. In evaluation the similarities are computed in overlapping
 (test-time local converter, TLC), and the results averaged.
 
 Departures from the official code:
-- The dynamic convolution is plain PyTorch, for every device and type; the official one is CUDA source for float32 and
-  float64, compiled at run time by an interface of CuPy that no longer exists.
+- The dynamic convolution (`model.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
+  for float32 and float64, compiled at run time by an interface of CuPy that no longer exists.
 - The windows of the evaluation are one batch, and nothing is kept between calls. Batches of any size can be evaluated;
   the official code takes one image at a time.
 - `n_heads` are the heads of the global attention; what the official options call heads of the local one is the number
@@ -21,10 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise, product
 from math import isqrt
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +71,10 @@ class FilterGenerator(nn.Module):
 
 
 class DynamicLocalAttention(nn.Module):
-    """MHDLSA: a dynamic convolution between two 1x1 convolutions."""
+    """MHDLSA: a dynamic convolution between two 1x1 convolutions.
+
+    Its kernels, larger than any other features, are not kept for the gradients but made again.
+    """
 
     def __init__(self, n_feats: int, group_channels: int, kernel_size: int) -> None:
         super().__init__()

@@ -90,6 +90,7 @@ def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_for_triton(x: Tensor) -> bool:
+    """Whether `x` is on a GPU of NVIDIA or AMD."""
     return x.is_cuda
 
 
