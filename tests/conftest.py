@@ -12,6 +12,9 @@ from data.image import write_png
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
 
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before anything imports Triton: its kernels run on a CPU, slowly
+
 
 @pytest.fixture
 def shared() -> Path:

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from error import UserError
 from model import build
@@ -15,7 +14,6 @@ from model.dlgsanet import (
     Norm,
     SparseGlobalAttention,
     cells,
-    dynamic_conv,
     recognise,
     windows,
 )
@@ -30,16 +28,6 @@ SMALL = {
     'mlp_ratio': 3,
 }
 
-# batch, channels, groups, kernel, height, width: several groups, one group, a group a channel, smaller than the kernel.
-SHAPES = [
-    (2, 6, 3, 7, 9, 11),
-    (1, 4, 1, 5, 6, 3),
-    (2, 3, 3, 3, 4, 5),
-    (2, 4, 2, 7, 2, 3),
-    (1, 2, 2, 7, 1, 1),
-    (2, 4, 2, 1, 3, 2),
-]
-
 
 def small(scale: int = 2, **settings: object) -> nn.Module:
     torch.manual_seed(0)
@@ -50,75 +38,20 @@ def numbers(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def operands(n: int, c: int, g: int, k: int, h: int, w: int) -> tuple[Tensor, Tensor]:
-    return numbers(n, c, h, w), numbers(n, g, k, k, h, w, seed=2)
+# The kernels of every pixel.
 
 
-# The dynamic convolution.
-
-
-def plain_dynamic_conv(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    n, c, h, w = x.shape
-    g, k = weights.shape[1:3]
-    out = np.zeros_like(x)
-    for image, channel, row, column in product(range(n), range(c), range(h), range(w)):
-        for i, j in product(range(k), range(k)):
-            y, z = row + i - k // 2, column + j - k // 2
-            if 0 <= y < h and 0 <= z < w:
-                kernel = weights[image, channel // (c // g), :, :, row, column]
-                out[image, channel, row, column] += kernel[i, j] * x[image, channel, y, z]
-    return out
-
-
-@pytest.mark.parametrize('shape', SHAPES)
-def test_dynamic_convolution_equals_plain_loops(shape: tuple[int, ...]) -> None:
-    x, weights = operands(*shape)
-    assert np.abs(dynamic_conv(x, weights).numpy() - plain_dynamic_conv(x.numpy(), weights.numpy())).max() < 1e-13
-
-
-@pytest.mark.parametrize('shape', [(2, 4, 2, 3, 3, 2), (2, 2, 1, 5, 2, 3), (1, 3, 1, 7, 2, 1), (1, 2, 2, 1, 2, 2)])
-def test_dynamic_convolution_has_the_right_gradients(shape: tuple[int, ...]) -> None:
-    x, weights = (t.requires_grad_() for t in operands(*shape))
-    assert torch.autograd.gradcheck(dynamic_conv, (x, weights))
-    assert torch.autograd.gradcheck(dynamic_conv, (x, weights.detach()))
-    assert torch.autograd.gradcheck(dynamic_conv, (x.detach(), weights))
-
-
-def test_dynamic_convolution_keeps_its_operands_only() -> None:
-    x, weights = (t.requires_grad_() for t in operands(*SHAPES[0]))
+def test_kernels_of_every_pixel_are_not_kept_for_the_gradients() -> None:
+    attention, x = DynamicLocalAttention(8, 4, 5).double(), numbers(2, 8, 5, 4)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
-        dynamic_conv(x, weights)
-    assert kept == [x.shape, weights.shape]
 
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.numel())
+        return t
 
-@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
-def test_dynamic_convolution_adds_half_precision_up_in_float32(half: torch.dtype) -> None:
-    x, weights = (t.to(half).requires_grad_() for t in operands(2, 6, 3, 7, 9, 11))
-    exact = [t.detach().double().requires_grad_() for t in (x, weights)]
-    out, expected = dynamic_conv(x, weights), dynamic_conv(*exact)
-    seed = numbers(*x.shape, seed=3).to(half)
-    out.backward(seed)
-    expected.backward(seed.double())
-    for found, truth in [(out, expected), (x.grad, exact[0].grad), (weights.grad, exact[1].grad)]:
-        assert found.dtype == half
-        # Half a unit in the last place, and what float32 leaves where terms cancel.
-        assert ((found - truth).abs() <= truth.abs() * torch.finfo(half).eps / 2 + 1e-5).all()
-
-
-def test_multiply_adds_of_the_dynamic_convolution_can_be_counted() -> None:
-    class Count(TorchDispatchMode):
-        total = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function._schema.name == 'aten::addcmul_':
-                self.total += args[0].numel()
-            return function(*args, **(kwargs or {}))
-
-    with torch.device('meta'), Count() as count:
-        out = dynamic_conv(torch.empty(2, 6, 9, 11), torch.empty(2, 3, 7, 7, 9, 11))
-    assert out.shape == (2, 6, 9, 11)
-    assert count.total == 49 * out.numel()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        attention(x)
+    assert max(kept) == x.numel() < attention.conv(x).numel()
 
 
 @pytest.mark.parametrize(('group', 'row', 'column'), [(0, 0, 0), (1, 3, 3), (2, 1, 5)])

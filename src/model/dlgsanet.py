@@ -9,8 +9,8 @@ feed-forward network. In evaluation the similarities are computed in overlapping
 (test-time local converter, TLC), and the results averaged.
 
 Departures from the official code:
-- The dynamic convolution is plain PyTorch, for every device and type; the official one is CUDA source for float32 and
-  float64, compiled at run time by an interface of CuPy that no longer exists.
+- The dynamic convolution (`model.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
+  for float32 and float64, compiled at run time by an interface of CuPy that no longer exists.
 - The windows of the evaluation are one batch, and nothing is kept between calls. Batches of any size can be evaluated;
   the official code takes one image at a time.
 - `n_heads` are the heads of the global attention; what the official options call heads of the local one is the number
@@ -21,12 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise, product
 from math import isqrt
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from model.common import (
     RGB_MEAN,
@@ -46,63 +44,9 @@ from model.common import (
     unflatten_image,
     widen,
 )
+from model.dynamic_conv import dynamic_conv
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
-
-
-def by_tap(weights: Tensor) -> tuple[Tensor, ...]:
-    """Views (N, G, 1, H, W) of kernels (N, G, k, k, H, W), one for each tap, row by row."""
-    return weights.flatten(2, 3).unsqueeze(2).unbind(3)
-
-
-def shifted(padded: Tensor, size: int) -> list[Tensor]:
-    """Views (..., H, W) of `padded`, what each tap of a size x size kernel meets, row by row."""
-    height, width = padded.shape[-2] - size + 1, padded.shape[-1] - size + 1
-    return [padded[..., i : i + height, j : j + width] for i, j in product(range(size), repeat=2)]
-
-
-class DynamicConv(torch.autograd.Function):
-    """See `dynamic_conv`. The backward pass needs the two inputs only, none of their k * k products."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weights)
-        groups, size = weights.shape[1:3]
-        x_groups = widen(x.unflatten(1, (groups, -1)))
-        out = torch.zeros_like(x_groups)
-        padded = F.pad(x_groups, [size // 2] * 4)
-        for weight, view in zip(by_tap(weights), shifted(padded, size), strict=True):
-            out.addcmul_(weight, view)
-        return out.flatten(1, 2).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weights = ctx.saved_tensors
-        groups, size = weights.shape[1:3]
-        x_groups, grad_groups = (widen(t.unflatten(1, (groups, -1))) for t in (x, grad))
-        padded = F.pad(x_groups, [size // 2] * 4)
-        grad_padded, grad_weights = torch.zeros_like(padded), torch.empty_like(weights)
-        for weight, view in zip(by_tap(weights), shifted(grad_padded, size), strict=True):
-            view.addcmul_(weight, grad_groups)
-        for grad_weight, view in zip(by_tap(grad_weights), shifted(padded, size), strict=True):
-            grad_weight.copy_((grad_groups * view).sum(2, keepdim=True))
-        return F.pad(grad_padded, [-(size // 2)] * 4).flatten(1, 2).to(x.dtype), grad_weights
-
-
-def dynamic_conv(x: Tensor, weights: Tensor) -> Tensor:
-    """Convolution with kernels of every pixel's own, without bias, zeros outside the image.
-
-    out[n, c, y, x] = sum over i, j of weights[n, c // (C / G), i, j, y, x] * in[n, c, y + i - k // 2, x + j - k // 2]
-
-    Args:
-        x: (N, C, H, W).
-        weights: (N, G, k, k, H, W) with an odd k; each of the G kernels of a pixel serves C / G channels in a row.
-
-    Returns:
-        (N, C, H, W) of the type of `x`, summed in float32 or more.
-    """
-    return DynamicConv.apply(x, weights)
 
 
 class FilterGenerator(nn.Module):
@@ -127,7 +71,10 @@ class FilterGenerator(nn.Module):
 
 
 class DynamicLocalAttention(nn.Module):
-    """MHDLSA: a dynamic convolution between two 1x1 convolutions."""
+    """MHDLSA: a dynamic convolution between two 1x1 convolutions.
+
+    Its kernels, larger than any other features, are not kept for the gradients but made again.
+    """
 
     def __init__(self, n_feats: int, group_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -137,9 +84,12 @@ class DynamicLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv0(x)
-        filtered = flatten_image(dynamic_conv(x.contiguous(), self.conv(x)))
+        filtered = flatten_image(checkpoint(self.filtered, x, use_reentrant=False, preserve_rng_state=False))
         weight = self.conv1.weight.flatten(1).t().expand(len(x), -1, -1)
         return unflatten_image(filtered @ weight, *x.shape[2:])
+
+    def filtered(self, x: Tensor) -> Tensor:
+        return dynamic_conv(x.contiguous(), self.conv(x))
 
 
 def windows(length: int, size: int) -> list[slice]:

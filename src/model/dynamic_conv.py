@@ -1,0 +1,123 @@
+"""The dynamic convolution of DLGSANet: in plain PyTorch, and on a GPU in Triton where that works."""
+
+import logging
+from collections.abc import Callable
+from itertools import product
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.common import widen
+
+T = TypeVar('T')
+log = logging.getLogger('frugalsr')
+triton_failed = False
+
+
+def by_tap(weights: Tensor) -> tuple[Tensor, ...]:
+    """Views (N, G, 1, H, W) of kernels (N, G, k, k, H, W), one for each tap, row by row."""
+    return weights.flatten(2, 3).unsqueeze(2).unbind(3)
+
+
+def shifted(padded: Tensor, size: int) -> list[Tensor]:
+    """Views (..., H, W) of `padded`, what each tap of a size x size kernel meets, row by row."""
+    height, width = padded.shape[-2] - size + 1, padded.shape[-1] - size + 1
+    return [padded[..., i : i + height, j : j + width] for i, j in product(range(size), repeat=2)]
+
+
+def forward(x: Tensor, weights: Tensor) -> Tensor:
+    """See `dynamic_conv`."""
+    groups, size = weights.shape[1:3]
+    x_groups = widen(x.unflatten(1, (groups, -1)))
+    out = torch.zeros_like(x_groups)
+    padded = F.pad(x_groups, [size // 2] * 4)
+    for weight, view in zip(by_tap(weights), shifted(padded, size), strict=True):
+        out.addcmul_(weight, view)
+    return out.flatten(1, 2).to(x.dtype)
+
+
+def backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by `x` and by `weights`, given the one by the result (N, C, H, W)."""
+    groups, size = weights.shape[1:3]
+    x_groups, grad_groups = (widen(t.unflatten(1, (groups, -1))) for t in (x, grad))
+    padded = F.pad(x_groups, [size // 2] * 4)
+    grad_padded, grad_weights = torch.zeros_like(padded), torch.empty_like(weights)
+    for weight, view in zip(by_tap(weights), shifted(grad_padded, size), strict=True):
+        view.addcmul_(weight, grad_groups)
+    for grad_weight, view in zip(by_tap(grad_weights), shifted(padded, size), strict=True):
+        grad_weight.copy_((grad_groups * view).sum(2, keepdim=True))
+    return F.pad(grad_padded, [-(size // 2)] * 4).flatten(1, 2).to(x.dtype), grad_weights
+
+
+def fast(plain: Callable[..., T], *tensors: Tensor) -> T:
+    """What `plain` gives, by the kernel of the same name; from the first one that fails, by `plain` itself."""
+    global triton_failed
+    tensors = tuple(tensor.contiguous() for tensor in tensors)
+    if not triton_failed:
+        try:
+            from model import dynamic_conv_triton  # only where it is needed: Triton is no part of every PyTorch
+
+            return getattr(dynamic_conv_triton, plain.__name__)(*tensors)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
+            triton_failed = True
+            log.warning('The dynamic convolution runs without Triton, slower: %s: %s', type(error).__name__, error)
+    return plain(*tensors)
+
+
+@torch.library.custom_op('frugalsr::dynamic_conv', mutates_args=())  # which torch.compile leaves as it is
+def fast_forward(x: Tensor, weights: Tensor) -> Tensor:
+    return fast(forward, x, weights)
+
+
+@torch.library.custom_op('frugalsr::dynamic_conv_backward', mutates_args=())
+def fast_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return fast(backward, grad, x, weights)
+
+
+@fast_forward.register_fake
+def _(x: Tensor, weights: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@fast_backward.register_fake
+def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weights.new_empty(weights.shape)
+
+
+def is_for_triton(x: Tensor) -> bool:
+    """Whether `x` is on a GPU of NVIDIA or AMD."""
+    return x.is_cuda
+
+
+class DynamicConv(torch.autograd.Function):
+    """See `dynamic_conv`. The backward pass needs the two inputs only, none of their k * k products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        return (fast_forward if is_for_triton(x) else forward)(x, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return (fast_backward if is_for_triton(grad) else backward)(grad, *ctx.saved_tensors)
+
+
+def dynamic_conv(x: Tensor, weights: Tensor) -> Tensor:
+    """Convolution with kernels of every pixel's own, without bias, zeros outside the image.
+
+    out[n, c, y, x] = sum over i, j of weights[n, c // (C / G), i, j, y, x] * in[n, c, y + i - k // 2, x + j - k // 2]
+
+    Args:
+        x: (N, C, H, W).
+        weights: (N, G, k, k, H, W) with an odd k; each of the G kernels of a pixel serves C / G channels in a row.
+
+    Returns:
+        (N, C, H, W) of the type of `x`, summed in float32 or more.
+    """
+    return DynamicConv.apply(x, weights)
