@@ -1,0 +1,84 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture
+
+import results
+from data.image import write_png
+from model import build
+from published import PUBLISHED, SETS
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """Two images a benchmark, weights of an untrained network, and what is measured of them."""
+    tmp_path = tmp_path_factory.mktemp('results')
+    for i, name in enumerate(SETS):
+        for j in range(2):
+            write_png(tmp_path / 'data' / 'benchmark' / name / 'HR' / f'{j}.png', picture(2 * i + j, 28, 24))
+    (tmp_path / 'models').mkdir()
+    torch.manual_seed(0)
+    torch.save(build('ASID', 4).state_dict(), tmp_path / 'models' / 'ASID_x4.pt')
+    assert results.main(options(tmp_path)) == 0
+    return tmp_path
+
+
+def options(folder: Path) -> list[str]:
+    paths = {'dir_data': 'data', 'extend': 'models', 'save_dir': 'runs', 'out': 'docs/RESULTS.md'}
+    return ['--cpu', *(word for key, name in paths.items() for word in (f'--{key}', str(folder / name)))]
+
+
+def cells(page: str, first: str) -> list[str]:
+    """The row of a table that begins with a cell."""
+    (row,) = [line for line in page.splitlines() if line.startswith(f'| {first} |')]
+    return [cell.strip() for cell in row.strip('|').split('|')]
+
+
+def test_the_page_has_what_was_measured_and_what_was_published(folder):
+    page = (folder / 'docs' / 'RESULTS.md').read_text()
+    for name, first in (('Bicubic_x4', 'Bicubic'), ('ASID_x4', '[ASID_x4](../models/ASID_x4.md)')):
+        found = json.loads((folder / 'runs' / name / 'results.json').read_text())
+        expected = [f'{s["psnr"]:.2f} / {s["ssim"]:.4f}'.replace('/ 0.', '/ .') for s in found['sets'].values()]
+        assert cells(page, first)[1:] == expected
+        assert list(found['sets']) == list(SETS[:4])
+    assert found['protocol']['chop'] == {'size': 64, 'overlap': 24, 'blend': 'mean'}
+    assert 'Set5, 2 of 5 images' in page
+    assert cells(page, 'ATD-light')[1:] == ['DIV2K', *(f'{PUBLISHED["ATD-light"][4].psnr[name]:.2f}' for name in SETS)]
+    assert cells(page, 'IDN')[1:3] == ['SR291', '31.82']
+    assert f'torch {torch.__version__}' in page
+
+
+def test_each_way_of_running_is_compared_with_whole_images(folder):
+    page = (folder / 'docs' / 'RESULTS.md').read_text()
+    whole, half = (
+        json.loads((folder / 'runs' / f'ASID_x4_{what}' / 'results.json').read_text())
+        for what in ('whole_images', 'bfloat16')
+    )
+    assert whole['protocol']['chop'] is None
+    assert half['protocol']['precision'] == 'bfloat16'
+    gain = half['sets']['Set5']['psnr'] - whole['sets']['Set5']['psnr']
+    (row,) = [line for line in page.splitlines() if line.startswith('| ASID_x4 | bfloat16 |')]
+    assert f'{half["sets"]["Set5"]["psnr"]:.2f} ({gain:+.3f})' in row
+    for what in results.STUDIES:
+        assert f'| ASID_x4 | {what} |' in page
+
+
+def test_what_is_there_is_kept(folder):
+    page = (folder / 'docs' / 'RESULTS.md').read_text()
+    for file in (folder / 'runs').glob('*/results.json'):
+        text = file.read_text()
+        file.write_text(text.replace('"torch": "', '"torch": "older '))
+    assert results.main(options(folder)) == 0
+    again = (folder / 'docs' / 'RESULTS.md').read_text()
+    assert again == page.replace(f'torch {torch.__version__}', f'torch older {torch.__version__}')
+
+
+def test_what_is_missing_is_told(tmp_path, capsys):
+    (tmp_path / 'models').mkdir()
+    assert results.main(options(tmp_path)) == 2
+    assert str(tmp_path / 'models') in capsys.readouterr().err
+    (tmp_path / 'models' / 'mine.pt').touch()
+    assert results.main(options(tmp_path)) == 2
+    assert 'mine.pt' in capsys.readouterr().err
