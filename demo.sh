@@ -78,10 +78,11 @@ case ${1-} in
 '')
     echo '== Bicubic x4 on sample photographs'
     program --test_only --model Bicubic --data_test Sample --scale 4 --save demo_Bicubic_x4
-    echo '== LCoAN-small x4, trained by this project (models/LCoAN-small_x4.md)'
-    program --test_only --template LCoAN-small_x4 --pre_train "$root/models/LCoAN-small_x4.pt" --data_test Sample \
-        --save_results --save demo_LCoAN-small_x4
-    echo "Side by side: $root/experiment/demo_LCoAN-small_x4/comparison-Sample.png"
+    echo '== ASID x4, trained by this project (models/ASID_x4.md)'
+    program --test_only --template ASID_x4 --pre_train "$root/models/ASID_x4.pt" --data_test Sample \
+        --save_results --save demo_ASID_x4
+    echo "Side by side: $root/experiment/demo_ASID_x4/comparison-Sample.png"
+    echo "With sliders: $root/experiment/demo_ASID_x4/report.html"
     ;;
 list)
     echo 'bash demo.sh NAME [options of src/main.py, such as --dir_data FOLDER]'

@@ -163,6 +163,7 @@ def test_a_bad_file_gets_a_sentence(program, name, content, sentence):
 
 def test_a_choice_there_is_not(program):
     a = Visitor(program.url)
+    a.ask('narrow', 'LCoAN', 4)
     done = a.press(a.upload('photo.png', PHOTO), 'LCoAN', 2, 'LCoAN-small_x4.pt')
     assert done['output']['error'].startswith('These weights are not of that network and scale')
 
