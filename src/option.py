@@ -27,8 +27,7 @@ EXAMPLES = """examples:
   score bicubic on photographs that come with scikit-image
     python main.py --model Bicubic --test_only --data_test Sample
   enlarge a folder of images
-    python main.py --template LCoAN-small_x4 --pre_train LCoAN-small_x4.pt --test_only --data_test Demo \\
-      --dir_demo FOLDER
+    python main.py --template ASID_x4 --pre_train ASID_x4.pt --test_only --data_test Demo --dir_demo FOLDER
   train the LCoAN of the paper, and continue it
     python main.py --template LCoAN_x2 --dir_data /data --save LCoAN_x2
     python main.py --load LCoAN_x2

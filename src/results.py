@@ -20,7 +20,7 @@ from published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 log = logging.getLogger('frugalsr')
 
 MEASURED = SETS[:4]  # for Manga109 there are no images here
-STUDIED = 'Set5+Set14'
+STUDIED = 'Set5'
 WHOLE = '--no_chop'
 STUDIES = {
     'whole images': WHOLE,
