@@ -61,19 +61,24 @@ def shifted(padded: Tensor, size: int) -> list[Tensor]:
     return [padded[..., i : i + height, j : j + width] for i, j in product(range(size), repeat=2)]
 
 
+def products(x: Tensor, weights: Tensor) -> Tensor:
+    """See `dynamic_conv`."""
+    groups, size = weights.shape[1:3]
+    x_groups = widen(x.unflatten(1, (groups, -1)))
+    out = torch.zeros_like(x_groups)
+    padded = F.pad(x_groups, [size // 2] * 4)
+    for weight, view in zip(by_tap(weights), shifted(padded, size), strict=True):
+        out.addcmul_(weight, view)
+    return out.flatten(1, 2).to(x.dtype)
+
+
 class DynamicConv(torch.autograd.Function):
     """See `dynamic_conv`. The backward pass needs the two inputs only, none of their k * k products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
-        groups, size = weights.shape[1:3]
-        x_groups = widen(x.unflatten(1, (groups, -1)))
-        out = torch.zeros_like(x_groups)
-        padded = F.pad(x_groups, [size // 2] * 4)
-        for weight, view in zip(by_tap(weights), shifted(padded, size), strict=True):
-            out.addcmul_(weight, view)
-        return out.flatten(1, 2).to(x.dtype)
+        return products(x, weights)
 
     @staticmethod
     @once_differentiable
@@ -102,7 +107,7 @@ def dynamic_conv(x: Tensor, weights: Tensor) -> Tensor:
     Returns:
         (N, C, H, W) of the type of `x`, summed in float32 or more.
     """
-    return DynamicConv.apply(x, weights)
+    return DynamicConv.apply(x, weights) if torch.is_grad_enabled() else products(x, weights)
 
 
 class FilterGenerator(nn.Module):
