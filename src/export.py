@@ -72,15 +72,14 @@ def export(model: Model, kind: str, tile: int) -> bytes:
     Raises:
         UserError: a package is missing, there are no weights, or no file gives what PyTorch gives.
     """
-    model.net.eval()
     if kind == 'safetensors':
         if not model.net.state_dict():
             raise UserError(f'--export safetensors: {model.name} has no weights; choose another format.')
         return safetensors(model.net.state_dict())
     make, load = {'onnx': (to_onnx, load_onnx), 'torchscript': (to_torchscript, load_torchscript)}[kind]
-    fault = ''
+    net, fault = Enlarger(model).eval(), ''
     for form in (FREE, fixed(tile)):
-        content, fault = attempt(Enlarger(model), make, load, form)
+        content, fault = attempt(net, make, load, form)
         if not fault:
             log.info('The file takes %s, checked against PyTorch at %s.', form.takes, ', '.join(map(str, form.checked)))
             return content
@@ -148,29 +147,28 @@ def load_torchscript(content: bytes) -> Function:
 # ONNX
 
 
-def need(package: str) -> Any:
-    """An optional package."""
+def packages() -> tuple[Any, Any]:
+    """onnx and onnxruntime, which are optional."""
     try:
-        return import_module(package)
+        return import_module('onnx'), import_module('onnxruntime')
     except ModuleNotFoundError as error:
-        raise UserError(f'--export onnx: {package} is missing; pip install onnx onnxruntime gets it.') from error
+        raise UserError(f'--export onnx: {error.name} is missing; pip install onnx onnxruntime gets it.') from error
 
 
 def to_onnx(net: Enlarger, form: Form) -> bytes:
     """The network as ONNX, input 'lr', output 'sr', and in the metadata what they are."""
-    onnx = need('onnx')
+    onnx, _ = packages()
     for name, symbolic in SYMBOLICS.items():
         register_custom_op_symbolic(f'aten::{name}', symbolic, OPSET)
-    stream = io.BytesIO()
+    names, stream = ('lr', 'sr'), io.BytesIO()
+    free = {name: {0: 'n', 2: f'{name}_height', 3: f'{name}_width'} for name in names}
     torch.onnx.export(
         net,
         (example(form.example),),
         stream,
-        input_names=['lr'],
-        output_names=['sr'],
-        dynamic_axes={name: {0: 'n', 2: f'{name}_height', 3: f'{name}_width'} for name in ('lr', 'sr')}
-        if form.free
-        else None,
+        input_names=names[:1],
+        output_names=names[1:],
+        dynamic_axes=free if form.free else None,
         opset_version=OPSET,
         dynamo=False,
     )
@@ -189,7 +187,7 @@ def to_onnx(net: Enlarger, form: Form) -> bytes:
 
 def load_onnx(content: bytes) -> Function:
     """What a program does that reads the file."""
-    onnxruntime = need('onnxruntime')
+    _, onnxruntime = packages()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is told once, by this program
     session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])

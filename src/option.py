@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 """
 
 FIXED_IN_A_RUN = ('model', 'scale', 'optimizer', *NETWORK_SETTINGS)
-NOT_RESTORED = ('load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score', 'export')  # noqa: E501
+NOT_RESTORED = ('load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score')
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -549,8 +549,8 @@ def build_parser() -> Parser:
     g.add_argument(
         '--export',
         choices=('onnx', 'torchscript', 'safetensors'),
-        help='write the network as a file for other programs, from RGB in [0, 1] to RGB in [0, 1], or its weights; where '
-        'its size has to be fixed it is chop_size',
+        help='write the network as a file for other programs, from RGB in [0, 1] to RGB in [0, 1], or its weights; one '
+        'that cannot take every size takes squares of chop_size',
     )
     g.add_argument('--save_models', action='store_true', help='keep the weights of every epoch')
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
