@@ -74,7 +74,7 @@ def assert_enlarges(kind: str, content: bytes, model: Model, n: int, height: int
 def test_a_network_of_free_sizes(kind: str, name: str, settings: dict) -> None:
     model = make(name, **settings)
     content = export.export(model, kind, 16)
-    for shape in ((3, 17, 40), (1, 50, 23), (2, 48, 32)):
+    for shape in ((3, 27, 40), (1, 50, 24), (2, 48, 32)):
         assert_enlarges(kind, content, model, *shape)
 
 
@@ -84,7 +84,7 @@ def test_a_network_of_a_fixed_size(kind: str, monkeypatch: pytest.MonkeyPatch) -
     model, said = make('DLGSANet', **DLGSANET), []
     monkeypatch.setattr(export.log, 'info', lambda text, *values: said.append(text % values))
     content = export.export(model, kind, 16)
-    assert said[0].startswith(f'DLGSANet as {kind} cannot take images of 16x16 pixels or more: ')
+    assert said[0].startswith(f'DLGSANet as {kind} cannot take images of 24x24 pixels or more: ')
     assert said[1].startswith('The file takes one image of 16x16 pixels')
     assert_enlarges(kind, content, model, 1, 16, 16)
     if kind == 'onnx':
@@ -96,7 +96,7 @@ def test_the_file_says_what_it_is() -> None:
     onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
     said = session(content).get_modelmeta().custom_metadata_map
     assert (said['model'], said['scale']) == ('EDSR', '2')
-    assert said['lr'] == 'RGB (N, 3, H, W), float32 in [0, 1]: images of 16x16 pixels or more'
+    assert said['lr'] == 'RGB (N, 3, H, W), float32 in [0, 1]: images of 24x24 pixels or more'
     assert session(content).get_inputs()[0].shape == ['n', 3, 'lr_height', 'lr_width']
 
 
@@ -133,10 +133,10 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-def export_file(weights: Path, kind: str, *options: str) -> tuple[int, Path]:
+def export_file(weights: Path, kind: str) -> tuple[int, Path]:
     """Run the program; its exit status and the run folder."""
     runs = weights.parent / 'runs'
-    status = main.main(['--model', 'auto', '--pre_train', str(weights), '--save_dir', str(runs), '--export', kind, *options])
+    status = main.main(f'--model auto --pre_train {weights} --save_dir {runs} --export {kind}'.split())
     return status, runs / f'{NAME}_export'
 
 
