@@ -5,7 +5,7 @@ import math
 import os
 import pickle
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,6 +108,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return {key: _tensor(data, **entry) for key, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise UserError(f'{path} is not a whole file of safetensors: fetch or make it again.') from error
+
+
+def safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a file in the safetensors format, as `read_safetensors` reads it."""
+    kinds = {kind: name for name, kind in SAFETENSORS.items()}
+    header: dict[str, dict[str, object]] = {'__metadata__': {'format': 'pt'}}
+    data = bytearray()
+    for key, tensor in tensors.items():
+        start = len(data)
+        data += tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        header[key] = {'dtype': kinds[tensor.dtype], 'shape': [*tensor.shape], 'data_offsets': [start, len(data)]}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    return len(text).to_bytes(8, 'little') + text + data
 
 
 def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> Tensor:

@@ -92,6 +92,8 @@ def run_here(args: Namespace) -> None:
         profile(args, folder)
     elif args.score:
         score(args, folder)
+    elif args.export:
+        export(args, folder)
     elif args.test_only:
         test(args, folder)
     else:
@@ -221,6 +223,21 @@ def show_attention(model: Model, saved: Mapping[str, Sequence[Saved]]) -> None:
         for image in images[:SHEET_ROWS]:
             name = f'{image.name}_x{image.scale}_attention.png'
             attention.save(model, image.lr(), image.file.with_name(name))
+
+
+def export(args: Namespace, folder: RunFolder) -> None:
+    """Write a network as a file for other programs."""
+    from export import SUFFIXES, export
+
+    args.cpu, args.compile, args.precision = True, False, 'single'  # a file does not depend on these
+    model = make_model(args)
+    _, origin = load(args, model)
+    folder.start_log()
+    describe(model, folder, origin)
+    content = export(model, args.export, args.chop_size)
+    name = f'{args.model}_x{args.scale}{SUFFIXES[args.export]}'
+    folder.write_bytes(name, content)
+    log.info('Written: %s, %.2f MB', folder.folder / name, len(content) / 1e6)
 
 
 def train(args: Namespace, folder: RunFolder) -> None:

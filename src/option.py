@@ -575,6 +575,12 @@ def build_parser() -> Parser:
         default=0,
         help='batches between states saved within an epoch, for --load after a crash; 0: only after each epoch',
     )
+    g.add_argument(
+        '--export',
+        choices=('onnx', 'torchscript', 'safetensors'),
+        help='write the network as a file for other programs, from RGB in [0, 1] to RGB in [0, 1], or its weights; one '
+        'that cannot take every size takes squares of chop_size',
+    )
     g.add_argument('--save_models', action='store_true', help='keep the weights of every epoch')
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
     g.add_argument('--save_results', action='store_true', help='save the enlarged images')
@@ -613,6 +619,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.chop = args.chop or False
     if args.scale is None and args.model != 'auto':
         args.scale = 4
+    if args.export:
+        for option in ('score', 'test_only', 'reset', 'self_ensemble'):
+            if getattr(args, option):
+                raise UserError(f'--{option}: --export only writes a network as a file; leave it out.')
+        args.test_only, args.n_GPUs = True, 1
     _check(args)
     for key in FIXED_IN_A_RUN:
         if saved and getattr(args, key) != saved.get(key):
@@ -662,6 +673,8 @@ def _default_name(args: argparse.Namespace) -> str:
     if args.profile or args.compare:
         return 'profile'
     name = args.template or f'{args.model}_x{args.scale}'
+    if args.export:
+        return f'{name}_export'
     return f'{name}_test' if args.test_only else name
 
 
@@ -731,7 +744,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.costs and (args.profile or args.compare):
         raise UserError(f'--{"profile" if args.profile else "compare"}: --costs is another measurement; give one.')
     if measured:
-        others = ('load', 'pre_train', 'template', 'test_only', 'score', 'reset', 'chop', 'self_ensemble')
+        others = ('export', 'load', 'pre_train', 'template', 'test_only', 'score', 'reset', 'chop', 'self_ensemble')
         for option in (*others, *NETWORK_SETTINGS):
             if getattr(args, option):
                 raise UserError(f'--{option}: --{measured} measures the published networks alone; leave it out.')

@@ -26,7 +26,7 @@ NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention
+    compare max_memory show_attention export
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -60,7 +60,7 @@ DEFAULTS = {
     'weight_decay': 0.0, 'gclip': 0.0, 'loss': '1*L1', 'skip_threshold': 1e8, 'load': '', 'resume': -1,
     'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
-    'shave': None, 'costs': False, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
+    'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
@@ -372,6 +372,12 @@ def test_out_of_range(name, text):
         ('--costs --n_GPUs 2', ['--n_GPUs 2', '--costs']),
         ('--costs --profile', ['--profile', '--costs']),
         ('--costs --compare x.json', ['--compare', '--costs']),
+        ('--costs --export onnx', ['--export', '--costs']),
+        ('--export onnx --score .', ['--score', '--export']),
+        ('--export onnx --test_only', ['--test_only', '--export']),
+        ('--export onnx --reset', ['--reset', '--export']),
+        ('--export onnx --self_ensemble', ['--self_ensemble', '--export']),
+        ('--export tflite', ['--export', 'tflite', 'onnx', 'torchscript', 'safetensors']),
         ('--profile --model Foo', ["'Foo'", *option.MODELS]),
         ('--profile --pre_train x.pt', ['--pre_train', '--profile']),
         ('--profile --n_feats 8', ['--n_feats', '--profile']),

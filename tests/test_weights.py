@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import files
 from error import UserError
 from model import build
 from model.weights import load_weights, read_torch, read_weights
@@ -78,9 +79,22 @@ TYPES = [
 ]  # fmt: skip
 
 
-def test_reads_what_safetensors_saves(tmp_path: Path) -> None:
+def of_all_types() -> dict[str, torch.Tensor]:
     state = {f'{i}.w': (torch.rand(2, 3, 1) * 5 - 2).to(dtype) for i, dtype in enumerate(TYPES)}
-    state |= {'scalar': torch.tensor(7.0), 'empty': torch.zeros(0, 4, dtype=torch.int16)}
+    return state | {'scalar': torch.tensor(7.0), 'empty': torch.zeros(0, 4, dtype=torch.int16)}
+
+
+def test_safetensors_reads_what_is_written_here() -> None:
+    state = of_all_types() | {'turned': torch.arange(6.0).view(2, 3).t()}
+    found = safetensors.torch.load(files.safetensors(state))
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+
+
+def test_reads_what_safetensors_saves(tmp_path: Path) -> None:
+    state = of_all_types()
     safetensors.torch.save_file(state, tmp_path / 'x.safetensors', metadata={'format': 'pt'})
     found, _ = read_weights(tmp_path / 'x.safetensors')
     assert found.keys() == state.keys()

@@ -158,7 +158,10 @@ class Model(nn.Module):
 
     def _upscale(self, lr: Tensor, peak: int) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
-        rgb = lr.to(self.device, torch.float32) / peak
+        return self.enlarge(lr.to(self.device, torch.float32) / peak)
+
+    def enlarge(self, rgb: Tensor) -> Tensor:
+        """RGB (N, 3, H, W) in [0, 1], float32 on the device, to (N, 3, scale * H, scale * W); not clipped."""
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             x = self._to_range(self._colours(rgb))

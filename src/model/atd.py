@@ -208,7 +208,7 @@ class Block(nn.Module):
         self.conv = conv(n_feats, n_feats, 3)
 
     def forward(self, x: Tensor, height: int, width: int, positions: Tensor, windows: list[Windows]) -> Tensor:
-        y, tokens = x, self.residual_group.td.expand(len(x), -1, -1)
+        y, tokens = x, self.residual_group.td.expand(x.shape[0], -1, -1)
         for i, layer in enumerate(self.residual_group.layers):
             y, tokens = layer(y, tokens, height, width, positions, windows[i % 2])
         return x + flatten_image(self.conv(unflatten_image(y, height, width)))

@@ -97,7 +97,7 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
 
 def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
     """(N, C, H, W) grown right and below by zeros to multiples of `multiple` that are not below `at_least`."""
-    height, width = (-(-max(size, at_least) // multiple) * multiple for size in x.shape[2:])
+    height, width = ((max(size, at_least) + multiple - 1) // multiple * multiple for size in x.shape[2:])
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
@@ -222,7 +222,7 @@ def as_one(first: nn.Conv2d, last: nn.Conv2d) -> tuple[Tensor, Tensor]:
     pixels = F.pad(first.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
     weight = answer(pixels, None).transpose(0, 1).flip(2, 3)
     bias = answer(first.get_parameter('bias').view(1, -1, 1, 1).expand(-1, -1, 3, 3), last.bias)[0, :, 1, 1]
-    return weight, bias
+    return weight.reshape(last.out_channels * scale**2, first.in_channels, 5, 5), bias
 
 
 class Tail(nn.Sequential):
@@ -635,7 +635,9 @@ def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
     kinds = [kind.reshape(-1, 1, size**2) for kind in kinds]
     first_row = torch.arange(n, device=like.device).view(-1, 1) * (height * width)
     order = torch.cat([(kind + first_row).flatten() for kind in kinds])
-    used = [(n * len(kind), mask) for kind, mask in zip(kinds, masks, strict=True) if len(kind)]
+    rows, columns = height // size, width // size
+    counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
+    used = [(n * count, mask) for count, mask in zip(counts, masks, strict=True) if count]
     return Windows(order, inverse_of(order), [count for count, _ in used], [mask for _, mask in used])
 
 

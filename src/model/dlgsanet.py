@@ -125,9 +125,10 @@ class SparseGlobalAttention(TransposedAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)
-        sizes = [length if self.training else min(length, self.tlc_size) for length in x.shape[2:]]
+        lengths = [int(length) for length in x.shape[2:]]  # plain numbers in a trace too
+        sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
         weight = self.project_out.weight
-        (rows, down), (columns, across) = (cells(*axis, weight) for axis in zip(x.shape[2:], sizes, strict=True))
+        (rows, down), (columns, across) = (cells(*axis, weight) for axis in zip(lengths, sizes, strict=True))
         places = list(product(rows, columns))
         parts = [qkv[:, i, j].flatten(1, 2) for i, j in places]
         out = qkv.new_empty(*qkv.shape[:3], len(weight))

@@ -162,7 +162,7 @@ class NLSN(nn.Module):
         shape = (*self.sets, n_buckets(x.shape[2] * x.shape[3], self.chunk_size) // 2)
         if self.training:
             return torch.randn(shape, device=x.device)
-        return self.draws[: math.prod(shape)].view(shape).to(x.device)
+        return self.draws[: math.prod(shape)].view(*self.sets, -1).to(x.device)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
