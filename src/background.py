@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Any, TypeVar
 
 import parallel
@@ -37,14 +37,16 @@ class Background:
     def feed(self, items: Iterable[T], work: Callable[..., Any], *arguments: object) -> None:
         """Begin `work(iterator, *arguments)` and give it the items as they are made here, at most eight ahead of it.
 
-        An error in making them ends the work with the same error.
+        An error in making them ends the work with the same error, which is raised here and not once more at the end.
         """
         queue: Queue = Queue(AHEAD)
-        future = self.start(work, _received(queue), *arguments)
+        failed: list[BaseException] = []
+        future = self.start(work, _received(queue, failed), *arguments)
         try:
             all(_put(queue, item, future) for item in chain(items, [None]))
         except BaseException as error:
-            _put(queue, error, future)
+            failed.append(error)
+            self._futures.remove(future)
             raise
 
     def __exit__(self, *_: object) -> None:
@@ -61,11 +63,14 @@ def _put(queue: Queue, item: object, reader: Future) -> bool:
     return False
 
 
-def _received(queue: Queue) -> Iterator[Any]:
-    while (item := queue.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+def _received(queue: Queue, failed: list[BaseException]) -> Iterator[Any]:
+    """The items up to None; raises what `failed` holds, for which nothing need be put into a queue that may be full."""
+    while not failed:
+        with suppress(Empty):
+            if (item := queue.get(timeout=0.1)) is None:
+                return
+            yield item
+    raise failed[0]
 
 
 class Ahead:

@@ -10,11 +10,13 @@ import numpy as np
 
 import memory
 import parallel
+from allocator import give_back
 from background import Ahead, Background
 from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, write_rows
-from error import UserError
+from error import UserError, WriteError
 from files import some
 from model import Model
+from model.tiling import Tiler
 
 log = logging.getLogger('frugalsr')
 
@@ -29,6 +31,7 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
 
     Raises:
         UserError: no folder, no images in it, or some that could not be read or do not fit into memory.
+        WriteError: an image could not be written; those after it are left.
     """
     if not source.is_dir():
         raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
@@ -42,18 +45,24 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
         return read_photo(files[index])
 
     with Background() as background:
-        for _, own in parallel.progress(list(parallel.deal(len(files))), source.name):
+        for first, own in parallel.progress(list(parallel.deal(len(files))), source.name):
             if own is None:
                 continue
             try:
                 if limit is not None:
                     check_fits(files[own], limit)
-                photo = read(own) if limit is not None else ahead(read, own, len(files))
+                # Not while what the network takes is measured, with the first image.
+                photo = read(own) if limit is not None or first == 0 else ahead(read, own, len(files))
                 height = len(photo.color) * model.scale
                 path = target / f'{names[own]}_x{model.scale}_SR.png'
                 background.feed(enlarged(model, photo), write_rows, path, height, photo.icc)
+            except WriteError:
+                raise
             except UserError as error:
-                failures.append(str(error))
+                said = str(error)
+                failures.append(said if str(files[own]) in said else f'{files[own]}: {said}')
+            finally:
+                photo = None  # type: ignore[assignment]  # or it would stay while the next one is read
     failures = [failure for own in parallel.gather(failures) for failure in own]
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
@@ -69,6 +78,7 @@ def check_fits(path: Path, limit: int) -> None:
     Raises:
         UserError: there is not.
     """
+    give_back()
     needs = (memory.in_use('cpu') or 0) + bytes_to_read(path)
     if needs > limit:
         raise UserError(f'{path}: to read it takes up to {needs / 2**30:.3g}G in all; give a larger --max_memory.')
@@ -96,7 +106,7 @@ def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:
         for rows in model.rows(photo.color):
             yield rows[..., 1] if photo.grey else rows
         return
-    plain, done = Model('Bicubic', model.scale, model.device), 0
+    plain, done = Model('Bicubic', model.scale, model.device, Tiler(512, 2 * REACH, 1)), 0
     for rows in model.rows(fill_hidden(photo.color, photo.alpha)):
         first, done = done, done + len(rows)
         top = max(0, first // model.scale - REACH)

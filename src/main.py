@@ -538,9 +538,10 @@ def write_results(
     from machine import machine
     from model import type_name
 
-    tiler = model.tiler
+    auto = args.chop == 'auto'  # when sizes differ between images, and tiles are never averaged
+    size, blend = ('auto', 'ramp') if auto else (model.tiler and model.tiler.size, args.chop_blend)
     protocol = {
-        'chop': {'size': tiler.size, 'overlap': tiler.overlap, 'blend': args.chop_blend} if tiler else None,
+        'chop': {'size': size, 'overlap': args.chop_overlap, 'blend': blend} if args.chop else None,
         'self_ensemble': args.self_ensemble,
         'precision': type_name(model.dtype),
         'sets': evaluation.protocol(),
@@ -595,7 +596,7 @@ def saved_images(args: Namespace, folder: RunFolder, evaluation: Evaluation) -> 
             found[data.name] = [
                 saved(data.name, name, partial(data.lr, i), partial(data.hr, i)) for i, name in enumerate(data.names)
             ]
-    if 'Demo' in args.data_test and args.dir_demo.is_dir():
+    if 'Demo' in args.data_test and args.dir_demo.is_dir() and args.max_memory is None:  # which they might exceed
         files = find_images(args.dir_demo)
         demo = [saved('Demo', n, partial(read_rgb, file)) for n, file in zip(output_names(files), files, strict=True)]
         found['Demo'] = [image for image in demo if image.file.is_file()]

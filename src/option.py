@@ -701,7 +701,7 @@ def write_config(args: argparse.Namespace, settings: Mapping[str, object] = Mapp
 
 def changed(args: argparse.Namespace) -> list[str]:
     """The options that are not at their default, whether typed, of a recipe or of a loaded run."""
-    default = vars(build_parser().parse_args([]))
+    default = vars(parse([]))
     return [key for key, value in vars(args).items() if value != default[key]]
 
 
@@ -788,6 +788,8 @@ def _check(args: argparse.Namespace) -> None:
         for option in network:
             if getattr(args, option):
                 raise UserError(f'--{option}: --score measures files and runs no network; leave it out.')
+    if args.max_memory is not None and args.show_attention:
+        raise UserError('--show_attention: what it takes --max_memory does not bound; give one of them.')
     if args.show_attention and not args.test_only:
         raise UserError('--show_attention: its pictures are made in tests; use it with --test_only.')
     if args.resume > 0 and not args.load:

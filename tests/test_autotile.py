@@ -126,3 +126,22 @@ def test_memory_that_runs_out_all_the_same_makes_later_tiles_smaller(machine, mo
     with caplog.at_level(logging.WARNING, 'frugalsr'):
         machine.tiles(tiler, 900, 900)
     assert not caplog.records
+
+
+def test_fixed_tiles_have_one_shape_also_after_a_small_image(machine):
+    tiler = AutoTiler(8, 1, 'cpu', fixed=True)
+    assert machine.tiles(tiler, 40, 50) == machine.tiles(tiler, 700, 600)
+
+
+def test_a_wide_image_that_fixed_tiles_do_not_fit_is_told(machine):
+    tiler = AutoTiler(8, 1, 'cpu', RESERVE + 20 * 10**6, fixed=True)
+    machine.tiles(tiler, 200, 200)
+    with pytest.raises(UserError, match='give more memory'):
+        machine.tiles(tiler, 100, 100_000)
+
+
+def test_processes_of_a_host_share_what_is_free(monkeypatch):
+    monkeypatch.setattr('parallel.size', lambda: 4)
+    machine = Machine(monkeypatch, 4 * 10**7)
+    ((_, _, height, _),) = machine.tiles(AutoTiler(8, 1, 'cpu'), 1500, 1500)
+    assert height in range(40, 100)

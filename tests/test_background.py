@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import background as background_module
 from background import Ahead, Background
 
 
@@ -92,3 +93,41 @@ def test_an_error_of_the_work_ends_the_making():
     with pytest.raises(ZeroDivisionError), Background() as background:
         background.feed(items(), work)
     assert len(made) < 1000
+
+
+def test_an_error_in_making_items_is_raised_once_and_spoils_nothing_else():
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ZeroDivisionError
+
+    with Background() as background:
+        with pytest.raises(ZeroDivisionError):
+            background.feed(broken(), list)
+        for i in range(4):
+            background.feed(iter([i]), list)
+    assert background.results == [[i] for i in range(4)]
+
+
+def test_a_second_interruption_leaves_no_thread_waiting(monkeypatch):
+    """Also where the queue was full at the first one."""
+    begun = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield from range(8)
+        begun.set()
+        raise KeyboardInterrupt
+
+    def work(numbers: Iterator[int]) -> None:
+        begun.wait()
+        list(numbers)
+
+    plain = background_module._put
+
+    def put(queue, item, reader):
+        if isinstance(item, BaseException):
+            raise KeyboardInterrupt
+        return plain(queue, item, reader)
+
+    monkeypatch.setattr(background_module, '_put', put)
+    with pytest.raises(KeyboardInterrupt), Background() as background:
+        background.feed(items(), work)

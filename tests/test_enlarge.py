@@ -7,7 +7,7 @@ from conftest import ROOT
 from PIL import Image
 
 from data.image import Photo, bytes_to_read, read_photo, write_png
-from enlarge import check_fits, enlarged
+from enlarge import check_fits, enlarge_folder, enlarged
 from error import UserError
 from model import Model
 from model.tiling import Tiler
@@ -64,16 +64,18 @@ def taken(setup: str, work: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')
-@pytest.mark.parametrize('kind', ['grey', 'rgb', 'jpeg', 'palette', 'clear', 'deep', 'tif'])
+@pytest.mark.parametrize('kind', ['grey', 'rgb', 'jpeg', 'cmyk', 'webp', 'palette', 'clear', 'deep', 'tif'])
 def test_reading_takes_no_more_than_is_said(tmp_path, kind):
     low = RNG.integers(0, 256, (1500, 2000, 4)).astype(np.uint8)
-    path = tmp_path / {'jpeg': 'a.jpg', 'tif': 'a.tif'}.get(kind, 'a.png')
+    path = tmp_path / {'jpeg': 'a.jpg', 'cmyk': 'a.jpg', 'webp': 'a.webp', 'tif': 'a.tif'}.get(kind, 'a.png')
     if kind == 'deep':
         write_png(path, low.astype(np.uint16) * 257)
     elif kind == 'tif':
         import tifffile
 
         tifffile.imwrite(path, low[..., :3].astype(np.uint16), photometric='rgb')
+    elif kind == 'cmyk':
+        Image.fromarray(low[..., :3]).convert('CMYK').save(path)
     elif kind == 'palette':
         Image.fromarray(low[..., :3]).quantize(16).save(path)
     else:
@@ -102,3 +104,31 @@ def test_a_limit_of_memory_is_held(tmp_path):
         work = f'main.main({options!r}.format(used + {more}).split())'
         assert taken(setup, work) <= more * 2**20
         (tmp_path / 'runs' / 'demo' / 'results-Demo' / 'a_x4_SR.png').unlink()
+
+
+def test_an_image_that_does_not_fit_is_named_and_no_other_is_lost(tmp_path, monkeypatch):
+    for i in range(5):
+        write_png(tmp_path / 'photos' / f'{i}.png', np.full((9, 20 if i == 1 else 8, 3), 9, np.uint8))
+    model = Model('Bicubic', 2)
+    plain = model.rows
+
+    def rows(image):
+        if image.shape[1] == 20:
+            raise UserError('too large.')
+        yield from plain(image)
+
+    monkeypatch.setattr(model, 'rows', rows)
+    with pytest.raises(UserError, match=r'^1 of 5 images could not be enlarged: \S*1\.png: too large\.$'):
+        enlarge_folder(model, tmp_path / 'photos', tmp_path / 'out')
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [f'{i}_x2_SR.png' for i in (0, 2, 3, 4)]
+
+
+def test_memory_that_was_freed_counts_as_room(tmp_path):
+    """The allocator keeps it, unless asked."""
+    write_png(tmp_path / 'a.png', np.zeros((50, 60, 3), np.uint8))
+    setup = 'import torch; from pathlib import Path; from enlarge import check_fits; used = memory.in_use("cpu")'
+    work = (
+        'blocks = [torch.ones(2**20) for _ in range(50)]; last = torch.ones(9); del blocks; '
+        f'check_fits(Path({str(tmp_path / "a.png")!r}), used + 2**26)'
+    )
+    assert taken(setup, work) > 2**27

@@ -346,3 +346,29 @@ def test_mean_of_tiles_keeps_its_size_when_memory_runs_out() -> None:
     assert {shape[-2:] for shape in net.shapes} == {(8, 8)}
     with pytest.raises(torch.OutOfMemoryError):
         tiler(Limited(limit=63), image, 1, identity)
+
+
+def test_memory_that_runs_out_in_finishing_loses_no_rows() -> None:
+    image, calls = noise(3, 100, 40), []
+
+    def finish(rows: Tensor) -> Tensor:
+        calls.append(rows)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError('out')
+        return rows.clone()
+
+    assert torch.equal(Tiler(32, 8, 4)(lambda tiles: tiles, image, 1, finish), image)
+
+
+def test_no_rows_are_empty_after_memory_ran_out() -> None:
+    image, calls = noise(3, 100, 40), []
+
+    def run(tiles: Tensor) -> Tensor:
+        calls.append(tiles)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError('out')
+        return tiles
+
+    found = [rows.clone() for rows in MeanTiler(32, 8, 4).rows(run, image, 1, identity)]
+    assert all(rows.shape[-2] for rows in found)
+    assert torch.allclose(torch.cat(found, -2), image)

@@ -19,7 +19,7 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
 MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # Pillow's pixel modes that convert to 8 bits
 MAX_PIXELS = 2**28
-OPAQUE, CLEAR, DEEP = 8, 40, 46  # bytes a pixel while an image is read, measured
+OPAQUE, CONVERTED, WEBP, CLEAR, DEEP = 8, 13, 22, 40, 46  # bytes a pixel while an image is read, measured
 
 # Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -104,7 +104,12 @@ def bytes_to_read(path: Path) -> int:
     with _user_errors(path), path.open('rb') as file:
         head = file.read(HEAD_BYTES)
         image = Image.open(file, formats=FORMATS)
-        pixel = DEEP if is_png16(head) or _is_tif16(image) else CLEAR if image.has_transparency_data else OPAQUE
+        if is_png16(head) or _is_tif16(image):
+            pixel = DEEP
+        elif image.has_transparency_data:
+            pixel = CLEAR
+        else:
+            pixel = WEBP if image.format == 'WEBP' else OPAQUE if image.mode in ('L', 'RGB') else CONVERTED
     return height * width * pixel
 
 

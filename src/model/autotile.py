@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.compiler import set_stance
 
 import memory
+import parallel
 from allocator import give_back
 from error import UserError
 from model.tiling import SMALLEST_STEP, Function, Tiler
@@ -35,7 +36,7 @@ class AutoTiler(Tiler):
         batch: tiles a call, at most.
         device: where the network runs: cpu, cuda or mps.
         limit: bytes that may be in use, on a CPU those that the process has in memory, else those of the device; None:
-            four fifths of what is free may be taken.
+            four fifths of what is free may be taken, on a CPU by all processes together.
     """
 
     def __init__(self, overlap: int, batch: int, device: str, limit: int | None = None, fixed: bool = False) -> None:
@@ -45,6 +46,7 @@ class AutoTiler(Tiler):
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
         self.most, self.largest = batch, self.size
         self.told = (0, 0)
+        self.chosen = False  # for all images
         self.measured: list[int] = []  # bytes for the squares
 
     @torch.no_grad()
@@ -54,13 +56,11 @@ class AutoTiler(Tiler):
         Raises:
             UserError: the smallest tiles exceed the limit, or the system does not tell what is in use.
         """
-        if self.limit is not None or max(image.shape[-2:]) > TRIED[-1]:
+        if self.fixed or self.limit is not None or max(image.shape[-2:]) > TRIED[-1]:
             self._choose(run, image, scale)
         yield from super().rows(run, image, scale, finish)
 
     def _choose(self, run: Function, image: Tensor, scale: int) -> None:
-        if self.fixed and self.measured:
-            return
         give_back()
         if memory.in_use(self.device) is None:
             if self.limit is not None:
@@ -71,8 +71,9 @@ class AutoTiler(Tiler):
         give_back()
         room = self._room()
         smallest = self.overlap + SMALLEST_STEP
-        sides = [*range(self.largest, smallest, -STEP), smallest]
-        self.size = next((side for side in sides if self._takes(side, image, scale) <= room), smallest)
+        sides = [self.size] if self.chosen else [*range(self.largest, smallest, -STEP), smallest]
+        self.chosen = self.fixed
+        self.size = next((side for side in sides if self._takes(side, image, scale) <= room), sides[-1])
         takes = self._takes(self.size, image, scale)
         if self.limit is not None and takes > room:
             raise UserError(
@@ -104,7 +105,8 @@ class AutoTiler(Tiler):
     def _room(self) -> int:
         if self.limit is not None:
             return self.limit - RESERVE - (memory.in_use(self.device) or 0)
-        return int(PART_OF_FREE * (memory.free(self.device) or 0))
+        share = parallel.size() if self.device == 'cpu' else 1
+        return int(PART_OF_FREE * (memory.free(self.device) or 0) / share)
 
     def _takes(self, side: int, image: Tensor, scale: int) -> int:
         """Bytes for a call with tiles of an image, and on the host for a row of them."""
@@ -112,5 +114,6 @@ class AutoTiler(Tiler):
         height, width = (side, side) if self.fixed else (min(side, length) for length in size)
         (small, large), (few, many) = self.measured, (tried**2 for tried in TRIED)
         call = MARGIN * (small + max(large - small, 0) / (many - few) * (height * width - few))
-        row = (4 * height + HANDED_ON * image.itemsize) * channels * image.shape[-1] * scale**2
+        length = max(side, size[1]) if self.fixed else size[1]
+        row = (4 * height + HANDED_ON * image.itemsize) * channels * length * scale**2
         return int(max(call, 0)) + (0 if self.device == 'cuda' else row)

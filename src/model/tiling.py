@@ -68,7 +68,7 @@ class Tiler:
         `run` maps a batch of tiles (n, C, h, w), on the host and in the dtype and value range of the image, to
         (n, C, h*scale, w*scale) on any device; all tiles of an image have one shape. `finish` turns float32 rows
         (C, some, W*scale), in the value range of `run`, into as many final rows; it may work in place. It is given
-        all rows once, from top to bottom, a few at a time, in memory that is used again for those that follow; beside
+        all rows, from top to bottom, a few at a time, in memory that is used again for those that follow; beside
         them the host holds one row of tiles as floats.
 
         Raises the out-of-memory error of `run` if even one smallest tile does not fit; other errors pass through.
@@ -80,8 +80,9 @@ class Tiler:
             try:
                 for piece in self._pieces(run, image, scale, done):
                     for rows in piece[:, : (height - done) * scale, : width * scale].split(ROWS * scale, -2):
+                        finished = finish(rows)
                         done += rows.shape[-2] // scale
-                        yield finish(rows)
+                        yield finished
             except RuntimeError as error:
                 if not out_of_memory(error) or not self._shrink(*image.shape[-2:]):
                     raise
@@ -149,8 +150,9 @@ class MeanTiler(Tiler):
             band = _sum(tiles, lefts, width * scale, scale)
             band[:, : shared.shape[1]] += shared
             skip = max(0, done - top)
-            rows = counts[top + skip : below].repeat_interleave(scale, 0)
-            yield band[:, skip * scale : (below - top) * scale] / rows
+            if top + skip < below:
+                rows = counts[top + skip : below].repeat_interleave(scale, 0)
+                yield band[:, skip * scale : (below - top) * scale] / rows
             shared = band[:, (below - top) * scale :].clone()
 
     def _starts(self, length: int, side: int) -> list[int]:
