@@ -63,6 +63,7 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
                 failures.append(said if str(files[own]) in said else f'{files[own]}: {said}')
             finally:
                 photo = None  # type: ignore[assignment]  # or it would stay while the next one is read
+    give_back()  # what follows takes some of its own
     failures = [failure for own in parallel.gather(failures) for failure in own]
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)

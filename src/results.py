@@ -86,10 +86,12 @@ def run(args: Namespace) -> None:
     if not weights:
         raise UserError(f'{args.extend} holds no weights (*.pt): give their folder with --extend.')
     scales = sorted({scale_of(name) for name in weights})
-    found = {f'Bicubic_x{s}': measured(args, f'Bicubic_x{s}', f'--model Bicubic --scale {s}') for s in scales}
+    found = {
+        f'Bicubic_x{s}': measured(args, f'Bicubic_x{s}', ['--model', 'Bicubic', '--scale', str(s)]) for s in scales
+    }
     found |= {name: measured(args, name, network(args, name)) for name in weights}
     studied = {
-        (name, what): measured(args, f'{name} {what}', f'{network(args, name)} {options}', STUDIED)
+        (name, what): measured(args, f'{name} {what}', [*network(args, name), *options.split()], STUDIED)
         for name in weights
         for what, options in STUDIES.items()
     }
@@ -105,17 +107,17 @@ def scale_of(name: str) -> int:
     return int(scale)
 
 
-def network(args: Namespace, name: str) -> str:
+def network(args: Namespace, name: str) -> list[str]:
     """Options that test weights by the recipe of their name."""
-    return f'--template {name} --pre_train {args.extend / name}.pt'
+    return ['--template', name, '--pre_train', f'{args.extend / name}.pt']
 
 
-def measured(args: Namespace, name: str, options: str, sets: str = '+'.join(MEASURED)) -> Row:
+def measured(args: Namespace, name: str, options: Sequence[str], sets: str = '+'.join(MEASURED)) -> Row:
     """The results.json of a run, which is done if it is not there."""
     folder = args.save_dir / name.replace(' ', '_')
     if not (folder / 'results.json').is_file():
         where = ['--dir_data', str(args.dir_data), '--save_dir', str(args.save_dir), '--save', folder.name]
-        line = [*options.split(), '--test_only', '--data_test', sets, *where, *(['--cpu'] if args.cpu else [])]
+        line = [*options, '--test_only', '--data_test', sets, *where, *(['--cpu'] if args.cpu else [])]
         parsed = option.parse(line)
         program.run(parsed, line)
     return json.loads((folder / 'results.json').read_text())

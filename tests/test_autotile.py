@@ -49,7 +49,7 @@ def needed(height: int, width: int, image_width: int) -> int:
     return CALL + BYTES * height * width + 4 * 3 * height * image_width
 
 
-@pytest.mark.parametrize('limit', [6, 20, 60, 400])
+@pytest.mark.parametrize('limit', [20, 30, 60, 400])
 def test_tiles_are_as_large_as_the_limit_allows(machine, limit):
     limit = limit * 10**6 + RESERVE
     tiler = AutoTiler(8, 1, 'cpu', limit)
@@ -75,7 +75,7 @@ def test_an_image_of_measured_size_is_enlarged_whole_and_nothing_measured(machin
 
 
 def test_the_network_is_measured_once(machine):
-    tiler = AutoTiler(8, 1, 'cpu', RESERVE + 10**7)
+    tiler = AutoTiler(8, 1, 'cpu', RESERVE + 2 * 10**7)
     machine.tiles(tiler, 200, 200)
     assert machine.shapes[:3] == [(1, 3, 64, 64), (1, 3, 64, 64), (1, 3, 128, 128)]
     machine.tiles(tiler, 300, 200)
@@ -90,6 +90,12 @@ def test_more_tiles_a_call_where_memory_is_left(machine):
 def test_a_limit_that_cannot_be_held_is_told(machine):
     with pytest.raises(UserError, match=r'--max_memory .*G: 1300x1100 pixels need .*give more memory'):
         machine.tiles(AutoTiler(8, 1, 'cpu', RESERVE + 1_500_000), 1100, 1300)
+
+
+def test_a_square_that_would_exceed_the_limit_is_not_tried(machine):
+    with pytest.raises(UserError, match=r'--max_memory .*give more memory'):
+        machine.tiles(AutoTiler(8, 1, 'cpu', RESERVE + machine.used + 128 * 128 * BYTES), 1100, 1300)
+    assert machine.shapes == [(1, 3, 64, 64), (1, 3, 64, 64)]
 
 
 def test_a_system_that_does_not_tell(monkeypatch):

@@ -14,7 +14,7 @@ from published import PUBLISHED, SETS
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
     """Two images a benchmark, weights of an untrained network, and what is measured of them."""
-    tmp_path = tmp_path_factory.mktemp('results')
+    tmp_path = tmp_path_factory.mktemp('with a space')
     for i, name in enumerate(SETS):
         for j in range(2):
             write_png(tmp_path / 'data' / 'benchmark' / name / 'HR' / f'{j}.png', picture(2 * i + j, 28, 24))

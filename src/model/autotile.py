@@ -75,15 +75,18 @@ class AutoTiler(Tiler):
         self.chosen = self.fixed
         self.size = next((side for side in sides if self._takes(side, image, scale) <= room), sides[-1])
         takes = self._takes(self.size, image, scale)
-        if self.limit is not None and takes > room:
-            raise UserError(
-                f'--max_memory {self.limit / GIGABYTE:.3g}G: {image.shape[-1]}x{image.shape[-2]} pixels need '
-                f'{(self.limit - room + takes) / GIGABYTE:.3g}G in the smallest tiles; give more memory.'
-            )
+        self._check_fits(takes, image)
         self.batch = max(1, min(self.most, room // max(takes, 1)))
         if (self.size, self.batch) != self.told:
             self.told = self.size, self.batch
             log.info('Tiles of at most %d pixels a side, %d a call.', self.size, self.batch)
+
+    def _check_fits(self, takes: int, image: Tensor) -> None:
+        if self.limit is not None and takes > (room := self._room()):
+            raise UserError(
+                f'--max_memory {self.limit / GIGABYTE:.3g}G: {image.shape[-1]}x{image.shape[-2]} pixels need '
+                f'{(self.limit - room + takes) / GIGABYTE:.3g}G in the smallest tiles; give more memory.'
+            )
 
     def _shrink(self, height: int, width: int) -> bool:
         done = super()._shrink(height, width)
@@ -92,11 +95,13 @@ class AutoTiler(Tiler):
 
     def _measure(self, run: Function, image: Tensor) -> list[int]:
         """Bytes that a call takes with each of the squares."""
-        taken = []
+        taken: list[int] = []
         with set_stance('force_eager'):  # nothing is compiled for these
             for side in (TRIED[0], *TRIED):
                 square = torch.randint(0, 256, (1, len(image), side, side), generator=torch.Generator().manual_seed(0))
                 give_back()
+                if taken:
+                    self._check_fits(taken[-1] * (side // TRIED[0]) ** 2, image)
                 before = memory.start_peak(self.device) or 0
                 run(square.to(image.dtype)).to('cpu', torch.float32, copy=True)
                 taken.append((memory.peak(self.device) or 0) - before)
