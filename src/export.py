@@ -82,7 +82,6 @@ def export(model: Model, kind: str, tile: int) -> bytes:
     for form in (FREE, fixed(tile)):
         content, fault = attempt(net, make, load, form)
         if not fault:
-            log.info('The file takes %s, checked against PyTorch at %s.', form.takes, ', '.join(map(str, form.checked)))
             return content
         log.info('%s as %s cannot take %s: %s.', model.name, kind, form.takes, fault)
     raise UserError(f'--export {kind}: {model.name} cannot be exported ({fault}); choose another format.')
@@ -92,7 +91,7 @@ def export(model: Model, kind: str, tile: int) -> bytes:
 def attempt(
     net: Enlarger, make: Callable[[Enlarger, Form], bytes], load: Callable[[bytes], Function], form: Form
 ) -> tuple[bytes, str]:
-    """The content of a file, and what is wrong with it; '' if it gives what `net` gives."""
+    """The content of a file that gives what `net` gives, or what is wrong with it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of what a trace may fix, and of what PyTorch will give up
@@ -105,7 +104,10 @@ def attempt(
         if out_of_memory(error):
             raise
         return b'', reason(error)
-    return content, '' if worst <= TOLERANCE else f'its results differ from those of PyTorch by up to {worst:.1e}'
+    if worst > TOLERANCE:
+        return b'', f'its results differ from those of PyTorch by up to {worst:.1e}'
+    log.info('The file takes %s; checked, it differs from PyTorch by up to %.1e.', form.takes, worst)
+    return content, ''
 
 
 def example(shape: Shape) -> Tensor:
@@ -179,6 +181,7 @@ def to_onnx(net: Enlarger, form: Form) -> bytes:
         output_names=names[1:],
         dynamic_axes=free if form.free else None,
         opset_version=OPSET,
+        do_constant_folding=False,  # it writes out what is looked up in small tables
         dynamo=False,
     )
     file = onnx.load_from_string(stream.getvalue())
