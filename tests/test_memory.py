@@ -1,0 +1,34 @@
+import sys
+
+import pytest
+import torch
+
+import memory
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='figures that Linux keeps')
+
+
+def test_what_is_taken_and_given_back_is_seen():
+    before = memory.start_peak('cpu')
+    tensor = torch.ones(2**24)  # 64 MiB
+    assert 2**26 <= memory.in_use('cpu') - before < 2**26 + 2**23
+    del tensor
+    assert 2**26 <= memory.peak('cpu') - before < 2**26 + 2**23
+    assert memory.start_peak('cpu') <= memory.peak('cpu') < before + 2**26
+
+
+def test_a_container_has_less(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, 'GROUP', tmp_path)
+    whole = memory.free('cpu')
+    assert whole > 2**20
+    (tmp_path / 'memory.current').write_text('1000\n')
+    (tmp_path / 'memory.max').write_text('5000\n')
+    assert memory.free('cpu') == 4000
+    (tmp_path / 'memory.max').write_text('max\n')
+    assert memory.free('cpu') > 2**20
+
+
+def test_elsewhere_nothing_is_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, '_linux', lambda file, key: None)
+    monkeypatch.setattr(memory, 'GROUP', tmp_path)
+    assert memory.in_use('cpu') is memory.free('cpu') is memory.peak('cpu') is None
