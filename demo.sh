@@ -15,6 +15,7 @@ lcoan="--model LCoAN --n_resgroups 10 --n_resblocks 4 --reduction 1 --n_feats 12
 train_lcoan="$lcoan --n_threads 8 --save_models --lr 1e-4 --batch_size 16 --data_train DIV2K --data_range 1-800/1-5 \
 --data_test Set5"
 benchmarks="--test_only --data_test Set5+Set14+B100+Urban100+Manga109 --save_results"
+four=${benchmarks/+Manga109/} # those of EDSR's package
 
 add LCoAN_x2 "train LCoAN x2 on DIV2K, as published" \
     "$train_lcoan --scale 2 --patch_size 96 --epochs 1500 --decay 300-600-900-1200 --save LCoAN_x2"
@@ -37,7 +38,7 @@ tests() {
     for name in "$@"; do
         for scale in 2 3 4; do
             add "${name}_x${scale}_test" "score $name x$scale on the benchmarks, by its protocol" \
-                "--template ${name}_x$scale $benchmarks --pre_train ${name}_x$scale.pt"
+                "--template ${name}_x$scale $four --pre_train ${name}_x$scale.pt"
         done
     done
 }
@@ -62,7 +63,7 @@ for net in ATD-light SwinIR-light; do
 done
 tests EDSR-baseline EDSR RCAN NLSN ASID ASIDd8 DLGSANet DLGSANet-light DLGSANet-tiny ATD ATD-light OmniSR SwinIR-light
 for scale in 2 3 4; do
-    add Bicubic_x${scale}_test "score bicubic x$scale on the benchmarks" "--model Bicubic $benchmarks --scale $scale"
+    add Bicubic_x${scale}_test "score bicubic x$scale on the benchmarks" "--model Bicubic $four --scale $scale"
 done
 add costs 'print what every network costs, beside the published figures' '--costs --model all --scale 2+3+4'
 add LCoAN-small_x2 "train the small LCoAN x2 on SR291 (ours)" "--template LCoAN-small_x2"

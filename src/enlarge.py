@@ -82,7 +82,10 @@ def check_fits(path: Path, limit: int) -> None:
     give_back()
     needs = (memory.in_use('cpu') or 0) + bytes_to_read(path)
     if needs > limit:
-        raise UserError(f'{path}: to read it takes up to {needs / 2**30:.3g}G in all; give a larger --max_memory.')
+        raise UserError(
+            f'{path}: with what the program takes itself, reading it takes up to {needs // 2**20 + 1}M; give a larger '
+            '--max_memory.'
+        )
 
 
 def output_names(files: Sequence[Path]) -> list[str]:

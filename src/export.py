@@ -22,7 +22,7 @@ from files import safetensors
 from model import Model
 from model.tiling import out_of_memory
 
-SUFFIXES = {'onnx': '.onnx', 'torchscript': '.pt', 'safetensors': '.safetensors'}
+SUFFIXES = {'onnx': '.onnx', 'torchscript': '.torchscript', 'safetensors': '.safetensors'}
 OPSET = 17
 TOLERANCE = 1e-4  # of values in [0, 1]
 TRIES = 4  # images of each size

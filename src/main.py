@@ -235,7 +235,7 @@ def export(args: Namespace, folder: RunFolder) -> None:
     folder.start_log()
     describe(model, folder, origin)
     content = export(model, args.export, args.chop_size)
-    name = f'{args.model}_x{args.scale}{SUFFIXES[args.export]}'
+    name = f'{label(args)}_x{args.scale}{SUFFIXES[args.export]}'
     folder.write_bytes(name, content)
     log.info('Written: %s, %.2f MB', folder.folder / name, len(content) / 1e6)
 

@@ -173,7 +173,7 @@ def test_a_wrong_file_is_not_kept(
 ) -> None:
     trace, other = export.to_torchscript, export.Enlarger(make('EDSR', **{**SMALL['EDSR'], 'res_scale': 0.5})).eval()
     monkeypatch.setattr(export, 'to_torchscript', lambda net, form: trace(other, form))
-    file = weights.parent / 'runs' / f'{NAME}_export' / f'{NAME}.pt'
+    file = weights.parent / 'runs' / f'{NAME}_export' / f'{NAME}.torchscript'
     if old:
         file.parent.mkdir(parents=True)
         file.write_bytes(old)

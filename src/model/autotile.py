@@ -18,10 +18,11 @@ UNKNOWN = 192  # side where the system does not tell how much memory there is
 TRIED = (64, 128)  # sides of the squares that are measured
 STEP = 8  # between sides to choose from
 RESERVE = 2**26  # bytes for threads, and gaps between blocks
+FIRST_CALL = 2**27  # bytes, or less: also what a process takes once
 MARGIN = 1.5  # of what a network takes by its measurement
 PART_OF_FREE = 0.8
 HANDED_ON = 160  # finished rows, in rows of the input, under way to a file: `ROWS` of tiling ten times
-GIGABYTE = 2**30
+MEGABYTE = 2**20
 
 log = logging.getLogger('frugalsr')
 
@@ -83,9 +84,10 @@ class AutoTiler(Tiler):
 
     def _check_fits(self, takes: int, image: Tensor) -> None:
         if self.limit is not None and takes > (room := self._room()):
+            height, width = image.shape[-2:]
             raise UserError(
-                f'--max_memory {self.limit / GIGABYTE:.3g}G: {image.shape[-1]}x{image.shape[-2]} pixels need '
-                f'{(self.limit - room + takes) / GIGABYTE:.3g}G in the smallest tiles; give more memory.'
+                f'--max_memory {self.limit // MEGABYTE}M: {width}x{height} pixels need about '
+                f'{(self.limit - room + takes) // MEGABYTE + 1}M in the smallest tiles; give more memory.'
             )
 
     def _shrink(self, height: int, width: int) -> bool:
@@ -100,8 +102,7 @@ class AutoTiler(Tiler):
             for side in (TRIED[0], *TRIED):
                 square = torch.randint(0, 256, (1, len(image), side, side), generator=torch.Generator().manual_seed(0))
                 give_back()
-                if taken:
-                    self._check_fits(taken[-1] * (side // TRIED[0]) ** 2, image)
+                self._check_fits(taken[-1] * (side // TRIED[0]) ** 2 if taken else FIRST_CALL, image)
                 before = memory.start_peak(self.device) or 0
                 run(square.to(image.dtype)).to('cpu', torch.float32, copy=True)
                 taken.append((memory.peak(self.device) or 0) - before)
