@@ -100,7 +100,7 @@ def test_a_limit_of_memory_is_held(tmp_path):
         f"torch.save(build('EDSR-baseline', 4, n_feats=32, n_resblocks=1).state_dict(), {str(tmp_path / 'net.pt')!r}); "
         'used = memory.in_use("cpu") >> 20'
     )
-    for more in (280, 400):
+    for more in (360, 480):
         work = f'main.main({options!r}.format(used + {more}).split())'
         assert taken(setup, work) <= more * 2**20
         (tmp_path / 'runs' / 'demo' / 'results-Demo' / 'a_x4_SR.png').unlink()
