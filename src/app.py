@@ -39,10 +39,7 @@ def build_parser() -> option.Parser:
     """The options."""
     parser = option.Parser(
         prog='app.py',
-        usage='python app.py [options]',
         description='Serve a page in the browser that enlarges images.',
-        formatter_class=option.Formatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         '--host', metavar='NAME', default='127.0.0.1', help='address to listen on; 0.0.0.0: every one of this machine'

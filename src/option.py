@@ -52,7 +52,12 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one sentence."""
+    """A parser of one of the programs, whose complaints are one sentence."""
+
+    def __init__(self, prog: str, description: str, usage: str = '[options]', epilog: str | None = None) -> None:
+        super().__init__(
+            prog, f'python {prog} {usage}', description, epilog, formatter_class=Formatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; {self.prog} --help lists the options.')
@@ -154,11 +159,8 @@ def build_parser() -> Parser:
     """All options, in groups, with their defaults and units."""
     parser = Parser(
         prog='main.py',
-        usage='python main.py [options]',
         description='FrugalSR: train, test and use super-resolution networks.',
         epilog=EXAMPLES,
-        formatter_class=Formatter,
-        allow_abbrev=False,
     )
 
     g = parser.add_argument_group('program')

@@ -49,10 +49,8 @@ def build_parser() -> option.Parser:
     """The options."""
     parser = option.Parser(
         prog='prepare.py',
-        usage='python prepare.py DIV2K|Flickr2K|benchmark [options]',
+        usage='DIV2K|Flickr2K|benchmark [options]',
         description='Get a set of images: what is missing is downloaded, and LR that no archive has is made.',
-        formatter_class=option.Formatter,
-        allow_abbrev=False,
     )
     parser.add_argument('set', choices=('DIV2K', 'Flickr2K', 'benchmark'), help='which; benchmark: Set5, Set14, ...')
     parser.add_argument(

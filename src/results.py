@@ -62,10 +62,7 @@ def build_parser() -> option.Parser:
     """The options."""
     parser = option.Parser(
         prog='results.py',
-        usage='python results.py [options]',
         description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are kept.',
-        formatter_class=option.Formatter,
-        allow_abbrev=False,
     )
     root = option.ROOT
     for name, place, what in (

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from data.image import write_png
 
@@ -25,6 +26,11 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return SHARED
+
+
+def numbers(*shape: int, seed: int = 1) -> Tensor:
+    """Normally distributed float64 numbers."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def picture(seed: int, height: int, width: int) -> np.ndarray:

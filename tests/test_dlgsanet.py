@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import numbers
 from torch import Tensor, nn
 
 from error import UserError
@@ -32,10 +33,6 @@ SMALL = {
 def small(scale: int = 2, **settings: object) -> nn.Module:
     torch.manual_seed(0)
     return build('DLGSANet', scale, **{**SMALL, **settings}).double()
-
-
-def numbers(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 # The kernels of every pixel.

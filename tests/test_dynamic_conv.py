@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import numbers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -25,10 +26,6 @@ SHAPES = [
     (1, 2, 2, 7, 1, 1),
     (2, 4, 2, 1, 3, 2),
 ]
-
-
-def numbers(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def operands(n: int, c: int, g: int, k: int, h: int, w: int) -> tuple[Tensor, Tensor]:

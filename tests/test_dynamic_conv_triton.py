@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, numbers
 from torch import Tensor
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -23,10 +23,6 @@ SHAPES = [
     (1, 33, 1, 3, 5, 8),
     *([(2, 48, 8, 7, 65, 130), (1, 90, 15, 7, 48, 48)] if DEVICE == 'cuda' else []),
 ]
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def operands(n: int, c: int, g: int, k: int, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
