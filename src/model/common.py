@@ -566,17 +566,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
     """Multi-head softmax attention: (B, T, heads, d) each, and a mask to add, (heads, T, T), to (B, T, heads * d).
 
     `scale` is a factor of the logits before the mask, d^-0.5 if None. PyTorch's kernel for the CPU is slow at few
-    tokens, where two products a head take its place. The memory-efficient kernels of CUDA want rows of whole 16 bytes,
-    so heads of other sizes are filled up by zeros there.
+    tokens, and has no gradient by the mask; there two products a head take its place. The memory-efficient kernels of
+    CUDA want rows of whole 16 bytes, so heads of other sizes are filled up by zeros there.
     """
     d = q.shape[-1]
-    if q.is_cpu and q.shape[1] <= FEW_TOKENS:
+    learns = mask is not None and mask.requires_grad
+    if q.is_cpu and (q.shape[1] <= FEW_TOKENS or learns):
         masks = [q.new_zeros(())] * q.shape[2] if mask is None else mask.unbind()
         heads = []
         for query, key, value, add in zip(q.unbind(2), k.unbind(2), v.unbind(2), masks, strict=True):
             logits = torch.baddbmm(add, query, key.mT, alpha=d**-0.5 if scale is None else scale)
-            heads.append(value.mT @ logits.softmax(-1).mT)  # (B, d, T): wide products are faster than tall ones
-        return torch.cat(heads, 1).mT
+            weights = logits.softmax(-1)  # wide products are faster than tall ones, but their gradients are slower
+            heads.append(weights @ value if learns else (value.mT @ weights.mT).mT)
+        return torch.cat(heads, -1)
     missing = -d % (16 // q.element_size()) if q.is_cuda else 0
     q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
     mask = mask if mask is None else mask.unsqueeze(0)
