@@ -25,6 +25,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.common import (
     RGB_MEAN,
@@ -136,7 +137,10 @@ class ConvFFN(nn.Module):
 
 
 class Layer(nn.Module):
-    """Three attentions that share queries, keys and values, the feed-forward network, and the tokens' refinement."""
+    """Three attentions that share queries, keys and values, the feed-forward network, and the tokens' refinement.
+
+    The wide features of the feed-forward network are not kept for the gradients but made again.
+    """
 
     def __init__(
         self,
@@ -173,8 +177,11 @@ class Layer(nn.Module):
         read, similarity = self.attn_atd(normed, tokens)
         grouped = self.attn_aca(qkv, similarity.argmax(-1))
         x = x + self.attn_win(qkv, positions, windows) + read + grouped
-        x = x + self.convffn(self.norm2(x), height, width)
+        x = x + checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
         return x, self.refine(tokens, similarity, x) if self.refines else tokens
+
+    def feed_forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return self.convffn(self.norm2(x), height, width)
 
     def refine(self, tokens: Tensor, similarity: Tensor, x: Tensor) -> Tensor:
         """Adaptive token refinement: tokens (N, M, C) move towards the pixels (N, L, C) that are similar to them.

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError as UserError
+from model.cached_attention import cached_attention
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
-
-CACHED_LOGITS = 2**19  # of an attention that are worked on at once on a CPU: 2 MB in float32
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
 
@@ -567,39 +566,20 @@ class TokenLinear(nn.Linear):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Multi-head softmax attention: (B, T, heads, d) each, and a mask to add, (heads, T, T), to (B, T, heads * d).
 
-    `scale` is a factor of the logits before the mask, d^-0.5 if None. On a CPU PyTorch's own kernel is slow with the
+    `scale` is a factor of the logits before the mask, d^-0.5 if None. PyTorch's own kernel for a CPU is slow with the
     few channels of a head, and has no gradient by the mask. The memory-efficient kernels of CUDA want rows of whole 16
     bytes, so heads of other sizes are filled up by zeros there.
     """
-    d = q.shape[-1]
+    d = int(q.shape[-1])  # a plain number in a trace too
     scale = d**-0.5 if scale is None else scale
-    if q.is_cpu and not (torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling()):
-        return attention_in_cache(q, k, v, mask, scale)
-    if q.is_cpu and mask is not None and mask.requires_grad:
-        heads = zip(q.unbind(2), k.unbind(2), v.unbind(2), mask, strict=True)
-        return torch.cat([torch.baddbmm(add, q, k.mT, alpha=scale).softmax(-1) @ v for q, k, v, add in heads], -1)
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if q.is_cpu and widen(q) is q and not traced:
+        return cached_attention(q, k, v, mask, scale).flatten(2)
     missing = -d % (16 // q.element_size()) if q.is_cuda else 0
     q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
     mask = mask if mask is None else mask.unsqueeze(0)
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     return out[..., :d].transpose(1, 2).flatten(2)
-
-
-def attention_in_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """See `attention`: without gradients, by two products for each head of so many windows as a CPU's cache holds."""
-    b, t, heads, d = q.shape
-    step = min(b, max(1, CACHED_LOGITS // t**2))
-    logits, weights = q.new_empty(2, step, t, t)
-    out = q.new_empty(b, heads, d, t)
-    for parts in zip(*(x.split(step) for x in (q, k, v, out)), strict=True):
-        logits, weights = logits[: len(parts[0])], weights[: len(parts[0])]
-        for head in range(heads):
-            query, key, value = (x[:, :, head] for x in parts[:3])
-            add = q.new_zeros(()) if mask is None else mask[head]
-            torch.baddbmm(add, query, key.mT, alpha=scale, out=logits)
-            torch.softmax(logits, -1, out=weights)
-            parts[3][:, head] = value.mT @ weights.mT  # wide products are faster than tall ones
-    return out.flatten(1, 2).mT
 
 
 def relative_positions(size: int, device: torch.device | None = None) -> Tensor:

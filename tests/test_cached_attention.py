@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import Tensor
+
+from model import cached_attention
+from model.cached_attention import cached_attention as attend
+
+WINDOWS, TOKENS, HEADS, CHANNELS = 5, 6, 2, 3
+
+
+def inputs(masked: bool) -> list[Tensor]:
+    """Queries, keys, values, and a mask."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(WINDOWS, TOKENS, HEADS, CHANNELS)] * 3 + [(HEADS, TOKENS, TOKENS)] * masked
+    return [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    logits = scale * torch.einsum('bqhd,bkhd->bhqk', q, k)
+    weights = (logits if mask is None else logits + mask).exp()
+    return torch.einsum('bhqk,bkhd->bqhd', weights / weights.sum(-1, keepdim=True), v)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('at_once', [1, 2, WINDOWS, 9])
+def test_results_and_gradients(at_once: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached_attention, 'CACHED_LOGITS', at_once * TOKENS**2)
+    tensors = inputs(masked)
+    arguments = (*tensors, *[None] * (not masked), 0.7)
+    found, truth = attend(*arguments), plain(*arguments)
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+    seed = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        torch.autograd.grad(found, tensors, seed), torch.autograd.grad(truth, tensors, seed), rtol=0, atol=1e-12
+    )
+
+
+def test_windows_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached_attention, 'CACHED_LOGITS', 1)
+    torch.testing.assert_close(attend(*inputs(True), 1.0), plain(*inputs(True), 1.0), rtol=0, atol=1e-12)
+
+
+def test_large_logits() -> None:
+    q, k, v = inputs(False)
+    found = attend(1e3 * q, 1e3 * k, v, None, 1.0)
+    best = torch.einsum('bqhd,bkhd->bhqk', q, k).argmax(-1)  # all the weight is on one key
+    expected = torch.stack([v[b, best[b, h], h] for b in range(WINDOWS) for h in range(HEADS)])
+    torch.testing.assert_close(found.transpose(1, 2).flatten(0, 1), expected, rtol=0, atol=1e-9)
+
+
+def test_no_map_is_kept_for_the_gradients() -> None:
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attend(*inputs(True), 1.0)
+    assert sorted(len(tensor) for tensor in kept) == [HEADS, WINDOWS, WINDOWS, WINDOWS]
