@@ -52,9 +52,8 @@ TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 class FilterGenerator(nn.Module):
     """Kernels for every pixel from the features around it, linear throughout: (N, C, H, W) to (N, G, k, k, H, W).
 
-    The last convolution is a matrix product, which writes a tap of all pixels in a row, whatever the memory format. Its
-    bias goes with one more channel of ones, and one image is given to it in pieces, since large products with so few
-    channels are slow on a CPU.
+    The last convolution is a matrix product, which writes a tap of all pixels in a row, whatever the memory format. One
+    image is given to it in pieces, since a CPU is slow at large products of so few channels.
     """
 
     def __init__(self, n_feats: int, groups: int, kernel_size: int) -> None:
@@ -66,13 +65,14 @@ class FilterGenerator(nn.Module):
         self.shape = (groups, kernel_size, kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.conv2.parameters()
-        hidden = self.conv1(x).flatten(2)
-        hidden = torch.cat((hidden, torch.ones_like(hidden[:, :1])), 1)
-        weights = torch.cat((weight.flatten(1), bias.unsqueeze(1)), 1)
+        weight, bias = (parameter.view(len(parameter), -1) for parameter in self.conv2.parameters())
         pieces = self.shape[0] * self.shape[1] if len(x) == 1 else 1
-        weights = weights.unflatten(0, (pieces, -1)).expand(len(x), -1, -1, -1).flatten(0, 1)
-        kernels = torch.bmm(weights, hidden.unsqueeze(1).expand(-1, pieces, -1, -1).flatten(0, 1))
+
+        def in_pieces(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (pieces, -1)).expand(len(x), -1, -1, -1).flatten(0, 1)
+
+        hidden = self.conv1(x).flatten(2).unsqueeze(1).expand(-1, pieces, -1, -1).flatten(0, 1)
+        kernels = torch.baddbmm(in_pieces(bias), in_pieces(weight), hidden)
         return kernels.view(len(x), *self.shape, *x.shape[2:])
 
 
