@@ -53,6 +53,18 @@ def random_(module: nn.Module, deviation: float = 0.5) -> nn.Module:
     return module
 
 
+def test_features_of_the_feed_forward_network_are_not_kept_for_the_gradients() -> None:
+    net, kept = small(n_resgroups=1, mlp_ratio=20.0, direct_upsampler=True), []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        net(images(1, 3, 12, 16))
+    assert max(kept) < 12 * 16 * 20 * SMALL['n_feats']
+
+
 # The parts of a layer, against plain loops over pixels.
 
 

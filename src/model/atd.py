@@ -139,7 +139,7 @@ class ConvFFN(nn.Module):
 class Layer(nn.Module):
     """Three attentions that share queries, keys and values, the feed-forward network, and the tokens' refinement.
 
-    The wide features of the feed-forward network are not kept for the gradients but made again.
+    The features inside the feed-forward network are not kept for the gradients but made again.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Softmax attention on a CPU, for many windows of few channels: no map of it is kept, or larger than the cache."""
+"""Softmax attention on a CPU, for many windows of few channels: maps are made a few at a time, and none is kept."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CACHED_LOGITS = 2**19  # that are worked on at once: 2 MB in float32
+CACHED_LOGITS = 2**19  # that a CPU's cache holds twice: 2 MB each in float32
 
 
 def at_once(q: Tensor) -> int:
-    """How many of the windows of `q` (B, T, heads, d) have maps that the cache holds, one at least."""
+    """How many of the windows of `q` (B, T, heads, d) have maps that the cache holds."""
     b, t, _, _ = q.shape
-    return min(b, max(1, CACHED_LOGITS // t**2))
+    return min(b, CACHED_LOGITS // t**2)
 
 
 def heads_of(*tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
@@ -47,7 +47,7 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        maps, out = Maps(q, mask, scale), torch.empty_like(q.transpose(1, 3)).transpose(1, 3)
+        maps, out = Maps(q, mask, scale), torch.empty_like(q)
         for head, (query, key, value, result) in heads_of(q, k, v, out):
             weights, _ = maps(head, query, key)
             result.copy_((value.mT @ weights.mT).mT)
@@ -75,10 +75,10 @@ class CachedAttention(torch.autograd.Function):
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale * q k^T + mask) v for each window and head: (B, T, heads, d).
+    """softmax(scale * q k^T + mask) v for each window and head: (B, T, heads, d). It can be differentiated once.
 
     Args:
-        q, k, v: (B, T, heads, d), float32 or float64.
+        q, k, v: (B, T, heads, d), float32 or float64, with B of 1 or more and T^2 of at most `CACHED_LOGITS`.
         mask: (heads, T, T) or None.
         scale: factor of the products.
     """

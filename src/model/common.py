@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError as UserError
-from model.cached_attention import cached_attention
+from model.cached_attention import CACHED_LOGITS, cached_attention
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
 
@@ -304,10 +304,13 @@ class GatedFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # One convolution a half: parts of the channels of one map are slow to work on in channels_last memory. The gate
         # is finished first, so that a CPU's cache has less to hold.
-        halves = zip(self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2), strict=True)
-        maps = (F.conv2d(F.conv2d(x, first), second, padding=1, groups=len(second)) for first, second in halves)
-        gate = F.gelu(next(maps))
-        return self.project_out(gate * next(maps))
+        first, second = self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2)
+
+        def half(i: int) -> Tensor:
+            return F.conv2d(F.conv2d(x, first[i]), second[i], padding=1, groups=len(second[i]))
+
+        gate = F.gelu(half(0))
+        return self.project_out(gate * half(1))
 
 
 class TransposedAttention(nn.Module):
@@ -567,14 +570,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
     """Multi-head softmax attention: (B, T, heads, d) each, and a mask to add, (heads, T, T), to (B, T, heads * d).
 
     `scale` is a factor of the logits before the mask, d^-0.5 if None. PyTorch's own kernel for a CPU is slow with the
-    few channels of a head, and has no gradient by the mask. The memory-efficient kernels of CUDA want rows of whole 16
-    bytes, so heads of other sizes are filled up by zeros there.
+    few channels of a head, and has no gradient by the mask: there it is for traces, which must not fix how many windows
+    there are, and for maps beyond the cache. The memory-efficient kernels of CUDA want rows of whole 16 bytes, so heads
+    of other sizes are filled up by zeros there.
     """
     d = int(q.shape[-1])  # a plain number in a trace too
     scale = d**-0.5 if scale is None else scale
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if q.is_cpu and widen(q) is q and not traced:
-        return cached_attention(q, k, v, mask, scale).flatten(2)
+    if q.is_cpu and not traced and q.shape[1] ** 2 <= CACHED_LOGITS:
+        with full_precision(q):
+            mask = mask if mask is None else widen(mask)
+            return cached_attention(widen(q), widen(k), widen(v), mask, scale).to(v.dtype).flatten(2)
     missing = -d % (16 // q.element_size()) if q.is_cuda else 0
     q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
     mask = mask if mask is None else mask.unsqueeze(0)

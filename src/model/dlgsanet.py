@@ -53,7 +53,7 @@ class FilterGenerator(nn.Module):
     """Kernels for every pixel from the features around it, linear throughout: (N, C, H, W) to (N, G, k, k, H, W).
 
     The last convolution is a matrix product, which writes a tap of all pixels in a row, whatever the memory format. One
-    image is given to it in pieces, since a CPU is slow at large products of so few channels.
+    image is given to it in pieces where no gradients are wanted, since a CPU is slow at large products of few channels.
     """
 
     def __init__(self, n_feats: int, groups: int, kernel_size: int) -> None:
@@ -66,7 +66,8 @@ class FilterGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (parameter.view(len(parameter), -1) for parameter in self.conv2.parameters())
-        pieces = self.shape[0] * self.shape[1] if len(x) == 1 else 1
+        alone = x.is_cpu and len(x) == 1 and not torch.is_grad_enabled()
+        pieces = self.shape[0] * self.shape[1] if alone else 1
 
         def in_pieces(rows: Tensor) -> Tensor:
             return rows.unflatten(0, (pieces, -1)).expand(len(x), -1, -1, -1).flatten(0, 1)

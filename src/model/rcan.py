@@ -110,7 +110,7 @@ class RCAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.n_colors)
-        if not torch.is_grad_enabled():  # its 400 layers take the other rounding into some gradients as 0.6 %
+        if not torch.is_grad_enabled():  # over 400 layers its other rounding changes some gradients by 0.6 %
             x = in_fast_memory(x)
         x = self.head(self.sub_mean(x))
         x = x + self.body(x)
