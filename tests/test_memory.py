@@ -13,10 +13,10 @@ def test_what_is_taken_and_given_back_is_seen():
     give_back()
     before = memory.start_peak('cpu')
     tensor = torch.ones(2**24)  # 64 MiB
-    assert 2**26 <= memory.in_use('cpu') - before < 2**26 + 2**23
+    assert abs(memory.in_use('cpu') - before - 2**26) < 2**23  # the system may take other pages back meanwhile
     del tensor
     give_back()
-    assert 2**26 <= memory.peak('cpu') - before < 2**26 + 2**23
+    assert abs(memory.peak('cpu') - before - 2**26) < 2**23
     assert memory.start_peak('cpu') <= memory.peak('cpu') < before + 2**25
 
 
