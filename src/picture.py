@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 CROP = 96  # side of a crop in HR pixels
+COLOURS = 10  # of lines, before they come again
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def growth(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) ->
     figure = _figure(6 * len(panels), 5)
     for number, (title, lines) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
-        for name, points in lines.items():
-            axes.loglog(*zip(*points, strict=True), label=name, marker='.', base=2)
+        for i, (name, points) in enumerate(lines.items()):
+            style = '-' if i < COLOURS else '--'
+            axes.loglog(*zip(*points, strict=True), label=name, marker='.', linestyle=style, base=2)
         sides = sorted({side for points in lines.values() for side, _ in points})
         axes.set_xticks(sides, labels=[f'{side:g}' for side in sides])
         axes.set_yscale('log', base=10)
