@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 import urllib.error
 import urllib.request
 from http.cookiejar import CookieJar
@@ -218,8 +219,10 @@ def test_in_a_browser(program, browser, tmp_path):
     wait(lambda: 'photo' in find('//body').text, 'upload')
     find('//input[@aria-label="Network"]').click()
     find('//*[@role="option"][contains(., "Bicubic")]').click()
-    find('//label[.//input[@type="radio"] and normalize-space()="3"]').click()
     wait(lambda: find('//input[@aria-label="Weights"]').get_attribute('value') == 'none', 'weights')
+    time.sleep(2)  # scales may come after the weights, and would undo a click
+    find('//label[.//input[@type="radio"] and normalize-space()="3"]').click()
+    time.sleep(2)
     find('//button[normalize-space()="Enlarge"]').click()
     wait(lambda: '32x24 to 96x72 pixels' in find('//body').text, 'result')
     slider = find('//*[@data-testid="slider"]')
