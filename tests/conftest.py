@@ -60,3 +60,16 @@ def data_folder(tmp_path: Path) -> Path:
         for i in range(number):
             write_png(folder / name / f'{i + 1:04d}.png', picture(i, 72 + 5 * i, 64 + 3 * i))
     return folder
+
+
+def kept_for_gradients(call) -> list[Tensor]:
+    """What `call()` saves for its backward pass."""
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return kept

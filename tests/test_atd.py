@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import kept_for_gradients
 from torch import Tensor, nn
 
 from error import UserError
@@ -54,15 +55,9 @@ def random_(module: nn.Module, deviation: float = 0.5) -> nn.Module:
 
 
 def test_features_of_the_feed_forward_network_are_not_kept_for_the_gradients() -> None:
-    net, kept = small(n_resgroups=1, mlp_ratio=20.0, direct_upsampler=True), []
-
-    def keep(t: Tensor) -> Tensor:
-        kept.append(t.numel())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        net(images(1, 3, 12, 16))
-    assert max(kept) < 12 * 16 * 20 * SMALL['n_feats']
+    net = small(n_resgroups=1, mlp_ratio=20.0, direct_upsampler=True)
+    kept = kept_for_gradients(lambda: net(images(1, 3, 12, 16)))
+    assert max(tensor.numel() for tensor in kept) < 12 * 16 * 20 * SMALL['n_feats']
 
 
 # The parts of a layer, against plain loops over pixels.

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import kept_for_gradients
 from torch import Tensor
 
 from model import cached_attention
@@ -45,12 +46,5 @@ def test_large_logits() -> None:
 
 
 def test_no_map_is_kept_for_the_gradients() -> None:
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attend(*inputs(True), 1.0)
+    kept = kept_for_gradients(lambda: attend(*inputs(True), 1.0))
     assert sorted(len(tensor) for tensor in kept) == [HEADS, WINDOWS, WINDOWS, WINDOWS]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import numbers
-from torch import Tensor, nn
+from conftest import kept_for_gradients, numbers
+from torch import nn
 
 from error import UserError
 from model import build
@@ -40,15 +40,8 @@ def small(scale: int = 2, **settings: object) -> nn.Module:
 
 def test_kernels_of_every_pixel_are_not_kept_for_the_gradients() -> None:
     attention, x = DynamicLocalAttention(8, 4, 5).double(), numbers(2, 8, 5, 4)
-    kept = []
-
-    def keep(t: Tensor) -> Tensor:
-        kept.append(t.numel())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        attention(x)
-    assert max(kept) == x.numel() < attention.conv(x).numel()
+    kept = kept_for_gradients(lambda: attention(x))
+    assert max(tensor.numel() for tensor in kept) == x.numel() < attention.conv(x).numel()
 
 
 @pytest.mark.parametrize(('group', 'row', 'column'), [(0, 0, 0), (1, 3, 3), (2, 1, 5)])
