@@ -5,8 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import kept_for_gradients, numbers
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import model.dynamic_conv
 from error import UserError
 from model import build
 from model.dlgsanet import (
@@ -42,6 +45,24 @@ def test_kernels_of_every_pixel_are_not_kept_for_the_gradients() -> None:
     attention, x = DynamicLocalAttention(8, 4, 5).double(), numbers(2, 8, 5, 4)
     kept = kept_for_gradients(lambda: attention(x))
     assert max(tensor.numel() for tensor in kept) == x.numel() < attention.conv(x).numel()
+
+
+def test_kernels_of_the_image_are_never_there_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes = [t.untyped_storage().nbytes() // t.itemsize for t in tree_leaves(result) if isinstance(t, Tensor)]
+            self.found = max([self.found, *sizes])
+            return result
+
+    monkeypatch.setattr(model.dynamic_conv, 'STRIP', 3 * 2 * 25 * 16)  # three rows
+    attention, x = DynamicLocalAttention(8, 4, 5).double(), numbers(2, 8, 16, 16)
+    with torch.no_grad(), Largest() as largest:
+        found = attention(x)
+    assert largest.found < attention.conv(x).numel() / 2
+    assert torch.allclose(found, attention(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(('group', 'row', 'column'), [(0, 0, 0), (1, 3, 3), (2, 1, 5)])

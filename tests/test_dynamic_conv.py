@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import model.dynamic_conv
-from model.dynamic_conv import backward, dynamic_conv, fast_backward, fast_forward, forward, is_for_triton
+from model.dynamic_conv import (
+    backward,
+    dynamic_conv,
+    dynamic_conv_in_strips,
+    fast_backward,
+    fast_forward,
+    forward,
+    is_for_triton,
+)
 
 # batch, channels, groups, kernel, height, width: several groups, one group, a group a channel, smaller than the kernel.
 SHAPES = [
@@ -79,6 +87,32 @@ def test_dynamic_convolution_adds_half_precision_up_in_float32(half: torch.dtype
         assert found.dtype == half
         # Half a unit in the last place, and what float32 leaves where terms cancel.
         assert ((found - truth).abs() <= truth.abs() * torch.finfo(half).eps / 2 + 1e-5).all()
+
+
+@pytest.mark.parametrize('rows', [1, 2, 4, 99])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_strips_equal_plain_loops(shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weights = operands(*shape)
+    monkeypatch.setattr(model.dynamic_conv, 'STRIP', rows * weights[0, ..., 0, :].numel())
+    given = []
+
+    def to_kernels(strip: Tensor) -> Tensor:
+        given.append(strip.shape[2])
+        return strip
+
+    out = dynamic_conv_in_strips(x, weights.flatten(1, 3), to_kernels, *weights.shape[1:3])
+    assert np.abs(out.numpy() - plain_dynamic_conv(x.numpy(), weights.numpy())).max() < 1e-13
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert max(given) == min(rows, shape[4])
+
+
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_strips_add_half_precision_up_in_float32(half: torch.dtype) -> None:
+    x, weights = (t.to(half) for t in operands(2, 6, 3, 7, 9, 11))
+    found = dynamic_conv_in_strips(x, weights.flatten(1, 3), lambda strip: strip, 3, 7)
+    truth = dynamic_conv(x.double(), weights.double())
+    assert found.dtype == half
+    assert ((found - truth).abs() <= truth.abs() * torch.finfo(half).eps / 2 + 1e-5).all()
 
 
 def test_multiply_adds_of_the_dynamic_convolution_can_be_counted() -> None:

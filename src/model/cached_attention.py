@@ -1,5 +1,6 @@
 """Softmax attention on a CPU, for many windows of few channels: maps are made a few at a time, and none is kept."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CACHED_LOGITS = 2**19  # that a CPU's cache holds twice: 2 MB each in float32
+CACHED_LOGITS = 2**20  # that a CPU's cache holds: 4 MB in float32
+LOG2_E = 1 / math.log(2)
 
 
 def at_once(q: Tensor) -> int:
@@ -24,19 +26,21 @@ def heads_of(*tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
 
 
 class Maps:
-    """Maps (b, T, T) of parts of the queries (B, T, heads, d), by turns in the same memory."""
+    """Maps (b, T, T) of parts of the queries (B, T, heads, d), by turns in the same memory.
+
+    Rows are not yet divided by their sums. Powers are of 2, which a CPU finds four times as fast as those of e.
+    """
 
     def __init__(self, q: Tensor, mask: Tensor | None, scale: float) -> None:
         _, t, heads, _ = q.shape
-        self.memory = q.new_empty(2, at_once(q), t, t)
-        self.masks = [q.new_zeros(())] * heads if mask is None else mask.unbind()
-        self.scale = scale
+        self.memory = q.new_empty(at_once(q), t, t)
+        self.masks = [q.new_zeros(())] * heads if mask is None else (mask * LOG2_E).unbind()
+        self.scale = scale * LOG2_E
 
-    def __call__(self, head: int, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The softmaxed map of a head, and memory of the same shape that is free."""
-        logits, weights = self.memory[:, : len(query)]
+    def __call__(self, head: int, query: Tensor, key: Tensor) -> Tensor:
+        logits = self.memory[: len(query)]
         torch.baddbmm(self.masks[head], query, key.mT, alpha=self.scale, out=logits)
-        return torch.softmax(logits, -1, out=weights), logits
+        return logits.sub_(logits.amax(-1, keepdim=True)).exp2_()
 
 
 class CachedAttention(torch.autograd.Function):
@@ -49,8 +53,8 @@ class CachedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         maps, out = Maps(q, mask, scale), torch.empty_like(q)
         for head, (query, key, value, result) in heads_of(q, k, v, out):
-            weights, _ = maps(head, query, key)
-            result.copy_((value.mT @ weights.mT).mT)
+            weights = maps(head, query, key)
+            torch.div((value.mT @ weights.mT).mT, weights.sum(-1, keepdim=True), out=result)
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale = scale
         return out
@@ -60,9 +64,11 @@ class CachedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         maps, grads = Maps(q, mask, ctx.scale), [torch.empty_like(x) for x in (q, k, v)]
+        memory = torch.empty_like(maps.memory)
         grad_mask = None if mask is None else torch.zeros_like(mask)
         for head, (query, key, value, by_result, *found) in heads_of(q, k, v, grad, *grads):
-            weights, by_logits = maps(head, query, key)
+            weights, by_logits = maps(head, query, key), memory[: len(query)]
+            weights.div_(weights.sum(-1, keepdim=True))
             found[2].copy_((by_result.mT @ weights).mT)
             torch.bmm(by_result, value.mT, out=by_logits)  # so far by the weights
             by_logits.mul_(weights)

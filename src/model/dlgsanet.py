@@ -37,14 +37,13 @@ from model.common import (
     check_divides,
     check_images,
     conv,
-    flatten_image,
     full_precision,
     hidden_width,
     how_many,
-    unflatten_image,
+    is_traced,
     widen,
 )
-from model.dynamic_conv import dynamic_conv
+from model.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 
@@ -52,8 +51,7 @@ TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 class FilterGenerator(nn.Module):
     """Kernels for every pixel from the features around it, linear throughout: (N, C, H, W) to (N, G, k, k, H, W).
 
-    The last convolution is a matrix product, which writes a tap of all pixels in a row, whatever the memory format. One
-    image is given to it in pieces where no gradients are wanted, since a CPU is slow at large products of few channels.
+    The last convolution is a matrix product, which writes a tap of all pixels in a row, whatever the memory format.
     """
 
     def __init__(self, n_feats: int, groups: int, kernel_size: int) -> None:
@@ -66,21 +64,15 @@ class FilterGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (parameter.view(len(parameter), -1) for parameter in self.conv2.parameters())
-        alone = x.is_cpu and len(x) == 1 and not torch.is_grad_enabled()
-        pieces = self.shape[0] * self.shape[1] if alone else 1
-
-        def in_pieces(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (pieces, -1)).expand(len(x), -1, -1, -1).flatten(0, 1)
-
-        hidden = self.conv1(x).flatten(2).unsqueeze(1).expand(-1, pieces, -1, -1).flatten(0, 1)
-        kernels = torch.baddbmm(in_pieces(bias), in_pieces(weight), hidden)
+        kernels = torch.baddbmm(bias, weight.expand(len(x), -1, -1), self.conv1(x).flatten(2))
         return kernels.view(len(x), *self.shape, *x.shape[2:])
 
 
 class DynamicLocalAttention(nn.Module):
     """MHDLSA: a dynamic convolution between two 1x1 convolutions.
 
-    Its kernels, larger than any other features, are not kept for the gradients but made again.
+    Its kernels, larger than any other features, are not kept for the gradients but made again. Without gradients a CPU
+    never has those of more than a few rows.
     """
 
     def __init__(self, n_feats: int, group_channels: int, kernel_size: int) -> None:
@@ -91,9 +83,11 @@ class DynamicLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv0(x)
-        filtered = flatten_image(checkpoint(self.filtered, x, use_reentrant=False, preserve_rng_state=False))
-        weight = self.conv1.weight.flatten(1).t().expand(len(x), -1, -1)
-        return unflatten_image(filtered @ weight, *x.shape[2:])
+        if x.is_cpu and not torch.is_grad_enabled() and not is_traced():
+            x = dynamic_conv_in_strips(x, self.conv.conv1(x), self.conv.conv2, *self.conv.shape[:2])
+        else:
+            x = checkpoint(self.filtered, x, use_reentrant=False, preserve_rng_state=False)
+        return self.conv1(x.contiguous(memory_format=torch.channels_last))
 
     def filtered(self, x: Tensor) -> Tensor:
         return dynamic_conv(x.contiguous(), self.conv(x))

@@ -1,4 +1,4 @@
-"""The dynamic convolution of DLGSANet: in plain PyTorch, and on a GPU in Triton where that works."""
+"""The dynamic convolution of DLGSANet: in plain PyTorch, in strips on a CPU, in Triton on a GPU where that works."""
 
 import logging
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from model.common import widen
 
 T = TypeVar('T')
 log = logging.getLogger('frugalsr')
+STRIP = 2**21  # kernel values that a CPU's cache holds: 8 MB in float32
 triton_failed = False
 
 
@@ -122,3 +123,45 @@ def dynamic_conv(x: Tensor, weights: Tensor) -> Tensor:
     """
     apart = torch.is_grad_enabled() or is_for_triton(x)  # a trace follows the plain form alone
     return DynamicConv.apply(x, weights) if apart else forward(x, weights)
+
+
+def dynamic_conv_in_strips(
+    x: Tensor, hidden: Tensor, to_kernels: Callable[[Tensor], Tensor], groups: int, size: int
+) -> Tensor:
+    """`dynamic_conv` without gradients on a CPU, whose kernels are made for a few rows of the image at a time.
+
+    A pixel's result is a weighted sum of the pixels around it, which PyTorch has under the name of embedding bag: the
+    table is the strip with its surroundings, a row for each pixel and group; a bag is where the taps of a kernel are.
+
+    Args:
+        x: (N, C, H, W) in channels_last memory.
+        hidden: (N, K, H, W) in channels_last memory.
+        to_kernels: 1x1 convolution of (1, K, h, W) to kernels (1, groups * size^2, h, W).
+        groups: kernels of a pixel; each serves C / groups channels in a row.
+        size: side of the kernels, odd.
+
+    Returns:
+        (N, C, H, W) in channels_last memory and of the type of `x`, summed in float32 or more.
+    """
+    _, channels, height, width = x.shape
+    rows = min(max(STRIP // (groups * size**2 * width), 1), height)
+    tables = F.pad(widen(x.permute(0, 2, 3, 1)), (0, 0, *[size // 2] * 4)).unflatten(-1, (groups, -1))
+    bags = taps(rows, width, groups, size)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    for i, top in product(range(len(x)), range(0, height, rows)):
+        kernels = widen(to_kernels(hidden[i : i + 1, :, top : top + rows])).permute(0, 2, 3, 1).reshape(-1, size**2)
+        table = tables[i, top : top + rows + size - 1].flatten(0, 2)
+        sums = F.embedding_bag(bags[: len(kernels)], table, mode='sum', per_sample_weights=kernels)
+        out[i, :, top : top + rows] = sums.view(-1, width, channels).permute(2, 0, 1)
+    return out
+
+
+def taps(height: int, width: int, groups: int, size: int) -> Tensor:
+    """Where each tap of each kernel of an image meets it, (H * W * G, size^2) int32.
+
+    As rows of the image padded by size // 2, (H + size - 1, W + size - 1, G), flattened.
+    """
+    y, x, group, tap = (torch.arange(length, dtype=torch.int32) for length in (height, width, groups, size))
+    row = groups * (width + size - 1)
+    first = (y * row).view(-1, 1, 1) + (x * groups).view(-1, 1) + group
+    return first.view(-1, 1) + ((tap * row).view(-1, 1) + tap * groups).flatten()
