@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 import urllib.error
 import urllib.request
 from http.cookiejar import CookieJar
@@ -217,12 +216,12 @@ def test_in_a_browser(program, browser, tmp_path):
     wait(lambda: browser.find_elements(By.XPATH, '//input[@type="file"]'), 'page')
     find('//input[@type="file"]').send_keys(str(tmp_path / 'photo.png'))
     wait(lambda: 'photo' in find('//body').text, 'upload')
+    weights = find('//input[@aria-label="Weights"]')
+    find('//label[.//input[@type="radio"] and normalize-space()="3"]').click()
+    wait(lambda: weights.get_attribute('value') == 'ASID_x3.pt', 'weights of the scale')
     find('//input[@aria-label="Network"]').click()
     find('//*[@role="option"][contains(., "Bicubic")]').click()
-    wait(lambda: find('//input[@aria-label="Weights"]').get_attribute('value') == 'none', 'weights')
-    time.sleep(2)  # scales may come after the weights, and would undo a click
-    find('//label[.//input[@type="radio"] and normalize-space()="3"]').click()
-    time.sleep(2)
+    wait(lambda: weights.get_attribute('value') == 'none', 'weights of the network')
     find('//button[normalize-space()="Enlarge"]').click()
     wait(lambda: '32x24 to 96x72 pixels' in find('//body').text, 'result')
     slider = find('//*[@data-testid="slider"]')

@@ -56,8 +56,12 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
         return scales, scale, [c.weights for c in choices if (c.network, c.scale) == (network, scale)]
 
     def narrow(network: str, scale: int) -> tuple[gr.Radio, gr.Dropdown]:
-        scales, scale, files = options(network, scale)
-        return gr.Radio(scales, value=scale), gr.Dropdown(files, value=files[0])
+        scales, scale, _ = options(network, scale)
+        return gr.Radio(scales, value=scale), narrow_weights(network, scale)
+
+    def narrow_weights(network: str, scale: int) -> gr.Dropdown:
+        files = options(network, scale)[2]
+        return gr.Dropdown(files, value=files[0])
 
     def click(
         image: str | None, network: str, scale: int, weights: str, request: gr.Request
@@ -98,8 +102,8 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
                 about = gr.Markdown()
                 download = gr.DownloadButton('Download PNG', interactive=False)
         chosen = [network, scale, weights]
-        changes = [network.input, scale.input]
-        gr.on(changes, narrow, chosen[:2], chosen[1:], concurrency_limit=None, show_progress='hidden')
+        network.input(narrow, chosen[:2], chosen[1:], concurrency_limit=None, show_progress='hidden')
+        scale.input(narrow_weights, chosen[:2], weights, concurrency_limit=None, show_progress='hidden')
         button.click(click, [image, *chosen], [slider, about, download])
     return blocks.queue(max_size=WAITING, default_concurrency_limit=1)
 
