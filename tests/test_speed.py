@@ -55,6 +55,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr('speed.apart', lambda work, *given: work(*given))
     monkeypatch.setattr('speed.input_size', lambda scale: (20, 28))
     monkeypatch.setattr('costs.SECONDS', 0.0)
+    monkeypatch.setattr('costs.FIRST', 0.0)
     for constant, value in {'MATRIX': 64, 'CHANNELS': 8, 'COPIED': 2**10, 'SIDES': (8, 16, 32)}.items():
         monkeypatch.setattr(speed, constant, value)
     monkeypatch.setattr('speed_report.SIDES', (8, 16, 32))
