@@ -7,7 +7,7 @@ import sys
 # mallopt(3): parameters of glibc, and what they are set to.
 KEPT = {
     -3: 2**31 - 1,  # M_MMAP_THRESHOLD, bytes: larger blocks are mapped apart and given back when freed
-    -1: 2**31 - 1,  # M_TRIM_THRESHOLD, bytes: more than this at the end of the heap is given back
+    -1: -1,  # M_TRIM_THRESHOLD: the end of the heap is never given back
     -2: 2**26,  # M_TOP_PAD, bytes: the heap grows by this more than is needed
 }
 

@@ -25,7 +25,7 @@ WIDTH, HEIGHT = 1280, 720  # of the output
 WARM_UP = 64  # side of the input of a first call that is not measured
 TOLERANCE = 0.01
 SECONDS, RUNS = 2.0, 10  # a latency is the median of as many calls as fit, at most so many
-FIRST = 30.0  # seconds; a first call, which gets its memory from the system, counts only if it takes longer
+FIRST = 60.0  # seconds; a first call, which gets its memory from the system, counts only if it takes longer
 
 Row = dict[str, Any]
 T = TypeVar('T')

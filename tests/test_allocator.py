@@ -32,3 +32,32 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     assert plain >= 320
     assert faults('keep_memory()') < plain / 10
     assert faults('keep_memory()', MALLOC_TOP_PAD_='131072') > plain / 2
+
+
+END_OF_HEAP = """
+import ctypes, sys
+sys.path.insert(0, {source!r})
+from allocator import give_back, keep_memory
+keep_memory()
+c = ctypes.CDLL(None)
+c.malloc.restype = c.sbrk.restype = ctypes.c_void_p
+ends = [c.sbrk(0)]
+blocks = [ctypes.c_void_p(c.malloc(ctypes.c_size_t(3 * 2**29))) for _ in range(2)]  # never touched, so no memory
+ends.append(c.sbrk(0))
+for block in blocks:
+    c.free(block)
+ends.append(c.sbrk(0))
+give_back()
+ends.append(c.sbrk(0))
+print(*ends)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone')
+def test_freed_memory_is_kept_however_much_it_is_until_it_is_given_back():
+    program = END_OF_HEAP.format(source=str(ROOT / 'src'))
+    found = subprocess.run([sys.executable, '-c', program], capture_output=True, env={}, check=True).stdout
+    start, full, kept, given_back = map(int, found.split())
+    assert full - start >= 3 * 2**30
+    assert kept == full
+    assert given_back - start < 2**28
