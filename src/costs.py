@@ -51,7 +51,7 @@ def multiply_adds(name: str, scale: int, height: int, width: int, **settings: ob
 
 
 def _elementwise(target: torch.Size, *_: object, **__: object) -> int:
-    """Operations of `addcmul_`, of which a dynamic convolution consists and which the counter does not know."""
+    """Operations of `addcmul_`, of which a dynamic convolution consists here and which the counter does not know."""
     return 2 * math.prod(target)
 
 
@@ -95,7 +95,10 @@ def measured(
 
 
 def repeated(call: Callable[[], object], device: str, least: int = 1) -> list[float]:
-    """Seconds of as many calls as fit in `SECONDS`, but at least `least` and at most `RUNS`."""
+    """Seconds of as many calls as fit in `SECONDS`, but at least `least` and at most `RUNS`.
+
+    A first call is extra, unless it takes `FIRST` seconds.
+    """
     times = [timed(call, device)]
     if times[0] < FIRST:
         times.clear()

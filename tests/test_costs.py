@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from costs import cost, find_pairs, input_size, multiply_adds, points, table
+from costs import cost, find_pairs, input_size, multiply_adds, points, repeated, table
 from error import UserError
 from model import NETWORKS
 from published import PUBLISHED
@@ -95,3 +95,12 @@ def test_a_network_that_does_not_fit_has_no_latency(monkeypatch):
     row = cost('EDSR-baseline', 2, 'cpu')
     assert (row['latency'], row['memory']) == (None, None)
     assert row['parameters'] == 1369859
+
+
+@pytest.mark.parametrize(('seconds', 'counted'), [([9, 1, 2], [1, 2]), ([70, 1, 2], [70])])
+def test_a_first_call_counts_if_it_is_long(monkeypatch, seconds, counted):
+    calls = iter(seconds)
+    monkeypatch.setattr('costs.timed', lambda call, device: next(calls))
+    monkeypatch.setattr('costs.FIRST', 60.0)
+    monkeypatch.setattr('costs.SECONDS', 2.5)
+    assert repeated(print, 'cpu') == counted

@@ -89,11 +89,14 @@ def test_dynamic_convolution_adds_half_precision_up_in_float32(half: torch.dtype
         assert ((found - truth).abs() <= truth.abs() * torch.finfo(half).eps / 2 + 1e-5).all()
 
 
-@pytest.mark.parametrize('rows', [1, 2, 4, 99])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float64, 1e-13), (torch.float32, 1e-5)])  # apart in PyTorch
+@pytest.mark.parametrize('rows', [0.5, 1, 2.9, 4, 99])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_strips_equal_plain_loops(shape: tuple[int, ...], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weights = operands(*shape)
-    monkeypatch.setattr(model.dynamic_conv, 'STRIP', rows * weights[0, ..., 0, :].numel())
+def test_strips_equal_plain_loops(
+    shape: tuple[int, ...], rows: float, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weights = (t.to(dtype) for t in operands(*shape))
+    monkeypatch.setattr(model.dynamic_conv, 'STRIP', int(rows * weights[0, ..., 0, :].numel()))
     given = []
 
     def to_kernels(strip: Tensor) -> Tensor:
@@ -101,9 +104,11 @@ def test_strips_equal_plain_loops(shape: tuple[int, ...], rows: int, monkeypatch
         return strip
 
     out = dynamic_conv_in_strips(x, weights.flatten(1, 3), to_kernels, *weights.shape[1:3])
-    assert np.abs(out.numpy() - plain_dynamic_conv(x.numpy(), weights.numpy())).max() < 1e-13
+    expected = plain_dynamic_conv(x.double().numpy(), weights.double().numpy())
+    assert np.abs(out.double().numpy() - expected).max() < tolerance
+    assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert max(given) == min(rows, shape[4])
+    assert max(given) == min(max(int(rows), 1), shape[4])
 
 
 @pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])

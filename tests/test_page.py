@@ -75,7 +75,7 @@ class Visitor:
 
     def enlarge(self, path: str, network: str, scale: int, weights: str) -> dict:
         """Choose, and press the button."""
-        self.ask('narrow', network, scale)
+        self.ask('narrow_weights', network, scale)
         return self.press(path, network, scale, weights)
 
     def press(self, path: str, *chosen: object) -> dict:
@@ -163,7 +163,7 @@ def test_a_bad_file_gets_a_sentence(program, name, content, sentence):
 
 def test_a_choice_there_is_not(program):
     a = Visitor(program.url)
-    a.ask('narrow', 'LCoAN', 4)
+    a.ask('narrow_weights', 'LCoAN', 4)
     done = a.press(a.upload('photo.png', PHOTO), 'LCoAN', 2, 'LCoAN-small_x4.pt')
     assert done['output']['error'].startswith('These weights are not of that network and scale')
 
@@ -217,11 +217,18 @@ def test_in_a_browser(program, browser, tmp_path):
     find('//input[@type="file"]').send_keys(str(tmp_path / 'photo.png'))
     wait(lambda: 'photo' in find('//body').text, 'upload')
     weights = find('//input[@aria-label="Weights"]')
-    find('//label[.//input[@type="radio"] and normalize-space()="3"]').click()
-    wait(lambda: weights.get_attribute('value') == 'ASID_x3.pt', 'weights of the scale')
+    scale = '//label[.//input[@type="radio"] and normalize-space()="3"]'
     find('//input[@aria-label="Network"]').click()
     find('//*[@role="option"][contains(., "Bicubic")]').click()
+    find(scale).click()  # at once, which what follows from the network must leave alone
     wait(lambda: weights.get_attribute('value') == 'none', 'weights of the network')
+    find('//input[@aria-label="Network"]').click()
+    find('//*[@role="option"][contains(., "ASID")]').click()
+    wait(lambda: weights.get_attribute('value') == 'ASID_x3.pt', 'weights of network and scale')
+    find('//input[@aria-label="Network"]').click()
+    find('//*[@role="option"][contains(., "Bicubic")]').click()
+    wait(lambda: weights.get_attribute('value') == 'none', 'weights of the network again')
+    assert find(f'{scale}/input').is_selected()
     find('//button[normalize-space()="Enlarge"]').click()
     wait(lambda: '32x24 to 96x72 pixels' in find('//body').text, 'result')
     slider = find('//*[@data-testid="slider"]')

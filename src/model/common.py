@@ -136,11 +136,6 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def is_traced() -> bool:
-    """Whether operations are recorded, for an export or a compiler, so that all must depend on the shapes alone."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
-
-
 def widen(x: Tensor) -> Tensor:
     """`x` in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -581,7 +576,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
     """
     d = int(q.shape[-1])  # a plain number in a trace too
     scale = d**-0.5 if scale is None else scale
-    if q.is_cpu and not is_traced() and q.shape[1] ** 2 <= CACHED_LOGITS:
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if q.is_cpu and not traced and q.shape[1] ** 2 <= CACHED_LOGITS:
         with full_precision(q):
             mask = mask if mask is None else widen(mask)
             return cached_attention(widen(q), widen(k), widen(v), mask, scale).to(v.dtype).flatten(2)

@@ -40,7 +40,6 @@ from model.common import (
     full_precision,
     hidden_width,
     how_many,
-    is_traced,
     widen,
 )
 from model.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
@@ -72,7 +71,7 @@ class DynamicLocalAttention(nn.Module):
     """MHDLSA: a dynamic convolution between two 1x1 convolutions.
 
     Its kernels, larger than any other features, are not kept for the gradients but made again. Without gradients a CPU
-    never has those of more than a few rows.
+    has those of a few rows at a time, but where the network is recorded for an export.
     """
 
     def __init__(self, n_feats: int, group_channels: int, kernel_size: int) -> None:
@@ -83,7 +82,8 @@ class DynamicLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv0(x)
-        if x.is_cpu and not torch.is_grad_enabled() and not is_traced():
+        exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if x.is_cpu and not torch.is_grad_enabled() and not exported:
             x = dynamic_conv_in_strips(x, self.conv.conv1(x), self.conv.conv2, *self.conv.shape[:2])
         else:
             x = checkpoint(self.filtered, x, use_reentrant=False, preserve_rng_state=False)

@@ -55,9 +55,11 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
         scale = scale if scale in scales else scales[-1]
         return scales, scale, [c.weights for c in choices if (c.network, c.scale) == (network, scale)]
 
-    def narrow(network: str, scale: int) -> tuple[gr.Radio, gr.Dropdown]:
-        scales, scale, _ = options(network, scale)
-        return gr.Radio(scales, value=scale), narrow_weights(network, scale)
+    def narrow_scales(network: str, scale: int) -> gr.Radio:
+        scales, known, _ = options(network, scale)
+        if known == scale:
+            return gr.Radio(scales)  # and no value, which could undo a later choice
+        return gr.Radio(scales, value=known)
 
     def narrow_weights(network: str, scale: int) -> gr.Dropdown:
         files = options(network, scale)[2]
@@ -102,8 +104,9 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
                 about = gr.Markdown()
                 download = gr.DownloadButton('Download PNG', interactive=False)
         chosen = [network, scale, weights]
-        network.input(narrow, chosen[:2], chosen[1:], concurrency_limit=None, show_progress='hidden')
-        scale.input(narrow_weights, chosen[:2], weights, concurrency_limit=None, show_progress='hidden')
+        narrowed = network.input(narrow_scales, chosen[:2], scale, concurrency_limit=None, show_progress='hidden')
+        for event in (narrowed.then, scale.input):
+            event(narrow_weights, chosen[:2], weights, concurrency_limit=None, show_progress='hidden')
         button.click(click, [image, *chosen], [slider, about, download])
     return blocks.queue(max_size=WAITING, default_concurrency_limit=1)
 
