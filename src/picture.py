@@ -86,7 +86,7 @@ def bars(rows: Mapping[str, Mapping[str, float]], note: str) -> bytes:
 
 def growth(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
     """PNG of one panel a quantity: by network, its points (side of the LR square, value) on logarithmic axes."""
-    figure = _figure(6 * len(panels), 5)
+    figure = _figure(6 * len(panels), 5 + 0.1 * max(map(len, panels.values()), default=0))
     for number, (title, lines) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
         for i, (name, points) in enumerate(lines.items()):
@@ -98,7 +98,7 @@ def growth(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) ->
         axes.set(xlabel='side of the LR square', ylabel=title)
         axes.grid(alpha=0.3, which='both')
         if lines:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2)
     return _png(figure)
 
 

@@ -7,19 +7,20 @@ from model import cached_attention
 from model.cached_attention import cached_attention as attend
 
 WINDOWS, TOKENS, HEADS, CHANNELS = 5, 6, 2, 3
+KINDS = torch.tensor([0, 1, 1, 0, 2])
 
 
 def inputs(masked: bool) -> list[Tensor]:
-    """Queries, keys and values, in memory that they share, and a mask."""
+    """Queries, keys and values, in memory that they share, and the masks of three kinds of windows."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(WINDOWS, TOKENS, 3, HEADS, CHANNELS)] + [(HEADS, TOKENS, TOKENS)] * masked
-    qkv, *mask = (torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes)
-    return [*qkv.unbind(2), *mask]
+    shapes = [(WINDOWS, TOKENS, 3, HEADS, CHANNELS)] + [(HEADS, 3, TOKENS, TOKENS)] * masked
+    qkv, *masks = (torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes)
+    return [*qkv.unbind(2), *masks]
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def plain(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
     logits = scale * torch.einsum('bqhd,bkhd->bhqk', q, k)
-    weights = (logits if mask is None else logits + mask).exp()
+    weights = (logits if masks is None else logits + masks[:, kinds].transpose(0, 1)).exp()
     return torch.einsum('bhqk,bkhd->bqhd', weights / weights.sum(-1, keepdim=True), v)
 
 
@@ -28,9 +29,11 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 def test_results_and_gradients(at_once: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached_attention, 'CACHED_LOGITS', at_once * TOKENS**2)
     tensors = inputs(masked)
-    arguments = (*tensors, *[None] * (not masked), 0.7)
+    arguments = (*tensors, *[None] * (not masked), KINDS, 0.7)
     found, truth = attend(*arguments), plain(*arguments)
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(attend(*arguments), found)
     seed = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
         torch.autograd.grad(found, tensors, seed), torch.autograd.grad(truth, tensors, seed), rtol=0, atol=1e-12
@@ -39,12 +42,12 @@ def test_results_and_gradients(at_once: int, masked: bool, monkeypatch: pytest.M
 
 def test_large_logits() -> None:
     q, k, v = inputs(False)
-    found = attend(1e3 * q, 1e3 * k, v, None, 1.0)
+    found = attend(1e3 * q, 1e3 * k, v, None, KINDS, 1.0)
     best = torch.einsum('bqhd,bkhd->bhqk', q, k).argmax(-1)  # all the weight is on one key
     expected = torch.stack([v[b, best[b, h], h] for b in range(WINDOWS) for h in range(HEADS)])
     torch.testing.assert_close(found.transpose(1, 2).flatten(0, 1), expected, rtol=0, atol=1e-9)
 
 
 def test_no_map_is_kept_for_the_gradients() -> None:
-    kept = kept_for_gradients(lambda: attend(*inputs(True), 1.0))
-    assert sorted(len(tensor) for tensor in kept) == [HEADS, WINDOWS, WINDOWS, WINDOWS]
+    kept = kept_for_gradients(lambda: attend(*inputs(True), KINDS, 1.0))
+    assert sorted(len(tensor) for tensor in kept) == [HEADS] + [WINDOWS] * 4

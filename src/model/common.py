@@ -1,7 +1,7 @@
 """Blocks that several networks share, and the facts that a network file declares beside its class."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -133,7 +133,8 @@ def in_fast_memory(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def widen(x: Tensor) -> Tensor:
@@ -566,26 +567,43 @@ class TokenLinear(nn.Linear):
         return F.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Multi-head softmax attention: (B, T, heads, d) each, and a mask to add, (heads, T, T), to (B, T, heads * d).
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head softmax attention within windows.
 
-    `scale` is a factor of the logits before the mask, d^-0.5 if None. PyTorch's own kernel for a CPU is slow with the
-    few channels of a head, and has no gradient by the mask: there it is for traces, which must not fix how many windows
-    there are, and for maps beyond the cache. The memory-efficient kernels of CUDA want rows of whole 16 bytes, so heads
-    of other sizes are filled up by zeros there.
+    PyTorch's own kernel for a CPU is slow with the few channels of a head, and has no gradient by the mask: there it is
+    for traces, which must not fix how many windows there are, and for maps beyond the cache. The memory-efficient
+    kernels of CUDA want rows of whole 16 bytes, so heads of other sizes are filled up by zeros there.
+
+    Args:
+        q, k, v: (B, T, heads, d).
+        masks: what to add to the logits, (heads, kinds, T, T), by kind of window.
+        counts: windows of each kind, which stand together; all are of the only kind if None.
+        scale: factor of the logits before a mask is added, d^-0.5 if None.
+
+    Returns:
+        (B, T, heads * d).
     """
     d = int(q.shape[-1])  # a plain number in a trace too
     scale = d**-0.5 if scale is None else scale
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
     if q.is_cpu and not traced and q.shape[1] ** 2 <= CACHED_LOGITS:
         with full_precision(q):
-            mask = mask if mask is None else widen(mask)
-            return cached_attention(widen(q), widen(k), widen(v), mask, scale).to(v.dtype).flatten(2)
+            masks = masks if masks is None else widen(masks)
+            kinds = torch.repeat_interleave(torch.tensor([len(q)] if counts is None else counts))
+            return cached_attention(widen(q), widen(k), widen(v), masks, kinds, scale).to(v.dtype).flatten(2)
     missing = -d % (16 // q.element_size()) if q.is_cuda else 0
     q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
-    mask = mask if mask is None else mask.unsqueeze(0)
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    return out[..., :d].transpose(1, 2).flatten(2)
+    mask_of: list[Tensor | None] = [None] if masks is None else [mask.unsqueeze(0) for mask in masks.unbind(1)]
+    parts = zip(*([x] if counts is None else x.split(counts) for x in (q, k, v)), mask_of, strict=True)
+    out = [F.scaled_dot_product_attention(q, k, v, mask, scale=scale) for q, k, v, mask in parts]
+    return (out[0] if len(out) == 1 else torch.cat(out))[..., :d].transpose(1, 2).flatten(2)
 
 
 def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
@@ -623,7 +641,7 @@ class Windows(NamedTuple):
     order: Tensor  # (N * H * W,) int64: row of the flattened tokens (N * H * W, C) for each pixel of each window
     inverse: Tensor  # (N * H * W,) int64: where a row stands in `order`
     counts: list[int]  # windows of each kind, in all images
-    masks: list[Tensor]  # of each kind: (T, T)
+    masks: Tensor  # (kinds, T, T)
 
 
 def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
@@ -642,7 +660,7 @@ def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
     rows, columns = height // size, width // size
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
     used = [(n * count, mask) for count, mask in zip(counts, masks, strict=True) if count]
-    return Windows(order, inverse_of(order), [count for count, _ in used], [mask for _, mask in used])
+    return Windows(order, inverse_of(order), [count for count, _ in used], torch.stack([mask for _, mask in used]))
 
 
 def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
@@ -650,9 +668,7 @@ def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     n, length, channels = qkv.shape
     heads, pixels, _ = bias.shape
     rows = qkv.reshape(-1, channels).index_select(0, windows.order)
-    rows = rows.view(-1, pixels, 3, heads, channels // (3 * heads))
-    out = []
-    for part, mask in zip(rows.split(windows.counts), windows.masks, strict=True):
-        q, k, v = part.unbind(2)
-        out.append(attention(q, k, v, (bias + mask).to(q.dtype)))
-    return torch.cat(out).flatten(0, 1).index_select(0, windows.inverse).view(n, length, -1)
+    q, k, v = rows.view(-1, pixels, 3, heads, channels // (3 * heads)).unbind(2)
+    masks = (bias.unsqueeze(1) + windows.masks).to(q.dtype)
+    out = attention(q, k, v, masks, windows.counts)
+    return out.flatten(0, 1).index_select(0, windows.inverse).view(n, length, -1)

@@ -58,7 +58,7 @@ class WindowAttention(nn.Module):
         qkv = self.to_qkv(to_tokens(x, cell, self.strided))
         q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
-        return to_map(self.to_out(attention(q, k, v, bias.to(q.dtype))), x, cell, self.strided)
+        return to_map(self.to_out(attention(q, k, v, bias.unsqueeze(1).to(q.dtype))), x, cell, self.strided)
 
 
 class Residual(nn.Module):
