@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle
+from torch.nn.functional import conv2d, pixel_shuffle
 
 import main
 import speed
@@ -19,7 +19,7 @@ from model import NETWORKS
 from model.common import Network
 from option import MODELS
 from picture import bars, growth
-from speed import KINDS, Form, attempt, by_kind, kind, lr_patch, spread
+from speed import KINDS, Form, attempt, by_kind, clocked, kind, lr_patch, profiled, spread
 from speed_report import compare, exponent, growths, judged, parts, ratio, read_report, scaled, table
 
 CPU = ('cpu', Form())
@@ -229,6 +229,18 @@ def test_nearly_all_time_is_of_a_known_kind():
     assert shares['other'] < 0.05
     assert shares['compiled'] == 0
     assert all(shares[name] > 0 for name in KINDS if name not in ('other', 'compiled'))
+
+
+def test_both_clocks_see_what_runs():
+    x = torch.randn(2, 3, 8, 8)
+
+    def call() -> None:
+        conv2d(x, x[:1, :, :3, :3]).exp_().sort()
+
+    for found in (clocked(call), profiled(call, 'cpu')):
+        assert {'aten::exp_', 'aten::sort'} <= set(found)
+        assert any(kind(name) == 'convolution' for name in found)
+        assert all(seconds >= 0 for seconds in found.values())
 
 
 # What is made of it
