@@ -48,9 +48,8 @@ class Maps:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-    """See `cached_attention`. The result is kept as its products come, (B, heads, d, T)."""
-    b, t, heads, d = q.shape
-    maps, out = Maps(q, masks, scale), q.new_empty(b, heads, d, t).permute(0, 3, 1, 2)
+    """See `cached_attention`."""
+    maps, out = Maps(q, masks, scale), q.new_empty(q.shape)
     for head, part, (query, key, value, result) in heads_of(kinds, q, k, v, out):
         weights = maps(head, part, query, key)
         torch.div(value.mT @ weights.mT, weights.sum(-1).unsqueeze(1), out=result.mT)
