@@ -2,7 +2,9 @@
 
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -180,12 +182,26 @@ def apart(work: Callable[..., T], *given: object) -> T:
         MemoryError: its memory does not suffice, for which it may have been killed.
     """
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), keep_memory) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _begin) as pool:
             return pool.submit(work, *given).result()
     except (BrokenProcessPool, RuntimeError) as error:
         if not isinstance(error, BrokenProcessPool) and not out_of_memory(error):
             raise
         raise MemoryError(f'{work.__name__}{given} ran out of memory') from error
+
+
+def _begin() -> None:
+    """What a process of `apart` does first."""
+    keep_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, however that was."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def device_name(device: str) -> str:

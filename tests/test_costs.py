@@ -1,8 +1,15 @@
 """Counted and measured costs."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from test_parallel import children
 
 from costs import cost, find_pairs, input_size, multiply_adds, points, repeated, table
 from error import UserError
@@ -104,3 +111,24 @@ def test_a_first_call_counts_if_it_is_long(monkeypatch, seconds, counted):
     monkeypatch.setattr('costs.FIRST', 60.0)
     monkeypatch.setattr('costs.SECONDS', 2.5)
     assert repeated(print, 'cpu') == counted
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_a_measuring_process_ends_with_the_program():
+    program = 'import costs, time; costs.apart(time.sleep, 600)'
+    process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT / 'src')
+
+    def wait(until):
+        end = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    def measuring():
+        return [pid for pid in children(process.pid) if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+
+    wait(measuring)
+    pid = measuring()[0]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait(lambda: not Path(f'/proc/{pid}').exists())
