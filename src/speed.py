@@ -177,9 +177,10 @@ def square(name: str, scale: int, device: str, form: Form, side: int) -> Row:
 
 def by_kind(call: Callable[[], object], device: str, compiled: bool = False) -> dict[str, float]:
     """Shares of the time of a call by kind of operation."""
+    operations = clocked(call) if device == 'cpu' and not compiled else profiled(call, device)
     times = dict.fromkeys(KINDS, 0.0)
-    for name, seconds in (clocked(call) if device == 'cpu' and not compiled else profiled(call, device)).items():
-        times[kind(name)] += seconds
+    for operation, seconds in operations.items():
+        times[kind(operation)] += seconds
     return {name: seconds / sum(times.values()) for name, seconds in times.items()}
 
 
@@ -204,14 +205,15 @@ def clocked(call: Callable[[], object]) -> dict[str, float]:
 
 
 def profiled(call: Callable[[], object], device: str) -> dict[str, float]:
-    """Time of a call by operation, by PyTorch's profiler, in microseconds."""
+    """Seconds of a call by operation, by PyTorch's profiler."""
     with profile(activities=supported_activities()) as profiler:
         call()
-    times: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         if event.device_type == DeviceType.CPU:  # kernels of a GPU are counted with the operation that started them
-            times[event.key] += event.self_device_time_total if device == 'cuda' else event.self_cpu_time_total
-    return times
+            microseconds = event.self_device_time_total if device == 'cuda' else event.self_cpu_time_total
+            seconds[event.key] += microseconds / 1e6
+    return seconds
 
 
 def kind(operation: str) -> str:

@@ -135,9 +135,8 @@ def numbers(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize('n_tokens', [1, 6])
-@pytest.mark.parametrize(
-    'masks_of', [[], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 1, 2, 2]]
-)  # the windows; [] for none
+# Which mask each of the five windows has; [] for none.
+@pytest.mark.parametrize('masks_of', [[], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 1, 2, 2]])
 @pytest.mark.parametrize('scale', [None, 0.7])
 def test_attention_is_a_mean_weighted_by_a_softmax(n_tokens: int, masks_of: list[int], scale: float | None) -> None:
     q, k, v = numbers(3, 5, n_tokens, 2, 5)

@@ -49,7 +49,7 @@ class Maps:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
     """See `cached_attention`."""
-    maps, out = Maps(q, masks, scale), q.new_empty(q.shape)
+    maps, out = Maps(q, masks, scale), torch.empty_like(q)
     for head, part, (query, key, value, result) in heads_of(kinds, q, k, v, out):
         weights = maps(head, part, query, key)
         torch.div(value.mT @ weights.mT, weights.sum(-1).unsqueeze(1), out=result.mT)

@@ -653,14 +653,13 @@ def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
     pixels = torch.arange(height * width, device=like.device).view(height, width).roll((-shift, -shift), (0, 1))
     grid = pixels.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
     kinds = [grid[:-1, :-1], grid[:-1, -1:], grid[-1:, :-1], grid[-1:, -1:]] if shift else [grid]
-    masks = shift_masks(size, shift, like)[: len(kinds)]
     kinds = [kind.reshape(-1, 1, size**2) for kind in kinds]
     first_row = torch.arange(n, device=like.device).view(-1, 1) * (height * width)
     order = torch.cat([(kind + first_row).flatten() for kind in kinds])
     rows, columns = height // size, width // size
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
-    used = [(n * count, mask) for count, mask in zip(counts, masks, strict=True) if count]
-    return Windows(order, inverse_of(order), [count for count, _ in used], torch.stack([mask for _, mask in used]))
+    used = [i for i, count in enumerate(counts) if count]
+    return Windows(order, inverse_of(order), [n * counts[i] for i in used], shift_masks(size, shift, like)[used])
 
 
 def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
