@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import product
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from model.common import widen
 
 T = TypeVar('T')
 log = logging.getLogger('frugalsr')
-STRIP = 2**21  # kernel values of a strip: 8 MB in float32, and as much for where they meet the image
+STRIP = 2**20  # kernel values of a strip: 4 MB in float32, and as much for where they meet the image
 triton_failed = False
 
 
@@ -147,7 +148,7 @@ def dynamic_conv_in_strips(
     _, channels, height, width = x.shape
     rows = min(max(STRIP // (groups * size**2 * width), 1), height)
     tables = F.pad(widen(x.permute(0, 2, 3, 1)), (0, 0, *[size // 2] * 4)).unflatten(-1, (groups, -1))
-    bags = taps(rows, width, groups, size, x.device)
+    bags = taps(rows, width, groups, size)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     for i, top in product(range(len(x)), range(0, height, rows)):
         kernels = widen(to_kernels(hidden[i : i + 1, :, top : top + rows])).permute(0, 2, 3, 1).reshape(-1, size**2)
@@ -157,13 +158,14 @@ def dynamic_conv_in_strips(
     return out
 
 
-def taps(height: int, width: int, groups: int, size: int, device: torch.device) -> Tensor:
-    """Where each tap of each kernel of an image meets it, (H * W * G, size^2) int32.
+@lru_cache(maxsize=1)
+def taps(height: int, width: int, groups: int, size: int) -> Tensor:
+    """Where each tap of each kernel of an image meets it, (H * W * G, size^2) int32 on the CPU.
 
-    As rows of the image padded by size // 2, (H + size - 1, W + size - 1, G), flattened.
+    As rows of the image padded by size // 2, (H + size - 1, W + size - 1, G), flattened. The last one is kept: all
+    blocks of a network need the same.
     """
-    lengths = (height, width, groups, size)
-    y, x, group, tap = (torch.arange(length, dtype=torch.int32, device=device) for length in lengths)
+    y, x, group, tap = (torch.arange(length, dtype=torch.int32) for length in (height, width, groups, size))
     row = groups * (width + size - 1)
     first = (y * row).view(-1, 1, 1) + (x * groups).view(-1, 1) + group
     return first.view(-1, 1) + ((tap * row).view(-1, 1) + tap * groups).flatten()

@@ -26,6 +26,7 @@ from model.common import (
     Network,
     PixelNorm,
     SpatialGate,
+    TokenLinear,
     attention,
     attention_cell,
     check_divides,
@@ -49,8 +50,8 @@ class WindowAttention(nn.Module):
     def __init__(self, n_feats: int, n_heads: int, window_size: int, strided: bool) -> None:
         super().__init__()
         self.n_heads, self.window_size, self.strided = n_heads, window_size, strided
-        self.to_qkv = nn.Linear(n_feats, 3 * n_feats, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(n_feats, n_feats, bias=False))
+        self.to_qkv = TokenLinear(n_feats, 3 * n_feats, bias=False)
+        self.to_out = nn.Sequential(TokenLinear(n_feats, n_feats, bias=False))
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, n_heads)
 
     def forward(self, x: Tensor) -> Tensor:
