@@ -20,8 +20,8 @@ def inputs(masked: bool) -> list[Tensor]:
 
 def plain(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
     logits = scale * torch.einsum('bqhd,bkhd->bhqk', q, k)
-    weights = (logits if masks is None else logits + masks[:, kinds].transpose(0, 1)).exp()
-    return torch.einsum('bhqk,bkhd->bqhd', weights / weights.sum(-1, keepdim=True), v)
+    weights = (logits if masks is None else logits + masks[:, kinds].transpose(0, 1)).softmax(-1)
+    return torch.einsum('bhqk,bkhd->bqhd', weights, v)
 
 
 @pytest.mark.parametrize('masked', [False, True])
@@ -40,6 +40,21 @@ def test_results_and_gradients(at_once: int, masked: bool, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.parametrize('kind', [0, 1, 2])
+@pytest.mark.parametrize('offset', [-1e5, -1e3, -60.0, 60.0, 1e3, 1e5])
+def test_logits_that_are_all_large_or_small(offset: float, kind: int) -> None:
+    q, k, v, masks = inputs(True)
+    offsets = torch.zeros_like(masks)
+    offsets[1, kind] = offset
+    tensors = [tensor.detach().float().requires_grad_() for tensor in (q, k, v, masks + offsets)]
+    found, truth = attend(*tensors, KINDS, 0.7), plain(q, k, v, masks, KINDS, 0.7)  # which the offset does not change
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-7 * max(abs(offset), 20))
+    for gradient, expected in zip(
+        torch.autograd.grad(found.sum(), tensors[1:]), torch.autograd.grad(truth.sum(), [k, v, masks]), strict=True
+    ):
+        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-7 * max(abs(offset), 20))
+
+
 def test_large_logits() -> None:
     q, k, v = inputs(False)
     found = attend(1e3 * q, 1e3 * k, v, None, KINDS, 1.0)
@@ -50,4 +65,4 @@ def test_large_logits() -> None:
 
 def test_no_map_is_kept_for_the_gradients() -> None:
     kept = kept_for_gradients(lambda: attend(*inputs(True), KINDS, 1.0))
-    assert sorted(len(tensor) for tensor in kept) == [HEADS] + [WINDOWS] * 4
+    assert sorted(len(tensor) for tensor in kept) == [HEADS] + [WINDOWS] * 5

@@ -1,7 +1,7 @@
 """The dynamic convolution in plain PyTorch, and its choice between this and Triton."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import numbers
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -225,6 +227,19 @@ def test_kernels_under_checkpointing_inference_mode_and_torch_compile(kernels: K
     with torch.inference_mode():
         assert torch.equal(dynamic_conv(x, weights), forward(x, weights))
     assert kernels.calls == ['forward', 'forward', 'backward', 'forward', 'backward', 'forward']
+
+
+def test_torch_compile_leaves_it_alone_on_a_cpu() -> None:
+    x, weights = (t.requires_grad_() for t in operands(*SHAPES[0]))
+    found = set()
+
+    def compiler(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Callable[..., Any]:
+        found.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    assert same(torch.compile(dynamic_conv, backend=aot_autograd(fw_compiler=compiler), fullgraph=True), x, weights)
+    assert {'frugalsr.dynamic_conv.default', 'frugalsr.dynamic_conv_backward.default'} <= found
+    assert not any('addcmul' in target for target in found)
 
 
 def test_shapes_that_torch_compile_expects(kernels: Kernels) -> None:

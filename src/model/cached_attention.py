@@ -26,10 +26,10 @@ def heads_of(kinds: Tensor, *tensors: Tensor) -> Iterator[tuple[int, Tensor, tup
             yield head, part, of_head
 
 
-class Maps:
-    """Maps (b, T, T) of parts of the queries (B, T, heads, d), by turns in the same memory.
+class Logits:
+    """Logits (b, T, T) to base 2 of parts of the queries (B, T, heads, d), by turns in the same memory.
 
-    Rows are not yet divided by their sums. Powers are of 2, which PyTorch finds faster than those of e.
+    PyTorch finds powers of 2 faster than those of e.
     """
 
     def __init__(self, q: Tensor, masks: Tensor | None, scale: float) -> None:
@@ -40,20 +40,37 @@ class Maps:
     def __call__(self, head: int, kinds: Tensor, query: Tensor, key: Tensor) -> Tensor:
         logits = self.memory[: len(query)]
         if self.masks is None:
-            logits.baddbmm_(query, key.mT, beta=0, alpha=self.scale)
-        else:
-            torch.index_select(self.masks[head], 0, kinds, out=logits)
-            logits.baddbmm_(query, key.mT, alpha=self.scale)
-        return logits.sub_(logits.amax(-1, keepdim=True)).exp2_()
+            return logits.baddbmm_(query, key.mT, beta=0, alpha=self.scale)
+        torch.index_select(self.masks[head], 0, kinds, out=logits)
+        return logits.baddbmm_(query, key.mT, alpha=self.scale)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-    """See `cached_attention`."""
-    maps, out = Maps(q, masks, scale), torch.empty_like(q)
-    for head, part, (query, key, value, result) in heads_of(kinds, q, k, v, out):
-        weights = maps(head, part, query, key)
-        torch.div(value.mT @ weights.mT, weights.sum(-1).unsqueeze(1), out=result.mT)
-    return out
+def in_range(sums: Tensor) -> bool:
+    """Whether sums of powers of 2 show that none has overflowed and that none is lost which counts in its sum."""
+    least, greatest = sums.aminmax()
+    return float(least) > 2**-64 and float(greatest) < 2**64  # float32 ends at 2^-126 and 2^128
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `cached_attention`; also the sum of each row's powers of 2, and what was subtracted before, (B, T, heads, 1).
+
+    The greatest logit of a row is subtracted only after powers without that have been out of range.
+    """
+    logits_of, out = Logits(q, masks, scale), torch.empty_like(q)
+    sums, greatest = (q.new_zeros(*q.shape[:3], 1) for _ in range(2))
+    subtract = False
+    for head, part, (query, key, value, result, total, most) in heads_of(kinds, q, k, v, out, sums, greatest):
+        if not subtract:
+            powers = logits_of(head, part, query, key).exp2_()
+            subtract = not in_range(torch.sum(powers, -1, keepdim=True, out=total))
+        if subtract:
+            logits = logits_of(head, part, query, key)
+            powers = logits.sub_(torch.amax(logits, -1, keepdim=True, out=most)).exp2_()
+            torch.sum(powers, -1, keepdim=True, out=total)
+        torch.div(value.mT @ powers.mT, total.mT, out=result.mT)
+    return out, sums, greatest
 
 
 class CachedAttention(torch.autograd.Function):
@@ -64,20 +81,20 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v, masks, kinds)
+        out, sums, greatest = forward(q, k, v, masks, kinds, scale)
+        ctx.save_for_backward(q, k, v, masks, kinds, sums.log2_().add_(greatest))
         ctx.scale = scale
-        return forward(q, k, v, masks, kinds, scale)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, masks, kinds = ctx.saved_tensors
-        maps, grads = Maps(q, masks, ctx.scale), [torch.empty_like(x) for x in (q, k, v)]
-        memory = torch.empty_like(maps.memory)
+        q, k, v, masks, kinds, logs = ctx.saved_tensors
+        logits_of, grads = Logits(q, masks, ctx.scale), [torch.empty_like(x) for x in (q, k, v)]
+        memory = torch.empty_like(logits_of.memory)
         grad_masks = None if masks is None else torch.zeros_like(masks)
-        for head, part, (query, key, value, by_result, *found) in heads_of(kinds, q, k, v, grad, *grads):
-            weights, by_logits = maps(head, part, query, key), memory[: len(query)]
-            weights.div_(weights.sum(-1, keepdim=True))
+        for head, part, (query, key, value, log, by_result, *found) in heads_of(kinds, q, k, v, logs, grad, *grads):
+            weights, by_logits = logits_of(head, part, query, key).sub_(log).exp2_(), memory[: len(query)]
             found[2].copy_((by_result.mT @ weights).mT)
             torch.bmm(by_result, value.mT, out=by_logits)  # so far by the weights
             by_logits.mul_(weights)
@@ -98,5 +115,5 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kind
         kinds: (B,) int64, which of the masks is a window's.
         scale: factor of the products.
     """
-    run = CachedAttention.apply if torch.is_grad_enabled() else forward
-    return run(q, k, v, masks, kinds, scale)
+    arguments = (q, k, v, masks, kinds, scale)
+    return CachedAttention.apply(*arguments) if torch.is_grad_enabled() else forward(*arguments)[0]

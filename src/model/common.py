@@ -597,7 +597,7 @@ def attention(
     if q.is_cpu and not traced and q.shape[1] ** 2 <= CACHED_LOGITS:
         with full_precision(q):
             masks = masks if masks is None else widen(masks)
-            kinds = torch.repeat_interleave(torch.tensor([len(q)] if counts is None else counts))
+            kinds = torch.repeat_interleave(torch.tensor(counts)) if counts else torch.zeros(len(q), dtype=torch.int64)
             return cached_attention(widen(q), widen(k), widen(v), masks, kinds, scale).to(v.dtype).flatten(2)
     missing = -d % (16 // q.element_size()) if q.is_cuda else 0
     q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))

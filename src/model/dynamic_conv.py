@@ -54,15 +54,19 @@ def backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(grad_padded, [-(size // 2)] * 4).flatten(1, 2).to(x.dtype), grad_weights
 
 
+def is_for_triton(x: Tensor) -> bool:
+    """Whether `x` is on a GPU of NVIDIA or AMD."""
+    return x.is_cuda
+
+
 def fast(plain: Callable[..., T], *tensors: Tensor) -> T:
-    """What `plain` gives, by the kernel of the same name; from the first one that fails, by `plain` itself."""
+    """What `plain` gives; on a GPU by the kernel of the same name, from the first one that fails by `plain` itself."""
     global triton_failed
-    tensors = tuple(tensor.contiguous() for tensor in tensors)
-    if not triton_failed:
+    if is_for_triton(tensors[0]) and not triton_failed:
         try:
             from model import dynamic_conv_triton  # only where it is needed: Triton is no part of every PyTorch
 
-            return getattr(dynamic_conv_triton, plain.__name__)(*tensors)
+            return getattr(dynamic_conv_triton, plain.__name__)(*(tensor.contiguous() for tensor in tensors))
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
@@ -71,7 +75,10 @@ def fast(plain: Callable[..., T], *tensors: Tensor) -> T:
     return plain(*tensors)
 
 
-@torch.library.custom_op('frugalsr::dynamic_conv', mutates_args=())  # which torch.compile leaves as it is
+# torch.compile leaves these two as they are. From the plain form it would take minutes to compile a training step.
+
+
+@torch.library.custom_op('frugalsr::dynamic_conv', mutates_args=())
 def fast_forward(x: Tensor, weights: Tensor) -> Tensor:
     return fast(forward, x, weights)
 
@@ -91,9 +98,9 @@ def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
-def is_for_triton(x: Tensor) -> bool:
-    """Whether `x` is on a GPU of NVIDIA or AMD."""
-    return x.is_cuda
+def is_left_alone(x: Tensor) -> bool:
+    """Whether PyTorch gets `fast_forward` and `fast_backward` to see instead of the plain form."""
+    return is_for_triton(x) or torch.compiler.is_compiling()
 
 
 class DynamicConv(torch.autograd.Function):
@@ -102,12 +109,12 @@ class DynamicConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
-        return (fast_forward if is_for_triton(x) else forward)(x, weights)
+        return (fast_forward if is_left_alone(x) else forward)(x, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return (fast_backward if is_for_triton(grad) else backward)(grad, *ctx.saved_tensors)
+        return (fast_backward if is_left_alone(grad) else backward)(grad, *ctx.saved_tensors)
 
 
 def dynamic_conv(x: Tensor, weights: Tensor) -> Tensor:
