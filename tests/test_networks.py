@@ -174,6 +174,14 @@ def test_can_be_exported(name: str) -> None:
     torch.testing.assert_close(exported(x), net(x), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize('name', ['LCoAN', 'OmniSR', 'SwinIR-light', 'ATD-light'])  # what indexes most
+@torch.no_grad()
+def test_torch_compile_gives_the_same(name: str) -> None:
+    torch.compiler.reset()
+    net, x = small(name), images(1, 3, 24, 32)
+    torch.testing.assert_close(torch.compile(net)(x), net(x), rtol=0, atol=1e-12)
+
+
 @small_networks
 @torch.no_grad()
 def test_half_precision_stays_close(name: str) -> None:

@@ -629,7 +629,7 @@ def shift_masks(size: int, shift: int, like: Tensor) -> Tensor:
     Only the last windows of a row or column hold pixels from opposite borders. The four are a window inside, the last
     of its row, the last of its column, and both.
     """
-    far = torch.arange(size, device=like.device) >= size - shift
+    far = (torch.arange(size, device=like.device) >= size - shift).long()  # torch.compile fails to compare booleans
     down, right = far.repeat_interleave(size), far.repeat(size)
     down, right = down[:, None] != down, right[:, None] != right
     apart = torch.stack((torch.zeros_like(down), right, down, down | right))
