@@ -194,7 +194,9 @@ def build_parser() -> Parser:
     g.add_argument(
         '--n_threads', metavar='N', type=natural, default=min(6, os.cpu_count() or 1), help='processes that load data'
     )
-    g.add_argument('--compile', action='store_true', help='run the network through torch.compile')
+    g.add_argument(
+        '--compile', action='store_true', help='run the network through torch.compile; on a CPU most are slower so'
+    )
     g.add_argument('--channels_last', action='store_true', help='keep weights and images in channels_last memory')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     g.add_argument(

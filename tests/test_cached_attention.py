@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from conftest import kept_for_gradients
@@ -41,18 +43,26 @@ def test_results_and_gradients(at_once: int, masked: bool, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize('kind', [0, 1, 2])
-@pytest.mark.parametrize('offset', [-1e5, -1e3, -60.0, 60.0, 1e3, 1e5])
+@pytest.mark.parametrize('offset', [-1e5, -1e3, -95.0, -60.0, 60.0, 95.0, 1e3, 1e5])
 def test_logits_that_are_all_large_or_small(offset: float, kind: int) -> None:
-    q, k, v, masks = inputs(True)
+    *qkv, masks = inputs(True)
     offsets = torch.zeros_like(masks)
     offsets[1, kind] = offset
-    tensors = [tensor.detach().float().requires_grad_() for tensor in (q, k, v, masks + offsets)]
-    found, truth = attend(*tensors, KINDS, 0.7), plain(q, k, v, masks, KINDS, 0.7)  # which the offset does not change
-    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-7 * max(abs(offset), 20))
-    for gradient, expected in zip(
-        torch.autograd.grad(found.sum(), tensors[1:]), torch.autograd.grad(truth.sum(), [k, v, masks]), strict=True
-    ):
-        torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-7 * max(abs(offset), 20))
+    tensors = [tensor.detach().float().requires_grad_() for tensor in (*qkv, masks + offsets)]
+    found, truth = attend(*tensors, KINDS, 0.7), plain(*qkv, masks, KINDS, 0.7)  # which an offset does not change
+    close = partial(torch.testing.assert_close, rtol=0, atol=2e-7 * max(abs(offset), 20))
+    close(found.double(), truth)
+    gradients = torch.autograd.grad(found.square().sum(), tensors)
+    close([x.double() for x in gradients], list(torch.autograd.grad(truth.square().sum(), [*qkv, masks])))
+
+
+@pytest.mark.parametrize('factor', [1e-20, 1e20])
+@pytest.mark.parametrize('offset', [-20.0, 20.0])
+def test_values_near_the_ends_of_float32(factor: float, offset: float) -> None:
+    *qkv, masks = (tensor.detach() for tensor in inputs(True))
+    q, k, v, shifted = (tensor.float() for tensor in (*qkv, masks + offset))
+    found = attend(q, k, factor * v, shifted, KINDS, 0.7) / factor
+    torch.testing.assert_close(found.double(), plain(*qkv, masks, KINDS, 0.7), rtol=0, atol=1e-5)
 
 
 def test_large_logits() -> None:
@@ -65,4 +75,6 @@ def test_large_logits() -> None:
 
 def test_no_map_is_kept_for_the_gradients() -> None:
     kept = kept_for_gradients(lambda: attend(*inputs(True), KINDS, 1.0))
-    assert sorted(len(tensor) for tensor in kept) == [HEADS] + [WINDOWS] * 5
+    rows = WINDOWS * TOKENS * HEADS
+    masks = HEADS * 3 * TOKENS**2
+    assert sorted(tensor.numel() for tensor in kept) == sorted([WINDOWS, rows, rows, *[rows * CHANNELS] * 3, masks])

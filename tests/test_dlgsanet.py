@@ -161,6 +161,12 @@ def test_attention_in_windows_equals_plain_loops(size: tuple[int, int]) -> None:
         assert torch.allclose(attention.train(train)(x), expected, rtol=0, atol=1e-12)
 
 
+def test_gradients_of_attention_in_windows() -> None:
+    torch.manual_seed(0)
+    attention = SparseGlobalAttention(4, 2, 3).double().eval()
+    assert torch.autograd.gradcheck(attention, numbers(1, 4, 4, 5).requires_grad_())
+
+
 @torch.no_grad()
 def test_norms_over_pixels_do_not_suffer_from_half_precision() -> None:
     attention = SparseGlobalAttention(4, 1, 64)

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import numbers
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +27,7 @@ from model.dynamic_conv import (
     fast_forward,
     forward,
     is_for_triton,
+    taps,
 )
 
 # batch, channels, groups, kernel, height, width: several groups, one group, a group a channel, smaller than the kernel.
@@ -120,6 +123,21 @@ def test_strips_add_half_precision_up_in_float32(half: torch.dtype) -> None:
     truth = dynamic_conv(x.double(), weights.double())
     assert found.dtype == half
     assert ((found - truth).abs() <= truth.abs() * torch.finfo(half).eps / 2 + 1e-5).all()
+
+
+@torch.no_grad()
+def test_strips_leave_nothing_behind_of_tensors_without_values() -> None:
+    def strips(x: Tensor) -> Tensor:
+        to_kernels = partial(F.conv2d, weight=torch.arange(18.0).view(9, 2, 1, 1) / 18)
+        return dynamic_conv_in_strips(x, x, to_kernels, 1, 3)
+
+    x = numbers(1, 2, 5, 7).float().contiguous(memory_format=torch.channels_last)
+    taps.cache_clear()
+    expected = strips(x)
+    taps.cache_clear()
+    with FakeTensorMode():
+        strips(torch.empty_strided(x.shape, x.stride()))
+    assert torch.equal(strips(x), expected)
 
 
 def test_multiply_adds_of_the_dynamic_convolution_can_be_counted() -> None:

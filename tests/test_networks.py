@@ -174,6 +174,11 @@ def test_can_be_exported(name: str) -> None:
     torch.testing.assert_close(exported(x), net(x), rtol=0, atol=1e-9)
 
 
+def test_exported_with_gradients_it_needs_no_operation_of_ours() -> None:
+    exported = torch.export.export(small('DLGSANet'), (images(1, 3, 6, 7),))
+    assert 'frugalsr' not in str(exported.graph)
+
+
 @pytest.mark.parametrize('name', ['LCoAN', 'OmniSR', 'SwinIR-light', 'ATD-light'])  # what indexes most
 @torch.no_grad()
 def test_torch_compile_gives_the_same(name: str) -> None:

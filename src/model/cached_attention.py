@@ -46,9 +46,9 @@ class Logits:
 
 
 def in_range(sums: Tensor) -> bool:
-    """Whether sums of powers of 2 show that none has overflowed and that none is lost which counts in its sum."""
+    """Whether sums of powers of 2 show that all that count are far from the ends of float32, 2^-126 and 2^128."""
     least, greatest = sums.aminmax()
-    return float(least) > 2**-64 and float(greatest) < 2**64  # float32 ends at 2^-126 and 2^128
+    return float(least) > 2**-32 and float(greatest) < 2**32
 
 
 def forward(
@@ -81,24 +81,24 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-        out, sums, greatest = forward(q, k, v, masks, kinds, scale)
-        ctx.save_for_backward(q, k, v, masks, kinds, sums.log2_().add_(greatest))
+        out, *rows = forward(q, k, v, masks, kinds, scale)
+        ctx.save_for_backward(q, k, v, masks, kinds, *rows)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, masks, kinds, logs = ctx.saved_tensors
+        q, k, v, masks, kinds, sums, greatest = ctx.saved_tensors
         logits_of, grads = Logits(q, masks, ctx.scale), [torch.empty_like(x) for x in (q, k, v)]
         memory = torch.empty_like(logits_of.memory)
         grad_masks = None if masks is None else torch.zeros_like(masks)
-        for head, part, (query, key, value, log, by_result, *found) in heads_of(kinds, q, k, v, logs, grad, *grads):
-            weights, by_logits = logits_of(head, part, query, key).sub_(log).exp2_(), memory[: len(query)]
-            found[2].copy_((by_result.mT @ weights).mT)
-            torch.bmm(by_result, value.mT, out=by_logits)  # so far by the weights
-            by_logits.mul_(weights)
-            by_logits.addcmul_(weights, by_logits.sum(-1, keepdim=True), value=-1)
+        parts = heads_of(kinds, q, k, v, sums, greatest, grad / sums, *grads)
+        for head, part, (query, key, value, total, most, by_sums, *found) in parts:
+            powers, by_logits = logits_of(head, part, query, key).sub_(most).exp2_(), memory[: len(query)]
+            found[2].copy_((by_sums.mT @ powers).mT)
+            torch.bmm(by_sums, value.mT, out=by_logits).mul_(powers)
+            by_logits.addcmul_(powers, by_logits.sum(-1, keepdim=True) / total, value=-1)
             found[0].copy_((key.mT @ by_logits.mT).mT * ctx.scale)
             found[1].copy_((query.mT @ by_logits).mT * ctx.scale)
             if grad_masks is not None:

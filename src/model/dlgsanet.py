@@ -109,9 +109,12 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
 
 
-def cut(x: Tensor, rows: list[slice], columns: list[slice]) -> list[Tensor]:
-    """Views of the cells of (N, H, W, C), row by row."""
-    return [strip[:, :, j] for strip in [x[:, i] for i in rows] for j in columns]
+def cut(x: Tensor, rows: list[slice], columns: list[slice]) -> Iterator[Tensor]:
+    """Views of the cells of (N, H, W, C), row by row, each made after what is done to the one before it."""
+    for i in rows:
+        strip = x[:, i]
+        for j in columns:
+            yield strip[:, :, j]
 
 
 class SparseGlobalAttention(TransposedAttention):

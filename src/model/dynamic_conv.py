@@ -6,6 +6,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,11 +63,12 @@ def is_for_triton(x: Tensor) -> bool:
 def fast(plain: Callable[..., T], *tensors: Tensor) -> T:
     """What `plain` gives; on a GPU by the kernel of the same name, from the first one that fails by `plain` itself."""
     global triton_failed
+    tensors = tuple(tensor.contiguous() for tensor in tensors)
     if is_for_triton(tensors[0]) and not triton_failed:
         try:
             from model import dynamic_conv_triton  # only where it is needed: Triton is no part of every PyTorch
 
-            return getattr(dynamic_conv_triton, plain.__name__)(*(tensor.contiguous() for tensor in tensors))
+            return getattr(dynamic_conv_triton, plain.__name__)(*tensors)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
@@ -100,7 +102,7 @@ def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_left_alone(x: Tensor) -> bool:
     """Whether PyTorch gets `fast_forward` and `fast_backward` to see instead of the plain form."""
-    return is_for_triton(x) or torch.compiler.is_compiling()
+    return is_for_triton(x) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
 
 
 class DynamicConv(torch.autograd.Function):
@@ -155,7 +157,7 @@ def dynamic_conv_in_strips(
     _, channels, height, width = x.shape
     rows = min(max(STRIP // (groups * size**2 * width), 1), height)
     tables = F.pad(widen(x.permute(0, 2, 3, 1)), (0, 0, *[size // 2] * 4)).unflatten(-1, (groups, -1))
-    bags = taps(rows, width, groups, size)
+    bags = torch.from_numpy(taps(rows, width, groups, size))
     out = torch.empty_like(x, memory_format=torch.channels_last)
     for i, top in product(range(len(x)), range(0, height, rows)):
         kernels = widen(to_kernels(hidden[i : i + 1, :, top : top + rows])).permute(0, 2, 3, 1).reshape(-1, size**2)
@@ -166,13 +168,13 @@ def dynamic_conv_in_strips(
 
 
 @lru_cache(maxsize=1)
-def taps(height: int, width: int, groups: int, size: int) -> Tensor:
-    """Where each tap of each kernel of an image meets it, (H * W * G, size^2) int32 on the CPU.
+def taps(height: int, width: int, groups: int, size: int) -> np.ndarray:
+    """Where each tap of each kernel of an image meets it, (H * W * G, size^2) int32.
 
-    As rows of the image padded by size // 2, (H + size - 1, W + size - 1, G), flattened. The last one is kept: all
-    blocks of a network need the same.
+    As rows of the image padded by size // 2, (H + size - 1, W + size - 1, G), flattened. The last one is kept, for all
+    blocks of a network need the same: not as a tensor, which would be of the mode that is on at the time.
     """
-    y, x, group, tap = (torch.arange(length, dtype=torch.int32) for length in (height, width, groups, size))
+    y, x, group, tap = (np.arange(length, dtype=np.int32) for length in (height, width, groups, size))
     row = groups * (width + size - 1)
-    first = (y * row).view(-1, 1, 1) + (x * groups).view(-1, 1) + group
-    return first.view(-1, 1) + ((tap * row).view(-1, 1) + tap * groups).flatten()
+    first = np.add.outer(np.add.outer(y * row, x * groups), group)
+    return np.add.outer(first.ravel(), np.add.outer(tap * row, tap * groups).ravel())
