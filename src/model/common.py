@@ -558,14 +558,13 @@ def unflatten_image(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 class TokenLinear(nn.Linear):
-    """Linear layer (..., C) to (..., C'). A CPU is faster, by up to two, at the same as a 1x1 convolution."""
+    """Linear layer (N, L, C) to (N, L, C'). A CPU is faster, by up to two, at the same as a 1x1 convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cpu:
             return super().forward(x)
-        pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # channels_last
-        out = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
+        return F.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
 
 
 def attention(

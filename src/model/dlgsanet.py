@@ -19,7 +19,7 @@ Departures from the official code:
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from math import isqrt
 
 import torch
@@ -109,14 +109,6 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
 
 
-def cut(x: Tensor, rows: list[slice], columns: list[slice]) -> Iterator[Tensor]:
-    """Views of the cells of (N, H, W, C), row by row, each made after what is done to the one before it."""
-    for i in rows:
-        strip = x[:, i]
-        for j in columns:
-            yield strip[:, :, j]
-
-
 class SparseGlobalAttention(TransposedAttention):
     """SparseGSA: attention between channels that keeps positive similarities as they are and drops the others.
 
@@ -138,11 +130,13 @@ class SparseGlobalAttention(TransposedAttention):
         sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
         weight = self.project_out.weight
         (rows, down), (columns, across) = (cells(*axis, weight) for axis in zip(lengths, sizes, strict=True))
-        parts = [cell.flatten(1, 2) for cell in cut(qkv, rows, columns)]
+        places = list(product(rows, columns))
+        parts = [qkv[:, i, j].flatten(1, 2) for i, j in places]
         maps = self.maps(parts, torch.kron(down, across)).to(qkv.dtype)
         out = qkv.new_empty(*qkv.shape[:3], len(weight))
-        for cell, part, factor in zip(cut(out, rows, columns), parts, maps, strict=True):
-            cell.copy_(torch.bmm(part.chunk(3, -1)[2], factor).view_as(cell))
+        for (i, j), part, factor in zip(places, parts, maps, strict=True):
+            cell = torch.bmm(part.chunk(3, -1)[2], factor)
+            out[:, i, j] = cell.unflatten(1, (i.stop - i.start, j.stop - j.start))
         return out.permute(0, 3, 1, 2)
 
     def maps(self, parts: list[Tensor], inside: Tensor) -> Tensor:
