@@ -3,11 +3,13 @@
 Started by torchrun, by srun (one task a GPU), or by `--n_GPUs N`, which calls torchrun's launcher.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed, nn
@@ -104,10 +106,18 @@ def size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def finish() -> None:
-    """Part from the other processes."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+def finish() -> NoReturn:
+    """Part from the other processes, and end this one.
+
+    What is registered for the end is done, but the interpreter is not taken apart: threads of the group, which
+    DistributedDataParallel leaves behind, would now and then abort a process that is done ("terminate called without
+    an active exception").
+    """
+    distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @contextmanager
