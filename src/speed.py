@@ -46,8 +46,8 @@ KINDS = {
     'normalisation': 'norm|softmax',
     'index, sort': 'index|gather|scatter|sort|topk|arg(max|min)|take|search|nonzero',
     'copy, layout': r'copy|memcpy|memset|cat(_|$)|clone|contiguous|(^|::)to(_|$)|pad|unfold|col2im|im2col|shuffle|roll|'
-    'stack|flip|repeat|empty|zero|ones|full|fill|resize|view|reshape|alias|permute|transpose|::t$|expand|select|slice|'
-    'narrow|split|chunk|unbind|flatten|squeeze|strided|arange|detach|scalar',
+    'stack|flip|repeat|empty|zero|ones|full|fill|resize|view|reshape|alias|permute|transpose|::m?t$|expand|select|slice|'
+    'narrow|split|chunk|unbind|flatten|squeeze|strided|arange|detach',
     'elementwise': 'add|sub|mul|div|pow|sqrt|square|exp|log|tanh|[ges][ei]lu|relu|sigmoid|clamp|neg|abs|sum|mean|max|'
     'min|pool|where|lerp|and|or(_|$)|not|remainder|floor|round|sample|::([nlg][et]|eq)_?$',
     'other': '',

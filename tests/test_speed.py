@@ -201,7 +201,7 @@ NAMES = {
     'matrix product': 'aten::mm aten::addmm aten::bmm aten::baddbmm aten::_scaled_dot_product_flash_attention_for_cpu',
     'normalisation': 'aten::native_layer_norm aten::_softmax aten::linalg_vector_norm aten::native_batch_norm',
     'index, sort': 'aten::index_select aten::gather aten::scatter_ aten::sort aten::argmax aten::index',
-    'copy, layout': 'aten::copy_ aten::cat aten::pixel_shuffle aten::unbind aten::to aten::t '
+    'copy, layout': 'aten::copy_ aten::cat aten::pixel_shuffle aten::unbind aten::to aten::t aten::mT '
     'aten::constant_pad_nd aten::empty',
     'elementwise': 'aten::add_ aten::mul aten::addcmul_ aten::gelu aten::relu_ aten::clamp_min aten::exp_ aten::sum '
     'aten::eq aten::upsample_bilinear2d aten::max_pool2d_with_indices aten::silu aten::__or__ aten::rsqrt',
