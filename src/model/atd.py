@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.common import (
+    GELU,
     RGB_MEAN,
     DirectUpsampler,
     Network,
@@ -128,7 +129,7 @@ class ConvFFN(nn.Module):
         super().__init__()
         depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
         self.fc1 = TokenLinear(n_feats, hidden)
-        self.dwconv = nn.Sequential(OrderedDict(depthwise_conv=nn.Sequential(depthwise, nn.GELU())))
+        self.dwconv = nn.Sequential(OrderedDict(depthwise_conv=nn.Sequential(depthwise, GELU())))
         self.fc2 = TokenLinear(hidden, n_feats)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:

@@ -293,6 +293,18 @@ def hidden_width(n_feats: int, mlp_ratio: float) -> int:
     return max(1, round(n_feats * mlp_ratio))
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU of maps (N, C, H, W) in channels_last memory, seen as contiguous (N, H, W, C), for which a CPU is faster."""
+    return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GELU(nn.Module):
+    """See `gelu`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
 class GatedFFN(nn.Module):
     """Gated feed-forward network with a depthwise 3x3 (Restormer, section 3.2): project_out(gelu(a) * b)."""
 
@@ -310,7 +322,7 @@ class GatedFFN(nn.Module):
         def half(i: int) -> Tensor:
             return F.conv2d(F.conv2d(x, first[i]), second[i], padding=1, groups=len(second[i]))
 
-        gate = F.gelu(half(0))
+        gate = gelu(half(0))
         return self.project_out(gate * half(1))
 
 
@@ -470,9 +482,9 @@ class LocalBlock(nn.Module):
         super().__init__()
         self.fn = nn.Sequential(
             conv(n_feats, n_feats, 1),
-            nn.GELU(),
+            GELU(),
             nn.Conv2d(n_feats, n_feats, 3, padding=1, groups=n_feats),
-            nn.GELU(),
+            GELU(),
             SqueezeExcitation(n_feats),
             conv(n_feats, n_feats, 1),
         )
