@@ -30,7 +30,7 @@ def test_all_checks_can_be_run(shared, tmp_path) -> None:
 
 
 def test_a_step_that_fails_or_runs_out_of_time_is_told_and_the_next_one_runs(tmp_path) -> None:
-    done = rehearse(tmp_path, 'check', 'speed', PYTEST_MORE='-k no_such_test', SPEED_SECONDS='1')
+    done = rehearse(tmp_path, 'check', 'speed', CHECK_ONLY='no_such_test', SPEED_SECONDS='1')
     assert done.returncode == 1
     assert 'check: failed with status 5' in done.stdout
     assert 'speed: out of time (1 s)' in done.stdout
@@ -47,8 +47,6 @@ def test_a_network_that_computes_something_else_is_named(shared, tmp_path) -> No
     arrays['output0'][0, 0, 5, 7] += 1e-3 * np.abs(arrays['output0']).max()
     (tmp_path / 'other' / golden).parent.mkdir()
     np.savez(tmp_path / 'other' / golden, **arrays)
-    done = rehearse(
-        tmp_path / 'out', 'check', PYTEST_MORE='-k recorded_outputs', FRUGALSR_SHARED=str(tmp_path / 'other')
-    )
+    done = rehearse(tmp_path / 'out', 'check', CHECK_ONLY='recorded_outputs', FRUGALSR_SHARED=str(tmp_path / 'other'))
     assert done.returncode == 1
     assert 'FAILED tests/gpu/test_parity.py::test_equals_the_recorded_outputs[EDSR-baseline-2]' in done.stdout

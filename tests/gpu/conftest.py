@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         def end(*_: object) -> NoReturn:
             programs.end_all()
-            pytest.exit('the time is up', 124)
+            pytest.exit('the time is up', pytest.ExitCode.INTERRUPTED)
 
         signal.signal(signal.SIGTERM, end)
 

@@ -49,7 +49,7 @@ limited() {
 
 check() {
     rm -f "$out/check.jsonl"
-    FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu ${PYTEST_MORE:-} -vv -s -rfEs --tb=short \
+    FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs --tb=short \
         --durations=25 -p no:cacheprovider --basetemp="$work/tests"
 }
 

@@ -41,7 +41,7 @@ def test_trained_weights_lose_next_to_nothing(card: str) -> None:
 
     def scores(dtype: torch.dtype) -> float:
         model.dtype = dtype
-        return float(np.mean([psnr(model.upscale(lr), hr, found.scale, 'y') for lr, hr in images]))
+        return float(np.mean([psnr(model.upscale(lr), hr, found.scale, 'Y') for lr, hr in images]))
 
     single = scores(torch.float32)
     losses = {type_name(dtype): single - scores(dtype) for dtype in NETWORKS[found.name].half}
@@ -51,7 +51,7 @@ def test_trained_weights_lose_next_to_nothing(card: str) -> None:
     note('half', weights=card, float32=round(single, 4), **losses, **also)
     assert losses
     for loss in losses.values():
-        assert abs(loss) < LOSS.get(card, 0.01)
+        assert abs(loss) < (2 if REHEARSE else 1) * LOSS.get(card, 0.01)  # there of one image
 
 
 @pytest.mark.parametrize('name', chosen(ALL))
