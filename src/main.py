@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from checkpoint import RunFolder
     from data.srdata import SRData
+    from evaluation import Evaluation
     from model import Model
     from model.tiling import Tiler
     from optimizer import Schedule
     from report import Saved
-    from trainer import Evaluation
 
 log = logging.getLogger('frugalsr')
 
@@ -171,7 +171,7 @@ def settle(args: Namespace) -> None:
 
 def score(args: Namespace, folder: RunFolder) -> None:
     """Score images that any program made."""
-    from trainer import read_outputs, table
+    from evaluation import read_outputs, table
 
     sets = test_sets(args, prepare=False)
     upscale = read_outputs(sets, args.score)
@@ -189,7 +189,7 @@ def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
     import attention
     from enlarge import enlarge_folder
-    from trainer import table, timed
+    from evaluation import table, timed
 
     model = make_model(args)
     if args.show_attention:
@@ -217,7 +217,7 @@ def test(args: Namespace, folder: RunFolder) -> None:
 def show_attention(model: Model, saved: Mapping[str, Sequence[Saved]]) -> None:
     """Save what the network takes together in the first images of each set."""
     import attention
-    from trainer import SHEET_ROWS
+    from evaluation import SHEET_ROWS
 
     for images in saved.values():
         for image in images[:SHEET_ROWS]:
@@ -245,12 +245,14 @@ def train(args: Namespace, folder: RunFolder) -> None:
     import parallel
     from board import Board
     from data.traindata import train_loader
+    from evaluation import timed
     from loss import Loss
     from model import type_name
     from model.recompute import recompute
     from optimizer import make_optimizer
+    from step import TrainStep
     from stopping import Stop
-    from trainer import Trainer, timed
+    from trainer import TrainConfig, Trainer
 
     if folder.holds_training() and not (args.load or args.reset):
         raise UserError(
@@ -264,47 +266,38 @@ def train(args: Namespace, folder: RunFolder) -> None:
         make_optimizer, name=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=tuple(args.betas),
         epsilon=args.epsilon, momentum=args.momentum,
     )  # fmt: skip
-    optimizer = new_optimizer(model.parameters())
     loss = Loss(args.loss, model.range, model.n_colors, args.patch_size, args.gan_k, new_optimizer, args.vgg)
     folder.config = option.write_config(args, model.settings)
     state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
-    stop, dtype, board = Stop(), autocast_dtype(args, model), Board(folder.folder / 'tensorboard')
+    stop, dtype, board = Stop(args.max_time), autocast_dtype(args, model), Board(folder.folder / 'tensorboard')
 
     def evaluate(epoch: int) -> dict[str, Any]:
         results = evaluation(timed(model), label(args), stop.check)
         write_results(args, folder, evaluation, results, model, f'epoch {epoch}')
         return results
 
-    def watch(record: dict[str, Any]) -> None:
+    def on_epoch_end(record: dict[str, Any]) -> None:
         if parallel.rank() == 0:
             board.write(record, evaluation.shown)
             write_report(args, folder, evaluation, facts(model, f'epoch {record["epoch"]}'), model.settings)
 
+    step = TrainStep(
+        model, loss.to(model.device), new_optimizer(model.parameters()), args.batch_size, args.split_batch,
+        args.gclip, args.clip_norm, dtype, args.weight_ema, graph=args.graph is not False,
+    )  # fmt: skip
     trainer = Trainer(
-        model, loss.to(model.device), optimizer,
-        loader=lambda numbers: train_loader(
+        TrainConfig(
+            args.batch_size, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
+            args.seed, args.save_every,
+        ),
+        step,
+        lambda numbers: train_loader(
             data, parallel.Batches(numbers, args.batch_size), args.n_threads, pin_memory=model.device.type == 'cuda'
         ),
-        name_of=data.name,
-        evaluate=evaluate,
-        run=folder,
-        batch_size=args.batch_size,
-        steps=args.test_every,
-        parts=args.split_batch,
-        rate=schedule(args),
-        clip=args.gclip,
-        clip_norm=args.clip_norm,
-        dtype=dtype,
-        skip_threshold=args.skip_threshold,
-        print_every=args.print_every,
-        keep_all=args.save_models,
-        average_decay=args.weight_ema,
-        seed=args.seed,
-        save_every=args.save_every,
-        watch=watch,
+        data.name, evaluate, folder, on_epoch_end,
     )  # fmt: skip
     if args.checkpointing:
         recompute(model.net, model.network.blocks)
@@ -370,15 +363,10 @@ def device(args: Namespace) -> str:
 
 def make_model(args: Namespace) -> Model:
     """The network, with random weights from the seed."""
-    import torch
-
     from model import Model
+    from numerics import set_numerics
 
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats its results only with this
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Costs time, and nothing here reads memory before it is written.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.manual_seed(args.seed)
+    set_numerics(args.seed, args.deterministic or device(args) == 'cpu', args.tf32)
     settings = option.network_settings(args)
     half = args.precision == 'half'
     return Model(
@@ -499,7 +487,7 @@ def make_set(
 
 def make_evaluation(args: Namespace, sets: list[SRData], folder: RunFolder, save: bool, ssim: bool) -> Evaluation:
     """The scores of the test sets, and their images if `save`."""
-    from trainer import Evaluation
+    from evaluation import Evaluation
 
     return Evaluation(sets, ssim, folder.folder if save else None, args.save_gt)
 

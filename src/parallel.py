@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -161,6 +161,13 @@ def shared(net: nn.Module, device: torch.device) -> nn.Module:
 def unsynchronised(net: nn.Module) -> AbstractContextManager[Any]:
     """Within this block gradients stay in this process, to be averaged with later ones."""
     return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sums of the values over all processes, in all of them; on the device, which is not waited for."""
+    if size() > 1:
+        distributed.all_reduce(values)
+    return values
 
 
 def total(values: Sequence[float]) -> list[float]:

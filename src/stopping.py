@@ -1,7 +1,9 @@
 """Ending a run when the system or the user asks for it."""
 
+import math
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 import parallel
@@ -16,13 +18,19 @@ class Stopped(Exception):
 class Stop:
     """Within this block SIGTERM and Ctrl-C are noted, for the run to end by itself; a second Ctrl-C ends it at once.
 
-    Calling it tells whether the run is to end; `name` is the signal that said so.
+    Calling it tells whether the run is to end; `name` is what said so, a signal or --max_time.
+
+    Args:
+        seconds: from now on after which the run is to end; None: never.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
         self.name = ''
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
 
     def __call__(self) -> bool:
+        if not self.name and time.monotonic() > self.end:
+            self.name = '--max_time'
         return bool(self.name)
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ from test_trainer import LCOAN, TINY, arguments, train
 
 import attention
 import main
-import trainer
+import evaluation
 from attention import draw, maps, palette, source
 from data.image import read_rgb, write_png
 from data.imresize import shrink
@@ -132,7 +132,7 @@ def lcoan(data_folder, monkeypatch) -> str:
 
 def test_the_first_images_of_each_set(data_folder, lcoan, monkeypatch):
     """Also of photographs; the middle of large ones."""
-    monkeypatch.setattr(trainer, 'SHEET_ROWS', 2)
+    monkeypatch.setattr(evaluation, 'SHEET_ROWS', 2)
     monkeypatch.setattr(attention, 'SIDE', 33)
     photos = data_folder.parent / 'photos'
     write_png(photos / 'small.png', picture(4, 20, 11))
