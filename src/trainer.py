@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 import metric
-import parallel
-import picture
-from background import Ahead, Background
 from checkpoint import RunFolder
 from data.image import read_rgb, write_png
 from data.imresize import enlarge
@@ -24,11 +21,14 @@ from data.outputs import match_outputs
 from data.srdata import SRData
 from data.traindata import Sample, WorkerDied, whole_batches
 from error import UserError
-from files import write_atomic
 from loss import Loss
 from model import Model
 from optimizer import Schedule, WeightAverage, set_learning_rate
-from stopping import Stopped
+from report import picture
+from system import parallel
+from system.background import Ahead, Background
+from system.files import write_atomic
+from system.stopping import Stopped
 
 log = logging.getLogger('frugalsr')
 
