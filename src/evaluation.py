@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 import metric
-import parallel
-import picture
-from background import Ahead, Background
 from data.image import read_rgb, write_png
 from data.imresize import enlarge
 from data.outputs import match_outputs
 from data.srdata import SRData
 from error import UserError
-from files import write_atomic
 from model import Model
+from report import picture
+from system import parallel
+from system.background import Ahead, Background
+from system.files import write_atomic
 
 SHEET_ROWS = 5
 SHOWN = 3

@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import option
-from allocator import keep_memory
 from error import UserError, report_error
+from system.allocator import keep_memory
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from data.srdata import SRData
     from evaluation import Evaluation
     from model import Model
-    from model.tiling import Tiler
+    from model.tiles.tiling import Tiler
     from optimizer import Schedule
-    from report import Saved
+    from report.page import Saved
 
 log = logging.getLogger('frugalsr')
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        from model.tiling import out_of_memory
+        from model.tiles.tiling import out_of_memory
 
         if not out_of_memory(error) or '--debug' in argv:
             raise
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Namespace, argv: Sequence[str] = ()) -> None:
     """Do what the options say: measure costs, score files, test, or train; in several processes if they say so."""
     try:
-        import parallel
+        from system import parallel
     except ModuleNotFoundError as error:
         raise UserError(
             f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
@@ -79,8 +79,8 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
 
 def run_here(args: Namespace) -> None:
     """Do what the options say in this process."""
-    import parallel
     from checkpoint import RunFolder, start_screen
+    from system import parallel
 
     start_screen(quiet=parallel.rank() > 0)
     if args.model == 'auto':
@@ -107,8 +107,8 @@ def costs(args: Namespace, folder: RunFolder) -> None:
     """Print what networks cost, and write it as JSON and as a picture."""
     import json
 
-    from costs import find_pairs, measure_all, points, table
-    from picture import scatter
+    from measure.costs import find_pairs, measure_all, points, table
+    from report.picture import scatter
 
     pairs = find_pairs(option.cost_models(args), option.cost_scales(args))
     folder.start_log()
@@ -125,10 +125,10 @@ def profile(args: Namespace, folder: RunFolder) -> None:
     """Measure how near networks come to what this machine can do, and compare that with an older measurement."""
     import json
 
-    from costs import find_pairs
-    from picture import bars, growth
-    from speed import Form, profile_all
-    from speed_report import NOTE, compare, growths, parts, read_report, table
+    from measure.costs import find_pairs
+    from measure.speed import Form, profile_all
+    from measure.speed_report import NOTE, compare, growths, parts, read_report, table
+    from report.picture import bars, growth
 
     old = read_report(args.compare) if args.compare else None
     if args.profile:
@@ -154,8 +154,8 @@ def profile(args: Namespace, folder: RunFolder) -> None:
 
 def settle(args: Namespace) -> None:
     """Find out which network the weights of --pre_train belong to."""
-    from model.detect import recognise
-    from model.weights import read_weights
+    from model.loading.detect import recognise
+    from model.loading.weights import read_weights
 
     path = weights_file(args)
     try:
@@ -187,9 +187,9 @@ def score(args: Namespace, folder: RunFolder) -> None:
 
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
-    import attention
     from enlarge import enlarge_folder
     from evaluation import table, timed
+    from report import attention
 
     model = make_model(args)
     if args.show_attention:
@@ -216,8 +216,8 @@ def test(args: Namespace, folder: RunFolder) -> None:
 
 def show_attention(model: Model, saved: Mapping[str, Sequence[Saved]]) -> None:
     """Save what the network takes together in the first images of each set."""
-    import attention
     from evaluation import SHEET_ROWS
+    from report import attention
 
     for images in saved.values():
         for image in images[:SHEET_ROWS]:
@@ -242,16 +242,16 @@ def export(args: Namespace, folder: RunFolder) -> None:
 
 def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
-    import parallel
-    from board import Board
     from data.traindata import train_loader
     from evaluation import timed
     from loss import Loss
     from model import type_name
-    from model.recompute import recompute
+    from model.ops.recompute import recompute
     from optimizer import make_optimizer
+    from report.board import Board
     from step import TrainStep
-    from stopping import Stop
+    from system import parallel
+    from system.stopping import Stop
     from trainer import TrainConfig, Trainer
 
     if folder.holds_training() and not (args.load or args.reset):
@@ -384,8 +384,8 @@ def make_model(args: Namespace) -> Model:
 
 def make_tiler(args: Namespace) -> Tiler | None:
     """What cuts images into tiles, of one shape for --compile."""
-    from model.autotile import AutoTiler
-    from model.tiling import MeanTiler, Tiler
+    from model.tiles.autotile import AutoTiler
+    from model.tiles.tiling import MeanTiler, Tiler
 
     if not args.chop:
         return None
@@ -401,7 +401,7 @@ def make_tiler(args: Namespace) -> Tiler | None:
 def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
     """Fill the network from --load or --pre_train; returns the state of a loaded run, and what the weights are."""
     from checkpoint import RunFolder
-    from model.weights import load_weights, read_weights
+    from model.loading.weights import load_weights, read_weights
 
     if args.load:
         run = RunFolder(args.save_dir / args.load)
@@ -433,7 +433,7 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
 
 def weights_file(args: Namespace) -> Path:
     """The file that --pre_train means: a path from here, or a name in --extend."""
-    from files import some
+    from system.files import some
 
     path = Path(args.pre_train).expanduser()
     if not path.is_file():
@@ -473,9 +473,9 @@ def make_set(
     skip_bad: bool = False,
 ) -> SRData:
     """Find one set, and prepare it."""
-    import parallel
     from data.sets import find_set
     from data.srdata import SRData
+    from system import parallel
 
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
     data = SRData(images, args.scale, args.lr_border, cached, args.shave, skip_bad)
@@ -499,8 +499,8 @@ def label(args: Namespace) -> str:
 
 def facts(model: Model, origin: str) -> dict[str, str]:
     """What runs where."""
-    import parallel
     from model import n_parameters
+    from system import parallel
 
     where = f'{model.device}, {parallel.size()} processes' if parallel.size() > 1 else str(model.device)
     network = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters'
@@ -523,8 +523,8 @@ def write_results(
     args: Namespace, folder: RunFolder, evaluation: Evaluation, results: dict, model: Model, weights: str
 ) -> None:
     """Write results.json: the scores, and everything that has a say in them."""
-    from machine import machine
     from model import type_name
+    from system.machine import machine
 
     auto = args.chop == 'auto'  # when sizes differ between images, and tiles are never averaged
     size, blend = ('auto', 'ramp') if auto else (model.tiler and model.tiler.size, args.chop_blend)
@@ -549,7 +549,7 @@ def write_report(
     settings: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Write report.html: `about` the run, and what is in its folder."""
-    from report import page, read_curves
+    from report.page import page, read_curves
 
     if not folder.writes:
         return
@@ -572,7 +572,7 @@ def saved_images(args: Namespace, folder: RunFolder, evaluation: Evaluation) -> 
     """The enlarged images that a run left in its folder, by set."""
     from data.image import find_images, read_rgb
     from enlarge import output_names
-    from report import Saved
+    from report.page import Saved
 
     def saved(images: str, name: str, *sources: Callable) -> Saved:
         file = folder.folder / f'results-{images}' / f'{name}_x{args.scale}_SR.png'

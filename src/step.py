@@ -6,11 +6,11 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, optim
 
-import parallel
 from data.traindata import Sample, turn
 from loss import Loss
 from model import Model
 from optimizer import ModelEMA, set_learning_rate
+from system import parallel
 
 WARM_UP = 3  # steps before the graph is captured, in which libraries choose their kernels and make their workspaces
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import parallel
 from checkpoint import RunFolder
 from data.traindata import Sample, WorkerDied, whole_batches
 from error import UserError
 from evaluation import table
 from optimizer import Schedule, load_optimizer
 from step import TrainStep
-from stopping import Stopped
+from system import parallel
+from system.stopping import Stopped
 
 log = logging.getLogger('frugalsr')
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from optimizer import Schedule, ModelEMA, make_optimizer, set_learning_rate
+from optimizer import ModelEMA, Schedule, make_optimizer, set_learning_rate
 
 
 def parameters() -> list[nn.Parameter]:

@@ -7,12 +7,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import model
 import option
 from error import UserError
 from option import data_range, epochs_list, names, parse, read_config, write_config
+from tests.conftest import ROOT
 
 # The options of EDSR and LCoAN, as issue 2 lists them.
 OLD = """

@@ -12,19 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture
-from test_checkpoint import strict
 from torch import Tensor, optim
 
 import main
-import picture as pictures
-from background import Background
 from data.image import read_rgb, write_png
 from data.sets import ImageSet
 from data.srdata import SRData
-from loss import Loss
-from stopping import Stop, Stopped
 from evaluation import Evaluation, table
+from loss import Loss
+from report import picture as pictures
+from system.background import Background
+from system.stopping import Stop, Stopped
+from tests.conftest import ROOT, picture
+from tests.test_checkpoint import strict
 from trainer import Trainer
 
 TINY = (

@@ -14,7 +14,7 @@ from data.image import read_rgb, read_size, write_png
 from data.imresize import Border, shrink
 from data.sets import ImageSet
 from error import UserError, WriteError
-from files import write_atomic
+from system.files import write_atomic
 
 log = logging.getLogger('frugalsr')
 

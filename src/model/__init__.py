@@ -13,8 +13,8 @@ from error import UserError
 from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
 from model.bicubic import Bicubic
 from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
-from model.ensemble import self_ensemble
-from model.tiling import Tiler
+from model.tiles.ensemble import self_ensemble
+from model.tiles.tiling import Tiler
 
 NETWORKS: dict[str, Network] = {
     **bicubic.NETWORKS,

@@ -26,23 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.common import (
-    RGB_MEAN,
-    DirectUpsampler,
-    GatedFFN,
-    Network,
-    PixelNorm,
-    TransposedAttention,
-    UserError,
-    check_divides,
-    check_images,
-    conv,
-    full_precision,
-    hidden_width,
-    how_many,
-    widen,
-)
-from model.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
+from error import UserError
+from model.blocks.edsr import DirectUpsampler
+from model.blocks.pixels import GatedFFN, PixelNorm, TransposedAttention
+from model.blocks.windows import hidden_width
+from model.common import RGB_MEAN, Network, check_divides, check_images, conv, full_precision, how_many, widen
+from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 

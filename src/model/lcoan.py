@@ -25,25 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from error import UserError
+from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
+from model.blocks.sorted_attention import Pattern, attend, find_pattern
+from model.blocks.tokens import flatten_image, unflatten_image
 from model.common import (
     Network,
-    Pattern,
-    ResBlock,
-    Tail,
-    UserError,
-    attend,
     check_divides,
     check_images,
     conv,
-    find_pattern,
-    flatten_image,
     full_precision,
     how_many,
     in_fast_memory,
-    mean_shifts,
-    recognise_ends,
     shape_of,
-    unflatten_image,
     widen,
 )
 
