@@ -378,18 +378,20 @@ def make_model(args: Namespace) -> Model:
         half,
         args.compile,
         args.channels_last,
+        bool(args.graph),
         **settings,
     )
 
 
 def make_tiler(args: Namespace) -> Tiler | None:
-    """What cuts images into tiles, of one shape for --compile."""
+    """What cuts images into tiles, of one shape for --compile and --graph."""
     from model.tiles.autotile import AutoTiler
     from model.tiles.tiling import MeanTiler, Tiler
 
     if not args.chop:
         return None
-    where, fixed = device(args), args.compile
+    where = device(args)
+    fixed = args.compile or (bool(args.graph) and where == 'cuda')
     batch = args.chop_batch if where == 'cuda' and not fixed else 1
     if args.chop == 'auto':
         return AutoTiler(args.chop_overlap, batch, where, args.max_memory, fixed)

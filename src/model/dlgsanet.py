@@ -91,11 +91,18 @@ def windows(length: int, size: int) -> list[slice]:
 
 
 def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
-    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0."""
+    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0.
+
+    Which these are is compared on the device, where a CUDA graph can hold no copy from the host.
+    """
     found = windows(length, size)
-    pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
-    inside = [[w.start <= piece.start and piece.stop <= w.stop for piece in pieces] for w in found]
-    return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
+    borders = sorted(end for window in found for end in (window.start, window.stop))
+    kept = [i for i, (start, stop) in enumerate(pairwise(borders)) if start < stop]  # windows may share a border
+    places = torch.arange(length + 1, device=like.device)
+    starts, stops = (torch.stack([places[end] for end in ends]) for ends in zip(*((w.start, w.stop) for w in found), strict=True))
+    first, last = (torch.stack([places[borders[i + end]] for i in kept]) for end in (0, 1))
+    inside = (starts[:, None] <= first) & (last <= stops[:, None])
+    return [slice(borders[i], borders[i + 1]) for i in kept], inside.to(like.dtype)
 
 
 class SparseGlobalAttention(TransposedAttention):

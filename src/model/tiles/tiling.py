@@ -168,9 +168,36 @@ class MeanTiler(Tiler):
 
 
 def _run_batches(run: Function, tiles: list[Tensor], batch: int) -> Iterator[Tensor]:
+    """The results of the tiles on the host; on CUDA each call is under way while those of the one before it come."""
+    coming: Callable[[], Tensor] | None = None
     for first in range(0, len(tiles), batch):
-        # A copy even where none is needed: it is faded in place, and `run` may own or have frozen what it returns.
-        yield from run(torch.stack(tiles[first : first + batch])).to('cpu', torch.float32, copy=True)
+        results = run(torch.stack(tiles[first : first + batch]))
+        if not results.is_cuda:
+            # A copy even where none is needed: it is faded in place, and `run` may own or have frozen what it returns.
+            yield from results.to('cpu', torch.float32, copy=True)
+            continue
+        before, coming = coming, _bring(results)
+        del results
+        if before:
+            yield from before()
+    if coming:
+        yield from coming()
+
+
+def _bring(results: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy from CUDA to the host, beside what is computed next; what is returned waits for the copy."""
+    stream, host = torch.cuda.Stream(), torch.empty(results.shape, pin_memory=True)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        host.copy_(results, non_blocking=True)
+        done = stream.record_event()
+    results.record_stream(stream)
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return host
+
+    return wait
 
 
 def _continue(image: Tensor, height: int, width: int) -> Tensor:
