@@ -9,7 +9,7 @@ feed-forward network. In evaluation the similarities are computed in overlapping
 (test-time local converter, TLC), and the results averaged.
 
 Departures from the official code:
-- The dynamic convolution (`model.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
+- The dynamic convolution (`ops.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
   for float32 and float64, compiled at run time by an interface of CuPy that no longer exists.
 - The windows of the evaluation are one batch, and nothing is kept between calls. Batches of any size can be evaluated;
   the official code takes one image at a time.

@@ -57,7 +57,7 @@ def test_kernels_of_the_image_are_never_there_without_gradients(monkeypatch: pyt
             self.found = max([self.found, *sizes])
             return result
 
-    monkeypatch.setattr(model.dynamic_conv, 'STRIP', 3 * 2 * 25 * 16)  # three rows
+    monkeypatch.setattr(model.ops.dynamic_conv, 'STRIP', 3 * 2 * 25 * 16)  # three rows
     attention, x = DynamicLocalAttention(8, 4, 5).double(), numbers(2, 8, 16, 16)
     with torch.no_grad(), Largest() as largest:
         found = attention(x)

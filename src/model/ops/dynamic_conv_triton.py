@@ -1,4 +1,4 @@
-"""The dynamic convolution in Triton, for a GPU; `model.dynamic_conv` chooses it.
+"""The dynamic convolution in Triton, for a GPU; `model.ops.dynamic_conv` chooses it.
 
 A program computes a tile: all channels of one group at a block of pixels. It reads each of its kernel weights once and
 sums in registers, in float32 or more, in an order that is always the same.

@@ -101,7 +101,7 @@ def test_strips_equal_plain_loops(
     shape: tuple[int, ...], rows: float, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weights = (t.to(dtype) for t in operands(*shape))
-    monkeypatch.setattr(model.dynamic_conv, 'STRIP', int(rows * weights[0, ..., 0, :].numel()))
+    monkeypatch.setattr(model.ops.dynamic_conv, 'STRIP', int(rows * weights[0, ..., 0, :].numel()))
     given = []
 
     def to_kernels(strip: Tensor) -> Tensor:
@@ -182,15 +182,15 @@ class Kernels:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors pass for those of a GPU."""
-    monkeypatch.setattr(model.dynamic_conv, 'is_for_triton', lambda x: True)
-    monkeypatch.setattr(model.dynamic_conv, 'triton_failed', False)
+    monkeypatch.setattr(model.ops.dynamic_conv, 'is_for_triton', lambda x: True)
+    monkeypatch.setattr(model.ops.dynamic_conv, 'triton_failed', False)
 
 
 @pytest.fixture
 def kernels(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     kernels = Kernels()
-    monkeypatch.setitem(sys.modules, 'model.dynamic_conv_triton', kernels)
-    monkeypatch.setattr(model, 'dynamic_conv_triton', kernels, raising=False)
+    monkeypatch.setitem(sys.modules, 'model.ops.dynamic_conv_triton', kernels)
+    monkeypatch.setattr(model.ops, 'dynamic_conv_triton', kernels, raising=False)
     return kernels
 
 
@@ -284,8 +284,8 @@ def test_without_triton_the_plain_form_runs_after_one_warning(
     on_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, 'triton', None)
-    monkeypatch.delitem(sys.modules, 'model.dynamic_conv_triton', raising=False)
-    monkeypatch.delattr(model, 'dynamic_conv_triton', raising=False)
+    monkeypatch.delitem(sys.modules, 'model.ops.dynamic_conv_triton', raising=False)
+    monkeypatch.delattr(model.ops, 'dynamic_conv_triton', raising=False)
     x, weights = (t.requires_grad_() for t in operands(*SHAPES[0]))
     assert same(dynamic_conv, x, weights)
     (record,) = caplog.records
