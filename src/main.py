@@ -364,7 +364,7 @@ def device(args: Namespace) -> str:
 def make_model(args: Namespace) -> Model:
     """The network, with random weights from the seed."""
     from model import Model
-    from numerics import set_numerics
+    from system.numerics import set_numerics
 
     set_numerics(args.seed, args.deterministic or device(args) == 'cpu', args.tf32)
     settings = option.network_settings(args)
@@ -463,7 +463,7 @@ def train_data(args: Namespace) -> Any:
     cached = args.ext != 'img'
     skip = args.skip_bad_images
     sets = [make_set(args, name, args.data_range[0], cached=cached, skip_bad=skip) for name in args.data_train]
-    return TrainData(sets, args.patch_size, args.seed, not args.no_augment, skip)
+    return TrainData(sets, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area')
 
 
 def make_set(

@@ -267,6 +267,12 @@ def build_parser() -> Parser:
     )
     g.add_argument('--patch_size', metavar='N', type=count, default=192, help='side of the HR training patch, pixels')
     g.add_argument(
+        '--sampling',
+        choices=('image', 'area'),
+        default='image',
+        help='of training patches: every image equally often, as in all papers, or as often as it has pixels',
+    )
+    g.add_argument(
         '--lr_border',
         choices=('mirror', 'clamp'),
         default='mirror',

@@ -16,6 +16,7 @@ ORDER = (
     ('web',),
     ('main',),
     ('trainer', 'enlarge', 'export'),
+    ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
     ('option', 'system'),

@@ -99,7 +99,7 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     borders = sorted(end for window in found for end in (window.start, window.stop))
     kept = [i for i, (start, stop) in enumerate(pairwise(borders)) if start < stop]  # windows may share a border
     places = torch.arange(length + 1, device=like.device)
-    starts, stops = (torch.stack([places[end] for end in ends]) for ends in zip(*((w.start, w.stop) for w in found), strict=True))
+    starts, stops = (torch.stack([places[getattr(w, end)] for w in found]) for end in ('start', 'stop'))
     first, last = (torch.stack([places[borders[i + end]] for i in kept]) for end in (0, 1))
     inside = (starts[:, None] <= first) & (last <= stops[:, None])
     return [slice(borders[i], borders[i + 1]) for i in kept], inside.to(like.dtype)
