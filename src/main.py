@@ -308,7 +308,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         )
     if parallel.size() > 1 and 'GAN' in args.loss:
         raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
-    model.run = parallel.shared(model.run, model.device)
+    model.run = parallel.shared(model.run, model.device, args.split_batch > 1)
     if args.reset:
         folder.clear()
     folder.start_log()

@@ -150,12 +150,18 @@ class Batches:
             yield part(self.numbers[i * self.batch_size : (i + 1) * self.batch_size])
 
 
-def shared(net: nn.Module, device: torch.device) -> nn.Module:
-    """`net` with its gradients averaged over all processes; itself in a single one."""
+def shared(net: nn.Module, device: torch.device, accumulates: bool = False) -> nn.Module:
+    """`net` with its gradients averaged over all processes; itself in a single one.
+
+    Which parameters a network does not use (LCoAN has such) is looked up in the first step alone, or, where gradients
+    of parts of a batch are accumulated, which PyTorch does not allow then, in every one.
+    """
     if size() == 1:
         return net
     devices = [device.index] if device.index is not None else None
-    return DistributedDataParallel(net, devices, find_unused_parameters=True)
+    return DistributedDataParallel(
+        net, devices, find_unused_parameters=accumulates, static_graph=not accumulates, gradient_as_bucket_view=True
+    )
 
 
 def unsynchronised(net: nn.Module) -> AbstractContextManager[Any]:
