@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -127,17 +127,24 @@ def profile(args: Namespace, folder: RunFolder) -> None:
 
     from measure.costs import find_pairs
     from measure.speed import Form, profile_all
+    from measure.speed_forms import DEFAULT, parse_forms, profile_forms
     from measure.speed_report import NOTE, compare, growths, parts, read_report, table
     from report.picture import bars, growth
 
     old = read_report(args.compare) if args.compare else None
     if args.profile:
-        pairs = find_pairs(option.cost_models(args), option.cost_scales(args))
+        pairs, where = find_pairs(option.cost_models(args), option.cost_scales(args)), device(args)
+        several = option.several_forms(args, where)
+        forms = parse_forms(args.forms or DEFAULT, where) if several else {}
         folder.start_log()
         if (before := folder.folder / 'profile.json').is_file():
             folder.write('profile_before.json', before.read_text())
         form = Form(args.compile, args.channels_last, tuple(amp_dtypes(args)))
-        for report in profile_all(pairs, device(args), form, args.growth, log.info):
+        if several:
+            reports = profile_forms(pairs, where, forms, log.info)
+        else:
+            reports = profile_all(pairs, where, form, args.growth, log.info)
+        for report in until_interrupted(reports):
             folder.write('profile.json', json.dumps(report, indent=1) + '\n')
         folder.write_bytes('profile.png', bars(parts(report), NOTE))
         if args.growth:
@@ -150,6 +157,19 @@ def profile(args: Namespace, folder: RunFolder) -> None:
     for line in [*lines, *(compare(report, old) if old else [])]:
         log.info('%s', line)
     log.info('Written: %s', folder.folder)
+
+
+def until_interrupted(reports: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The reports that there are before Ctrl-C, if there is one."""
+    known = False
+    try:
+        for report in reports:
+            yield report
+            known = True
+    except KeyboardInterrupt:
+        if not known:
+            raise
+        log.info('Interrupted: the rest was not measured.')
 
 
 def settle(args: Namespace) -> None:

@@ -35,6 +35,7 @@ EXAMPLES = """examples:
 
 FIXED_IN_A_RUN = ('model', 'scale', 'optimizer', *NETWORK_SETTINGS)
 NOT_RESTORED = ('load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score')
+ONE_FORM = ('compile', 'channels_last', 'amp', 'growth')  # which --forms excludes
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -175,6 +176,14 @@ def build_parser() -> Parser:
         action='store_true',
         help="measure how near networks come to this machine's arithmetic, as they run with --compile, --channels_last "
         'and --amp: latency, memory, time by kind of operation, training step',
+    )
+    g.add_argument(
+        '--forms',
+        metavar='FORMS',
+        help='with --profile: measure forms of running beside each other, in one process; forms joined by +, each of '
+        'float32, tf32, bf16, fp16, channels_last, compiled and graph (a CUDA graph) joined by -; training at the '
+        'first scale alone (left out: on a GPU of NVIDIA float32+tf32+bf16+graph+bf16-graph, unless --compile, '
+        '--channels_last, --amp or --growth are given)',
     )
     g.add_argument(
         '--growth',
@@ -713,6 +722,11 @@ def cost_models(args: argparse.Namespace) -> list[str]:
     return [name for name in MODELS if name != 'Bicubic'] if args.model == 'all' else args.model.split('+')
 
 
+def several_forms(args: argparse.Namespace, device: str) -> bool:
+    """Whether --profile measures forms of running beside each other: where they are given, else on a GPU of NVIDIA."""
+    return bool(args.forms) or (device == 'cuda' and all(getattr(args, key) in (False, 'off') for key in ONE_FORM))
+
+
 def cost_scales(args: argparse.Namespace) -> list[int]:
     """The scales of --costs or --profile."""
     return args.scale if isinstance(args.scale, list) else [args.scale]
@@ -771,6 +785,12 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f'Unknown network {name!r}: choose one of {", ".join(MODELS)}.')
     if args.growth and not args.profile:
         raise UserError('--growth: it is measured with --profile; give both.')
+    if args.forms:
+        if not args.profile:
+            raise UserError(f'--forms {args.forms}: they are measured with --profile; give both.')
+        for option in ONE_FORM:
+            if getattr(args, option) not in (False, 'off'):
+                raise UserError(f'--{option}: --forms says how networks run, and what is measured; give one of them.')
     if args.costs and (args.profile or args.compare):
         raise UserError(f'--{"profile" if args.profile else "compare"}: --costs is another measurement; give one.')
     if measured:

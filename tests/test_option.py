@@ -27,7 +27,7 @@ NEW = """
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
     deterministic tf32 max_time sampling
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention export
+    compare max_memory show_attention export forms
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -67,7 +67,7 @@ DEFAULTS = {
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None, 'show_attention': False,
+    'max_memory': None, 'show_attention': False, 'forms': None,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -229,6 +229,15 @@ def test_costs_of_several():
     assert (option.cost_models(args), args.scale) == (list(option.MODELS[1:]), 4)
 
 
+def test_forms_are_for_a_gpu_or_asked_for():
+    """By default on CUDA, unless one form is described."""
+    asked = {'': False, '--forms bf16': True, '--amp bf16': False, '--growth': False, '--compile': False}
+    for text, on_cpu in asked.items():
+        args = options(f'--profile {text}')
+        assert option.several_forms(args, 'cpu') == on_cpu
+        assert option.several_forms(args, 'cuda') == (text in ('', '--forms bf16'))
+
+
 def test_profile_of_several():
     args = options('--profile --growth --model EDSR+ATD-light --scale 2+4 --amp bf16 --compile --channels_last')
     assert (option.cost_models(args), option.cost_scales(args), args.save) == (['EDSR', 'ATD-light'], [2, 4], 'profile')
@@ -385,6 +394,10 @@ def test_out_of_range(name, text):
         ('--profile --n_feats 8', ['--n_feats', '--profile']),
         ('--compare x.json --test_only', ['--test_only', '--compare']),
         ('--growth', ['--growth', '--profile']),
+        ('--forms bf16', ['--forms bf16', '--profile']),
+        ('--profile --forms bf16 --compile', ['--compile', '--forms']),
+        ('--profile --forms bf16 --amp bf16', ['--amp', '--forms']),
+        ('--profile --forms bf16 --growth', ['--growth', '--forms']),
         ('--growth --compare x.json', ['--growth', '--profile']),
         ('--model auto --pre_train x.pt --template ASID_x4', ['--template ASID_x4', 'auto']),
     ],

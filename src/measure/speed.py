@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,18 +57,64 @@ TIMES = {'latency': 'latency', 'batch': 'small images', 'step': 'training step'}
 MEMORY = {'memory': 'memory', 'step_memory': 'training memory'}
 
 
+# What a form is made of, by the words of --forms.
+WORDS: dict[str, dict[str, Any]] = {
+    'float32': {},
+    'tf32': {'tf32': True},
+    'bf16': {'dtypes': (torch.bfloat16,)},
+    'fp16': {'dtypes': (torch.float16, torch.bfloat16)},
+    'channels_last': {'channels_last': True},
+    'compiled': {'compiled': True},
+    'graph': {'graph': True},
+}
+
+
 @dataclass(frozen=True)
 class Form:
-    """How networks are run: as --compile and --channels_last say, in the first of the types that a network stands."""
+    """How networks are run: as --compile and --channels_last say, in the first of the types that a network stands.
+
+    Attributes:
+        tf32: float32 products and convolutions of a GPU may round their factors to 10 bits.
+        graph: recorded once as a CUDA graph, and then replayed.
+    """
 
     compiled: bool = False
     channels_last: bool = False
     dtypes: tuple[torch.dtype, ...] = ()
+    tf32: bool = False
+    graph: bool = False
 
     def __str__(self) -> str:
         layout = ['channels_last'] if self.channels_last else []
         dtype = type_name(self.dtypes[0] if self.dtypes else torch.float32)
-        return ', '.join(['compiled' if self.compiled else 'eager', *layout, dtype])
+        run = 'compiled' if self.compiled else 'eager'
+        return ', '.join([run, *['graph'] * self.graph, *layout, *['TF32'] * self.tf32, dtype])
+
+    @classmethod
+    def parse(cls, text: str) -> 'Form':
+        """A form by words of `WORDS` joined by '-', as in bf16-channels_last-graph.
+
+        Raises:
+            UserError: another word, one that is there twice, or two types.
+        """
+        words = text.split('-')
+        if unknown := [word for word in words if word not in WORDS]:
+            raise UserError(f'--forms {text}: {unknown[0]!r} is none of {", ".join(WORDS)}; join these by - and +.')
+        if len(set(words)) < len(words) or len({'float32', 'tf32', 'bf16', 'fp16'} & set(words)) > 1:
+            raise UserError(f'--forms {text}: it has a word twice, or two types; give each once, and one type.')
+        return cls(**{key: value for word in words for key, value in WORDS[word].items()})
+
+
+@contextmanager
+def precision(tf32: bool) -> Iterator[None]:
+    """Within this block products and convolutions of a GPU in float32 use TF32, or do not."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def spread(values: Sequence[float]) -> Row:
@@ -103,14 +150,19 @@ def make(name: str, scale: int, device: str, form: Form) -> tuple[Model, Callabl
     torch.manual_seed(0)
     model = Model(name, scale, device, compiled=form.compiled, channels_last=form.channels_last)
     mark_trained(model.net)
+    return model, call_of(model, form)
+
+
+def call_of(model: Model, form: Form) -> Callable[[Tensor], Tensor]:
+    """A call of a network, in the type of a form, on images in its range."""
     dtype = model.safe(*form.dtypes)
     low = dtype != torch.float32
 
     def run(images: Tensor) -> Tensor:
-        with torch.autocast(device, dtype if low else torch.bfloat16, enabled=low):
+        with torch.autocast(model.device.type, dtype if low else torch.bfloat16, enabled=low):
             return model.run(images)
 
-    return model, run
+    return run
 
 
 def images_for(model: Model, *shape: int) -> Tensor:
@@ -145,7 +197,13 @@ def learn(name: str, scale: int, device: str, form: Form) -> Row:
     """Time and peak memory of a training step at the LR patch of the paper: forward, L1, backward, Adam."""
     side = lr_patch(name, scale)
     model, run = make(name, scale, device, form)
-    optimizer = make_optimizer(model.parameters(), 'ADAM', lr=1e-4)
+    step = step_of(run, make_optimizer(model.parameters(), 'ADAM', lr=1e-4))
+    seconds, memory = measure(step, model, form, BATCH, 3, side, side)
+    return {'patch': side, 'step': seconds, 'step_memory': memory}
+
+
+def step_of(run: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+    """A training step on images: forward, L1, backward, and the optimiser's part."""
 
     def step(images: Tensor) -> None:
         optimizer.zero_grad()
@@ -153,8 +211,7 @@ def learn(name: str, scale: int, device: str, form: Form) -> Row:
         l1_loss(sr, torch.zeros_like(sr)).backward()
         optimizer.step()
 
-    seconds, memory = measure(step, model, form, BATCH, 3, side, side)
-    return {'patch': side, 'step': seconds, 'step_memory': memory}
+    return step
 
 
 def lr_patch(name: str, scale: int) -> int:

@@ -1,13 +1,14 @@
 """What --profile measured, as tables, and compared with an older measurement; speed.py says what a report holds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from error import UserError
 from measure.costs import HEIGHT, WIDTH, Row, aligned, number
+from measure.published import PUBLISHED, Published
 from measure.speed import BATCH, KINDS, MEMORY, SIDES, SMALL, TIMES
 
 LAST = 3  # points that an exponent is fitted to
@@ -58,7 +59,7 @@ def memory(row: Row) -> list[tuple[float, float]]:
 
 def parts(report: Row) -> dict[str, dict[str, float]]:
     """The share of the ceiling that each network reaches, divided as its time is between kinds of operations."""
-    rows = [row for row in report['networks'] if row['share']]
+    rows = [row for row in report['networks'] if row['share'] and row['kinds']]
     return {label(row): {name: row['share'] * share for name, share in row['kinds'].items()} for row in rows}
 
 
@@ -101,13 +102,106 @@ def table(report: Row) -> list[str]:
     return [
         about(report),
         f'Output of {WIDTH}x{HEIGHT}; median (quartiles). Small images: {SMALL[0]} of {SMALL[2]}x{SMALL[3]} a call. '
-        f'Step: forward, L1, backward and Adam on {BATCH} LR patches.',
+        f'Step: forward, L1, backward and Adam on {report.get("batch", BATCH)} LR patches.',
         *aligned(lines),
         'Time by kind of operation:',
         *aligned(kinds),
         *growth_table(report),
+        *forms_tables(report),
         *failures(report),
     ]
+
+
+def forms_tables(report: Row) -> list[str]:
+    """What was measured by form of running, as lines of text; none if there is one form only."""
+    rows = [row for row in report['networks'] if row.get('forms')]
+    if not rows:
+        return []
+    batch = report['batch']
+
+    def rate(form: Row) -> str:
+        return shown(form.get('step') and per_second(form['step'], batch), 1, 1)
+
+    tables: dict[str, list[list[str]]] = {
+        'Latency in ms; published (ESC, table 2: a GPU that is not named, float32), and the first form by that:': [
+            ['', '', *rows[0]['forms'], 'published', 'ratio'],
+            *([*cells(row, lambda form: shown(form.get('latency'), 1e-3, 2)), *beside_published(row)] for row in rows),
+        ],
+        'Share of the ceiling of the type:': [
+            ['', '', *rows[0]['forms']],
+            *(cells(row, lambda form: percent(form.get('share'))) for row in rows),
+        ],
+        'Memory in MB; published:': [
+            ['', '', *rows[0]['forms'], 'published'],
+            *(
+                [*cells(row, lambda form: number(form.get('memory'), 1e6, 0)), number(published(row).memory, 1e6, 0)]
+                for row in rows
+            ),
+        ],
+        'Greatest difference from float32 without TF32, as a share of the greatest value; of a graph, from the same '
+        'without one:': [
+            ['', '', *rows[0]['forms']],
+            *(cells(row, differences) for row in rows),
+        ],
+    }
+    trained = [row for row in rows if any(form.get('step') for form in row['forms'].values())]
+    tables |= {
+        f'Training step, images a second; batches of {batch} LR patches:': [
+            ['', '', *rows[0]['forms'], 'patch'],
+            *([*cells(row, rate), number(row['patch'], 1, 0)] for row in trained),
+        ],
+        'Training step, memory in MB:': [
+            ['', '', *rows[0]['forms']],
+            *(cells(row, lambda form: number(form.get('step_memory'), 1e6, 0)) for row in trained),
+        ],
+    }
+    lines = [line for title, lines in tables.items() if len(lines) > 1 for line in (title, *aligned(lines))]
+    return [*lines, *longest(rows)]
+
+
+def cells(row: Row, text: Callable[[Row], str]) -> list[str]:
+    """A line of a table by form."""
+    return [*label(row).split(), *map(text, row['forms'].values())]
+
+
+def per_second(seconds: Row, amount: float) -> Row:
+    """The spread of an amount by the seconds that it takes."""
+    low, high = seconds['quartiles']
+    return {'median': amount / seconds['median'], 'quartiles': [amount / high, amount / low]}
+
+
+def published(row: Row) -> Published:
+    """Published figures of a network."""
+    return PUBLISHED.get(row['model'], {}).get(row['scale'], Published())
+
+
+def beside_published(row: Row) -> list[str]:
+    """The published latency in ms, and the ratio of the measured one to it."""
+    latency = published(row).latency
+    known = latency and row['latency']
+    return [number(latency, 1e-3, 1), number(row['latency']['median'] / latency if known else None, 1, 2)]
+
+
+def differences(form: Row) -> str:
+    """How far a form is from float32, and a graph from what it was recorded of."""
+    found = [form.get('difference'), form.get('graph_difference')]
+    return ', '.join(f'{value:.1e}' for value in found if value is not None) or '-'
+
+
+def longest(rows: Sequence[Row]) -> list[str]:
+    """What takes longest, where the profiler looked."""
+    lines = []
+    for row in rows:
+        for name, form in row['forms'].items():
+            for what, key in {'': '', ', training step': 'step_'}.items():
+                if not form.get(f'{key}operations'):
+                    continue
+                idle = form[f'{key}idle']
+                head = f'{label(row)}, {name}{what}' + ('' if idle is None else f', GPU idle {idle:.0%}')
+                for kind in ('operations', 'kernels'):
+                    parts = [f'{part[:60]} {seconds * 1e3:.2f}' for part, seconds in form[key + kind]]
+                    lines += [f'  {head}, {kind}: {", ".join(parts)}'] if parts else []
+    return ['Longest operations and kernels, in ms of one call:', *lines] if lines else []
 
 
 def growth_table(report: Row) -> list[str]:

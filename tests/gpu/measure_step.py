@@ -86,7 +86,7 @@ def measure(name: str, form: str, device: str, sample: Sample) -> dict:
             busy += max(0.0, last_us - max(first_us, until))
             until = max(until, last_us)
         row['busy_s'] = busy / 3e6
-        row["idle"] = max(0.0, 1 - busy / (spans[-1][1] - spans[0][0])) if spans else None
+        row['idle'] = max(0.0, 1 - busy / (spans[-1][1] - spans[0][0])) if spans else None
         row['profiled_step_s'] = seconds / 3
         times_of: dict[str, float] = {}
         for event in kernels:
