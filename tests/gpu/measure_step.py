@@ -114,11 +114,11 @@ def main() -> None:
                 continue
             try:
                 row = measure(name, form, device, sample)
-                idle = row.get('idle')
+                idle, losses = row.get('idle'), row['losses']
                 text = (
                     f'{1e3 * row["step_s"]:9.2f} ms {row["images_per_second"]:9.1f} images/s '
                     f'{(row["peak_bytes"] or 0) / 1e6:8.0f} MB  {row.get("n_kernels", 0)} kernels, '
-                    f'idle {"-" if idle is None else f"{idle:.0%}"}, losses {row["losses"][0]:.4g} {row["losses"][-1]:.4g}'
+                    f'idle {"-" if idle is None else f"{idle:.0%}"}, losses {losses[0]:.4g} {losses[-1]:.4g}'
                 )
             except Exception as error:
                 row = {'network': name, 'form': form, 'failed': f'{type(error).__name__}: {error}'[:400]}

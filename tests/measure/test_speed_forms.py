@@ -150,11 +150,11 @@ def test_a_step_changes_the_weights_and_leaves_no_gradients(small):
 def test_memory_counts_weights_and_growth(monkeypatch, small):
     model, _ = make('EDSR', 4, 'cpu', Form())
     weights = 4 * (48 * 3 * 9 + 48)
-    monkeypatch.setattr('memory.start_peak', lambda device: 100)
-    monkeypatch.setattr('memory.peak', lambda device: 350)
+    monkeypatch.setattr('system.memory.start_peak', lambda device: 100)
+    monkeypatch.setattr('system.memory.peak', lambda device: 350)
     with watched('cpu', model) as peak:
         assert peak() == weights + 250
-    monkeypatch.setattr('memory.peak', lambda device: None)
+    monkeypatch.setattr('system.memory.peak', lambda device: None)
     with watched('cpu', model) as peak:
         assert peak() is None
 
