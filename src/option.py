@@ -35,6 +35,7 @@ EXAMPLES = """examples:
 
 FIXED_IN_A_RUN = ('model', 'scale', 'optimizer', *NETWORK_SETTINGS)
 NOT_RESTORED = ('load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score')
+ONE_FORM = ('compile', 'channels_last', 'amp', 'growth')  # which --forms excludes
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -177,6 +178,14 @@ def build_parser() -> Parser:
         'and --amp: latency, memory, time by kind of operation, training step',
     )
     g.add_argument(
+        '--forms',
+        metavar='FORMS',
+        help='with --profile: measure forms of running beside each other, in one process; forms joined by +, each of '
+        'float32, tf32, bf16, fp16, channels_last, compiled and graph (a CUDA graph) joined by -; training at the '
+        'first scale alone (left out: on a GPU of NVIDIA float32+tf32+bf16+graph+bf16-graph, unless --compile, '
+        '--channels_last, --amp or --growth are given)',
+    )
+    g.add_argument(
         '--growth',
         action='store_true',
         help='with --profile: also time and memory of LR squares of 64 to 1024 pixels a side',
@@ -198,6 +207,20 @@ def build_parser() -> Parser:
         '--compile', action='store_true', help='run the network through torch.compile; on a CPU most are slower so'
     )
     g.add_argument('--channels_last', action='store_true', help='keep weights and images in channels_last memory')
+    g.add_argument(
+        '--graph',
+        action='store_const',
+        const=True,
+        help='on CUDA: a training step as one CUDA graph (left out: where that can be), and in tests tiles of one '
+        'shape as one, with --chop',
+    )
+    g.add_argument('--no_graph', action='store_const', const=False, dest='graph', help='no CUDA graphs')
+    g.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='on a GPU: the same bits in every run, which costs time; on a CPU always so',
+    )
+    g.add_argument('--tf32', action='store_true', help='on a GPU: float32 products in TensorFloat-32, faster, 10 bits')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     g.add_argument(
         '--n_GPUs',
@@ -252,6 +275,12 @@ def build_parser() -> Parser:
         '--profile also 2+3+4',
     )
     g.add_argument('--patch_size', metavar='N', type=count, default=192, help='side of the HR training patch, pixels')
+    g.add_argument(
+        '--sampling',
+        choices=('image', 'area'),
+        default='image',
+        help='of training patches: every image equally often, as in all papers, or as often as it has pixels',
+    )
     g.add_argument(
         '--lr_border',
         choices=('mirror', 'clamp'),
@@ -445,6 +474,12 @@ def build_parser() -> Parser:
     g = parser.add_argument_group('training')
     g.add_argument('--reset', action='store_true', help='delete what an earlier run of this name left, and start over')
     g.add_argument('--epochs', metavar='N', type=count, default=300, help='epochs to train for')
+    g.add_argument(
+        '--max_time',
+        metavar='SECONDS',
+        type=positive,
+        help='end training after so many seconds as SIGTERM does: in good order and saved, for --load to continue',
+    )
     g.add_argument('--test_every', metavar='N', type=count, default=1000, help='batches an epoch; a test follows each')
     g.add_argument('--batch_size', metavar='N', type=count, default=16, help='patches a step')
     g.add_argument(
@@ -687,6 +722,11 @@ def cost_models(args: argparse.Namespace) -> list[str]:
     return [name for name in MODELS if name != 'Bicubic'] if args.model == 'all' else args.model.split('+')
 
 
+def several_forms(args: argparse.Namespace, device: str) -> bool:
+    """Whether --profile measures forms of running beside each other: where they are given, else on a GPU of NVIDIA."""
+    return bool(args.forms) or (device == 'cuda' and all(getattr(args, key) in (False, 'off') for key in ONE_FORM))
+
+
 def cost_scales(args: argparse.Namespace) -> list[int]:
     """The scales of --costs or --profile."""
     return args.scale if isinstance(args.scale, list) else [args.scale]
@@ -745,6 +785,12 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f'Unknown network {name!r}: choose one of {", ".join(MODELS)}.')
     if args.growth and not args.profile:
         raise UserError('--growth: it is measured with --profile; give both.')
+    if args.forms:
+        if not args.profile:
+            raise UserError(f'--forms {args.forms}: they are measured with --profile; give both.')
+        for option in ONE_FORM:
+            if getattr(args, option) not in (False, 'off'):
+                raise UserError(f'--{option}: --forms says how networks run, and what is measured; give one of them.')
     if args.costs and (args.profile or args.compare):
         raise UserError(f'--{"profile" if args.profile else "compare"}: --costs is another measurement; give one.')
     if measured:

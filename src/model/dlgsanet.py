@@ -9,7 +9,7 @@ feed-forward network. In evaluation the similarities are computed in overlapping
 (test-time local converter, TLC), and the results averaged.
 
 Departures from the official code:
-- The dynamic convolution (`model.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
+- The dynamic convolution (`ops.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
   for float32 and float64, compiled at run time by an interface of CuPy that no longer exists.
 - The windows of the evaluation are one batch, and nothing is kept between calls. Batches of any size can be evaluated;
   the official code takes one image at a time.
@@ -26,23 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.common import (
-    RGB_MEAN,
-    DirectUpsampler,
-    GatedFFN,
-    Network,
-    PixelNorm,
-    TransposedAttention,
-    UserError,
-    check_divides,
-    check_images,
-    conv,
-    full_precision,
-    hidden_width,
-    how_many,
-    widen,
-)
-from model.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
+from error import UserError
+from model.blocks.edsr import DirectUpsampler
+from model.blocks.pixels import GatedFFN, PixelNorm, TransposedAttention
+from model.blocks.windows import hidden_width
+from model.common import RGB_MEAN, Network, check_divides, check_images, conv, full_precision, how_many, widen
+from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 
@@ -102,11 +91,18 @@ def windows(length: int, size: int) -> list[slice]:
 
 
 def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
-    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0."""
+    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0.
+
+    Which these are is compared on the device, where a CUDA graph can hold no copy from the host.
+    """
     found = windows(length, size)
-    pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
-    inside = [[w.start <= piece.start and piece.stop <= w.stop for piece in pieces] for w in found]
-    return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
+    borders = sorted(end for window in found for end in (window.start, window.stop))
+    kept = [i for i, (start, stop) in enumerate(pairwise(borders)) if start < stop]  # windows may share a border
+    places = torch.arange(length + 1, device=like.device)
+    starts, stops = (torch.stack([places[getattr(w, end)] for w in found]) for end in ('start', 'stop'))
+    first, last = (torch.stack([places[borders[i + end]] for i in kept]) for end in (0, 1))
+    inside = (starts[:, None] <= first) & (last <= stops[:, None])
+    return [slice(borders[i], borders[i + 1]) for i in kept], inside.to(like.dtype)
 
 
 class SparseGlobalAttention(TransposedAttention):

@@ -20,30 +20,25 @@ Departures from the official code:
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from error import UserError
+from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
+from model.blocks.sorted_attention import Pattern, attend, find_pattern
+from model.blocks.tokens import flatten_image, unflatten_image
 from model.common import (
     Network,
-    Pattern,
-    ResBlock,
-    Tail,
-    UserError,
-    attend,
     check_divides,
     check_images,
     conv,
-    find_pattern,
-    flatten_image,
     full_precision,
     how_many,
     in_fast_memory,
-    mean_shifts,
-    recognise_ends,
     shape_of,
-    unflatten_image,
     widen,
 )
 
@@ -81,6 +76,15 @@ class KMeans(nn.Module):
         self.decay = decay
         self.register_buffer('means', torch.randn(rounds, n_clusters, dim))
         self.register_buffer('initted', torch.tensor(False))
+        self._seen = False  # `initted` as read from the device, which is asked only until it is true
+
+    def _initialised(self) -> bool:
+        self._seen = self._seen or bool(self.initted)
+        return self._seen
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._seen = False
 
     @torch.no_grad()
     def forward(self, embedding: Tensor) -> Tensor:
@@ -88,9 +92,9 @@ class KMeans(nn.Module):
         embedding = widen(embedding)
         with full_precision(embedding):
             if self.training:
-                if not self.initted:
+                if not self._initialised():
                     self._initialise(embedding)
-            elif not (torch.compiler.is_compiling() or self.initted.is_meta or self.initted):
+            elif not (torch.compiler.is_compiling() or self.initted.is_meta or self._initialised()):
                 raise UserError(
                     'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
                 )

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from gpu import programs
-from gpu.parts import CUDA, REHEARSE, note
+from tests.gpu import programs
+from tests.gpu.parts import CUDA, REHEARSE, note
 
 HERE = Path(__file__).resolve().parent
 AT_ONCE = 10 if CUDA else 2

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import picture
 
 from data.image import write_png
-from gpu.parts import CUDA, REHEARSE, ROOT, reference
+from tests.conftest import picture
+from tests.gpu.parts import CUDA, REHEARSE, ROOT, reference
 
 MAIN = str(ROOT / 'src' / 'main.py')
 SCRIPTS = Path(__file__).resolve().parent / 'scripts'
@@ -86,7 +86,7 @@ def run(command: list[str], stop_at: str = '', **more: str) -> str:
 
 def python(script: str, *arguments: str, **more: str) -> Any:
     """What one of the scripts here found."""
-    path = os.pathsep.join([str(ROOT / 'src'), str(ROOT / 'tests')])
+    path = str(ROOT / 'src')
     text = run([sys.executable, str(SCRIPTS / script), *arguments], PYTHONPATH=path, **more)
     return last_object(text)
 
@@ -180,7 +180,7 @@ def ended_by_the_clock(folder: Path) -> tuple[Run, float]:
 
 def group_of_one(folder: Path) -> dict[str, Any]:
     """What the parts for several processes do in a group of one, by NCCL on a GPU."""
-    path = os.pathsep.join([str(ROOT / 'src'), str(ROOT / 'tests')])
+    path = str(ROOT / 'src')
     text = run([*TORCHRUN, str(SCRIPTS / 'group.py')], PYTHONPATH=path)
     return last_object(text)
 
@@ -188,7 +188,7 @@ def group_of_one(folder: Path) -> dict[str, Any]:
 def run_in_a_group_of_one(folder: Path, name: str) -> tuple[Run, Run]:
     """A run of main.py in a process group, and the same without one."""
     common = [network(name), DATA, STEPS, '--optimizer SGD --lr 1e-4']
-    path = os.pathsep.join([str(ROOT / 'src'), str(ROOT / 'tests')])
+    path = str(ROOT / 'src')
     script = [str(SCRIPTS / 'grouped_main.py'), *arguments(folder, *common, '--save grouped')]
     grouped = Run(folder, 'grouped', run([*TORCHRUN, *script], PYTHONPATH=path))
     return grouped, Run(folder, 'alone', train(folder, 'alone', *common))

@@ -34,7 +34,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 MPLCONFIGDIR=$work/matplotlib
-limit_check=${CHECK_SECONDS:-120} limit_speed=${SPEED_SECONDS:-180} where=()
+limit_check=${CHECK_SECONDS:-120} limit_speed=${SPEED_SECONDS:-240} where=()
 if [ "$rehearse" = 1 ]; then
     export FRUGALSR_REHEARSE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     limit_check=${CHECK_SECONDS:-1500} limit_speed=${SPEED_SECONDS:-600} where=(--cpu)
@@ -54,11 +54,16 @@ check() {
 }
 
 speed() {
-    local models=all
-    [ "$rehearse" = 0 ] || models=EDSR-baseline
-    limited "$python" src/main.py --profile --model "$models" --scale 4 "${where[@]}" --save_dir "$work" --save speed
-    local status=$?
+    local models=all more=() status
+    [ "$rehearse" = 0 ] || { models=EDSR-baseline more=(--rehearse); where+=(--forms float32+bf16); }
+    # The last networks are the heavy ones: what has been measured until the time is up stays.
+    limited timeout --signal=INT --kill-after=10 "${PROFILE_SECONDS:-170}" "$python" src/main.py --profile --model "$models" \
+        --scale 2+4 "${where[@]}" --save_dir "$work" --save speed
+    status=$?
     cp "$work/speed/profile.json" "$out/profile.json" 2>/dev/null
+    export PYTHONPATH=$root/src
+    limited "$python" tests/gpu/measure_step.py "$out/step.json" "${more[@]}" || status=$?
+    limited "$python" tests/gpu/measure_attention.py "$out/attention.json" "${more[@]}" || status=$?
     return $status
 }
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu import programs
-from gpu.parts import CUDA, DEVICE, background, chosen, free_memory, note
-from model import dynamic_conv
-from model import dynamic_conv_triton as kernels
+from model.ops import dynamic_conv
+from model.ops import dynamic_conv_triton as kernels
+from tests.gpu import programs
+from tests.gpu.parts import CUDA, DEVICE, background, chosen, free_memory, note
 
 # batch, channels, groups, kernel, height, width
 TINY = [(1, 6, 1, 7, 3, 5), (2, 4, 2, 3, 4, 7), (1, 1, 1, 7, 1, 1), (2, 4, 2, 1, 3, 2), (1, 33, 1, 3, 5, 8)]

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 
 from data.image import read_rgb
-from gpu import programs
-from gpu.parts import CUDA, DEVICE, REHEARSE, ROOT, background, free_memory, note
 from model import Model
-from model.tiling import Tiler
-from model.weights import read_weights
+from model.loading.weights import read_weights
+from model.tiles.tiling import Tiler
+from tests.conftest import picture
+from tests.gpu import programs
+from tests.gpu.parts import CUDA, DEVICE, REHEARSE, ROOT, background, free_memory, note
 
 LIMIT = '600M'
 BYTES = 600 * 2**20

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpu.parts import ALL, DEVICE, LIGHT, REHEARSE, SORTING, Recorded, chosen, distance, note
+from tests.gpu.parts import ALL, DEVICE, LIGHT, REHEARSE, SORTING, Recorded, chosen, distance, note
 
 TOLERANCE = 1e-4  # of the largest value
 NEAR_TIES = 0.02  # share of the pixels that a few other choices of a sorting network may reach

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from data.image import read_rgb
-from gpu import programs
-from gpu.parts import ALL, DEVICE, REHEARSE, ROOT, Recorded, background, chosen, distance, note, reference
 from metric import psnr
 from model import NETWORKS, Model, type_name
-from model.detect import recognise
-from model.weights import read_weights
+from model.loading.detect import recognise
+from model.loading.weights import read_weights
+from tests.gpu import programs
+from tests.gpu.parts import ALL, DEVICE, REHEARSE, ROOT, Recorded, background, chosen, distance, note, reference
 
 CARDS = ['LCoAN-small_x2', 'LCoAN-small_x4', 'ASID_x2', 'ASID_x3', 'ASID_x4', 'DLGSANet-tiny_x2', 'ATD-light_x2']
 CARDS = CARDS[:1] if REHEARSE else CARDS

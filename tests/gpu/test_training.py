@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpu import programs
-from gpu.parts import CUDA, background, chosen, note
-from gpu.programs import Run
+from tests.gpu import programs
+from tests.gpu.parts import CUDA, background, chosen, note
+from tests.gpu.programs import Run
 
 # A recorded step has to follow a rate that changes, averages, clipping, scaled gradients and centroids.
 GRAPHS = {

@@ -11,8 +11,8 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-import parallel
 from model import build
+from system import parallel
 
 CUDA = torch.cuda.is_available()
 parallel.start(not CUDA)
@@ -21,7 +21,7 @@ device = torch.device('cuda' if CUDA else 'cpu')
 torch.manual_seed(0)
 net = build('EDSR-baseline', 2, n_resblocks=2, n_feats=8).to(device)
 alone, before = copy.deepcopy(net), copy.deepcopy(net)
-shared = parallel.shared(net, device)
+shared = parallel.shared(net, device, accumulates=True)
 assert isinstance(shared, DistributedDataParallel)
 x, target = torch.rand(4, 3, 12, 12, device=device) * 255, torch.rand(4, 3, 24, 24, device=device) * 255
 for run, weights in ((shared, net), (alone, alone)):
