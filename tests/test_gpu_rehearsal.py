@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='run.sh needs timeout, and Triton is made for Linux')
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in steps: check (tests/gpu), speed (--profile), train (a run). A step that fails or runs out
-# of time does not keep the next one from running. OUT gets logs and figures, at most eight files.
+# of time does not keep the next one from running. OUT gets what all of them print as log.txt, and figures: at most
+# eight files.
 #     bash tests/gpu/run.sh OUT [--rehearse] [--train_seconds N] [check|speed|train ...]
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -49,8 +50,8 @@ limited() {
 
 check() {
     rm -f "$out/check.jsonl"
-    FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs --tb=short \
-        --durations=25 -p no:cacheprovider --basetemp="$work/tests"
+    FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs \
+        --tb=short --durations=25 -p no:cacheprovider --basetemp="$work/tests"
 }
 
 speed() {
@@ -88,12 +89,18 @@ print("Python", sys.version.split()[0], "torch", torch.__version__, torch.cuda.g
     nvidia-smi --query-gpu=driver_version,clocks.max.sm,power.limit,memory.total --format=csv,noheader 2>/dev/null
 } | tee "$out/summary.txt"
 
+# What the step at hand has printed.
+printed() { tail -c +$((before + 1)) "$out/log.txt"; }
+
 failed=0
+rm -f "$out/log.txt"
 for step in "${steps[@]}"; do
     limit=limit_$step start=$SECONDS
     [ "$step" != train ] || limit_train=$train_seconds
     deadline=$((SECONDS + ${!limit}))
-    "$step" >"$out/$step.log" 2>&1
+    printf '\n##### %s\n' "$step" >>"$out/log.txt"
+    before=$(stat -c %s "$out/log.txt")
+    "$step" >>"$out/log.txt" 2>&1 # a file and no pipe, which a program left over would keep open
     status=$?
     [ "$status" = 0 ] || failed=1
     case $status in
@@ -104,10 +111,10 @@ for step in "${steps[@]}"; do
     {
         echo "$step: $said, $((SECONDS - start)) s"
         if [ "$step" = check ]; then
-            grep -aE '^=+ .*(passed|failed|skipped|error|no tests).* =+$' "$out/check.log" | tail -1 | tr -d =
-            grep -aE '^(FAILED|ERROR) ' "$out/check.log" | cut -c 1-300
+            printed | grep -aE '(passed|failed|skipped|deselected|error|no tests).* in [0-9.]+s' | tail -1 | tr -d =
+            printed | grep -aE '^(FAILED|ERROR) ' | cut -c 1-300
         elif [ "$status" != 0 ]; then
-            tail -n 5 "$out/$step.log" | cut -c 1-300
+            printed | tail -n 5 | cut -c 1-300
         fi
     } | tee -a "$out/summary.txt"
 done
