@@ -15,6 +15,7 @@ from tests.gpu import programs
 from tests.gpu.parts import CUDA, REHEARSE, note
 
 HERE = Path(__file__).resolve().parent
+ORDER = ['test_parity', 'test_precision', 'test_memory', 'test_kernels']
 AT_ONCE = 10 if CUDA else 2
 PATIENCE = 100 if CUDA else 900  # seconds for a program, from when the tests wait for it
 THREADS = 6  # of this process; the programs have one each
@@ -40,8 +41,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason='no CUDA device'))
         elif not CUDA and item.get_closest_marker('only_gpu'):
             item.add_marker(pytest.mark.skip(reason='only on a GPU'))
-    # What runs in the background is waited for last.
-    items.sort(key=lambda item: item.path.parent == HERE and bool(item.get_closest_marker('background')))
+    items.sort(key=place)
+
+
+def place(item: pytest.Item) -> int:
+    """The widest checks first, should the time run out; what runs in the background is waited for last."""
+    if item.path.parent != HERE:
+        return 0
+    if item.get_closest_marker('background'):
+        return 9
+    return ORDER.index(item.path.stem) if item.path.stem in ORDER else 8
 
 
 def work(item: pytest.Item) -> tuple[Callable, tuple] | None:

@@ -68,8 +68,8 @@ def test_out_of_memory_halves_the_tiles_and_keeps_the_image(
         'out of memory', network=model.name, part=part, size=tiler.size, batch=tiler.batch, taken=taken,
         differing=float((off > 0).mean()),
     )  # fmt: skip
-    assert off.max() <= 1
-    assert (off > 0).mean() < 1e-3
+    assert (off > 1).mean() <= (0 if make is edsr else 0.01)  # which may have finished rows in tiles of the size before
+    assert (off > 0).mean() < (3e-3 if make is edsr else 0.03)
 
 
 @pytest.mark.only_gpu
