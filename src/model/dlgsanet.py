@@ -23,6 +23,7 @@ from itertools import pairwise, product
 from math import isqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -91,18 +92,14 @@ def windows(length: int, size: int) -> list[slice]:
 
 
 def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
-    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0.
-
-    Which these are is compared on the device, where a CUDA graph can hold no copy from the host.
-    """
+    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0."""
     found = windows(length, size)
-    borders = sorted(end for window in found for end in (window.start, window.stop))
-    kept = [i for i, (start, stop) in enumerate(pairwise(borders)) if start < stop]  # windows may share a border
-    places = torch.arange(length + 1, device=like.device)
-    starts, stops = (torch.stack([places[getattr(w, end)] for w in found]) for end in ('start', 'stop'))
-    first, last = (torch.stack([places[borders[i + end]] for i in kept]) for end in (0, 1))
-    inside = (starts[:, None] <= first) & (last <= stops[:, None])
-    return [slice(borders[i], borders[i + 1]) for i in kept], inside.to(like.dtype)
+    pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
+    starts, stops = ([getattr(piece, end) for piece in pieces] for end in ('start', 'stop'))
+    spans = [(starts.index(window.start), stops.index(window.stop) + 1) for window in found]
+    # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.
+    rows = [F.pad(like.new_ones(last - first), (first, len(pieces) - last)) for first, last in spans]
+    return pieces, torch.stack(rows)
 
 
 class SparseGlobalAttention(TransposedAttention):

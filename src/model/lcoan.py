@@ -112,7 +112,8 @@ class KMeans(nn.Module):
 
         A cluster that is empty keeps its centroid, as all do where the embedding is not finite.
         """
-        members = F.one_hot(codes, self.means.shape[1]).to(x.dtype)
+        clusters = torch.arange(self.means.shape[1], device=codes.device)
+        members = (codes.unsqueeze(-1) == clusters).to(x.dtype)  # F.one_hot would look at the largest code
         sums = torch.einsum('nrlk,nld->rkd', members, x).to(self.means.dtype)
         sizes = members.sum((0, 2))
         sums, sizes = sum_over_ranks(sums), sum_over_ranks(sizes)
