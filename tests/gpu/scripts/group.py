@@ -25,7 +25,7 @@ shared = parallel.shared(net, device, accumulates=True)
 assert isinstance(shared, DistributedDataParallel)
 x, target = torch.rand(4, 3, 12, 12, device=device) * 255, torch.rand(4, 3, 24, 24, device=device) * 255
 for run, weights in ((shared, net), (alone, alone)):
-    optimizer = torch.optim.SGD(weights.parameters(), 1e-5)
+    optimizer = torch.optim.SGD(weights.parameters(), 1e-3)
     for _ in range(2):
         optimizer.zero_grad()
         with parallel.unsynchronised(run):
