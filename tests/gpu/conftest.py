@@ -16,8 +16,8 @@ from tests.gpu.parts import CUDA, REHEARSE, note, record
 
 HERE = Path(__file__).resolve().parent
 ORDER = ['test_precision', 'test_memory', 'test_kernels', 'test_parity']
-AT_ONCE = 10 if CUDA else 2
-PATIENCE = 100 if CUDA else 900  # seconds for a program, from when the tests wait for it
+AT_ONCE = 12 if CUDA else 2
+PATIENCE = 130 if CUDA else 900  # seconds for a program, from when the tests wait for it
 START = time.monotonic()
 SECONDS = float(os.environ.get('FRUGALSR_GPU_SECONDS', 'inf'))  # for all checks together
 KEPT = 20  # of them, to look at what ran in the background
