@@ -671,7 +671,9 @@ def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
     rows, columns = height // size, width // size
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
     used = [i for i, count in enumerate(counts) if count]
-    return Windows(order, inverse_of(order), [n * counts[i] for i in used], shift_masks(size, shift, like)[used])
+    masks = shift_masks(size, shift, like)
+    masks = torch.stack([masks[i] for i in used])  # an index by a list would be copied to a GPU, which waits for it
+    return Windows(order, inverse_of(order), [n * counts[i] for i in used], masks)
 
 
 def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:

@@ -23,6 +23,7 @@ from itertools import pairwise, product
 from math import isqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -105,8 +106,11 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0."""
     found = windows(length, size)
     pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
-    inside = [[w.start <= piece.start and piece.stop <= w.stop for piece in pieces] for w in found]
-    return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
+    starts, stops = ([getattr(piece, end) for piece in pieces] for end in ('start', 'stop'))
+    spans = [(starts.index(window.start), stops.index(window.stop) + 1) for window in found]
+    # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.
+    rows = [F.pad(like.new_ones(last - first), (first, len(pieces) - last)) for first, last in spans]
+    return pieces, torch.stack(rows)
 
 
 class SparseGlobalAttention(TransposedAttention):

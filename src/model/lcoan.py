@@ -20,6 +20,7 @@ Departures from the official code:
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,24 +82,34 @@ class KMeans(nn.Module):
         self.decay = decay
         self.register_buffer('means', torch.randn(rounds, n_clusters, dim))
         self.register_buffer('initted', torch.tensor(False))
+        self.ready = False  # whether `initted` was seen to be true: a GPU is asked for that once, not in every pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.ready = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def forward(self, embedding: Tensor) -> Tensor:
         """Cluster of every pixel: (N, L, dim) to (N, R, L) int64. Decided in float32 or more, also under autocast."""
         embedding = widen(embedding)
         with full_precision(embedding):
-            if self.training:
-                if not self.initted:
-                    self._initialise(embedding)
-            elif not (torch.compiler.is_compiling() or self.initted.is_meta or self.initted):
-                raise UserError(
-                    'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
-                )
+            if not (self.ready or self.initted.is_meta or (torch.compiler.is_compiling() and not self.training)):
+                self._prepare(embedding)
             unit = F.normalize(embedding, dim=-1)
             codes = self._assign(unit)
             if self.training:
                 self.means.lerp_(self._centroids(unit, codes), 1 - self.decay)
         return codes
+
+    def _prepare(self, embedding: Tensor) -> None:
+        """Make sure that there are centroids; in training they are found if there are none."""
+        if not self.initted:
+            if not self.training:
+                raise UserError(
+                    'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
+                )
+            self._initialise(embedding)
+        self.ready = True
 
     def _assign(self, x: Tensor) -> Tensor:
         return torch.einsum('nld,rkd->nrlk', x, self.means.to(x.dtype)).argmax(-1)
@@ -108,7 +119,8 @@ class KMeans(nn.Module):
 
         A cluster that is empty keeps its centroid, as all do where the embedding is not finite.
         """
-        members = F.one_hot(codes, self.means.shape[1]).to(x.dtype)
+        clusters = torch.arange(self.means.shape[1], device=codes.device)
+        members = (codes.unsqueeze(-1) == clusters).to(x.dtype)
         sums = torch.einsum('nrlk,nld->rkd', members, x).to(self.means.dtype)
         sizes = members.sum((0, 2))
         sums, sizes = sum_over_ranks(sums), sum_over_ranks(sizes)
