@@ -82,10 +82,10 @@ class KMeans(nn.Module):
         self.decay = decay
         self.register_buffer('means', torch.randn(rounds, n_clusters, dim))
         self.register_buffer('initted', torch.tensor(False))
-        self.ready = False  # whether `initted` was seen to be true: a GPU is asked for that once, not in every pass
+        self.seen = -1  # changes of `initted` when it was true: a GPU is not asked for that in every pass
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.ready = False
+        self.seen = -1
         super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class KMeans(nn.Module):
         """Cluster of every pixel: (N, L, dim) to (N, R, L) int64. Decided in float32 or more, also under autocast."""
         embedding = widen(embedding)
         with full_precision(embedding):
-            if not (self.ready or self.initted.is_meta or (torch.compiler.is_compiling() and not self.training)):
+            if not (self.initted.is_meta or (torch.compiler.is_compiling() and not self.training)):
                 self._prepare(embedding)
             unit = F.normalize(embedding, dim=-1)
             codes = self._assign(unit)
@@ -103,13 +103,19 @@ class KMeans(nn.Module):
 
     def _prepare(self, embedding: Tensor) -> None:
         """Make sure that there are centroids; in training they are found if there are none."""
+        if self.seen == self._changes():
+            return
         if not self.initted:
             if not self.training:
                 raise UserError(
                     'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
                 )
             self._initialise(embedding)
-        self.ready = True
+        self.seen = self._changes()
+
+    def _changes(self) -> int:
+        """How often `initted` was changed; it is not, in a network that was made for inference."""
+        return 0 if self.initted.is_inference() else self.initted._version
 
     def _assign(self, x: Tensor) -> Tensor:
         return torch.einsum('nld,rkd->nrlk', x, self.means.to(x.dtype)).argmax(-1)
