@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import option
-from allocator import keep_memory
 from error import UserError, report_error
+from system.allocator import keep_memory
 
 log = logging.getLogger('frugalsr')
 

@@ -28,10 +28,10 @@ from typing import IO, Any
 
 import torch
 
-import parallel
-import picture
 from error import UserError
-from files import read_torch, write_atomic
+from report import picture
+from system import parallel
+from system.files import read_torch, write_atomic
 
 log = logging.getLogger('frugalsr')
 

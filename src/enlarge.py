@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-import memory
-import parallel
-from allocator import give_back
-from background import Ahead, Background
 from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, write_rows
 from error import UserError, WriteError
-from files import some
 from model import Model
-from model.tiling import Tiler
+from model.tiles.tiling import Tiler
+from system import memory, parallel
+from system.allocator import give_back
+from system.background import Ahead, Background
+from system.files import some
 
 log = logging.getLogger('frugalsr')
 

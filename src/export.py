@@ -18,9 +18,9 @@ from torch.onnx import register_custom_op_symbolic
 from torch.onnx.symbolic_helper import parse_args
 
 from error import UserError
-from files import safetensors
 from model import Model
-from model.tiling import out_of_memory
+from model.tiles.tiling import out_of_memory
+from system.files import safetensors
 
 SUFFIXES = {'onnx': '.onnx', 'torchscript': '.torchscript', 'safetensors': '.safetensors'}
 OPSET = 17

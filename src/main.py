@@ -17,19 +17,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import option
-from allocator import keep_memory
 from error import UserError, report_error
+from system.allocator import keep_memory
 
 if TYPE_CHECKING:
     import torch
 
     from checkpoint import RunFolder
     from data.srdata import SRData
+    from evaluation import Evaluation
     from model import Model
-    from model.tiling import Tiler
+    from model.tiles.tiling import Tiler
     from optimizer import Schedule
-    from report import Saved
-    from trainer import Evaluation
+    from report.page import Saved
 
 log = logging.getLogger('frugalsr')
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        from model.tiling import out_of_memory
+        from model.tiles.tiling import out_of_memory
 
         if not out_of_memory(error) or '--debug' in argv:
             raise
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: Namespace, argv: Sequence[str] = ()) -> None:
     """Do what the options say: measure costs, score files, test, or train; in several processes if they say so."""
     try:
-        import parallel
+        from system import parallel
     except ModuleNotFoundError as error:
         raise UserError(
             f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
@@ -79,8 +79,8 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
 
 def run_here(args: Namespace) -> None:
     """Do what the options say in this process."""
-    import parallel
     from checkpoint import RunFolder, start_screen
+    from system import parallel
 
     start_screen(quiet=parallel.rank() > 0)
     if args.model == 'auto':
@@ -107,8 +107,8 @@ def costs(args: Namespace, folder: RunFolder) -> None:
     """Print what networks cost, and write it as JSON and as a picture."""
     import json
 
-    from costs import find_pairs, measure_all, points, table
-    from picture import scatter
+    from measure.costs import find_pairs, measure_all, points, table
+    from report.picture import scatter
 
     pairs = find_pairs(option.cost_models(args), option.cost_scales(args))
     folder.start_log()
@@ -125,11 +125,11 @@ def profile(args: Namespace, folder: RunFolder) -> None:
     """Measure how near networks come to what this machine can do, and compare that with an older measurement."""
     import json
 
-    from costs import find_pairs
-    from picture import bars, growth
-    from speed import Form, profile_all
-    from speed_forms import DEFAULT, parse_forms, profile_forms
-    from speed_report import NOTE, compare, growths, parts, read_report, table
+    from measure.costs import find_pairs
+    from measure.speed import Form, profile_all
+    from measure.speed_forms import DEFAULT, parse_forms, profile_forms
+    from measure.speed_report import NOTE, compare, growths, parts, read_report, table
+    from report.picture import bars, growth
 
     old = read_report(args.compare) if args.compare else None
     if args.profile:
@@ -174,8 +174,8 @@ def until_interrupted(reports: Iterator[dict[str, Any]]) -> Iterator[dict[str, A
 
 def settle(args: Namespace) -> None:
     """Find out which network the weights of --pre_train belong to."""
-    from model.detect import recognise
-    from model.weights import read_weights
+    from model.loading.detect import recognise
+    from model.loading.weights import read_weights
 
     path = weights_file(args)
     try:
@@ -191,7 +191,7 @@ def settle(args: Namespace) -> None:
 
 def score(args: Namespace, folder: RunFolder) -> None:
     """Score images that any program made."""
-    from trainer import read_outputs, table
+    from evaluation import read_outputs, table
 
     sets = test_sets(args, prepare=False)
     upscale = read_outputs(sets, args.score)
@@ -207,9 +207,9 @@ def score(args: Namespace, folder: RunFolder) -> None:
 
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
-    import attention
     from enlarge import enlarge_folder
-    from trainer import table, timed
+    from evaluation import table, timed
+    from report import attention
 
     model = make_model(args)
     if args.show_attention:
@@ -236,8 +236,8 @@ def test(args: Namespace, folder: RunFolder) -> None:
 
 def show_attention(model: Model, saved: Mapping[str, Sequence[Saved]]) -> None:
     """Save what the network takes together in the first images of each set."""
-    import attention
-    from trainer import SHEET_ROWS
+    from evaluation import SHEET_ROWS
+    from report import attention
 
     for images in saved.values():
         for image in images[:SHEET_ROWS]:
@@ -262,15 +262,17 @@ def export(args: Namespace, folder: RunFolder) -> None:
 
 def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
-    import parallel
-    from board import Board
     from data.traindata import train_loader
+    from evaluation import timed
     from loss import Loss
     from model import type_name
-    from model.recompute import recompute
+    from model.ops.recompute import recompute
     from optimizer import make_optimizer
-    from stopping import Stop
-    from trainer import Trainer, timed
+    from report.board import Board
+    from step import TrainStep
+    from system import parallel
+    from system.stopping import Stop
+    from trainer import TrainConfig, Trainer
 
     if folder.holds_training() and not (args.load or args.reset):
         raise UserError(
@@ -284,47 +286,38 @@ def train(args: Namespace, folder: RunFolder) -> None:
         make_optimizer, name=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=tuple(args.betas),
         epsilon=args.epsilon, momentum=args.momentum,
     )  # fmt: skip
-    optimizer = new_optimizer(model.parameters())
     loss = Loss(args.loss, model.range, model.n_colors, args.patch_size, args.gan_k, new_optimizer, args.vgg)
     folder.config = option.write_config(args, model.settings)
     state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
 
-    stop, dtype, board = Stop(), autocast_dtype(args, model), Board(folder.folder / 'tensorboard')
+    stop, dtype, board = Stop(args.max_time), autocast_dtype(args, model), Board(folder.folder / 'tensorboard')
 
     def evaluate(epoch: int) -> dict[str, Any]:
         results = evaluation(timed(model), label(args), stop.check)
         write_results(args, folder, evaluation, results, model, f'epoch {epoch}')
         return results
 
-    def watch(record: dict[str, Any]) -> None:
+    def on_epoch_end(record: dict[str, Any]) -> None:
         if parallel.rank() == 0:
             board.write(record, evaluation.shown)
             write_report(args, folder, evaluation, facts(model, f'epoch {record["epoch"]}'), model.settings)
 
+    step = TrainStep(
+        model, loss.to(model.device), new_optimizer(model.parameters()), args.batch_size, args.split_batch,
+        args.gclip, args.clip_norm, dtype, args.weight_ema, graph=args.graph is not False,
+    )  # fmt: skip
     trainer = Trainer(
-        model, loss.to(model.device), optimizer,
-        loader=lambda numbers: train_loader(
+        TrainConfig(
+            args.batch_size, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
+            args.seed, args.save_every,
+        ),
+        step,
+        lambda numbers: train_loader(
             data, parallel.Batches(numbers, args.batch_size), args.n_threads, pin_memory=model.device.type == 'cuda'
         ),
-        name_of=data.name,
-        evaluate=evaluate,
-        run=folder,
-        batch_size=args.batch_size,
-        steps=args.test_every,
-        parts=args.split_batch,
-        rate=schedule(args),
-        clip=args.gclip,
-        clip_norm=args.clip_norm,
-        dtype=dtype,
-        skip_threshold=args.skip_threshold,
-        print_every=args.print_every,
-        keep_all=args.save_models,
-        average_decay=args.weight_ema,
-        seed=args.seed,
-        save_every=args.save_every,
-        watch=watch,
+        data.name, evaluate, folder, on_epoch_end,
     )  # fmt: skip
     if args.checkpointing:
         recompute(model.net, model.network.blocks)
@@ -335,7 +328,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         )
     if parallel.size() > 1 and 'GAN' in args.loss:
         raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
-    model.run = parallel.shared(model.run, model.device)
+    model.run = parallel.shared(model.run, model.device, args.split_batch > 1)
     if args.reset:
         folder.clear()
     folder.start_log()
@@ -390,15 +383,10 @@ def device(args: Namespace) -> str:
 
 def make_model(args: Namespace) -> Model:
     """The network, with random weights from the seed."""
-    import torch
-
     from model import Model
+    from system.numerics import set_numerics
 
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats its results only with this
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Costs time, and nothing here reads memory before it is written.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.manual_seed(args.seed)
+    set_numerics(args.seed, args.deterministic or device(args) == 'cpu', args.tf32)
     settings = option.network_settings(args)
     half = args.precision == 'half'
     return Model(
@@ -410,18 +398,20 @@ def make_model(args: Namespace) -> Model:
         half,
         args.compile,
         args.channels_last,
+        bool(args.graph),
         **settings,
     )
 
 
 def make_tiler(args: Namespace) -> Tiler | None:
-    """What cuts images into tiles, of one shape for --compile."""
-    from model.autotile import AutoTiler
-    from model.tiling import MeanTiler, Tiler
+    """What cuts images into tiles, of one shape for --compile and --graph."""
+    from model.tiles.autotile import AutoTiler
+    from model.tiles.tiling import MeanTiler, Tiler
 
     if not args.chop:
         return None
-    where, fixed = device(args), args.compile
+    where = device(args)
+    fixed = args.compile or (bool(args.graph) and where == 'cuda')
     batch = args.chop_batch if where == 'cuda' and not fixed else 1
     if args.chop == 'auto':
         return AutoTiler(args.chop_overlap, batch, where, args.max_memory, fixed)
@@ -433,7 +423,7 @@ def make_tiler(args: Namespace) -> Tiler | None:
 def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
     """Fill the network from --load or --pre_train; returns the state of a loaded run, and what the weights are."""
     from checkpoint import RunFolder
-    from model.weights import load_weights, read_weights
+    from model.loading.weights import load_weights, read_weights
 
     if args.load:
         run = RunFolder(args.save_dir / args.load)
@@ -465,7 +455,7 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
 
 def weights_file(args: Namespace) -> Path:
     """The file that --pre_train means: a path from here, or a name in --extend."""
-    from files import some
+    from system.files import some
 
     path = Path(args.pre_train).expanduser()
     if not path.is_file():
@@ -493,7 +483,7 @@ def train_data(args: Namespace) -> Any:
     cached = args.ext != 'img'
     skip = args.skip_bad_images
     sets = [make_set(args, name, args.data_range[0], cached=cached, skip_bad=skip) for name in args.data_train]
-    return TrainData(sets, args.patch_size, args.seed, not args.no_augment, skip)
+    return TrainData(sets, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area')
 
 
 def make_set(
@@ -505,9 +495,9 @@ def make_set(
     skip_bad: bool = False,
 ) -> SRData:
     """Find one set, and prepare it."""
-    import parallel
     from data.sets import find_set
     from data.srdata import SRData
+    from system import parallel
 
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
     data = SRData(images, args.scale, args.lr_border, cached, args.shave, skip_bad)
@@ -519,7 +509,7 @@ def make_set(
 
 def make_evaluation(args: Namespace, sets: list[SRData], folder: RunFolder, save: bool, ssim: bool) -> Evaluation:
     """The scores of the test sets, and their images if `save`."""
-    from trainer import Evaluation
+    from evaluation import Evaluation
 
     return Evaluation(sets, ssim, folder.folder if save else None, args.save_gt)
 
@@ -531,8 +521,8 @@ def label(args: Namespace) -> str:
 
 def facts(model: Model, origin: str) -> dict[str, str]:
     """What runs where."""
-    import parallel
     from model import n_parameters
+    from system import parallel
 
     where = f'{model.device}, {parallel.size()} processes' if parallel.size() > 1 else str(model.device)
     network = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters'
@@ -555,8 +545,8 @@ def write_results(
     args: Namespace, folder: RunFolder, evaluation: Evaluation, results: dict, model: Model, weights: str
 ) -> None:
     """Write results.json: the scores, and everything that has a say in them."""
-    from machine import machine
     from model import type_name
+    from system.machine import machine
 
     auto = args.chop == 'auto'  # when sizes differ between images, and tiles are never averaged
     size, blend = ('auto', 'ramp') if auto else (model.tiler and model.tiler.size, args.chop_blend)
@@ -581,7 +571,7 @@ def write_report(
     settings: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Write report.html: `about` the run, and what is in its folder."""
-    from report import page, read_curves
+    from report.page import page, read_curves
 
     if not folder.writes:
         return
@@ -604,7 +594,7 @@ def saved_images(args: Namespace, folder: RunFolder, evaluation: Evaluation) -> 
     """The enlarged images that a run left in its folder, by set."""
     from data.image import find_images, read_rgb
     from enlarge import output_names
-    from report import Saved
+    from report.page import Saved
 
     def saved(images: str, name: str, *sources: Callable) -> Saved:
         file = folder.folder / f'results-{images}' / f'{name}_x{args.scale}_SR.png'

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -18,14 +19,41 @@ def make_optimizer(
     epsilon: float = 1e-8,
     momentum: float = 0.9,
 ) -> optim.Optimizer:
-    """`SGD` (with momentum), `ADAM`, `ADAMW` or `RMSprop` over the parameters that take gradients."""
+    """`SGD` (with momentum), `ADAM`, `ADAMW` or `RMSprop` over the parameters that take gradients.
+
+    Of parameters on CUDA all but RMSprop are fused: one kernel, which leaves out a step by a flag on the device, and
+    whose learning rate is a tensor there, so that a CUDA graph can hold it.
+    """
     trainable = [p for p in parameters if p.requires_grad]
-    if name == 'SGD':
-        return optim.SGD(trainable, lr, momentum, weight_decay=weight_decay)
     if name == 'RMSprop':
         return optim.RMSprop(trainable, lr, eps=epsilon, weight_decay=weight_decay)
-    adam = {'ADAM': optim.Adam, 'ADAMW': optim.AdamW}[name]
-    return adam(trainable, lr, betas, epsilon, weight_decay)
+    fused = bool(trainable) and all(p.is_cuda for p in trainable)
+    if name == 'SGD':
+        optimizer: optim.Optimizer = optim.SGD(trainable, lr, momentum, weight_decay=weight_decay, fused=fused)
+    else:
+        adam = {'ADAM': optim.Adam, 'ADAMW': optim.AdamW}[name]
+        optimizer = adam(trainable, lr, betas, epsilon, weight_decay, fused=fused, capturable=fused)
+    if fused:
+        for group in optimizer.param_groups:
+            group['lr'] = torch.full((), lr, device=trainable[0].device)
+    return optimizer
+
+
+def load_optimizer(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
+    """Continue from the `state_dict` of an optimiser of the same kind, on whatever device; hyperparameters stay.
+
+    Raises:
+        ValueError, KeyError: it is of another network or kind.
+    """
+    own = [{key: value for key, value in g.items() if key != 'params'} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+        group.update(hyperparameters)
+        if group.get('fused'):
+            for parameter in group['params']:
+                kept = optimizer.state.get(parameter, {})
+                if 'step' in kept:
+                    kept['step'] = kept['step'].to(parameter.device)
 
 
 @dataclass(frozen=True)
@@ -66,10 +94,13 @@ class Schedule:
 def set_learning_rate(optimizer: optim.Optimizer, lr: float) -> None:
     """Give every parameter group the rate `lr`."""
     for group in optimizer.param_groups:
-        group['lr'] = lr
+        if isinstance(group['lr'], Tensor):
+            group['lr'].fill_(lr)
+        else:
+            group['lr'] = lr
 
 
-class WeightAverage:
+class ModelEMA:
     """Exponential moving average of a network's parameters: average <- decay * average + (1 - decay) * parameters.
 
     It starts as a copy of the network. Buffers are not averaged, the network's own are taken.
@@ -80,11 +111,20 @@ class WeightAverage:
         self.state = {key: value.detach().clone() for key, value in net.state_dict().items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the network's weights after a step into the average."""
+    def update(self, applied: Tensor | None = None) -> None:
+        """Take the network's weights after a step into the average.
+
+        Args:
+            applied: (), bool on the device: whether the step was made; None: it was.
+        """
         parameters = dict(self.net.named_parameters())
-        averages = [self.state[key] for key in parameters]
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters.values()], 1 - self.decay)
+        averages, own = [self.state[key] for key in parameters], [p.detach() for p in parameters.values()]
+        if applied is None:
+            torch._foreach_lerp_(averages, own, 1 - self.decay)
+        else:
+            towards = torch._foreach_sub(own, averages)
+            torch._foreach_mul_(towards, applied * (1 - self.decay))
+            torch._foreach_add_(averages, towards)
         for key, buffer in self.net.named_buffers():
             if key in self.state:
                 self.state[key].copy_(buffer)

@@ -207,6 +207,20 @@ def build_parser() -> Parser:
         '--compile', action='store_true', help='run the network through torch.compile; on a CPU most are slower so'
     )
     g.add_argument('--channels_last', action='store_true', help='keep weights and images in channels_last memory')
+    g.add_argument(
+        '--graph',
+        action='store_const',
+        const=True,
+        help='on CUDA: a training step as one CUDA graph (left out: where that can be), and in tests tiles of one '
+        'shape as one, with --chop',
+    )
+    g.add_argument('--no_graph', action='store_const', const=False, dest='graph', help='no CUDA graphs')
+    g.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='on a GPU: the same bits in every run, which costs time; on a CPU always so',
+    )
+    g.add_argument('--tf32', action='store_true', help='on a GPU: float32 products in TensorFloat-32, faster, 10 bits')
     g.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     g.add_argument(
         '--n_GPUs',
@@ -261,6 +275,12 @@ def build_parser() -> Parser:
         '--profile also 2+3+4',
     )
     g.add_argument('--patch_size', metavar='N', type=count, default=192, help='side of the HR training patch, pixels')
+    g.add_argument(
+        '--sampling',
+        choices=('image', 'area'),
+        default='image',
+        help='of training patches: every image equally often, as in all papers, or as often as it has pixels',
+    )
     g.add_argument(
         '--lr_border',
         choices=('mirror', 'clamp'),
@@ -454,6 +474,12 @@ def build_parser() -> Parser:
     g = parser.add_argument_group('training')
     g.add_argument('--reset', action='store_true', help='delete what an earlier run of this name left, and start over')
     g.add_argument('--epochs', metavar='N', type=count, default=300, help='epochs to train for')
+    g.add_argument(
+        '--max_time',
+        metavar='SECONDS',
+        type=positive,
+        help='end training after so many seconds as SIGTERM does: in good order and saved, for --load to continue',
+    )
     g.add_argument('--test_every', metavar='N', type=count, default=1000, help='batches an epoch; a test follows each')
     g.add_argument('--batch_size', metavar='N', type=count, default=16, help='patches a step')
     g.add_argument(

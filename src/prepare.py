@@ -16,7 +16,7 @@ import option
 from error import UserError, report_error
 
 if TYPE_CHECKING:
-    from data.archive import Archive
+    from data.download.archive import Archive
     from data.imresize import Border
     from data.sets import ImageSet
 
@@ -93,7 +93,7 @@ def site(text: str) -> str:
 def run(args: Namespace) -> int:
     """Check, or get what is missing; returns the exit status."""
     from checkpoint import start_screen
-    from data.archive import archives
+    from data.download.archive import archives
 
     start_screen()
     if args.check:
@@ -113,8 +113,8 @@ def get(archive: Archive, dir_data: Path, mirror: str | None) -> None:
     Raises:
         UserError: no connection, no room, or not the archive it should be.
     """
-    from data.archive import has_images, unpack
-    from data.download import fetch, verify
+    from data.download.archive import has_images, unpack
+    from data.download.fetch import fetch, verify
 
     if not missing(archive, dir_data):
         return

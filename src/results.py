@@ -12,10 +12,10 @@ from typing import Any
 
 import main as program
 import option
-from allocator import keep_memory
 from error import UserError, report_error
-from files import write_atomic
-from published import PUBLISHED, SAME_IMAGES, SETS, SIZES
+from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
+from system.allocator import keep_memory
+from system.files import write_atomic
 
 log = logging.getLogger('frugalsr')
 
@@ -38,7 +38,7 @@ PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the reci
 ([docs/PROTOCOLS.md](PROTOCOLS.md)). The weights are those of [models/](../models), tested as the recipe of their name
 says; their cards say how they were trained: short runs on SR291, 291 small images. Published figures stand in tables of
 their own: they are of networks trained for long on DIV2K (800 images), DF2K (3,450 images) or SR291, and are
-copied from their sources ([src/published.py](../src/published.py)), not measured.
+copied from their sources ([src/measure/published.py](../src/measure/published.py)), not measured.
 """
 
 Row = dict[str, Any]

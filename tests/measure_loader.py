@@ -21,7 +21,7 @@ from data.image import write_png
 from data.sets import find_set
 from data.srdata import SRData
 from data.traindata import Sample, TrainData, train_loader, whole_batches
-from parallel import Batches
+from system.parallel import Batches
 
 BATCH = 16
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from conftest import ROOT
 
 import app
+from tests.conftest import ROOT
 
 
 class Program:

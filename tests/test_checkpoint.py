@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 from checkpoint import RunFolder, finite, start_screen
 from error import UserError, WriteError
+from tests.conftest import ROOT
 
 
 @pytest.fixture

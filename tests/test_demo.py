@@ -4,9 +4,9 @@ import os
 import subprocess
 
 import pytest
-from conftest import ROOT
 
 from template import TEMPLATES
+from tests.conftest import ROOT
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess:

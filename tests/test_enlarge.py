@@ -3,14 +3,14 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 from data.image import Photo, bytes_to_read, read_photo, write_png
 from enlarge import check_fits, enlarge_folder, enlarged
 from error import UserError
 from model import Model
-from model.tiling import Tiler
+from model.tiles.tiling import Tiler
+from tests.conftest import ROOT
 
 RNG = np.random.default_rng(0)
 
@@ -46,9 +46,9 @@ def test_an_image_too_large_to_be_read_within_the_limit_is_named(tmp_path):
 MEMORY = """
 import sys
 sys.path.insert(0, {source!r})
-from allocator import keep_memory
+from system.allocator import keep_memory
 keep_memory()
-import memory
+from system import memory
 {setup}
 before = memory.start_peak('cpu')
 {work}

@@ -10,9 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import picture
 from safetensors.torch import load_file
-from test_networks import SMALL
 from torch import nn
 from torch.onnx import register_custom_op_symbolic
 
@@ -20,6 +18,8 @@ import export
 import main
 from error import UserError
 from model import Model
+from tests.conftest import picture
+from tests.model.test_networks import SMALL
 
 DLGSANET = {**SMALL['DLGSANet'], 'n_resgroups': 1, 'kernel_size': 3, 'tlc_size': 96}
 

@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_parallel import children
-from test_parallel import run as run_program
-from test_trainer import EDSR, LONG, arguments, in_process, log, metrics, same_run, state, train, wait_for
 
 import main
-import picture
+from report import picture
+from tests.conftest import ROOT
+from tests.system.test_parallel import children
+from tests.system.test_parallel import run as run_program
+from tests.test_trainer import EDSR, LONG, arguments, in_process, log, metrics, same_run, state, train, wait_for
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -69,7 +69,9 @@ def truncate(path: Path) -> None:
 
 def test_an_image_that_is_truncated_during_a_run_ends_it(data_folder, capsys, monkeypatch):
     path = data_folder / 'SR291' / 'HR' / '0002.png'
-    monkeypatch.setattr('board.Board.write', lambda self, record, images: record['epoch'] == 2 and truncate(path))
+    monkeypatch.setattr(
+        'report.board.Board.write', lambda self, record, images: record['epoch'] == 2 and truncate(path)
+    )
     command = f'{EDSR} --ext img --epochs 4 --save run'
     assert main.main(arguments(data_folder, command)) == 2
     errors = capsys.readouterr().err
@@ -81,7 +83,9 @@ def test_an_image_that_is_truncated_during_a_run_ends_it(data_folder, capsys, mo
 @pytest.mark.parametrize('workers', [0, 1])
 def test_or_is_counted_and_replaced(data_folder, monkeypatch, workers):
     path = data_folder / 'SR291' / 'HR' / '0002.png'
-    monkeypatch.setattr('board.Board.write', lambda self, record, images: record['epoch'] == 2 and truncate(path))
+    monkeypatch.setattr(
+        'report.board.Board.write', lambda self, record, images: record['epoch'] == 2 and truncate(path)
+    )
     command = f'{EDSR} --ext img --epochs 8 --batch_size 3 --test_every 1 --skip_bad_images --n_threads {workers}'
     run = train(data_folder, command)
     if not workers:  # a worker has read ahead

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture
 from PIL import Image
-from test_checkpoint import Malice, full_disk, strict
-from test_option import TEST_X4, TRAIN_X2, TRAIN_X4
-from test_trainer import EDSR, LCOAN, TINY, arguments, equal, learned, log, metrics, state, train, weights
 from torch.utils.data import default_collate
 
 import main
 import metric
 import model
 import option
-import picture as pictures
 from data.image import read_rgb, write_png
+from report import picture as pictures
+from tests.conftest import ROOT, picture
+from tests.test_checkpoint import Malice, full_disk, strict
+from tests.test_option import TEST_X4, TRAIN_X2, TRAIN_X4
+from tests.test_trainer import EDSR, LCOAN, TINY, arguments, equal, learned, log, metrics, state, train, weights
 
 BICUBIC = '--model Bicubic --test_only --cpu --n_threads 0'
 SMALL = (

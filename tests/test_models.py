@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 import main
 from checkpoint import RunFolder
-from files import read_torch
+from system.files import read_torch
+from tests.conftest import ROOT
 
 STATES = sorted(path for path in (ROOT / 'models' / 'state').iterdir() if path.is_dir())
 CARDS = sorted(path for path in (ROOT / 'models').glob('*.md') if path.name != 'README.md')

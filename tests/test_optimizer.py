@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from optimizer import Schedule, WeightAverage, make_optimizer, set_learning_rate
+from optimizer import ModelEMA, Schedule, make_optimizer, set_learning_rate
 
 
 def parameters() -> list[nn.Parameter]:
@@ -94,7 +94,7 @@ class Scaled(nn.Module):
 
 def test_average_by_hand():
     net = Scaled()
-    average = WeightAverage(net, 0.75)
+    average = ModelEMA(net, 0.75)
     expected = torch.tensor([1.0, -2.0])
     for step in range(1, 6):
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_average_by_hand():
 
 def test_average_is_applied_and_taken_back():
     net = Scaled()
-    average = WeightAverage(net, 0.75)
+    average = ModelEMA(net, 0.75)
     with torch.no_grad():
         net.weight += 4
     average.update()
@@ -121,7 +121,7 @@ def test_average_is_applied_and_taken_back():
 
 
 def test_average_continues_from_a_saved_one():
-    first, second = (WeightAverage(Scaled(), 0.75) for _ in range(2))
+    first, second = (ModelEMA(Scaled(), 0.75) for _ in range(2))
     saved = {key: value + 1 for key, value in first.state.items()}
     second.load(saved)
     assert all(torch.equal(second.state[key], saved[key]) for key in saved)

@@ -7,12 +7,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import model
 import option
 from error import UserError
 from option import data_range, epochs_list, names, parse, read_config, write_config
+from tests.conftest import ROOT
 
 # The options of EDSR and LCoAN, as issue 2 lists them.
 OLD = """
@@ -24,7 +24,8 @@ OLD = """
 """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
-    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
+    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
+    deterministic tf32 max_time sampling
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
     compare max_memory show_attention export forms
 """
@@ -62,7 +63,8 @@ DEFAULTS = {
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
     'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
-    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'compile': False,
+    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
+    'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
     'max_memory': None, 'show_attention': False, 'forms': None,
@@ -140,7 +142,7 @@ def test_help():
     assert len(groups) >= 6
     entries = [entry.split('\n\n')[0] for entry in text.split('\n  --')[1:]]
     described = {entry.split()[0]: re.split(r'\s{2,}', entry, maxsplit=1)[1:] for entry in entries}
-    assert set(described) == {*ALL, 'no_chop'}
+    assert set(described) == {*ALL, 'no_chop', 'no_graph'}
     assert [name for name, description in described.items() if not description] == []
     for name, default in {'lr': '0.0001', 'epochs': '300', 'data_test': 'Set5', 'decay': '200'}.items():
         assert f'(default: {default})' in described[name][0]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
-from test_archive import pack, tree
-from test_download import Server, server  # noqa: F401  a fixture
 
 import prepare
-from data import archive
+from data.download import archive
 from data.image import read_rgb, write_png
 from data.imresize import shrink
+from tests.conftest import picture
+from tests.data.download.test_archive import pack, tree
+from tests.data.download.test_fetch import Server, server  # noqa: F401  a fixture
 
 SIDE = 24
 

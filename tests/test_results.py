@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture
 
 import results
 from data.image import write_png
+from measure.published import PUBLISHED, SETS
 from model import build
-from published import PUBLISHED, SETS
+from tests.conftest import picture
 
 
 @pytest.fixture(scope='module')

@@ -12,19 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture
-from test_checkpoint import strict
 from torch import Tensor, optim
 
 import main
-import picture as pictures
-from background import Background
 from data.image import read_rgb, write_png
 from data.sets import ImageSet
 from data.srdata import SRData
+from evaluation import Evaluation, table
 from loss import Loss
-from stopping import Stop, Stopped
-from trainer import Evaluation, Trainer, table
+from report import picture as pictures
+from system.background import Background
+from system.stopping import Stop, Stopped
+from tests.conftest import ROOT, picture
+from tests.test_checkpoint import strict
+from trainer import Trainer
 
 TINY = (
     '--cpu --n_threads 0 --data_train SR291 --data_test Set5 --scale 2 --patch_size 16 --batch_size 4 --test_every 2 '
@@ -246,10 +247,11 @@ def test_average_of_the_weights_is_what_is_kept_and_tested(data_folder):
 def test_what_a_network_draws_depends_on_the_step_alone(data_folder, monkeypatch):
     drawn = []
 
-    def noted(self, lr: Tensor, hr: Tensor) -> None:
+    def noted(self, *parts: Tensor) -> Tensor:
         drawn.append(torch.rand(()).item())
+        return torch.ones(len(self.names))
 
-    monkeypatch.setattr('trainer.Trainer._step', noted)
+    monkeypatch.setattr('step.TrainStep.run', noted)
     train(data_folder, EDSR, '--epochs 2', name='whole')
     whole = drawn.copy()
     drawn.clear()

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.image import read_rgb
 from error import WriteError
-from files import write_atomic
+from system.files import write_atomic
 
 
 class DecodedCache:

@@ -13,7 +13,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from data.png import HEAD_BYTES, encode_png, is_png16, read_png16
 from error import UserError
-from files import write_atomic
+from system.files import write_atomic
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')

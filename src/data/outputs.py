@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.image import find_images
 from error import UserError
-from files import some
+from system.files import some
 
 # What may follow a name: a scale such as 'x2', then nothing or a character that is neither letter nor digit.
 SUFFIX = re.compile(r'(x\d+)?(?![^\W_])', re.IGNORECASE)

@@ -1,6 +1,7 @@
 """Paired images of a set: HR cropped to a multiple of the scale, LR from its file or made by MATLAB's bicubic."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from data.image import read_rgb, read_size, write_png
 from data.imresize import Border, shrink
 from data.sets import ImageSet
 from error import UserError, WriteError
-from files import write_atomic
+from system.files import write_atomic
 
 log = logging.getLogger('frugalsr')
 
@@ -73,6 +74,10 @@ class SRData:
         if index in self._made or path is None:
             return self._in_memory(index)
         return self._read(path)
+
+    def areas(self) -> list[int]:
+        """Pixels of each HR image; 0 for those that cannot be used."""
+        return [0 if index in self._bad else math.prod(read_size(path)) for index, path in enumerate(self._hr)]
 
     def _check_usable(self, index: int) -> None:
         if index in self._bad:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.patch import cut, draw
+from data.patch import Draw, cut, draw
 from data.srdata import SRData
 from error import UserError
 
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 
 class TrainData(Dataset):
-    """Patches of one or more sets, each image equally likely.
+    """Patches of one or more sets.
 
     Args:
         sets: prepared paired images of one scale.
@@ -43,14 +43,22 @@ class TrainData(Dataset):
         seed: of all random choices.
         augment: flip and transpose each patch at random.
         skip_bad: the next image takes the place of one that cannot be used.
+        by_area: images are as likely as they have pixels, instead of all equally.
     """
 
     def __init__(
-        self, sets: Sequence[SRData], patch_size: int, seed: int, augment: bool = True, skip_bad: bool = False
+        self,
+        sets: Sequence[SRData],
+        patch_size: int,
+        seed: int,
+        augment: bool = True,
+        skip_bad: bool = False,
+        by_area: bool = False,
     ) -> None:
         self.sets, self.patch_size, self.seed, self.augment = sets, patch_size, seed, augment
         self.scale, self.skip_bad = sets[0].scale, skip_bad
         self.images = [(images, index) for images in sets for index in range(len(images))]
+        self.areas = np.concatenate([images.areas() for images in sets]) if by_area else None
 
     def __getitem__(self, number: int) -> Sample:
         """Sample `number`.
@@ -58,11 +66,14 @@ class TrainData(Dataset):
         Raises:
             UserError: its image cannot be used, nor, with `skip_bad`, can any other.
         """
-        choice = draw(self.seed, number, len(self.images))
+        choice = self._draw(number)
         lr, hr, image = self._read(choice.image)
         lr, hr = cut(lr, hr, self.scale, self.patch_size // self.scale, choice)
         flips = choice.flips if self.augment else (False, False, False)
         return Sample(to_tensor(lr), to_tensor(hr), torch.tensor(flips), torch.tensor(image != choice.image))
+
+    def _draw(self, number: int) -> Draw:
+        return draw(self.seed, number, len(self.images), self.areas)
 
     def _read(self, image: int) -> tuple[np.ndarray, np.ndarray, int]:
         """LR and HR of an image, or of the next one that can be used, and which it is."""
@@ -78,7 +89,7 @@ class TrainData(Dataset):
 
     def name(self, number: int) -> str:
         """Which image sample `number` is cut from."""
-        images, index = self.images[draw(self.seed, number, len(self.images)).image]
+        images, index = self.images[self._draw(number).image]
         return f'{images.name}/{images.names[index]}'
 
 

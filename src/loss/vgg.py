@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
-from files import read_torch
+from system.files import read_torch
 
 # Convolutions, ReLUs and pools, at their numbers in torchvision's `features`.
 NETWORK = ('CR' * 2 + 'P') * 2 + ('CR' * 4 + 'P') * 3

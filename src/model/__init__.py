@@ -13,8 +13,9 @@ from error import UserError
 from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
 from model.bicubic import Bicubic
 from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
-from model.ensemble import self_ensemble
-from model.tiling import Tiler
+from model.ops.graphed import Graphed
+from model.tiles.ensemble import self_ensemble
+from model.tiles.tiling import Tiler
 
 NETWORKS: dict[str, Network] = {
     **bicubic.NETWORKS,
@@ -82,6 +83,7 @@ class Model(nn.Module):
         ensemble: average over the eight flips and rotations.
         compiled: run the network through torch.compile.
         channels_last: keep weights and images in this memory format.
+        graph: in `upscale` on CUDA replay the network as a CUDA graph, for images or tiles of few shapes.
         half: half precision under autocast in `upscale`: float16, on a CPU (which has no fast float16) and where the
             network does not stand it bfloat16, where it stands neither float32.
         settings: of the network; what is left out is as in its paper.
@@ -97,6 +99,7 @@ class Model(nn.Module):
         half: bool = False,
         compiled: bool = False,
         channels_last: bool = False,
+        graph: bool = False,
         **settings: object,
     ) -> None:
         super().__init__()
@@ -107,6 +110,7 @@ class Model(nn.Module):
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.fast: nn.Module = torch.compile(self.net) if compiled else self.net  # type: ignore[assignment]
         self.run = self.fast
+        self.replayed = Graphed(self.fast) if graph and self.device.type == 'cuda' else None
         self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
@@ -165,7 +169,8 @@ class Model(nn.Module):
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             x = self._to_range(self._colours(rgb))
-            y = self_ensemble(self.fast, x) if self.ensemble else self.fast(x)
+            net = self.replayed or self.fast
+            y = self_ensemble(net, x) if self.ensemble else net(x)
         black, white = self.range
         y = (y.float() - black) / (white - black)
         if self.n_colors == 1:

@@ -24,26 +24,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.common import (
+from error import UserError
+from model.blocks.edsr import DirectUpsampler
+from model.blocks.pixels import (
     ChannelAttention,
-    DirectUpsampler,
     GatedFFN,
     LocalBlock,
-    Network,
     PixelNorm,
     SpatialGate,
-    UserError,
     attention_cell,
-    check_images,
-    check_window,
-    conv,
-    how_many,
-    look_up_bias,
-    relative_positions,
     to_map,
     to_tokens,
-    zero_pad,
 )
+from model.blocks.windows import check_window, look_up_bias, relative_positions
+from model.common import Network, check_images, conv, how_many, zero_pad
 
 
 class StageMaps(NamedTuple):

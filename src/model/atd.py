@@ -27,36 +27,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.common import (
-    GELU,
-    RGB_MEAN,
-    DirectUpsampler,
-    Network,
-    TokenLinear,
-    Upsampler,
-    UserError,
-    WideConv,
+from error import UserError
+from model.blocks.edsr import DirectUpsampler, Upsampler
+from model.blocks.pixels import GELU
+from model.blocks.tokens import TokenLinear, flatten_image, inverse_of, take_rows, unflatten_image
+from model.blocks.windows import (
     Windows,
     attention,
-    check_divides,
-    check_images,
     check_window,
-    conv,
     cut_windows,
-    flatten_image,
-    full_precision,
     hidden_width,
-    how_many,
     init_linear,
-    inverse_of,
     look_up_bias,
-    mirror_pad,
     position_table,
     relative_positions,
-    take_rows,
-    unflatten_image,
-    widen,
     window_attention,
+)
+from model.common import (
+    RGB_MEAN,
+    Network,
+    WideConv,
+    check_divides,
+    check_images,
+    conv,
+    full_precision,
+    how_many,
+    mirror_pad,
+    widen,
 )
 
 MAX_LOGIT_SCALE = math.log(100)

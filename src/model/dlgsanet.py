@@ -9,7 +9,7 @@ feed-forward network. In evaluation the similarities are computed in overlapping
 (test-time local converter, TLC), and the results averaged.
 
 Departures from the official code:
-- The dynamic convolution (`model.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
+- The dynamic convolution (`ops.dynamic_conv`) runs on every device and in every type; the official one is CUDA source
   for float32 and float64, compiled at run time by an interface of CuPy that no longer exists.
 - The windows of the evaluation are one batch, and nothing is kept between calls. Batches of any size can be evaluated;
   the official code takes one image at a time.
@@ -27,23 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.common import (
-    RGB_MEAN,
-    DirectUpsampler,
-    GatedFFN,
-    Network,
-    PixelNorm,
-    TransposedAttention,
-    UserError,
-    check_divides,
-    check_images,
-    conv,
-    full_precision,
-    hidden_width,
-    how_many,
-    widen,
-)
-from model.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
+from error import UserError
+from model.blocks.edsr import DirectUpsampler
+from model.blocks.pixels import GatedFFN, PixelNorm, TransposedAttention
+from model.blocks.windows import hidden_width
+from model.common import RGB_MEAN, Network, check_divides, check_images, conv, full_precision, how_many, widen
+from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 
@@ -111,7 +100,7 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     if torch.jit.is_tracing() or torch.compiler.is_exporting():  # a file holds the numbers themselves
         inside = [[float(first <= i < last) for i in range(len(pieces))] for first, last in spans]
         return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
-    # Made on the device: a list would be copied there, which a CUDA graph does not allow.
+    # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.
     rows = [F.pad(like.new_ones(last - first), (first, len(pieces) - last)) for first, last in spans]
     return pieces, torch.stack(rows)
 

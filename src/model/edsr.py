@@ -11,17 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from model.common import (
-    Network,
-    ResBlock,
-    Tail,
-    check_images,
-    conv,
-    how_many,
-    in_fast_memory,
-    mean_shifts,
-    recognise_ends,
-)
+from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
+from model.common import Network, check_images, conv, how_many, in_fast_memory
 
 
 class EDSR(nn.Module):

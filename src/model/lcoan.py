@@ -26,25 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from error import UserError
+from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
+from model.blocks.sorted_attention import Pattern, attend, find_pattern
+from model.blocks.tokens import flatten_image, unflatten_image
 from model.common import (
     Network,
-    Pattern,
-    ResBlock,
-    Tail,
-    UserError,
-    attend,
     check_divides,
     check_images,
     conv,
-    find_pattern,
-    flatten_image,
     full_precision,
     how_many,
     in_fast_memory,
-    mean_shifts,
-    recognise_ends,
     shape_of,
-    unflatten_image,
     widen,
 )
 
@@ -82,40 +76,36 @@ class KMeans(nn.Module):
         self.decay = decay
         self.register_buffer('means', torch.randn(rounds, n_clusters, dim))
         self.register_buffer('initted', torch.tensor(False))
-        self.seen = -1  # changes of `initted` when it was true: a GPU is not asked for that in every pass
+        self._seen = -1  # how often `initted` was changed when it was read from the device as true
+
+    def _initialised(self) -> bool:
+        """`initted`, for which the device is asked after a change alone; a network made for inference has none."""
+        changes = 0 if self.initted.is_inference() else self.initted._version
+        if self._seen != changes and bool(self.initted):
+            self._seen = changes
+        return self._seen == changes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.seen = -1
         super()._load_from_state_dict(*args, **kwargs)
+        self._seen = -1
 
     @torch.no_grad()
     def forward(self, embedding: Tensor) -> Tensor:
         """Cluster of every pixel: (N, L, dim) to (N, R, L) int64. Decided in float32 or more, also under autocast."""
         embedding = widen(embedding)
         with full_precision(embedding):
-            if not (self.initted.is_meta or (torch.compiler.is_compiling() and not self.training)):
-                self._prepare(embedding)
+            if self.training:
+                if not self._initialised():
+                    self._initialise(embedding)
+            elif not (torch.compiler.is_compiling() or self.initted.is_meta or self._initialised()):
+                raise UserError(
+                    'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
+                )
             unit = F.normalize(embedding, dim=-1)
             codes = self._assign(unit)
             if self.training:
                 self.means.lerp_(self._centroids(unit, codes), 1 - self.decay)
         return codes
-
-    def _prepare(self, embedding: Tensor) -> None:
-        """Make sure that there are centroids; in training they are found if there are none."""
-        if self.seen == self._changes():
-            return
-        if not self.initted:
-            if not self.training:
-                raise UserError(
-                    'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
-                )
-            self._initialise(embedding)
-        self.seen = self._changes()
-
-    def _changes(self) -> int:
-        """How often `initted` was changed; it is not, in a network that was made for inference."""
-        return 0 if self.initted.is_inference() else self.initted._version
 
     def _assign(self, x: Tensor) -> Tensor:
         return torch.einsum('nld,rkd->nrlk', x, self.means.to(x.dtype)).argmax(-1)
@@ -126,7 +116,7 @@ class KMeans(nn.Module):
         A cluster that is empty keeps its centroid, as all do where the embedding is not finite.
         """
         clusters = torch.arange(self.means.shape[1], device=codes.device)
-        members = (codes.unsqueeze(-1) == clusters).to(x.dtype)
+        members = (codes.unsqueeze(-1) == clusters).to(x.dtype)  # F.one_hot would look at the largest code
         sums = torch.einsum('nrlk,nld->rkd', members, x).to(self.means.dtype)
         sizes = members.sum((0, 2))
         sums, sizes = sum_over_ranks(sums), sum_over_ranks(sizes)

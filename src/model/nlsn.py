@@ -26,23 +26,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
+from model.blocks.sorted_attention import attend, find_pattern
+from model.blocks.tokens import flatten_image, unflatten_image
 from model.common import (
     Network,
-    ResBlock,
-    Tail,
-    attend,
     check_divides,
     check_images,
     conv,
-    find_pattern,
-    flatten_image,
     full_precision,
     how_many,
     in_fast_memory,
-    mean_shifts,
-    recognise_ends,
     shape_of,
-    unflatten_image,
     widen,
 )
 

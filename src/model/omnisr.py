@@ -18,28 +18,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from model.common import (
+from model.blocks.edsr import DirectUpsampler
+from model.blocks.pixels import (
     ChannelAttention,
-    DirectUpsampler,
     GatedFFN,
     LocalBlock,
-    Network,
     PixelNorm,
     SpatialGate,
-    TokenLinear,
-    attention,
     attention_cell,
-    check_divides,
-    check_images,
-    check_window,
-    conv,
-    how_many,
-    look_up_bias,
-    relative_positions,
     to_map,
     to_tokens,
-    zero_pad,
 )
+from model.blocks.tokens import TokenLinear
+from model.blocks.windows import attention, check_window, look_up_bias, relative_positions
+from model.common import Network, check_divides, check_images, conv, how_many, zero_pad
 
 TOKEN_EPS, MAP_EPS = 1e-5, 1e-6  # of the norms before attention over pixels, and of all others
 

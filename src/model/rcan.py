@@ -16,19 +16,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from model.common import (
-    Network,
-    Tail,
-    activation,
-    check_divides,
-    check_images,
-    conv,
-    how_many,
-    in_fast_memory,
-    mean_shifts,
-    recognise_ends,
-    shape_of,
-)
+from model.blocks.edsr import Tail, mean_shifts, recognise_ends
+from model.common import Network, activation, check_divides, check_images, conv, how_many, in_fast_memory, shape_of
 
 
 class ChannelAttention(nn.Module):

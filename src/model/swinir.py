@@ -21,31 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.common import (
-    RGB_MEAN,
-    DirectUpsampler,
-    Network,
-    TokenLinear,
-    UserError,
+from error import UserError
+from model.blocks.edsr import DirectUpsampler
+from model.blocks.tokens import TokenLinear, flatten_image, unflatten_image
+from model.blocks.windows import (
     Windows,
-    check_divides,
-    check_images,
     check_window,
-    conv,
     cut_windows,
-    flatten_image,
     hidden_width,
-    how_many,
     init_linear,
     look_up_bias,
-    mirror_pad,
     position_table,
     relative_positions,
     shift_masks,
-    unflatten_image,
-    widen,
     window_attention,
 )
+from model.common import RGB_MEAN, Network, check_divides, check_images, conv, how_many, mirror_pad, widen
 
 NOMINAL_SIZE = 64  # of the input that the masks in the weights are for
 

@@ -15,8 +15,8 @@ from data.image import Photo, read_photo, read_size, write_png
 from enlarge import enlarged
 from error import UserError
 from model import Model
-from model.detect import recognise
-from model.weights import read_weights
+from model.loading.detect import recognise
+from model.loading.weights import read_weights
 
 log = logging.getLogger('frugalsr')
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from data.image import SUFFIXES
 from error import UserError
-from model.tiling import out_of_memory
+from model.tiles.tiling import out_of_memory
 from web.enlarging import Choice, Result
 from web.visitors import COOKIE, Visitors
 

@@ -1,0 +1,180 @@
+"""Scoring on test sets: of a network, or of images that another program made."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+import metric
+from data.image import read_rgb, write_png
+from data.imresize import enlarge
+from data.outputs import match_outputs
+from data.srdata import SRData
+from error import UserError
+from model import Model
+from report import picture
+from system import parallel
+from system.background import Ahead, Background
+from system.files import write_atomic
+
+SHEET_ROWS = 5
+SHOWN = 3
+
+T = TypeVar('T')
+
+Upscale = Callable[[SRData, int], tuple[np.ndarray, float]]
+
+
+class Evaluation:
+    """Scores a way of enlarging on test sets, and saves its images where that is wanted.
+
+    Args:
+        sets: prepared paired images.
+        ssim: measure SSIM too.
+        folder: where images go, as `results-<Set>/<name>_x<scale>_SR.png`, and a comparison sheet a set; None: nowhere.
+        ground_truth: save LR and HR beside them.
+
+    Attributes:
+        shown: the last outputs for the first images of each set, (H, W, 3) uint8 as '<Set>/<name>'.
+        results: the last ones.
+    """
+
+    def __init__(
+        self, sets: Sequence[SRData], ssim: bool, folder: Path | None = None, ground_truth: bool = False
+    ) -> None:
+        self.sets, self.ssim, self.folder, self.ground_truth = sets, ssim, folder, ground_truth
+        self.shown: dict[str, np.ndarray] = {}
+        self.results: dict[str, Any] = {}
+
+    def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
+
+        Args:
+            upscale: gives the image of a set at an index, (H, W, 3) uint8, and the seconds that it took.
+            label: what to call it in pictures.
+            check: called before each image; what it raises ends the evaluation.
+        """
+        found = {images.name: self._set(images, upscale, label, check) for images in self.sets}
+        self.results = parallel.spread(found)
+        return self.results
+
+    def protocol(self) -> dict[str, dict[str, Any]]:
+        """What each set's scores are measured on."""
+        return {s.name: {'channels': s.channels, 'shave': s.shave, 'lr_border': s.lr_border} for s in self.sets}
+
+    def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
+        outputs = in_turn(len(images), lambda index: upscale(images, index), check)
+        with Background() as background:
+            for index, (sr, seconds) in parallel.progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
+                if index < SHOWN:
+                    self.shown[f'{images.name}/{images.names[index]}'] = sr
+                background.start(self._finish, images, index, sr, seconds, label)
+        if parallel.rank():
+            return {}
+        scores, rows = zip(*background.results, strict=True)
+        if self.folder is not None:
+            write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet([row for row in rows if row]))
+        means = {key: metric.mean(score[key] for score in scores) for key in scores[0]}
+        return means | {'images': dict(zip(images.names, scores, strict=True))}
+
+    def _finish(
+        self, images: SRData, index: int, sr: np.ndarray, seconds: float, label: str
+    ) -> tuple[dict[str, float], picture.Comparison | None]:
+        """Score an image and save it; also a row of the comparison sheet, for the first ones."""
+        hr = images.hr(index)
+        scores = self._score(images, sr, hr) | {'seconds': seconds}
+        if self.folder is None:
+            return scores, None
+        self._save(images, index, hr, sr)
+        return scores, compare(images, index, hr, {label: sr}) if index < SHEET_ROWS else None
+
+    def _score(self, images: SRData, sr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
+        scores = {'psnr': score(metric.psnr, images, sr, hr)}
+        if self.ssim:
+            scores['ssim'] = score(metric.ssim, images, sr, hr)
+        return scores
+
+    def _save(self, images: SRData, index: int, hr: np.ndarray, sr: np.ndarray) -> None:
+        assert self.folder is not None
+        stem = self.folder / f'results-{images.name}' / f'{images.names[index]}_x{images.scale}'
+        write_png(stem.with_name(f'{stem.name}_SR.png'), sr)
+        if self.ground_truth:
+            write_png(stem.with_name(f'{stem.name}_LR.png'), images.lr(index))
+            write_png(stem.with_name(f'{stem.name}_HR.png'), hr)
+
+
+def score(measure: Callable[..., float], images: SRData, sr: np.ndarray, hr: np.ndarray) -> float:
+    """PSNR or SSIM (`metric.psnr`, `metric.ssim`) by the set's protocol; nan where nothing is left to score."""
+    if min(hr.shape[:2]) <= 2 * images.shave:
+        return math.nan
+    return measure(sr, hr, images.shave, images.channels)
+
+
+def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.ndarray]) -> picture.Comparison:
+    """HR, bicubic and `outputs` of one image, with their PSNR; bicubic once if that is one of the outputs."""
+    versions = {'Bicubic': enlarge(images.lr(index), images.scale)} | outputs
+    scores = [score(metric.psnr, images, image, hr) for image in versions.values()]
+    captions = [
+        name if math.isnan(psnr) else f'{name}  {psnr:.2f} dB' for name, psnr in zip(versions, scores, strict=True)
+    ]
+    return picture.Comparison(images.names[index], [hr, *versions.values()], ['HR', *captions])
+
+
+def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = lambda: None) -> Iterator[tuple[int, T]]:
+    """Pieces of work and their results in order, dealt out to all processes; only the first one is given them."""
+    for first, own in parallel.deal(count):
+        check()
+        found = parallel.gather(None if own is None else work(own))
+        yield from ((first + i, result) for i, result in enumerate(found) if result is not None)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Results by set, as text."""
+    width = max([len(name) for name in results] + [3])
+    lines = [f'{"Set":<{width}}  images    PSNR    SSIM  s/image']
+    for name, result in results.items():
+        psnr, ssim = result['psnr'], result.get('ssim', math.nan)
+        cells = f'{psnr:8.2f}' if not math.isnan(psnr) else f'{"-":>8}'
+        cells += f'{ssim:8.4f}' if not math.isnan(ssim) else f'{"-":>8}'
+        cells += f'{result["seconds"]:9.3f}' if not math.isnan(result['seconds']) else f'{"-":>9}'
+        lines.append(f'{name:<{width}}  {len(result["images"]):6d}{cells}')
+    return '\n'.join(lines)
+
+
+def read_outputs(sets: Sequence[SRData], folder: Path) -> Upscale:
+    """Images that another program made, found by name, in place of a network.
+
+    `folder` holds the images of all sets, or a folder `<Set>` or `results-<Set>` for each.
+    """
+    files = {}
+    for images in sets:
+        own = [path for path in (folder / images.name, folder / f'results-{images.name}') if path.is_dir()]
+        files[images.name] = match_outputs(own[0] if own else folder, images.names)
+
+    def read(images: SRData, index: int) -> tuple[np.ndarray, float]:
+        path = files[images.name][images.names[index]]
+        sr, expected = read_rgb(path), images.hr(index).shape
+        if sr.shape != expected:
+            raise UserError(
+                f'{path} is {sr.shape[1]}x{sr.shape[0]} pixels, but {images.names[index]} of {images.name} cropped for '
+                f'x{images.scale} is {expected[1]}x{expected[0]}: check --scale and the file.'
+            )
+        return sr, math.nan
+
+    return read
+
+
+def timed(model: Model) -> Upscale:
+    """A network as a way of enlarging the images of a set; reading them is not timed."""
+    ahead = Ahead()
+
+    def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:
+        lr = ahead(images.lr, index, len(images))
+        start = time.perf_counter()
+        sr = model.upscale(lr)
+        return sr, time.perf_counter() - start
+
+    return upscale

@@ -1,0 +1,1 @@
+"""What networks cost and how fast they are, measured and as published."""

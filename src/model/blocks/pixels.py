@@ -1,0 +1,190 @@
+"""Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.common import conv, widen
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of maps (N, C, H, W) in channels_last memory, seen as contiguous (N, H, W, C), for which a CPU is faster."""
+    return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GELU(nn.Module):
+    """See `gelu`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
+class GatedFFN(nn.Module):
+    """Gated feed-forward network with a depthwise 3x3 (Restormer, section 3.2): project_out(gelu(a) * b)."""
+
+    def __init__(self, n_feats: int, hidden: int) -> None:
+        super().__init__()
+        self.project_in = conv(n_feats, 2 * hidden, 1, bias=False)
+        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
+        self.project_out = conv(hidden, n_feats, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One convolution a half: parts of the channels of one map are slow to work on in channels_last memory. The gate
+        # is finished first, so that a CPU's cache has less to hold.
+        first, second = self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2)
+
+        def half(i: int) -> Tensor:
+            return F.conv2d(F.conv2d(x, first[i]), second[i], padding=1, groups=len(second[i]))
+
+        gate = gelu(half(0))
+        return self.project_out(gate * half(1))
+
+
+class TransposedAttention(nn.Module):
+    """Attention between channels (Restormer, section 3.1): each head's map is (C / heads) x (C / heads).
+
+    A network's own class decides which pixels a map is computed from.
+    """
+
+    def __init__(self, n_feats: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.temperature = nn.Parameter(torch.ones(n_heads, 1, 1))
+        self.qkv = conv(n_feats, 3 * n_feats, 1, bias=False)
+        self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
+        self.project_out = conv(n_feats, n_feats, 1, bias=False)
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """What makes a map of the scaled cosines."""
+        return logits.softmax(-1)
+
+
+class PixelNorm(nn.Module):
+    """Layer normalisation over the channels of each pixel, (N, C, H, W), for maps in channels_last memory."""
+
+    def __init__(self, n_feats: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_feats))
+        self.bias = nn.Parameter(torch.zeros(n_feats))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1)
+        return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+def to_tokens(x: Tensor, cell: tuple[int, int], strided: bool, parts: int = 1) -> Tensor:
+    """Pixels by groups, those of a group in row-major order: (N, C, H, W) to (parts * N * groups, pixels, C / parts).
+
+    The image is cut into cells of (height, width) pixels. A group is a cell or, with `strided`, the pixels at one place
+    within all cells.
+    """
+    n, channels, height, width = x.shape
+    rows, columns = height // cell[0], width // cell[1]
+    x = x.permute(0, 2, 3, 1).reshape(n, rows, cell[0], columns, cell[1], parts, channels // parts)
+    if strided:
+        return x.permute(5, 0, 2, 4, 1, 3, 6).reshape(-1, rows * columns, channels // parts)
+    return x.permute(5, 0, 1, 3, 2, 4, 6).reshape(-1, cell[0] * cell[1], channels // parts)
+
+
+def to_map(tokens: Tensor, like: Tensor, cell: tuple[int, int], strided: bool, parts: int = 1) -> Tensor:
+    """Inverse of `to_tokens`, with the height and width of `like`."""
+    n, _, height, width = like.shape
+    cells, channels = (height // cell[0], width // cell[1]), tokens.shape[-1]
+    if strided:
+        x = tokens.view(parts, n, *cell, *cells, channels).permute(1, 4, 2, 5, 3, 0, 6)
+    else:
+        x = tokens.view(parts, n, *cells, *cell, channels).permute(1, 2, 4, 3, 5, 0, 6)
+    return x.reshape(n, height, width, parts * channels).permute(0, 3, 1, 2)
+
+
+def attention_cell(x: Tensor, window_size: int, strided: bool) -> tuple[int, int]:
+    """Cells that make groups of window_size x window_size pixels, contiguous or, strided, spread over the image."""
+    return (x.shape[2] // window_size, x.shape[3] // window_size) if strided else (window_size, window_size)
+
+
+class SqueezeExcitation(nn.Module):
+    """Each channel times a factor in (0, 1) that is found from the means of all channels over the image."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        hidden = max(n_feats // 4, 1)
+        self.gate = nn.Sequential(
+            nn.Identity(),
+            nn.Linear(n_feats, hidden, bias=False),
+            nn.SiLU(),
+            nn.Linear(hidden, n_feats, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x.mean((2, 3))).unsqueeze(-1).unsqueeze(-1)
+
+
+class LocalBlock(nn.Module):
+    """Inverted bottleneck without expansion, its depthwise convolution gated by squeeze-excitation, plus the input."""
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        self.fn = nn.Sequential(
+            conv(n_feats, n_feats, 1),
+            GELU(),
+            nn.Conv2d(n_feats, n_feats, 3, padding=1, groups=n_feats),
+            GELU(),
+            SqueezeExcitation(n_feats),
+            conv(n_feats, n_feats, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fn(x)
+
+
+def length(x: Tensor) -> Tensor:
+    """Euclidean norm over all pixels, in float32 or more, at least 1e-12: (..., pixels, C) to (..., 1, C)."""
+    x = widen(x)
+    return x.square().sum(-2, keepdim=True).clamp_min(1e-24).sqrt()  # in this order the gradient at 0 is finite
+
+
+class ChannelAttention(TransposedAttention):
+    """Attention between channels with a map for each group of pixels.
+
+    A group is a cell of window_size x window_size pixels or, with `strided`, the pixels at one place within all cells.
+    """
+
+    def __init__(self, n_feats: int, n_heads: int, window_size: int, strided: bool) -> None:
+        super().__init__(n_feats, n_heads)
+        self.cell = (window_size, window_size)
+        self.strided = strided
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = to_tokens(self.qkv_dwconv(self.qkv(x)), self.cell, self.strided, 3 * self.n_heads)
+        q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
+        cosines = q.transpose(2, 3) @ k / length(q).transpose(2, 3) / length(k)
+        out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
+        return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads))
+
+
+class SpatialGate(nn.Module):
+    """Enhanced spatial attention (RFANet), here without ReLUs: each value times a factor in (0, 1).
+
+    The factors are found at low resolution.
+
+    Height and width are at least `SpatialGate.AT_LEAST`.
+    """
+
+    AT_LEAST = 15
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        hidden = max(n_feats // 4, 16)
+        self.conv1 = conv(n_feats, hidden, 1)
+        self.conv_f = conv(hidden, hidden, 1)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride=2)
+        self.conv3 = conv(hidden, hidden, 3)
+        self.conv4 = conv(hidden, n_feats, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.conv1(x)
+        low = self.conv3(F.max_pool2d(self.conv2(skip), 7, 3))
+        low = F.interpolate(low, x.shape[2:], mode='bilinear', align_corners=False)
+        return x * self.conv4(low + self.conv_f(skip)).sigmoid()

@@ -1,0 +1,39 @@
+"""Images as rows of tokens: there and back, rows by their index, linear layers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image: (N, L, C) and (N, ...) to (N, ..., C)."""
+    n, length, channels = x.shape
+    offset = torch.arange(n, device=x.device).view(-1, *[1] * (index.dim() - 1)) * length
+    rows = x.reshape(-1, channels).index_select(0, (index + offset).flatten())
+    return rows.view(*index.shape, channels)
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """Where each number stands in the permutations `order` (..., L) of 0 to L - 1."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def flatten_image(image: Tensor) -> Tensor:
+    """(N, C, H, W) to (N, H * W, C)."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def unflatten_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(N, H * W, C) to (N, C, H, W): a view, in memory format channels_last."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+class TokenLinear(nn.Linear):
+    """Linear layer (N, L, C) to (N, L, C'). A CPU is faster, by up to two, at the same as a 1x1 convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return super().forward(x)
+        pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
+        return F.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)

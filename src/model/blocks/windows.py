@@ -1,0 +1,146 @@
+"""Attention within windows of an image, as in transformers (SwinIR, ATD; parts in OmniSR and ASID)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from error import UserError
+from model.blocks.tokens import inverse_of
+from model.common import full_precision, widen
+from model.ops.cached_attention import CACHED_LOGITS, cached_attention
+
+MOST_WINDOW = 64  # pixels along the side of an attention window
+
+
+def check_window(size: int) -> None:
+    """Refuse windows whose masks, of size^4 entries, would fill the memory."""
+    if size > MOST_WINDOW:
+        raise UserError(f'--window_size {size} makes windows of {size}x{size} pixels: choose {MOST_WINDOW} or less.')
+
+
+def hidden_width(n_feats: int, mlp_ratio: float) -> int:
+    """Channels inside a feed-forward network: `n_feats` times `mlp_ratio`, rounded, at least one."""
+    return max(1, round(n_feats * mlp_ratio))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers as transformers start: normal weights of deviation 0.02 (truncated at 2), no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def position_table(size: int, n_heads: int) -> nn.Parameter:
+    """What a window of `size` pixels a side learns of each relative position: ((2 * size - 1)^2, heads)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * size - 1) ** 2, n_heads), std=0.02))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head softmax attention within windows.
+
+    PyTorch's own kernel for a CPU is slow with the few channels of a head, and has no gradient by the mask: there it is
+    for traces, which must not fix how many windows there are, and for maps beyond the cache. The memory-efficient
+    kernels of CUDA want rows of whole 16 bytes, so heads of other sizes are filled up by zeros there.
+
+    Args:
+        q, k, v: (B, T, heads, d).
+        masks: what to add to the logits, (heads, kinds, T, T), by kind of window.
+        counts: windows of each kind, which stand together; all are of the only kind if None.
+        scale: factor of the logits before a mask is added, d^-0.5 if None.
+
+    Returns:
+        (B, T, heads * d).
+    """
+    d = int(q.shape[-1])  # a plain number in a trace too
+    scale = d**-0.5 if scale is None else scale
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if q.is_cpu and not traced and q.shape[1] ** 2 <= CACHED_LOGITS:
+        with full_precision(q):
+            masks = masks if masks is None else widen(masks)
+            kinds = torch.repeat_interleave(torch.tensor(counts)) if counts else torch.zeros(len(q), dtype=torch.int64)
+            return cached_attention(widen(q), widen(k), widen(v), masks, kinds, scale).to(v.dtype).flatten(2)
+    missing = -d % (16 // q.element_size()) if q.is_cuda else 0
+    q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
+    mask_of: list[Tensor | None] = [None] if masks is None else [mask.unsqueeze(0) for mask in masks.unbind(1)]
+    parts = zip(*([x] if counts is None else x.split(counts) for x in (q, k, v)), mask_of, strict=True)
+    out = [F.scaled_dot_product_attention(q, k, v, mask, scale=scale) for q, k, v, mask in parts]
+    return (out[0] if len(out) == 1 else torch.cat(out))[..., :d].transpose(1, 2).flatten(2)
+
+
+def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
+    """Row of the position table for each pair (query, key) of a window's T = size^2 pixels: (T, T) int64 (Swin).
+
+    With (dy, dx) = query - key it is (dy + size - 1) * (2 * size - 1) + dx + size - 1.
+    """
+    place = torch.arange(size, device=device)
+    y, x = place.repeat_interleave(size), place.repeat(size)
+    dy, dx = y[:, None] - y, x[:, None] - x
+    return (dy + size - 1) * (2 * size - 1) + dx + size - 1
+
+
+def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T)."""
+    return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def shift_masks(size: int, shift: int, like: Tensor) -> Tensor:
+    """What to add to the logits of a window after a cyclic shift, (4, T, T): -100 between what was apart, else 0.
+
+    Only the last windows of a row or column hold pixels from opposite borders. The four are a window inside, the last
+    of its row, the last of its column, and both.
+    """
+    far = (torch.arange(size, device=like.device) >= size - shift).long()  # torch.compile fails to compare booleans
+    down, right = far.repeat_interleave(size), far.repeat(size)
+    down, right = down[:, None] != down, right[:, None] != right
+    apart = torch.stack((torch.zeros_like(down), right, down, down | right))
+    return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
+
+
+class Windows(NamedTuple):
+    """How a batch of images is cut into square windows of T pixels, windows with the same mask together."""
+
+    order: Tensor  # (N * H * W,) int64: row of the flattened tokens (N * H * W, C) for each pixel of each window
+    inverse: Tensor  # (N * H * W,) int64: where a row stands in `order`
+    counts: list[int]  # windows of each kind, in all images
+    masks: Tensor  # (kinds, T, T)
+
+
+def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
+    """Windows of `size` pixels on images like (N, C, H, W), which are shifted up and left cyclically by `shift` first.
+
+    H and W are multiples of `size`.
+    """
+    n, _, height, width = like.shape
+    pixels = torch.arange(height * width, device=like.device).view(height, width).roll((-shift, -shift), (0, 1))
+    grid = pixels.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2)
+    kinds = [grid[:-1, :-1], grid[:-1, -1:], grid[-1:, :-1], grid[-1:, -1:]] if shift else [grid]
+    kinds = [kind.reshape(-1, 1, size**2) for kind in kinds]
+    first_row = torch.arange(n, device=like.device).view(-1, 1) * (height * width)
+    order = torch.cat([(kind + first_row).flatten() for kind in kinds])
+    rows, columns = height // size, width // size
+    counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
+    used = [i for i, count in enumerate(counts) if count]
+    masks = shift_masks(size, shift, like)
+    masks = torch.stack([masks[i] for i in used])  # an index by a list would be copied to a GPU, which waits for it
+    return Windows(order, inverse_of(order), [n * counts[i] for i in used], masks)
+
+
+def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
+    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C)."""
+    n, length, channels = qkv.shape
+    heads, pixels, _ = bias.shape
+    rows = qkv.reshape(-1, channels).index_select(0, windows.order)
+    q, k, v = rows.view(-1, pixels, 3, heads, channels // (3 * heads)).unbind(2)
+    masks = (bias.unsqueeze(1) + windows.masks).to(q.dtype)
+    out = attention(q, k, v, masks, windows.counts)
+    return out.flatten(0, 1).index_select(0, windows.inverse).view(n, length, -1)

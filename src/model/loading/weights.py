@@ -1,0 +1,71 @@
+"""Weights from files: read without running anything they contain, and matched to a network key by key."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from error import UserError
+from model.loading.detect import mismatches, recognise
+from system.files import read_safetensors, read_torch, some
+
+WRAPPERS = ('params_ema', 'params', 'average', 'model', 'state_dict')  # BasicSR's, those of a run, a common one
+PREFIX = 'module.'
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """State dict from a file of PyTorch or of safetensors, and in words what was unwrapped to get at it, if anything.
+
+    Taken off are BasicSR's 'params_ema' or else 'params', the 'average' or else the 'model' of a run's state,
+    'state_dict', and DataParallel's prefix 'module.' of the names.
+    """
+    content = read_safetensors(path) if path.suffix == '.safetensors' else read_torch(path)
+    unwrapped = []
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            unwrapped.append(wrapper)
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
+        raise UserError(f'{path} holds no state dict: give a file with the tensors of a network by name.')
+    state = dict(entries)
+    if all(key.startswith(PREFIX) for key in state):
+        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+        unwrapped.append(f"without the prefix '{PREFIX}'")
+    return state, ', '.join(unwrapped)
+
+
+def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsampler: str | None = None) -> list[str]:
+    """Copy `state` into `net`, every key of it and every key of the network.
+
+    Args:
+        net: the network.
+        state: its parameters and buffers by name.
+        source: where `state` comes from, for messages.
+        upsampler: prefix of the keys that may differ, as they do in weights of another scale; None: no key may.
+
+    Returns:
+        Keys of `net` that `state` did not fill (all of them below `upsampler`).
+
+    Raises:
+        UserError: missing or extra keys, or other shapes; nothing was copied.
+    """
+    own = net.state_dict()
+    missing, extra, reshaped = mismatches(own, state)
+    wrong = [*missing, *extra, *reshaped]
+    if upsampler is not None:
+        wrong = [key for key in wrong if not key.startswith(upsampler)]
+    if wrong:
+        counts = f'{len(missing)} missing, {len(extra)} unknown and {len(reshaped)} of another shape'
+        raise UserError(f'{source} does not fit this network: {counts}, first {some(wrong)}; {_cause(state)}')
+    fitting = {key: value for key, value in state.items() if key in own and key not in reshaped}
+    net.load_state_dict({**own, **fitting}, strict=True)
+    return [*missing, *reshaped]
+
+
+def _cause(state: dict[str, Tensor]) -> str:
+    """Why weights do not fit, and what to do."""
+    try:
+        return f'these are weights of {recognise(state)}: give --model auto, or the options that say so.'
+    except UserError as error:
+        reason = str(error)
+        return reason[0].lower() + reason[1:]

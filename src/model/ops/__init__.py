@@ -1,0 +1,1 @@
+"""Operations with gradients of their own, and what saves their memory."""

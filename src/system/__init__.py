@@ -1,0 +1,1 @@
+"""The machine and its system: processes, threads, signals, memory and files."""

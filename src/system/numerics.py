@@ -1,0 +1,23 @@
+"""What decides how exactly a run repeats itself and computes."""
+
+import os
+
+import torch
+
+
+def set_numerics(seed: int, deterministic: bool, tf32: bool) -> None:
+    """Seed PyTorch, and choose its algorithms.
+
+    Args:
+        seed: of everything random that does not have one of its own.
+        deterministic: the same bits in every run on the same machine, where PyTorch has such an algorithm.
+        tf32: matrix products and convolutions of float32 may use TensorFloat-32 on a GPU, which keeps 10 of 23 bits;
+            PyTorch's own choice would be yes for convolutions.
+    """
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats its results only with this
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # Costs time, and nothing here reads memory before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

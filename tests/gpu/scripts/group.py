@@ -1,0 +1,49 @@
+"""The parts for several processes, in a group of one process: NCCL on a GPU, else Gloo.
+
+The parts do nothing where there is one process, so that here they are told of two; the group itself has one, whose
+sums and means are those of the values alone.
+"""
+
+import copy
+import json
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from model import build
+from system import parallel
+
+CUDA = torch.cuda.is_available()
+parallel.start(not CUDA)
+parallel.size = lambda: 2
+device = torch.device('cuda' if CUDA else 'cpu')
+torch.manual_seed(0)
+net = build('EDSR-baseline', 2, n_resblocks=2, n_feats=8).to(device)
+alone, before = copy.deepcopy(net), copy.deepcopy(net)
+shared = parallel.shared(net, device, accumulates=True)
+assert isinstance(shared, DistributedDataParallel)
+x, target = torch.rand(4, 3, 12, 12, device=device) * 255, torch.rand(4, 3, 24, 24, device=device) * 255
+for run, weights in ((shared, net), (alone, alone)):
+    optimizer = torch.optim.SGD(weights.parameters(), 1e-5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with parallel.unsynchronised(run):
+            (run(x[:2]) - target[:2]).abs().mean().backward()
+        (run(x[2:]) - target[2:]).abs().mean().backward()
+        optimizer.step()
+
+
+def apart(first: torch.nn.Module, second: torch.nn.Module) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+found = {
+    'backend': distributed.get_backend(), 'apart': apart(net, alone), 'moved': apart(alone, before),
+    'total': parallel.total([1.5, -2.0]),
+    'gather': parallel.gather({'a': 1}), 'spread': parallel.spread(['b', 2]), 'rank': parallel.rank(),
+}  # fmt: skip
+with parallel.first_alone():
+    found['alone'] = True
+print(json.dumps(found), flush=True)
+parallel.finish()

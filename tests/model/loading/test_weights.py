@@ -1,0 +1,301 @@
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from error import UserError
+from model import build
+from model.loading.weights import load_weights, read_torch, read_weights
+from system import files
+
+SMALL = {'n_resgroups': 2, 'n_resblocks': 1, 'n_feats': 4, 'n_clusters': 3, 'window_size': 8}
+
+
+def network(name: str, scale: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    if name == 'LCoAN':
+        return build('LCoAN', scale, **SMALL)
+    return build('EDSR', scale, n_resblocks=1, n_feats=4)
+
+
+def snapshot(net: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# Reading files.
+
+
+@pytest.mark.parametrize('modern', [True, False])
+def test_reads_what_torch_saves(tmp_path: Path, modern: bool) -> None:
+    state = network('LCoAN', 2).state_dict()
+    torch.save(state, tmp_path / 'x.pt', _use_new_zipfile_serialization=modern)
+    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+
+
+WRAPPED = [
+    (lambda right, wrong: right, ''),
+    (lambda right, wrong: {'params': right}, 'params'),
+    (lambda right, wrong: {'params_ema': right}, 'params_ema'),
+    (lambda right, wrong: {'params': wrong, 'params_ema': right}, 'params_ema'),
+    (lambda right, wrong: {'model': right, 'average': None, 'epoch': 3}, 'model'),
+    (lambda right, wrong: {'model': wrong, 'average': right, 'epoch': 3}, 'average'),
+    (lambda right, wrong: {'state_dict': right, 'epoch': 3}, 'state_dict'),
+    (lambda right, wrong: {f'module.{key}': value for key, value in right.items()}, "without the prefix 'module.'"),
+    (
+        lambda right, wrong: {'params': {f'module.{key}': value for key, value in right.items()}},
+        "params, without the prefix 'module.'",
+    ),
+]
+
+
+@pytest.mark.parametrize('wrap, said', WRAPPED)
+def test_reads_the_wrappers_that_are_in_use_and_says_so(tmp_path: Path, wrap, said: str) -> None:
+    right, wrong = {'w': torch.tensor([1.0, 2.0]), 'v': torch.ones(1)}, {'w': torch.tensor([0.0, 0.0])}
+    torch.save(wrap(right, wrong), tmp_path / 'x.pt')
+    found, unwrapped = read_weights(tmp_path / 'x.pt')
+    assert same(found, right)
+    assert unwrapped == said
+
+
+def test_a_prefix_of_some_names_only_stays(tmp_path: Path) -> None:
+    state = {'module.w': torch.ones(2), 'v': torch.ones(1)}
+    torch.save(state, tmp_path / 'x.pt')
+    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+
+
+TYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool,
+]  # fmt: skip
+
+
+def of_all_types() -> dict[str, torch.Tensor]:
+    state = {f'{i}.w': (torch.rand(2, 3, 1) * 5 - 2).to(dtype) for i, dtype in enumerate(TYPES)}
+    return state | {'scalar': torch.tensor(7.0), 'empty': torch.zeros(0, 4, dtype=torch.int16)}
+
+
+def test_safetensors_reads_what_is_written_here() -> None:
+    state = of_all_types() | {'turned': torch.arange(6.0).view(2, 3).t()}
+    found = safetensors.torch.load(files.safetensors(state))
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+
+
+def test_reads_what_safetensors_saves(tmp_path: Path) -> None:
+    state = of_all_types()
+    safetensors.torch.save_file(state, tmp_path / 'x.safetensors', metadata={'format': 'pt'})
+    found, _ = read_weights(tmp_path / 'x.safetensors')
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+    found['scalar'] += 1  # its own memory
+
+
+@pytest.mark.parametrize('where', [0, 4, 8, 9, 30, -1])
+def test_damaged_safetensors(tmp_path: Path, where: int) -> None:
+    path = tmp_path / 'x.safetensors'
+    safetensors.torch.save_file({'w': torch.rand(4, 4), 'v': torch.ones(2)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:where])
+    with pytest.raises(UserError, match=r'x\.safetensors (is not a whole file of safetensors|holds no state dict)'):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    'entry',
+    [
+        {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 4]},
+        {'dtype': 'F32', 'shape': [2], 'data_offsets': [-8, 0]},
+        {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]},
+        {'dtype': 'F32', 'shape': [-2], 'data_offsets': [0, 8]},
+        {'dtype': 'C64', 'shape': [1], 'data_offsets': [0, 8]},
+        {'dtype': 'F32', 'shape': [2]},
+        [],
+    ],
+    ids=str,
+)
+def test_safetensors_with_an_impossible_header(tmp_path: Path, entry: object) -> None:
+    header = json.dumps({'w': entry}).encode()
+    path = tmp_path / 'x.safetensors'
+    path.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(8))
+    with pytest.raises(UserError, match='not a whole file of safetensors'):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [{}, [torch.zeros(2)], torch.zeros(2), 7, {'w': 1.0}, {'w': torch.zeros(2), 'epoch': 3}, {0: torch.zeros(2)}],
+    ids=str,
+)
+def test_what_is_not_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / 'x.pt')
+    with pytest.raises(UserError, match=r'x\.pt holds no state dict'):
+        read_weights(tmp_path / 'x.pt')
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize('way', ['torch', 'old torch', 'pickle'])
+def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path, way: str) -> None:
+    path, made = tmp_path / 'x.pt', tmp_path / 'made'
+    content = {'w': torch.zeros(2), 'trap': Trap(made)}
+    if way == 'pickle':
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=way == 'torch')
+    with pytest.raises(UserError, match=r'x\.pt'):
+        read_weights(path)
+    assert not made.exists()
+    # The trap does go off where it is not guarded against.
+    if way == 'pickle':
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert made.exists()
+
+
+def test_refused_code_is_called_by_its_name(tmp_path: Path) -> None:
+    torch.save({'trap': Trap(tmp_path / 'made')}, tmp_path / 'x.pt')
+    with pytest.raises(UserError, match='could run code'):
+        read_torch(tmp_path / 'x.pt')
+
+
+@pytest.mark.parametrize('modern', [True, False])
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, modern: bool) -> None:
+    whole, path = tmp_path / 'whole.pt', tmp_path / 'x.pt'
+    torch.save({'w': torch.arange(20.0), 'b': torch.tensor(True)}, whole, _use_new_zipfile_serialization=modern)
+    content = whole.read_bytes()
+    for size in range(0, len(content), 20):
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r'x\.pt'):
+            read_weights(path)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'hello\n',
+        b'1 2 3\n',
+        b'<html>',
+        b'{"w": [1]}',
+        b'version https://git-lfs',
+        b'\x89PNG\r\n',
+        b'\0' * 100,
+        b'.',
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / 'x.pt').write_bytes(content)
+    with pytest.raises(UserError, match=r'x\.pt is not a file of weights'):
+        read_weights(tmp_path / 'x.pt')
+
+
+def test_other_zip_files_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / 'x.pt', 'w') as file:
+        file.writestr('readme.txt', 'hello')
+    with pytest.raises(UserError, match=r'x\.pt is not a file of weights'):
+        read_weights(tmp_path / 'x.pt')
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / 'missing.pt', tmp_path):
+        with pytest.raises(UserError, match=f'No weights at {path}'):
+            read_weights(path)
+
+
+# Matching them to a network.
+
+
+@pytest.mark.parametrize('name', ['EDSR', 'LCoAN'])
+def test_weights_of_the_same_network_fill_all_of_it(name: str) -> None:
+    source, net = network(name, 2), network(name, 2, seed=1)
+    assert not same(source.state_dict(), net.state_dict())
+    assert load_weights(net, source.state_dict(), 'x.pt') == []
+    assert same(source.state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize('name', ['EDSR', 'LCoAN'])
+@pytest.mark.parametrize(
+    ('old', 'new', 'left'),
+    [
+        (2, 4, ['tail.0.2.weight', 'tail.0.2.bias']),
+        (2, 3, ['tail.0.0.weight', 'tail.0.0.bias']),
+        (4, 3, ['tail.0.0.weight', 'tail.0.0.bias']),
+        (4, 2, []),
+    ],
+)
+def test_weights_of_another_scale_fill_all_but_the_upsampler(name: str, old: int, new: int, left: list[str]) -> None:
+    source, net = network(name, old).state_dict(), network(name, new, seed=1)
+    before = snapshot(net)
+    assert load_weights(net, source, 'x.pt', upsampler='tail.0.') == left
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key] if key in left else source[key])
+
+
+def test_weights_of_another_scale_are_refused_at_test_time() -> None:
+    net = network('EDSR', 4)
+    before = snapshot(net)
+    said = r'2 missing, 0 unknown and 0 of another shape, first tail\.0\.2\.weight.*these are weights of EDSR x2'
+    with pytest.raises(UserError, match=said):
+        load_weights(net, network('EDSR', 2, seed=1).state_dict(), 'x.pt')
+    assert same(net.state_dict(), before)
+
+
+WRONG = {
+    'a missing key': (
+        lambda s: s.pop('head.0.bias'),
+        '1 missing, 0 unknown and 0 of another shape, first head.0.bias',
+    ),
+    'an extra key': (lambda s: s.update(x=torch.zeros(1)), '0 missing, 1 unknown and 0 of another shape, first x'),
+    'another shape': (
+        lambda s: s.update({'tail.1.bias': torch.zeros(4)}),
+        '0 missing, 0 unknown and 1 of another shape, first tail.1.bias',
+    ),
+    'another prefix': (
+        lambda s: [s.update({f'net.{key}': s.pop(key)}) for key in list(s)],
+        '16 missing, 16 unknown and 0 of another shape, first sub_mean.weight, sub_mean.bias, add_mean.weight and',
+    ),
+}
+
+
+@pytest.mark.parametrize('upsampler', [None, 'tail.0.'])
+@pytest.mark.parametrize(('spoil', 'said'), WRONG.values(), ids=WRONG)
+def test_any_other_mismatch_is_refused(spoil, said: str, upsampler: str | None) -> None:
+    net, state = network('EDSR', 2), dict(network('EDSR', 2, seed=1).state_dict())
+    before = snapshot(net)
+    spoil(state)
+    with pytest.raises(UserError) as caught:
+        load_weights(net, state, 'x.pt', upsampler)
+    assert str(caught.value).startswith(f'x.pt does not fit this network: {said}')
+    assert same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize('upsampler', [None, 'tail.0.'])
+def test_another_network_is_refused(upsampler: str | None) -> None:
+    net = network('EDSR', 2)
+    before = snapshot(net)
+    with pytest.raises(UserError, match=r'does not fit this network.*these are weights of LCoAN x2 '):
+        load_weights(net, network('LCoAN', 2).state_dict(), 'x.pt', upsampler)
+    assert same(net.state_dict(), before)

@@ -1,0 +1,58 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from error import UserError
+from model.common import activation, conv, rgb_to_ycbcr, ycbcr_to_rgb
+
+# 8-bit values of MATLAB's rgb2ycbcr before it rounds them.
+COLOURS = {
+    'white': ((1, 1, 1), (235, 128, 128)),
+    'black': ((0, 0, 0), (16, 128, 128)),
+    'red': ((1, 0, 0), (81.481, 90.203, 240)),
+    'green': ((0, 1, 0), (144.553, 53.797, 34.214)),
+    'blue': ((0, 0, 1), (40.966, 240, 109.786)),
+}
+
+
+def pixel(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize(('rgb', 'expected'), COLOURS.values(), ids=COLOURS)
+def test_ycbcr_of_known_colours(rgb: tuple[float, ...], expected: tuple[float, ...]) -> None:
+    ycbcr = rgb_to_ycbcr(pixel(*rgb)).flatten() * 255
+    assert ycbcr.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_ycbcr_round_trip_is_finer_than_16_bits() -> None:
+    rgb = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    assert (ycbcr_to_rgb(rgb_to_ycbcr(rgb)) - rgb).abs().max() < 0.5 / 65535
+
+
+@pytest.mark.parametrize(
+    ('name', 'at_minus_one'),
+    [
+        ('relu', 0.0),
+        ('leaky_relu', -0.2),
+        ('prelu', -0.25),
+        ('gelu', -0.5 * math.erfc(math.sqrt(0.5))),
+        ('silu', -1 / (1 + math.e)),
+    ],
+)
+def test_activations(name: str, at_minus_one: float) -> None:
+    assert activation(name)(torch.tensor([-1.0])).item() == pytest.approx(at_minus_one, abs=1e-6)
+
+
+def test_unknown_activation_names_the_known() -> None:
+    with pytest.raises(UserError, match=r"'swish'.*relu, leaky_relu, prelu, gelu, silu"):
+        activation('swish')
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3, 5])
+@pytest.mark.parametrize('dilation', [1, 2, 3])
+@pytest.mark.parametrize('size', [(1, 1), (2, 7)])
+def test_convolution_keeps_the_size(kernel_size: int, dilation: int, size: tuple[int, int]) -> None:
+    assert conv(2, 5, kernel_size, dilation=dilation)(torch.zeros(1, 2, *size)).shape == (1, 5, *size)

@@ -1,0 +1,110 @@
+import io
+import math
+
+import matplotlib.figure
+import numpy as np
+import pytest
+from PIL import Image
+
+from report import picture as pictures
+from report.picture import CROP, Comparison, centre
+from tests.conftest import picture
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are drawn, instead of files."""
+    drawn: list = []
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda self, *_, **__: drawn.append(self))
+    return drawn
+
+
+def record(epoch: int, loss: dict, test: dict) -> dict:
+    return {'epoch': epoch, 'loss': loss, 'test': {name: {'psnr': psnr} for name, psnr in test.items()}}
+
+
+LOG = [
+    record(1, {'L1': 0.3, 'total': 0.3}, {'Set5': 30.0}),
+    record(2, {'L1': 0.2, 'MSE': 0.1, 'total': 0.3}, {'Set5': math.inf, 'B100': 26.0}),
+    record(3, {'L1': math.nan, 'MSE': 0.1, 'total': math.nan}, {'Set5': 32.0, 'B100': 27.0}),
+]
+
+
+def comparison(*sizes: tuple[int, int]) -> list[Comparison]:
+    return [
+        Comparison(str(i), [picture(i, *size), picture(i + 9, *size), picture(i + 19, *size)], ['HR', 'a', 'b'])
+        for i, size in enumerate(sizes)
+    ]
+
+
+def opened(png: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(png))
+    image.load()
+    assert image.format == 'PNG'
+    return image
+
+
+@pytest.mark.parametrize('epochs', [1, 2, 3])
+def test_curves_are_png_files(epochs):
+    drawn = pictures.curves(LOG[:epochs])
+    assert list(drawn) == ['loss.png', 'test_Set5.png', 'test_B100.png'][: 2 + (epochs > 1)]
+    for png in drawn.values():
+        image = opened(png)
+        assert 400 <= image.width <= 2000
+        assert 300 <= image.height <= 2000
+        assert len(np.unique(np.asarray(image.convert('L')))) > 10
+
+
+def test_curves_show_the_log(figures, monkeypatch):
+    pictures.curves(LOG)
+    found = [{line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines} for figure in figures]
+    nan = math.nan
+    expected = [
+        {'L1': [0.3, 0.2, nan], 'MSE': [nan, 0.1, 0.1], 'total': [0.3, 0.3, nan]},
+        {'Set5': [30, math.inf, 32]},
+        {'B100': [nan, 26, 27]},
+    ]
+    assert repr(found) == repr([{k: [float(v) for v in values] for k, values in lines.items()} for lines in expected])
+    for figure in figures:
+        (axes,) = figure.axes
+        assert axes.lines[0].get_xdata().tolist() == [1, 2, 3]
+        assert axes.get_xlabel() == 'epoch'
+    assert [figure.axes[0].get_ylabel() for figure in figures] == ['loss', 'PSNR (dB)', 'PSNR (dB)']
+
+
+@pytest.mark.parametrize('sizes', [[(120, 130)], [(200, 100), (100, 200), (300, 310)], [(8, 11), (2, 3), (97, 5)]])
+def test_sheet(figures, sizes):
+    rows = comparison(*sizes)
+    pictures.sheet(rows)
+    (figure,) = figures
+    assert len(figure.axes) == 3 * len(rows)
+    for axes, (row, column) in zip(figure.axes, np.ndindex(len(rows), 3), strict=True):
+        shown = axes.images[0].get_array()
+        height, width = sizes[row]
+        assert shown.shape == (min(height, CROP), min(width, CROP), 3)
+        assert axes.get_xlabel() == rows[row].captions[column]
+        assert axes.get_ylabel() == ('' if column else rows[row].name)
+
+
+def test_sheet_is_a_png_file():
+    image = opened(pictures.sheet(comparison((120, 130), (9, 40))))
+    assert image.width > 3 * CROP
+    assert image.height > 2 * CROP
+
+
+@pytest.mark.parametrize('top, left', [(10, 10), (10, 250), (150, 250), (100, 120)])
+def test_the_crop_holds_the_detail_and_is_the_same_in_every_version(figures, top, left):
+    hr = np.full((200, 300, 3), 90, np.uint8)
+    hr[top : top + 30, left : left + 30] = np.random.default_rng(0).integers(0, 256, (30, 30, 3))
+    pictures.sheet([Comparison('', [hr, 255 - hr], ['', ''])])
+    first, second = (axes.images[0].get_array() for axes in figures[0].axes)
+    assert (first != 90).sum() == (hr != 90).sum()  # all of the detail
+    assert (second == 255 - first).all()
+
+
+@pytest.mark.parametrize(
+    'size, side, expected', [((5, 9), 5, (0, 5, 2, 7)), ((4, 3), 9, (0, 4, 0, 3)), ((6, 7), 1, (2, 3, 3, 4))]
+)
+def test_centre(size, side, expected):
+    rows, columns = centre(np.zeros((*size, 3)), side)
+    assert (rows.start, rows.stop, columns.start, columns.stop) == expected
