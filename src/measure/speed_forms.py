@@ -117,14 +117,18 @@ def measure(call: Callable[[], object], device: str, budget: float) -> Row:
 
 @contextmanager
 def watched(device: str, model: Model) -> Iterator[Callable[[], float | None]]:
-    """Gives what tells the peak memory since now, in bytes, weights included."""
+    """Gives what tells the peak memory of a GPU since now, in bytes, weights included.
+
+    Of a host it is not known: what one form leaves to the process is where the next one lies.
+    """
     weights = sum(tensor.nbytes for tensor in model.net.state_dict().values())
     free(device)
     before = memory.start_peak(device)
 
     def peak() -> float | None:
         after = memory.peak(device)
-        return None if before is None or after is None else weights + after - before
+        known = device != 'cpu' and before is not None and after is not None
+        return weights + after - before if known else None
 
     yield peak
 

@@ -100,6 +100,9 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
     starts, stops = ([getattr(piece, end) for piece in pieces] for end in ('start', 'stop'))
     spans = [(starts.index(window.start), stops.index(window.stop) + 1) for window in found]
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # a file holds the numbers themselves
+        inside = [[float(first <= i < last) for i in range(len(pieces))] for first, last in spans]
+        return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
     # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.
     rows = [F.pad(like.new_ones(last - first), (first, len(pieces) - last)) for first, last in spans]
     return pieces, torch.stack(rows)

@@ -76,15 +76,18 @@ class KMeans(nn.Module):
         self.decay = decay
         self.register_buffer('means', torch.randn(rounds, n_clusters, dim))
         self.register_buffer('initted', torch.tensor(False))
-        self._seen = False  # `initted` as read from the device, which is asked only until it is true
+        self._seen = -1  # how often `initted` was changed when it was read from the device as true
 
     def _initialised(self) -> bool:
-        self._seen = self._seen or bool(self.initted)
-        return self._seen
+        """`initted`, for which the device is asked after a change alone; a network made for inference has none."""
+        changes = 0 if self.initted.is_inference() else self.initted._version
+        if self._seen != changes and bool(self.initted):
+            self._seen = changes
+        return self._seen == changes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._seen = False
+        self._seen = -1
 
     @torch.no_grad()
     def forward(self, embedding: Tensor) -> Tensor:

@@ -147,16 +147,108 @@ def test_a_step_changes_the_weights_and_leaves_no_gradients(small):
     assert found['step_idle'] is None
 
 
-def test_memory_counts_weights_and_growth(monkeypatch, small):
+def test_memory_of_a_gpu_counts_weights_and_growth(monkeypatch, small):
     model, _ = make('EDSR', 4, 'cpu', Form())
     weights = 4 * (48 * 3 * 9 + 48)
+    monkeypatch.setattr(speed_forms, 'free', lambda device: None)
     monkeypatch.setattr('system.memory.start_peak', lambda device: 100)
     monkeypatch.setattr('system.memory.peak', lambda device: 350)
-    with watched('cpu', model) as peak:
-        assert peak() == weights + 250
+    for device, expected in {'cuda': weights + 250, 'cpu': None}.items():
+        with watched(device, model) as peak:
+            assert peak() == expected
     monkeypatch.setattr('system.memory.peak', lambda device: None)
-    with watched('cpu', model) as peak:
+    with watched('cuda', model) as peak:
         assert peak() is None
+
+
+class Capture:
+    """Stands for a GPU's graphs, streams and events on a CPU: a replay calls again what was called in between."""
+
+    def __init__(self, monkeypatch, waits: bool = False, fails: bool = False) -> None:
+        self.said: list[str] = []
+        self.mode, self.stream, self.waits, self.fails, self.milliseconds = 0, 'main', waits, fails, 0.0
+        generator = SimpleNamespace(clone_state=lambda: 'spare', graphsafe_set_state=self.said.append)
+        stand_ins = {
+            'Stream': lambda: SimpleNamespace(wait_stream=lambda other: None),
+            'current_stream': lambda: SimpleNamespace(wait_stream=lambda other: None),
+            'stream': self.on, 'synchronize': lambda: None, 'empty_cache': lambda: None, 'current_device': lambda: 0,
+            'get_sync_debug_mode': lambda: self.mode, 'set_sync_debug_mode': lambda mode: setattr(self, 'mode', mode),
+            'CUDAGraph': lambda: self, 'default_generators': (generator,), 'Event': lambda enable_timing: Mark(self),
+        }  # fmt: skip
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    @contextmanager
+    def on(self, stream):
+        self.stream = 'side'
+        try:
+            yield
+        finally:
+            self.stream = 'main'
+
+    def capture_begin(self) -> None:
+        self.said.append('begin')
+
+    def capture_end(self) -> None:
+        self.said.append('end')
+        if self.fails:
+            raise RuntimeError('a capture that failed before')
+
+    def replay(self) -> None:
+        self.said.append('replay')
+
+    def call(self, images):
+        self.said.append(f'call on {self.stream}')
+        self.milliseconds += 3
+        if self.waits and self.mode == 'error':
+            raise RuntimeError('called a synchronizing CUDA operation')
+        if self.fails and 'begin' in self.said:
+            raise RuntimeError('not permitted when stream is capturing')
+        return images + 1
+
+
+class Mark:
+    """An event."""
+
+    def __init__(self, gpu: Capture) -> None:
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.at = self.gpu.milliseconds
+
+    def elapsed_time(self, end: 'Mark') -> float:
+        return end.at - self.at
+
+
+def test_a_graph_is_warmed_up_captured_and_replayed(monkeypatch):
+    gpu = Capture(monkeypatch)
+    replay = speed_forms.captured(gpu.call, torch.zeros(2))
+    assert gpu.said == ['call on side'] * 3 + ['begin', 'call on side', 'end']
+    assert torch.equal(replay(), torch.ones(2))
+    assert gpu.said[-1] == 'replay'
+    assert (gpu.mode, gpu.stream) == (0, 'main')
+
+
+def test_what_waits_is_not_captured(monkeypatch):
+    gpu = Capture(monkeypatch, waits=True)
+    with pytest.raises(UserError, match='it cannot be captured: RuntimeError: called a synchronizing CUDA operation'):
+        speed_forms.captured(gpu.call, torch.zeros(2))
+    assert 'begin' not in gpu.said
+    assert (gpu.mode, gpu.stream) == (0, 'main')
+
+
+def test_after_a_capture_that_failed_the_rest_goes_on(monkeypatch):
+    """The first reason is told, the stream is the one before, and random numbers are those of before."""
+    gpu = Capture(monkeypatch, fails=True)
+    with pytest.raises(UserError, match='it cannot be captured: RuntimeError: not permitted when stream is capturing'):
+        speed_forms.captured(gpu.call, torch.zeros(2))
+    assert gpu.said[-3:] == ['call on side', 'end', 'spare']
+    assert (gpu.mode, gpu.stream) == (0, 'main')
+
+
+def test_times_of_a_gpu_are_those_between_events(monkeypatch):
+    gpu = Capture(monkeypatch)
+    assert speed_forms.clock(lambda: gpu.call(torch.zeros(2)), 'cuda', 4) == pytest.approx([0.003] * 4)
 
 
 def test_the_first_reason_is_given():
