@@ -152,7 +152,7 @@ class _StepGraph:
                 return self.step.run(*self.inputs)
         if self.calls == WARM_UP + 1:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode='thread_local'):
                 self.output = self.step.run(*self.inputs)
         self.graph.replay()
         return self.output.clone()

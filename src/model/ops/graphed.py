@@ -43,6 +43,6 @@ class Graphed:
             for _ in range(WARM_UP):
                 self.net(given)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             made = self.net(given)
         return graph, given, made
