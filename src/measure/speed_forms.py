@@ -8,10 +8,10 @@ are those of `speed`.
 import gc
 import multiprocessing
 import os
+import signal
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
@@ -25,11 +25,12 @@ from torch.optim import Adam
 from torch.profiler import profile, supported_activities
 
 from error import UserError
-from measure.costs import Row, input_size, multiply_adds, timed
+from measure.costs import Row, begin_apart, input_size, multiply_adds, timed
 from measure.speed import (
     BATCH,
     KINDS,
     MEMORY,
+    PATIENCE,
     TIMES,
     Form,
     call_of,
@@ -356,14 +357,23 @@ def sums_of(records: Sequence[Any]) -> tuple[Mapping[str, float], Mapping[str, f
 @contextmanager
 def counted(pairs: Sequence[tuple[str, int]]) -> Iterator[Callable[[str, int], int]]:
     """Gives the multiply-adds of networks, which other processes count meanwhile: together they take a minute."""
-    pool = ProcessPoolExecutor(3, multiprocessing.get_context('spawn'))
-    counts: dict[tuple[str, int], Future] = {
-        pair: pool.submit(multiply_adds, *pair, *input_size(pair[1])) for pair in pairs
-    }
-    try:
-        yield lambda *pair: counts[pair].result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    with multiprocessing.get_context('spawn').Pool(3, _begin_counting) as pool:
+        work = {pair: (*pair, *input_size(pair[1])) for pair in pairs}
+        counts = {pair: pool.apply_async(multiply_adds, given) for pair, given in work.items()}
+
+        def count(*pair: Any) -> int:
+            try:
+                return counts[pair].get(PATIENCE)
+            except multiprocessing.TimeoutError:  # a process that was killed takes its work along
+                return multiply_adds(*work[pair])
+
+        yield count
+
+
+def _begin_counting() -> None:
+    """What a process that counts does first: leave Ctrl-C to the one that started it, with which it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin_apart()
 
 
 def profile_forms(
