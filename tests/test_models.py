@@ -5,14 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import main
-from checkpoint import RunFolder
-from system.files import read_torch
 from tests.conftest import ROOT
 
-STATES = sorted(path for path in (ROOT / 'models' / 'state').iterdir() if path.is_dir())
 CARDS = sorted(path for path in (ROOT / 'models').glob('*.md') if path.name != 'README.md')
 
 
@@ -23,14 +19,6 @@ def claimed(card: Path) -> tuple[float, float]:
 
 def test_every_file_has_a_card():
     assert {path.stem for path in (ROOT / 'models').glob('*.pt')} == {path.stem for path in CARDS}
-
-
-@pytest.mark.parametrize('state', STATES, ids=lambda path: path.name)
-def test_a_state_goes_on_from_the_weights(state):
-    average, weights = RunFolder(state).load_state()['average'], read_torch(ROOT / 'models' / f'{state.name}.pt')
-    assert average.keys() == weights.keys()
-    assert all(torch.equal(average[key], weights[key]) for key in weights)
-    assert not {'/', '\\'} & set((state / 'config.txt').read_text())
 
 
 @pytest.mark.parametrize('card', CARDS, ids=lambda path: path.stem)

@@ -83,6 +83,9 @@ class DynamicLocalAttention(nn.Module):
         return dynamic_conv(x.contiguous(), self.conv(x))
 
 
+PIXELS = 1024  # of a product of `gram_matrix`
+
+
 def windows(length: int, size: int) -> list[slice]:
     """The windows of `size` that cover an axis, at equal steps; the last one is moved back to end with the image."""
     n = -(-length // size)
@@ -103,6 +106,24 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.
     rows = [F.pad(like.new_ones(last - first), (first, len(pieces) - last)) for first, last in spans]
     return pieces, torch.stack(rows)
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """Products of all pairs of channels, summed over the pixels: (N, pixels, C) to (N, C, C).
+
+    A GPU sums a part of the pixels in each of many products beside each other: in a single one most of it is idle.
+    """
+    n_parts = x.shape[1] // PIXELS
+    parts, rest = x[:, : n_parts * PIXELS].unflatten(1, (n_parts, PIXELS)), x[:, n_parts * PIXELS :]
+    return (parts.mT @ parts).sum(1) + rest.mT @ rest
+
+
+def from_gram(gram: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """What `SparseGlobalAttention.sums` gives, from the products of all pairs of channels (N, 2 * C, 2 * C) of it."""
+    channels = gram.shape[1] // 2
+    of_heads = gram[:, :channels, channels:].unflatten(1, (n_heads, -1)).unflatten(3, (n_heads, -1))
+    squares = gram.diagonal(dim1=1, dim2=2).unflatten(1, (2, n_heads, -1))
+    return of_heads.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2), squares
 
 
 class SparseGlobalAttention(TransposedAttention):
@@ -156,7 +177,10 @@ class SparseGlobalAttention(TransposedAttention):
 
     def sums(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """Over the pixels of a cell: products (N, heads, C / heads, C / heads), squares (N, 2, heads, C / heads)."""
-        qk = widen(part[..., : part.shape[-1] // 3 * 2]).unflatten(2, (2, self.n_heads, -1))
+        qk = widen(part[..., : part.shape[-1] // 3 * 2])
+        if qk.is_cuda:
+            return from_gram(gram_matrix(qk), self.n_heads)
+        qk = qk.unflatten(2, (2, self.n_heads, -1))
         q, k = qk.unbind(2)
         return q.permute(0, 2, 3, 1) @ k.transpose(1, 2), qk.square().sum(1)
 

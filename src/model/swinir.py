@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.tokens import TokenLinear, flatten_image, unflatten_image
+from model.blocks.tokens import TokenLinear, TokenNorm, flatten_image, unflatten_image
 from model.blocks.windows import (
     Windows,
     check_window,
@@ -83,9 +83,9 @@ class Layer(nn.Module):
         self.drop_path = drop_path
         if shifted:
             self.register_buffer('attn_mask', nominal_masks(window_size))
-        self.norm1 = nn.LayerNorm(n_feats)
+        self.norm1 = TokenNorm(n_feats)
         self.attn = WindowAttention(n_feats, n_heads, window_size)
-        self.norm2 = nn.LayerNorm(n_feats)
+        self.norm2 = TokenNorm(n_feats)
         self.mlp = MLP(n_feats, hidden)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
@@ -173,7 +173,7 @@ class SwinIR(nn.Module):
         hidden = hidden_width(n_feats, mlp_ratio)
         rates = torch.linspace(0, drop_path, n_resgroups * n_resblocks, device='cpu').tolist()
         self.conv_first = conv(3, n_feats, 3)
-        self.patch_embed = nn.Sequential(OrderedDict(norm=nn.LayerNorm(n_feats)))
+        self.patch_embed = nn.Sequential(OrderedDict(norm=TokenNorm(n_feats)))
         self.layers = nn.ModuleList()
         for i in range(n_resgroups):
             layers = [
@@ -181,7 +181,7 @@ class SwinIR(nn.Module):
                 for j in range(n_resblocks)
             ]
             self.layers.append(Block(layers, n_feats))
-        self.norm = nn.LayerNorm(n_feats)
+        self.norm = TokenNorm(n_feats)
         self.conv_after_body = conv(n_feats, n_feats, 3)
         self.upsample = DirectUpsampler(scale, n_feats)
         self.apply(init_linear)

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from tests.gpu import programs
-from tests.gpu.parts import CUDA, REHEARSE, note
+from tests.gpu.parts import CUDA, REHEARSE, note, record
 
 HERE = Path(__file__).resolve().parent
-ORDER = ['test_parity', 'test_precision', 'test_memory', 'test_kernels']
-AT_ONCE = 10 if CUDA else 2
-PATIENCE = 100 if CUDA else 900  # seconds for a program, from when the tests wait for it
+ORDER = ['test_precision', 'test_memory', 'test_kernels', 'test_parity']
+AT_ONCE = 12 if CUDA else 2
+PATIENCE = 130 if CUDA else 900  # seconds for a program, from when the tests wait for it
+START = time.monotonic()
+SECONDS = float(os.environ.get('FRUGALSR_GPU_SECONDS', 'inf'))  # for all checks together
+KEPT = 20  # of them, to look at what ran in the background
 THREADS = 6  # of this process; the programs have one each
 
 
@@ -45,12 +48,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def place(item: pytest.Item) -> int:
-    """The widest checks first, should the time run out; what runs in the background is waited for last."""
+    """The longest checks late, should the time run out; what runs in the background is waited for last."""
     if item.path.parent != HERE:
         return 0
     if item.get_closest_marker('background'):
         return 9
     return ORDER.index(item.path.stem) if item.path.stem in ORDER else 8
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """One line for each test at once, should all be ended before pytest can sum up."""
+    if report.nodeid.startswith('tests/gpu/') and (report.when == 'call' or not report.passed):
+        why = '' if report.passed else (report.longreprtext.strip().splitlines() or [''])[-1][:300]
+        record('test', id=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), why=why)
 
 
 def work(item: pytest.Item) -> tuple[Callable, tuple] | None:
@@ -86,7 +96,9 @@ def timed(function: Callable, folder: Path, *arguments: Any) -> Any:
 @pytest.fixture
 def result(request: pytest.FixtureRequest, programs_under_way: dict[tuple[Callable, tuple], Future]) -> Any:
     """What the program of this test gave."""
-    return programs_under_way[work(request.node)].result(PATIENCE)
+    return programs_under_way[work(request.node)].result(
+        min(PATIENCE, max(START + SECONDS - time.monotonic() - 3, 0.1))
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +106,9 @@ def as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
     """Start the programs with the first test; float32 is float32, and settings of PyTorch stay in their test."""
     if CUDA or REHEARSE:
         request.getfixturevalue('programs_under_way')
+    left = START + SECONDS - time.monotonic()
+    if left < KEPT and not request.node.get_closest_marker('background'):
+        pytest.fail('no time is left for this check')
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(THREADS if CUDA else threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

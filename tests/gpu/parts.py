@@ -96,6 +96,11 @@ def note(what: str, **figures: Any) -> None:
     """Print a line of figures, and append it to the file that FRUGALSR_GPU_JSON names."""
     cells = (f'{key} {value:.3g}' if isinstance(value, float) else f'{key} {value}' for key, value in figures.items())
     print(f'\n[{what}] ' + ', '.join(cells), end=' ', flush=True)
+    record(what, **figures)
+
+
+def record(what: str, **figures: Any) -> None:
+    """Append figures to the file that FRUGALSR_GPU_JSON names."""
     if file := os.environ.get('FRUGALSR_GPU_JSON'):
         with Path(file).open('a') as stream:
             stream.write(json.dumps({'what': what, 'device': DEVICE, **figures}) + '\n')

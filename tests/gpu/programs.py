@@ -18,7 +18,7 @@ from tests.gpu.parts import CUDA, REHEARSE, ROOT, reference
 
 MAIN = str(ROOT / 'src' / 'main.py')
 SCRIPTS = Path(__file__).resolve().parent / 'scripts'
-LIMIT = 100 if CUDA else 600  # seconds of a program
+LIMIT = 130 if CUDA else 600  # seconds of a program
 RUNNING: set[subprocess.Popen] = set()
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1']

@@ -50,7 +50,7 @@ limited() {
 
 check() {
     rm -f "$out/check.jsonl"
-    FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs \
+    FRUGALSR_GPU_SECONDS=$limit_check FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs \
         --tb=short --durations=25 -p no:cacheprovider --basetemp="$work/tests"
 }
 
@@ -111,6 +111,9 @@ for step in "${steps[@]}"; do
     {
         echo "$step: $said, $((SECONDS - start)) s"
         if [ "$step" = check ]; then
+            for outcome in passed failed skipped; do
+                echo "  $outcome: $(grep -c "\"what\": \"test\".*\"outcome\": \"$outcome\"" "$out/check.jsonl")"
+            done
             printed | grep -aE '(passed|failed|skipped|deselected|error|no tests).* in [0-9.]+s' | tail -1 | tr -d =
             printed | grep -aE '^(FAILED|ERROR) ' | cut -c 1-300
         elif [ "$status" != 0 ]; then

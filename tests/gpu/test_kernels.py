@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import dynamic_conv
+from model.ops import dynamic_conv, fast
 from model.ops import dynamic_conv_triton as kernels
 from tests.gpu import programs
 from tests.gpu.parts import CUDA, DEVICE, background, chosen, free_memory, note
@@ -57,14 +57,15 @@ def assert_equal(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -
 @pytest.fixture
 def by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The public function takes the kernels, also in a rehearsal, and never gives them up for the plain form."""
-    monkeypatch.setattr(dynamic_conv, 'is_for_triton', lambda x: True)
-    monkeypatch.setattr(dynamic_conv, 'triton_failed', False)
+    for module in (dynamic_conv, fast):
+        monkeypatch.setattr(module, 'is_for_triton', lambda x: True)
+    monkeypatch.setattr(fast, 'failed', set())
     calls = []
     launch = kernels.launch
     monkeypatch.setattr(kernels, 'launch', lambda *args, **options: (calls.append(1), launch(*args, **options)))
     yield
     assert calls
-    assert not dynamic_conv.triton_failed
+    assert not fast.failed
 
 
 @pytest.mark.parametrize(('shape', 'dtype'), CASES, ids=str)

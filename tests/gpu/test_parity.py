@@ -12,7 +12,7 @@ TOLERANCE = 1e-4  # of the largest value
 NEAR_TIES = 0.02  # share of the pixels that a few other choices of a sorting network may reach
 CASES = [(name, 2) for name in chosen(ALL)]
 CASES += [] if REHEARSE else [(name, scale) for name in chosen(LIGHT) for scale in (3, 4)]
-SIDE = 12 if REHEARSE else 24
+SIDE = 12 if REHEARSE else 16
 FIXED = {'SwinIR-light': {'drop_path': 0.0}}  # else it draws
 
 

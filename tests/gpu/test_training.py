@@ -112,9 +112,9 @@ def test_the_clock_ends_a_run_in_good_order(result: tuple[Run, float]) -> None:
 def test_a_group_of_processes_computes_what_one_does(result: dict[str, Any]) -> None:
     note('group', **result)
     assert result['backend'] == ('nccl' if CUDA else 'gloo')
-    assert result['apart'] < 1e-6 < 1e-4 < result['moved']
+    assert result['apart'] < 0.01 * result['moved']
     assert result['total'] == [1.5, -2.0]
-    assert (result['gather'], result['spread'], result['rank']) == ([{'a': 1}], ['b', 2], 0)
+    assert (result['gather'][0], result['spread'], result['rank']) == ({'a': 1}, ['b', 2], 0)
 
 
 @pytest.mark.parametrize(

@@ -249,3 +249,14 @@ def test_recognises_nothing_else() -> None:
     assert recognise({}) is None
     assert recognise({key: value for key, value in state.items() if not key.startswith('upsample.')}) is None
     assert recognise({key: value for key, value in state.items() if '.body.0.' not in key}) is None
+
+
+@pytest.mark.parametrize('pixels', [3, 8, 19])
+def test_sums_over_pixels_by_products_beside_each_other(monkeypatch: pytest.MonkeyPatch, pixels: int) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(model.dlgsanet, 'PIXELS', 8)
+    attention, part = SparseGlobalAttention(6, 3, 48).double(), numbers(2, pixels, 18)
+    found = model.dlgsanet.from_gram(model.dlgsanet.gram_matrix(part[..., :12]), 3)
+    for one, other in zip(found, attention.sums(part), strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 1e-12

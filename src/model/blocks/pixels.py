@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.common import conv, widen
+from model.ops.layer_norm import layer_norm
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.permute(0, 2, 3, 1)
-        return F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return layer_norm(pixels, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 def to_tokens(x: Tensor, cell: tuple[int, int], strided: bool, parts: int = 1) -> Tensor:

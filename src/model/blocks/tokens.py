@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops.layer_norm import layer_norm
+
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each image: (N, L, C) and (N, ...) to (N, ..., C)."""
@@ -37,3 +39,10 @@ class TokenLinear(nn.Linear):
             return super().forward(x)
         pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
         return F.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
+
+
+class TokenNorm(nn.LayerNorm):
+    """Layer normalisation of tokens (N, L, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)

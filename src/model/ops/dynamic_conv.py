@@ -1,10 +1,9 @@
 """The dynamic convolution of DLGSANet: in plain PyTorch, in strips on a CPU, in Triton on a GPU where that works."""
 
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.common import widen
+from model.ops.fast import by_triton, is_for_triton
 
-T = TypeVar('T')
-log = logging.getLogger('frugalsr')
 STRIP = 2**20  # kernel values of a strip: 4 MB in float32, and as much for where they meet the image
-triton_failed = False
 
 
 def by_tap(weights: Tensor) -> tuple[Tensor, ...]:
@@ -55,39 +52,18 @@ def backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(grad_padded, [-(size // 2)] * 4).flatten(1, 2).to(x.dtype), grad_weights
 
 
-def is_for_triton(x: Tensor) -> bool:
-    """Whether `x` is on a GPU of NVIDIA or AMD."""
-    return x.is_cuda
-
-
-def fast(plain: Callable[..., T], *tensors: Tensor) -> T:
-    """What `plain` gives; on a GPU by the kernel of the same name, from the first one that fails by `plain` itself."""
-    global triton_failed
-    tensors = tuple(tensor.contiguous() for tensor in tensors)
-    if is_for_triton(tensors[0]) and not triton_failed:
-        try:
-            from model.ops import dynamic_conv_triton  # only where it is needed: Triton is no part of every PyTorch
-
-            return getattr(dynamic_conv_triton, plain.__name__)(*tensors)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
-            triton_failed = True
-            log.warning('The dynamic convolution runs without Triton, slower: %s: %s', type(error).__name__, error)
-    return plain(*tensors)
-
-
 # torch.compile leaves these two as they are. From the plain form it would take minutes to compile a training step.
 
 
 @torch.library.custom_op('frugalsr::dynamic_conv', mutates_args=())
 def fast_forward(x: Tensor, weights: Tensor) -> Tensor:
-    return fast(forward, x, weights)
+    return by_triton('dynamic_conv_triton', forward, x.contiguous(), weights.contiguous())
 
 
 @torch.library.custom_op('frugalsr::dynamic_conv_backward', mutates_args=())
 def fast_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return fast(backward, grad, x, weights)
+    tensors = (tensor.contiguous() for tensor in (grad, x, weights))
+    return by_triton('dynamic_conv_triton', backward, *tensors)
 
 
 @fast_forward.register_fake

@@ -6,6 +6,7 @@ sums and means are those of the values alone.
 
 import copy
 import json
+from contextlib import nullcontext
 
 import torch
 from torch import distributed
@@ -21,16 +22,18 @@ device = torch.device('cuda' if CUDA else 'cpu')
 torch.manual_seed(0)
 net = build('EDSR-baseline', 2, n_resblocks=2, n_feats=8).to(device)
 alone, before = copy.deepcopy(net), copy.deepcopy(net)
-shared = parallel.shared(net, device, accumulates=True)
-assert isinstance(shared, DistributedDataParallel)
+once = copy.deepcopy(net)
+shared = {True: parallel.shared(net, device, accumulates=True), False: parallel.shared(once, device)}
+assert all(isinstance(run, DistributedDataParallel) for run in shared.values())
 x, target = torch.rand(4, 3, 12, 12, device=device) * 255, torch.rand(4, 3, 24, 24, device=device) * 255
-for run, weights in ((shared, net), (alone, alone)):
-    optimizer = torch.optim.SGD(weights.parameters(), 1e-5)
-    for _ in range(2):
+for run, weights in ((shared[True], net), (shared[False], once), (alone, alone)):
+    optimizer = torch.optim.SGD(weights.parameters(), 1e-3)
+    for _ in range(3):
         optimizer.zero_grad()
-        with parallel.unsynchronised(run):
-            (run(x[:2]) - target[:2]).abs().mean().backward()
-        (run(x[2:]) - target[2:]).abs().mean().backward()
+        parts = (x,) if weights is once else (x[:2], x[2:])
+        for part, wanted in zip(parts, target.split(len(parts[0])), strict=True):
+            with parallel.unsynchronised(run) if part is not parts[-1] else nullcontext():
+                ((run(part) - wanted).abs().mean() / len(parts)).backward()
         optimizer.step()
 
 
@@ -39,7 +42,8 @@ def apart(first: torch.nn.Module, second: torch.nn.Module) -> float:
 
 
 found = {
-    'backend': distributed.get_backend(), 'apart': apart(net, alone), 'moved': apart(alone, before),
+    'backend': distributed.get_backend(), 'apart': max(apart(net, alone), apart(once, alone)),
+    'moved': apart(alone, before),
     'total': parallel.total([1.5, -2.0]),
     'gather': parallel.gather({'a': 1}), 'spread': parallel.spread(['b', 2]), 'rank': parallel.rank(),
 }  # fmt: skip

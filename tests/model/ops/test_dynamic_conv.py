@@ -182,8 +182,9 @@ class Kernels:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors pass for those of a GPU."""
-    monkeypatch.setattr(model.ops.dynamic_conv, 'is_for_triton', lambda x: True)
-    monkeypatch.setattr(model.ops.dynamic_conv, 'triton_failed', False)
+    for module in (model.ops.dynamic_conv, model.ops.fast):
+        monkeypatch.setattr(module, 'is_for_triton', lambda x: True)
+    monkeypatch.setattr(model.ops.fast, 'failed', set())
 
 
 @pytest.fixture
