@@ -50,7 +50,7 @@ limited() {
 
 check() {
     rm -f "$out/check.jsonl"
-    FRUGALSR_GPU_SECONDS=$limit_check FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs \
+    FRUGALSR_GPU_SECONDS=$limit_check FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu tests/model/ops/test_layer_norm.py ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs \
         --tb=short --durations=25 -p no:cacheprovider --basetemp="$work/tests"
 }
 
