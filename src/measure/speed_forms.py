@@ -9,12 +9,14 @@ import gc
 import multiprocessing
 import os
 import signal
+import tempfile
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,9 +113,27 @@ def plan(seconds: float, budget: float) -> tuple[int, int]:
 def measure(call: Callable[[], object], device: str, budget: float) -> Row:
     """Spread of the seconds of a call, and of how many runs; two more before choose kernels and tell how many fit."""
     timed(call, device)
-    warm_ups, runs = plan(timed(call, device), budget)
-    clock(call, device, warm_ups)
-    return {'seconds': spread(clock(call, device, runs)), 'runs': runs}
+    with alone(device):
+        warm_ups, runs = plan(timed(call, device), budget)
+        clock(call, device, warm_ups)
+        return {'seconds': spread(clock(call, device, runs)), 'runs': runs}
+
+
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    """Within this block no other program that profiles measures on a GPU of this host: they take turns.
+
+    What comes before a measurement takes far longer than it, for a GPU's libraries build the kernels of every new shape
+    one by one on the host. Several programs share that work, each with networks of its own.
+    """
+    if device != 'cuda' or os.name == 'nt':
+        yield
+        return
+    import fcntl
+
+    with (Path(tempfile.gettempdir()) / f'frugalsr-profile-{os.getuid()}.lock').open('w') as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # until it is closed
+        yield
 
 
 @contextmanager
@@ -226,7 +246,8 @@ def gauge(device: str, forms: Mapping[str, Form]) -> Row:
 
     def rates(amount: float, call: Callable[[], object]) -> Row:
         timed(call, device)
-        return spread([amount / seconds for seconds in clock(call, device, 10)[2:]])
+        with alone(device):
+            return spread([amount / seconds for seconds in clock(call, device, 10)[2:]])
 
     found = {}
     named = {key: form for form in (Form(), *forms.values()) for key in ceilings_of(form)}
@@ -321,7 +342,7 @@ def operations_of(call: Callable[[], object], device: str) -> tuple[Mapping[str,
     """
     if device != 'cuda':
         return clocked(call), {}
-    with profile(activities=supported_activities()) as profiler:
+    with alone(device), profile(activities=supported_activities()) as profiler:
         call()
         torch.cuda.synchronize()
     return sums_of(profiler.profiler.kineto_results.events())
