@@ -182,7 +182,7 @@ def apart(work: Callable[..., T], *given: object) -> T:
         MemoryError: its memory does not suffice, for which it may have been killed.
     """
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), _begin) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), begin_apart) as pool:
             return pool.submit(work, *given).result()
     except (BrokenProcessPool, RuntimeError) as error:
         if not isinstance(error, BrokenProcessPool) and not out_of_memory(error):
@@ -190,8 +190,8 @@ def apart(work: Callable[..., T], *given: object) -> T:
         raise MemoryError(f'{work.__name__}{given} ran out of memory') from error
 
 
-def _begin() -> None:
-    """What a process of `apart` does first."""
+def begin_apart() -> None:
+    """What a process beside the program does first."""
     keep_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -8,13 +8,15 @@ are those of `speed`.
 import gc
 import multiprocessing
 import os
+import signal
+import tempfile
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +27,12 @@ from torch.optim import Adam
 from torch.profiler import profile, supported_activities
 
 from error import UserError
-from measure.costs import Row, input_size, multiply_adds, timed
+from measure.costs import Row, begin_apart, input_size, multiply_adds, timed
 from measure.speed import (
     BATCH,
     KINDS,
     MEMORY,
+    PATIENCE,
     TIMES,
     Form,
     call_of,
@@ -110,9 +113,27 @@ def plan(seconds: float, budget: float) -> tuple[int, int]:
 def measure(call: Callable[[], object], device: str, budget: float) -> Row:
     """Spread of the seconds of a call, and of how many runs; two more before choose kernels and tell how many fit."""
     timed(call, device)
-    warm_ups, runs = plan(timed(call, device), budget)
-    clock(call, device, warm_ups)
-    return {'seconds': spread(clock(call, device, runs)), 'runs': runs}
+    with alone(device):
+        warm_ups, runs = plan(timed(call, device), budget)
+        clock(call, device, warm_ups)
+        return {'seconds': spread(clock(call, device, runs)), 'runs': runs}
+
+
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    """Within this block no other program that profiles measures on a GPU of this host: they take turns.
+
+    What comes before a measurement takes far longer than it, for a GPU's libraries build the kernels of every new shape
+    one by one on the host. Several programs share that work, each with networks of its own.
+    """
+    if device != 'cuda' or os.name == 'nt':
+        yield
+        return
+    import fcntl
+
+    with (Path(tempfile.gettempdir()) / f'frugalsr-profile-{os.getuid()}.lock').open('w') as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # until it is closed
+        yield
 
 
 @contextmanager
@@ -225,7 +246,8 @@ def gauge(device: str, forms: Mapping[str, Form]) -> Row:
 
     def rates(amount: float, call: Callable[[], object]) -> Row:
         timed(call, device)
-        return spread([amount / seconds for seconds in clock(call, device, 10)[2:]])
+        with alone(device):
+            return spread([amount / seconds for seconds in clock(call, device, 10)[2:]])
 
     found = {}
     named = {key: form for form in (Form(), *forms.values()) for key in ceilings_of(form)}
@@ -320,7 +342,7 @@ def operations_of(call: Callable[[], object], device: str) -> tuple[Mapping[str,
     """
     if device != 'cuda':
         return clocked(call), {}
-    with profile(activities=supported_activities()) as profiler:
+    with alone(device), profile(activities=supported_activities()) as profiler:
         call()
         torch.cuda.synchronize()
     return sums_of(profiler.profiler.kineto_results.events())
@@ -356,14 +378,23 @@ def sums_of(records: Sequence[Any]) -> tuple[Mapping[str, float], Mapping[str, f
 @contextmanager
 def counted(pairs: Sequence[tuple[str, int]]) -> Iterator[Callable[[str, int], int]]:
     """Gives the multiply-adds of networks, which other processes count meanwhile: together they take a minute."""
-    pool = ProcessPoolExecutor(3, multiprocessing.get_context('spawn'))
-    counts: dict[tuple[str, int], Future] = {
-        pair: pool.submit(multiply_adds, *pair, *input_size(pair[1])) for pair in pairs
-    }
-    try:
-        yield lambda *pair: counts[pair].result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    with multiprocessing.get_context('spawn').Pool(3, _begin_counting) as pool:
+        work = {pair: (*pair, *input_size(pair[1])) for pair in pairs}
+        counts = {pair: pool.apply_async(multiply_adds, given) for pair, given in work.items()}
+
+        def count(*pair: Any) -> int:
+            try:
+                return counts[pair].get(PATIENCE)
+            except multiprocessing.TimeoutError:  # a process that was killed takes its work along
+                return multiply_adds(*work[pair])
+
+        yield count
+
+
+def _begin_counting() -> None:
+    """What a process that counts does first: leave Ctrl-C to the one that started it, with which it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begin_apart()
 
 
 def profile_forms(

@@ -115,7 +115,7 @@ def test_a_first_call_counts_if_it_is_long(monkeypatch, seconds, counted):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_a_measuring_process_ends_with_the_program():
-    program = 'from measure import costs; import time; costs.apart(time.sleep, 600)'
+    program = 'import time; from measure.costs import apart; apart(time.sleep, 600)'
     process = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT / 'src')
 
     def wait(until):

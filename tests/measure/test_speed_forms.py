@@ -1,6 +1,9 @@
 """--profile with --forms: several forms of running in one process. No test looks at how long something takes."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -244,6 +247,23 @@ def test_after_a_capture_that_failed_the_rest_goes_on(monkeypatch):
         speed_forms.captured(gpu.call, torch.zeros(2))
     assert gpu.said[-3:] == ['call on side', 'end', 'spare']
     assert (gpu.mode, gpu.stream) == (0, 'main')
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='without turns')
+def test_programs_take_turns(tmp_path, monkeypatch):
+    """Another process finds the lock taken inside, and free outside; on a CPU there is none."""
+    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    tries = 'import fcntl, sys; fcntl.lockf(open(sys.argv[1], "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)'
+
+    def free() -> bool:
+        (file,) = tmp_path.iterdir()
+        return subprocess.run([sys.executable, '-c', tries, str(file)], stderr=subprocess.DEVNULL).returncode == 0
+
+    with speed_forms.alone('cpu'):
+        assert not list(tmp_path.iterdir())
+    with speed_forms.alone('cuda'):
+        assert not free()
+    assert free()
 
 
 def test_times_of_a_gpu_are_those_between_events(monkeypatch):
