@@ -13,8 +13,8 @@ from error import UserError, WriteError
 from model import Model
 from model.tiles.tiling import Tiler
 from system import memory, parallel
-from system.allocator import give_back
-from system.background import Ahead, Background
+from system.allocator import trim_heap
+from system.background import Prefetcher, WorkerPool
 from system.files import some
 
 log = logging.getLogger('frugalsr')
@@ -37,14 +37,14 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
     files = find_images(source)
     if not files:
         raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
-    names, failures, ahead = output_names(files), [], Ahead()
+    names, failures, ahead = output_names(files), [], Prefetcher()
     start = time.perf_counter()
 
     def read(index: int) -> Photo:
         return read_photo(files[index])
 
-    with Background() as background:
-        for first, own in parallel.progress(list(parallel.deal(len(files))), source.name):
+    with WorkerPool() as background:
+        for first, own in parallel.progress(list(parallel.rank_indices(len(files))), source.name):
             if own is None:
                 continue
             try:
@@ -62,7 +62,7 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
                 failures.append(said if str(files[own]) in said else f'{files[own]}: {said}')
             finally:
                 photo = None  # type: ignore[assignment]  # or it would stay while the next one is read
-    give_back()  # what follows takes some of its own
+    trim_heap()  # what follows takes some of its own
     failures = [failure for own in parallel.gather(failures) for failure in own]
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
@@ -78,7 +78,7 @@ def check_fits(path: Path, limit: int) -> None:
     Raises:
         UserError: there is not.
     """
-    give_back()
+    trim_heap()
     needs = (memory.in_use('cpu') or 0) + bytes_to_read(path)
     if needs > limit:
         raise UserError(

@@ -17,7 +17,7 @@ from error import UserError
 from model import Model
 from report import picture
 from system import parallel
-from system.background import Ahead, Background
+from system.background import Prefetcher, WorkerPool
 from system.files import write_atomic
 
 SHEET_ROWS = 5
@@ -58,7 +58,7 @@ class Evaluation:
             check: called before each image; what it raises ends the evaluation.
         """
         found = {images.name: self._set(images, upscale, label, check) for images in self.sets}
-        self.results = parallel.spread(found)
+        self.results = parallel.broadcast(found)
         return self.results
 
     def protocol(self) -> dict[str, dict[str, Any]]:
@@ -67,7 +67,7 @@ class Evaluation:
 
     def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
         outputs = in_turn(len(images), lambda index: upscale(images, index), check)
-        with Background() as background:
+        with WorkerPool() as background:
             for index, (sr, seconds) in parallel.progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
                 if index < SHOWN:
                     self.shown[f'{images.name}/{images.names[index]}'] = sr
@@ -125,7 +125,7 @@ def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.nd
 
 def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = lambda: None) -> Iterator[tuple[int, T]]:
     """Pieces of work and their results in order, dealt out to all processes; only the first one is given them."""
-    for first, own in parallel.deal(count):
+    for first, own in parallel.rank_indices(count):
         check()
         found = parallel.gather(None if own is None else work(own))
         yield from ((first + i, result) for i, result in enumerate(found) if result is not None)
@@ -169,7 +169,7 @@ def read_outputs(sets: Sequence[SRData], folder: Path) -> Upscale:
 
 def timed(model: Model) -> Upscale:
     """A network as a way of enlarging the images of a set; reading them is not timed."""
-    ahead = Ahead()
+    ahead = Prefetcher()
 
     def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:
         lr = ahead(images.lr, index, len(images))

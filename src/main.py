@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import option
 from error import UserError, report_error
-from system.allocator import keep_memory
+from system.allocator import tune_malloc
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ log = logging.getLogger('frugalsr')
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    keep_memory()
+    tune_malloc()
     try:
         run(option.parse(argv), argv)
     except UserError as error:
@@ -84,7 +84,7 @@ def run_here(args: Namespace) -> None:
 
     start_screen(quiet=parallel.rank() > 0)
     if args.model == 'auto':
-        settle(args)
+        apply_detected_network(args)
     folder = RunFolder(args.save_dir / args.save, writes=parallel.rank() == 0)
     if args.costs:
         costs(args, folder)
@@ -172,7 +172,7 @@ def until_interrupted(reports: Iterator[dict[str, Any]]) -> Iterator[dict[str, A
         log.info('Interrupted: the rest was not measured.')
 
 
-def settle(args: Namespace) -> None:
+def apply_detected_network(args: Namespace) -> None:
     """Find out which network the weights of --pre_train belong to."""
     from model.loading.detect import recognise
     from model.loading.weights import read_weights
@@ -183,7 +183,7 @@ def settle(args: Namespace) -> None:
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
     assumed = [key for key in found.unseen if getattr(args, key) is None]
-    option.settle(args, found.name, found.scale, found.shown, found.settings)
+    option.apply_detected_network(args, found.name, found.scale, found.shown, found.settings)
     log.info('%s holds weights of %s', path, found)
     if found.settings and assumed:
         log.info('What weights do not show is as in the paper of %s: %s', found.name, ', '.join(assumed))
@@ -320,15 +320,15 @@ def train(args: Namespace, folder: RunFolder) -> None:
         data.name, evaluate, folder, on_epoch_end,
     )  # fmt: skip
     if args.checkpointing:
-        recompute(model.net, model.network.blocks)
-    if args.batch_size < parallel.size() * args.split_batch:
+        recompute(model.net, model.network.checkpoint_blocks)
+    if args.batch_size < parallel.world_size() * args.split_batch:
         raise UserError(
-            f'--batch_size {args.batch_size} is too small for {parallel.size()} processes and --split_batch '
+            f'--batch_size {args.batch_size} is too small for {parallel.world_size()} processes and --split_batch '
             f'{args.split_batch}: each needs a patch in each part.'
         )
-    if parallel.size() > 1 and 'GAN' in args.loss:
+    if parallel.world_size() > 1 and 'GAN' in args.loss:
         raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
-    model.run = parallel.shared(model.run, model.device, args.split_batch > 1)
+    model.run = parallel.wrap_ddp(model.run, model.device, args.split_batch > 1)
     if args.reset:
         folder.clear()
     folder.start_log()
@@ -444,7 +444,7 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, str]:
     if args.pre_train:
         path = weights_file(args)
         weights, unwrapped = read_weights(path)
-        upsampler = None if args.test_only else model.network.upsampler
+        upsampler = None if args.test_only else model.network.upsampler_prefix
         new = load_weights(model.net, weights, str(path), upsampler)
         inside = f' ({unwrapped})' if unwrapped else ''
         return None, f'weights from {path}{inside}' + (f'; new: {", ".join(new)}' if new else '')
@@ -502,7 +502,7 @@ def make_set(
     images = find_set(name, args.dir_data, option.ROOT / 'benchmark', span)
     data = SRData(images, args.scale, args.lr_border, cached, args.shave, skip_bad)
     if prepare:
-        with parallel.first_alone():  # it makes what is missing
+        with parallel.main_process_first():  # it makes what is missing
             data.prepare(args.n_threads, renew_cache=args.ext == 'sep_reset' and parallel.rank() == 0)
     return data
 
@@ -524,7 +524,7 @@ def facts(model: Model, origin: str) -> dict[str, str]:
     from model import n_parameters
     from system import parallel
 
-    where = f'{model.device}, {parallel.size()} processes' if parallel.size() > 1 else str(model.device)
+    where = f'{model.device}, {parallel.world_size()} processes' if parallel.world_size() > 1 else str(model.device)
     network = f'{model.name} x{model.scale}, {n_parameters(model):,} parameters'
     return {'Network': network, 'Weights': origin.removeprefix('weights from '), 'Device': where}
 

@@ -676,7 +676,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settle(
+def apply_detected_network(
     args: argparse.Namespace, name: str, scale: int, shown: Mapping[str, object], settings: Mapping[str, object]
 ) -> None:
     """Put the network that --model auto found into the options.

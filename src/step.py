@@ -64,7 +64,7 @@ class TrainStep:
         self.names = [*loss.names, 'total', 'gradient_norm', 'replaced', 'applied']
         self.limit = torch.full((), torch.inf, dtype=self._wide, device=self.device)
         self.decides_itself = bool(optimizer.defaults.get('fused')) and not self.scaler.is_enabled()
-        possible = self.device.type == 'cuda' and parallel.size() == 1 and not loss.adversaries
+        possible = self.device.type == 'cuda' and parallel.world_size() == 1 and not loss.adversaries
         self.graph = _StepGraph(self) if graph and possible and self.decides_itself else None
 
     @property
@@ -93,9 +93,9 @@ class TrainStep:
         terms = torch.zeros(len(self.loss.names), device=self.device)
         parts = list(zip(lr.tensor_split(self.accumulation), hr.tensor_split(self.accumulation), strict=True))
         for i, (lr_part, hr_part) in enumerate(parts):
-            with parallel.unsynchronised(self.model.run) if i < len(parts) - 1 else nullcontext():
+            with parallel.no_sync(self.model.run) if i < len(parts) - 1 else nullcontext():
                 terms += self._gradients(lr_part, hr_part)
-        sums = parallel.all_reduce_sum(torch.cat((terms, replaced.sum().view(1).to(terms.dtype))).to(self._wide))
+        sums = parallel.all_reduce_tensor(torch.cat((terms, replaced.sum().view(1).to(terms.dtype))).to(self._wide))
         total = sum(sums[: len(self.loss.terms)], sums.new_zeros(()))
         applied = total.isfinite() & (total <= self.limit)
         norm = self._update(applied)
@@ -109,7 +109,7 @@ class TrainStep:
         losses = self.loss(sr, self.model.to_range(hr))
         total = sum(losses.values(), torch.zeros((), device=self.device)) * share
         # The gradient is averaged over the processes, each of which has its share of the batch.
-        self.scaler.scale(total * parallel.size()).backward()
+        self.scaler.scale(total * parallel.world_size()).backward()
         return torch.stack([*losses.values(), *self.loss.watched()]).detach() * share
 
     def _update(self, applied: Tensor) -> Tensor:

@@ -297,7 +297,7 @@ class Trainer:
 
     def _name_replaced(self, numbers: range, replaced: Tensor) -> None:
         """Name each image once that could not be used for a batch."""
-        own = [self.name_of(n) for n, bad in zip(parallel.part(numbers), replaced, strict=True) if bad]
+        own = [self.name_of(n) for n, bad in zip(parallel.local_slice(numbers), replaced, strict=True) if bad]
         names = {name for part in parallel.gather(own) for name in part}
         for name in sorted(names - self.unusable):
             log.warning('%s cannot be used: the next image takes its place.', name)

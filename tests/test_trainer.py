@@ -21,7 +21,7 @@ from data.srdata import SRData
 from evaluation import Evaluation, table
 from loss import Loss
 from report import picture as pictures
-from system.background import Background
+from system.background import WorkerPool
 from system.stopping import Stop, Stopped
 from tests.conftest import ROOT, picture
 from tests.test_checkpoint import strict
@@ -782,5 +782,5 @@ def test_table():
 
 def test_an_image_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / 'results').write_text('in the way')
-    with pytest.raises(Exception, match=r'a\.png could not be written'), Background() as background:
+    with pytest.raises(Exception, match=r'a\.png could not be written'), WorkerPool() as background:
         background.start(write_png, tmp_path / 'results' / 'a.png', picture(0, 5, 5))

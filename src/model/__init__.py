@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from error import UserError
 from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
 from model.bicubic import Bicubic
-from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
+from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
 from model.tiles.ensemble import self_ensemble
 from model.tiles.tiling import Tiler
 
-NETWORKS: dict[str, Network] = {
+NETWORKS: dict[str, NetworkSpec] = {
     **bicubic.NETWORKS,
     **edsr.NETWORKS,
     **rcan.NETWORKS,
@@ -31,7 +31,7 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-def find(name: str) -> Network:
+def find(name: str) -> NetworkSpec:
     """The facts of network `name`."""
     if name not in NETWORKS:
         raise UserError(f'Unknown network {name!r}: choose one of {", ".join(NETWORKS)}.')
@@ -55,7 +55,7 @@ def build(name: str, scale: int, **settings: object) -> nn.Module:
     return network.build(scale, **{**network.settings, **settings})
 
 
-def all_settings(network: Network, scale: int, **settings: object) -> dict[str, Any]:
+def all_settings(network: NetworkSpec, scale: int, **settings: object) -> dict[str, Any]:
     """`settings`, and those that they leave out, as in the paper of the network."""
     taken = inspect.signature(network.build).bind(scale, **{**network.settings, **settings})
     taken.apply_defaults()
@@ -123,7 +123,7 @@ class Model(nn.Module):
 
     def safe(self, *dtypes: torch.dtype) -> torch.dtype:
         """The first of these types that the network stands under autocast; float32 if it stands none."""
-        return next((dtype for dtype in dtypes if dtype in self.network.half), torch.float32)
+        return next((dtype for dtype in dtypes if dtype in self.network.autocast_dtypes), torch.float32)
 
     def to_range(self, images: Tensor) -> Tensor:
         """uint8 RGB (N, 3, H, W) to what the network works in: (N, n_colors, H, W) float32 on the device."""

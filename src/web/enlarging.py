@@ -78,7 +78,7 @@ def load(choice: Choice, cpu: bool) -> Model:
         words = ['--model', choice.network, '--scale', str(choice.scale)]
     args = option.parse([*words, '--test_only', '--chop', 'auto', *(['--cpu'] if cpu else [])])
     if choice.file:
-        main.settle(args)
+        main.apply_detected_network(args)
     model = main.make_model(args)
     main.load(args, model)
     return model

@@ -44,9 +44,9 @@ def test_trained_weights_lose_next_to_nothing(card: str) -> None:
         return float(np.mean([psnr(model.upscale(lr), hr, found.scale, 'Y') for lr, hr in images]))
 
     single = scores(torch.float32)
-    losses = {type_name(dtype): single - scores(dtype) for dtype in NETWORKS[found.name].half}
+    losses = {type_name(dtype): single - scores(dtype) for dtype in NETWORKS[found.name].autocast_dtypes}
     # What is not declared safe is measured too, for the facts to be completed.
-    others = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in NETWORKS[found.name].half]
+    others = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in NETWORKS[found.name].autocast_dtypes]
     also = {f'undeclared_{type_name(dtype)}': single - scores(dtype) for dtype in others if not REHEARSE}
     note('half', weights=card, float32=round(single, 4), **losses, **also)
     assert losses
@@ -60,7 +60,7 @@ def test_untrained_networks_stay_close(name: str) -> None:
     recorded = Recorded(name, 2)
     net = recorded.network().to(DEVICE).eval()
     x, truth = next(recorded.cases())
-    for dtype in NETWORKS[name].half:
+    for dtype in NETWORKS[name].autocast_dtypes:
         with torch.autocast(DEVICE, dtype):
             y = net(x.to(DEVICE))
         note('untrained', network=name, type=type_name(dtype), distance=(error := distance(y, truth)))

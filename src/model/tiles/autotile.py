@@ -10,7 +10,7 @@ from torch.compiler import set_stance
 from error import UserError
 from model.tiles.tiling import SMALLEST_STEP, Function, Tiler
 from system import memory, parallel
-from system.allocator import give_back
+from system.allocator import trim_heap
 
 LARGEST = 512  # side of a tile; beyond it tiling costs next to nothing
 UNKNOWN = 192  # side where the system does not tell how much memory there is
@@ -61,14 +61,14 @@ class AutoTiler(Tiler):
         yield from super().rows(run, image, scale, finish)
 
     def _choose(self, run: Function, image: Tensor, scale: int) -> None:
-        give_back()
+        trim_heap()
         if memory.in_use(self.device) is None:
             if self.limit is not None:
                 raise UserError('--max_memory: this system does not tell what is in use; give --chop --chop_size.')
             self.size = min(self.largest, max(UNKNOWN, self.overlap + SMALLEST_STEP))
             return
         self.measured = self.measured or self._measure(run, image)
-        give_back()
+        trim_heap()
         room = self._room()
         smallest = self.overlap + SMALLEST_STEP
         sides = [self.size] if self.chosen else [*range(self.largest, smallest, -STEP), smallest]
@@ -100,7 +100,7 @@ class AutoTiler(Tiler):
         with set_stance('force_eager'):  # nothing is compiled for these
             for side in (TRIED[0], *TRIED):
                 square = torch.randint(0, 256, (1, len(image), side, side), generator=torch.Generator().manual_seed(0))
-                give_back()
+                trim_heap()
                 self._check_fits(taken[-1] * (side // TRIED[0]) ** 2 if taken else FIRST_CALL, image)
                 before = memory.start_peak(self.device) or 0
                 run(square.to(image.dtype)).to('cpu', torch.float32, copy=True)
@@ -110,7 +110,7 @@ class AutoTiler(Tiler):
     def _room(self) -> int:
         if self.limit is not None:
             return self.limit - RESERVE - (memory.in_use(self.device) or 0)
-        share = parallel.size() if self.device == 'cpu' else 1
+        share = parallel.world_size() if self.device == 'cpu' else 1
         return int(PART_OF_FREE * (memory.free(self.device) or 0) / share)
 
     def _takes(self, side: int, image: Tensor, scale: int) -> int:
