@@ -328,7 +328,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         )
     if parallel.world_size() > 1 and 'GAN' in args.loss:
         raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
-    model.run = parallel.wrap_ddp(model.run, model.device, args.split_batch > 1)
+    model.calls.train = parallel.wrap_ddp(model.calls.train, model.device, args.split_batch > 1)
     if args.reset:
         folder.clear()
     folder.start_log()
