@@ -190,6 +190,24 @@ class Model(nn.Module):
         for rows in self._pieces(upscale_tile, lr, finish):
             yield rows.permute(1, 2, 0).numpy()
 
+    @torch.no_grad()
+    def upscale_floats(self, image: Tensor) -> Tensor:
+        """RGB (3, H, W) in [0, 1], float32 on the host, to (3, scale * H, scale * W), tile by tile and clipped.
+
+        Leaves the network in evaluation mode.
+        """
+        self.net.eval()
+        channels, height, width = image.shape
+        sr, done = torch.empty(channels, height * self.scale, width * self.scale), 0
+
+        def upscale_tile(tiles: Tensor) -> Tensor:
+            return self.upscale_tensor(tiles.to(self.device))
+
+        for rows in self._pieces(upscale_tile, image, lambda rows: rows.clamp_(0, 1)):
+            sr[:, done : done + rows.shape[1]] = rows
+            done += rows.shape[1]
+        return sr
+
     def _pieces(
         self, upscale_tile: Callable[[Tensor], Tensor], image: Tensor, finish: Callable[[Tensor], Tensor]
     ) -> Iterator[Tensor]:
