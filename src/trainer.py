@@ -16,6 +16,7 @@ from checkpoint import RunFolder
 from data.traindata import Sample, WorkerDied, whole_batches
 from error import UserError
 from evaluation import table
+from metric import METRICS
 from optimizer import Schedule, load_optimizer
 from step import TrainStep
 from system import parallel
@@ -236,10 +237,11 @@ class Trainer:
         return EpochStats(dict.fromkeys([*self.train_step.loss.names, 'total', 'gradient_norm'], 0.0))
 
     def _is_best(self, epoch: int) -> bool:
-        """Whether no epoch up to this one had a better PSNR on the first test set."""
-        tests = [record['test'] for record in self.log[:epoch]]
+        """Whether no epoch up to this one had a better score, by the first metric, on the first test set."""
+        tests, by = [record['test'] for record in self.log[:epoch]], METRICS[0]
         first = next(iter(tests[-1]))
-        return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
+        own = tests[-1][first][by.name]
+        return not any(by.is_better(test[first][by.name], own) for test in tests if first in test)
 
     def _train_epoch(self, batches: Iterator[Sample], epochs: int, stop: Callable[[], None]) -> None:
         """Train until the epoch is complete, or `stop` raises."""

@@ -106,9 +106,9 @@ def test_published_commands(data_folder):
 def test_what_a_run_leaves(data_folder):
     run = train(data_folder, LCOAN, '--save_models --save_results')
     assert sorted(str(path.relative_to(run)) for path in run.rglob('*') if path.is_file()) == [
-        'comparison-Set5.png', 'config.txt', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl', 'model/model_1.pt',
-        'model/model_best.pt', 'model/model_latest.pt', 'report.html', 'results-Set5/0001_x2_SR.png',
-        'results-Set5/0002_x2_SR.png', 'results.json', 'state.pt',
+        'comparison-Set5.png', 'config.txt', 'gradient_norm.png', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl',
+        'model/model_1.pt', 'model/model_best.pt', 'model/model_latest.pt', 'report.html',
+        'results-Set5/0001_x2_SR.png', 'results-Set5/0002_x2_SR.png', 'results.json', 'state.pt',
         *(f'tensorboard/{path.name}' for path in (run / 'tensorboard').glob('events.*')), 'test_Set5.png',
     ]  # fmt: skip
     for path in run.rglob('*.png'):
