@@ -326,8 +326,10 @@ def train(args: Namespace, folder: RunFolder) -> None:
             f'--batch_size {args.batch_size} is too small for {parallel.world_size()} processes and --split_batch '
             f'{args.split_batch}: each needs a patch in each part.'
         )
-    if parallel.world_size() > 1 and 'GAN' in args.loss:
-        raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
+    if parallel.world_size() > 1 and loss.whole_batches:
+        raise UserError(
+            f'--loss {args.loss}: {loss.whole_batches[0]} sees whole batches, which several processes share; use one.'
+        )
     model.calls.train = parallel.wrap_ddp(model.calls.train, model.device, args.split_batch > 1)
     if args.reset:
         folder.clear()

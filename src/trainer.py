@@ -274,7 +274,7 @@ class Trainer:
         rate = self.config.schedule(self.epoch, self.step)
         torch.manual_seed(draw_seed(self.config.seed, self.step, parallel.rank()))
         numbers = range(self.samples, self.samples + self.config.batch_size)
-        self.unread.append((numbers, sample.replaced, self.train_step(sample, rate)))
+        self.unread.append((numbers, sample.replaced, self.train_step(sample, rate, self.step)))
         self.batch += 1
         self.step += 1
         self.samples += self.config.batch_size

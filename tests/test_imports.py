@@ -21,7 +21,7 @@ ORDER = (
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
     ('option', 'system'),
-    ('error', 'template', 'metric', 'optimizer'),
+    ('error', 'template', 'metric', 'optimizer', 'loss_language'),
 )
 APART = ('data', 'model', 'loss')  # none of them imports another
 # What the parts of a network are made of: these and network files import nothing else of the project.

@@ -359,7 +359,7 @@ def test_out_of_range(name, text):
         ('--nonsense 3', ['--nonsense', '--help']),
         ('--n_feat 3', ['--n_feat', '--help']),  # no guessing from a beginning
         ('--template Foo', ['Foo', 'LCoAN_x2', 'EDSR_x4']),
-        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'discriminator']),
+        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'GAN', 'whole batches']),
         ('--patch_size 97 --scale 2', ['97', '--scale 2']),
         ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
         ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),
