@@ -15,7 +15,7 @@ ORDER = (
     ('app', 'prepare', 'results'),
     ('web',),
     ('main',),
-    ('trainer', 'enlarge', 'export'),
+    ('trainer', 'enlarge', 'export', 'wiring'),
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),

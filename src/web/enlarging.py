@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import main
 import option
+import wiring
 from data.image import Photo, read_photo, read_size, write_png
 from enlarge import enlarged
 from error import UserError
@@ -78,9 +78,9 @@ def load(choice: Choice, cpu: bool) -> Model:
         words = ['--model', choice.network, '--scale', str(choice.scale)]
     args = option.parse([*words, '--test_only', '--chop', 'auto', *(['--cpu'] if cpu else [])])
     if choice.file:
-        main.apply_detected_network(args)
-    model = main.make_model(args)
-    main.load(args, model)
+        wiring.apply_detected_network(args)
+    model = wiring.make_model(args)
+    wiring.load(args, model)
     return model
 
 
