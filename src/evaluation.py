@@ -10,7 +10,7 @@ import numpy as np
 
 import metric
 from data.image import read_rgb, write_png
-from data.imresize import enlarge
+from data.imresize import upscale_bicubic
 from data.outputs import match_outputs
 from data.srdata import SRData
 from error import UserError
@@ -115,7 +115,7 @@ def score(measure: Callable[..., float], images: SRData, sr: np.ndarray, hr: np.
 
 def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.ndarray]) -> picture.Comparison:
     """HR, bicubic and `outputs` of one image, with their PSNR; bicubic once if that is one of the outputs."""
-    versions = {'Bicubic': enlarge(images.lr(index), images.scale)} | outputs
+    versions = {'Bicubic': upscale_bicubic(images.lr(index), images.scale)} | outputs
     scores = [score(metric.psnr, images, image, hr) for image in versions.values()]
     captions = [
         name if math.isnan(psnr) else f'{name}  {psnr:.2f} dB' for name, psnr in zip(versions, scores, strict=True)

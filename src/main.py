@@ -328,7 +328,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
         )
     if parallel.world_size() > 1 and 'GAN' in args.loss:
         raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
-    model.run = parallel.wrap_ddp(model.run, model.device, args.split_batch > 1)
+    model.calls.train = parallel.wrap_ddp(model.calls.train, model.device, args.split_batch > 1)
     if args.reset:
         folder.clear()
     folder.start_log()
@@ -371,14 +371,10 @@ def amp_dtypes(args: Namespace) -> list[torch.dtype]:
 
 
 def device(args: Namespace) -> str:
-    """cuda, else mps, else cpu."""
-    import torch
+    """What networks run on: the best that there is (cuda, mps, cpu), or cpu if the options say so."""
+    from system.machine import best_device
 
-    if args.cpu or args.n_GPUs == 0:
-        return 'cpu'
-    if torch.cuda.is_available():
-        return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    return 'cpu' if args.cpu or args.n_GPUs == 0 else best_device()
 
 
 def make_model(args: Namespace) -> Model:

@@ -186,8 +186,6 @@ def test_examples_in_python(name, tmp_path, monkeypatch):
     examples = [block for kind, block in blocks((ROOT / name).read_text()) if kind == 'python']
     if not examples:
         return
-    if not (ROOT / 'src' / 'api.py').is_file():
-        pytest.skip('no src/api.py yet')
     (tmp_path / 'models').symlink_to(ROOT / 'models')
     Image.fromarray(picture(1, 20, 24)).save(tmp_path / 'photo.jpg')
     monkeypatch.chdir(tmp_path)

@@ -15,6 +15,7 @@ ORDER = (
     ('app', 'prepare', 'results'),
     ('web',),
     ('main',),
+    ('api',),
     ('trainer', 'enlarge', 'export'),
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),

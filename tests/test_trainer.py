@@ -251,7 +251,7 @@ def test_what_a_network_draws_depends_on_the_step_alone(data_folder, monkeypatch
         drawn.append(torch.rand(()).item())
         return torch.ones(len(self.names))
 
-    monkeypatch.setattr('step.TrainStep.run', noted)
+    monkeypatch.setattr('step.TrainStep.train_on', noted)
     train(data_folder, EDSR, '--epochs 2', name='whole')
     whole = drawn.copy()
     drawn.clear()

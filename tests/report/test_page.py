@@ -11,7 +11,7 @@ from PIL import Image
 import main
 from checkpoint import RunFolder
 from data.image import read_rgb, write_png
-from data.imresize import enlarge
+from data.imresize import upscale_bicubic
 from report import page as report
 from report.page import Saved, page
 from tests.conftest import picture
@@ -111,7 +111,7 @@ def test_a_slider_lies_between_what_the_files_hold(data_folder):
     """Within what JPEG changes, and nearer to its own file than to any other."""
     run = train(data_folder, EDSR, '--data_test SR291 --save_results --save_gt')
     files = {kind: read_rgb(run / 'results-SR291' / f'0003_x2_{kind}.png') for kind in ('SR', 'LR', 'HR')}
-    expected = [files['SR'], enlarge(files['LR'], 2), files['HR']]
+    expected = [files['SR'], upscale_bicubic(files['LR'], 2), files['HR']]
     found = read(run)
     for i, version in enumerate(('EDSR x2', 'Bicubic', 'HR')):
         distances = [np.abs(found.layer(f'0003, {version}') - pixels).mean() for pixels in expected]
