@@ -207,6 +207,16 @@ def test_every_network_has_its_rows():
         assert f'\n| `{name}` |' in what, name
 
 
+def test_scores_in_the_readme_are_those_of_the_cards():
+    rows = re.findall(r'^\| \[([\w-]+)\]\(models/.*?\|.*$', (ROOT / 'README.md').read_text(), re.M)
+    assert len(rows) > 3
+    for name in rows:
+        row = re.search(rf'^\| \[{name}\].*$', (ROOT / 'README.md').read_text(), re.M)[0]
+        shown = dict(re.findall(r'x(\d) (\d\d\.\d\d)', row))
+        cards = {path.stem.split('_x')[1]: path.read_text() for path in (ROOT / 'models').glob(f'{name}_x*.md')}
+        assert shown == {scale: re.search(r'^\| Set5 \| ([\d.]+) \|', card, re.M)[1] for scale, card in cards.items()}
+
+
 def test_licence_and_citation():
     assert (ROOT / 'LICENSE').read_text().startswith('MIT License\n')
     lines = (ROOT / 'CITATION.cff').read_text().splitlines()
