@@ -643,6 +643,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 LONG = f'{EDSR} --test_every 400 --epochs 2 --print_every 1 --save run'
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_good_order(data_folder, number):
     process = in_process(data_folder, LONG, '--n_threads 1')
@@ -667,6 +668,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.serial
 @pytest.mark.usefixtures('one_thread')
 def test_a_killed_run_equals_an_unbroken_one(data_folder):
     more = '--epochs 2 --test_every 40 --print_every 1 --weight_ema 0.9'
@@ -683,6 +685,7 @@ def test_a_killed_run_equals_an_unbroken_one(data_folder):
     same_run(parts, whole)
 
 
+@pytest.mark.serial
 def test_a_second_run_in_one_folder_is_refused(data_folder, capsys):
     process = in_process(data_folder, LONG)
     wait_for(process, 'batch 1/400')
