@@ -2,16 +2,18 @@
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, write_rows
+from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, read_rgb, write_rows
+from data.outputs import output_names
 from error import UserError, WriteError
 from model import Model
 from model.tiles.tiling import Tiler
+from report.page import Saved
 from system import memory, parallel
 from system.allocator import trim_heap
 from system.background import Prefetcher, WorkerPool
@@ -87,16 +89,14 @@ def check_fits(path: Path, limit: int) -> None:
         )
 
 
-def output_names(files: Sequence[Path]) -> list[str]:
-    """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
-    stems = Counter(path.stem for path in files)
-    names: dict[str, None] = {}
-    for path in files:
-        name = path.stem if stems[path.stem] == 1 else path.name
-        while name in names:
-            name += '_'
-        names[name] = None
-    return list(names)
+def saved_photos(source: Path, target: Path, scale: int) -> list[Saved]:
+    """Those of the images of a folder whose enlargement is in `target`."""
+    files = find_images(source) if source.is_dir() else []
+    images = [
+        Saved(name, target / f'{name}_x{scale}_SR.png', scale, partial(read_rgb, file))
+        for name, file in zip(output_names(files), files, strict=True)
+    ]
+    return [image for image in images if image.file.is_file()]
 
 
 def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from error import UserError
 from metric import Metric
 from model import Model
 from report import picture
+from report.page import Saved
 from system import parallel
 from system.background import Prefetcher, WorkerPool
 from system.files import write_atomic
@@ -65,6 +67,17 @@ class Evaluation:
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""
         return {s.name: {'channels': s.channels, 'shave': s.shave, 'lr_border': s.lr_border} for s in self.sets}
+
+    def saved(self) -> dict[str, list[Saved]]:
+        """The images that it saves, by set."""
+        return {images.name: self._saved(images, self.folder) for images in self.sets} if self.folder else {}
+
+    def _saved(self, images: SRData, folder: Path) -> list[Saved]:
+        place, scale = folder / f'results-{images.name}', images.scale
+        return [
+            Saved(name, place / f'{name}_x{scale}_SR.png', scale, partial(images.lr, i), partial(images.hr, i))
+            for i, name in enumerate(images.names)
+        ]
 
     def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
         outputs = in_turn(len(images), lambda index: upscale(images, index), check)

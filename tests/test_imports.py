@@ -16,7 +16,7 @@ ORDER = (
     ('web',),
     ('main',),
     ('api',),
-    ('trainer', 'enlarge', 'export'),
+    ('trainer', 'enlarge', 'export', 'wiring'),
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),

@@ -358,6 +358,39 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_folder, capsys):
     assert len(metrics(run)) == 3
 
 
+def test_a_run_that_diverges_keeps_a_state_from_before(data_folder, capsys):
+    """What its first steps at such a rate made is finite and useless: the state that it started from is there."""
+    run = train(data_folder, EDSR, '--epochs 2')
+    before = state(run)
+    assert main.main(arguments(data_folder, '--load run --epochs 9 --lr 1e20 --test_every 30 --save_every 1')) == 2
+    assert 'epoch 2 is kept: --load run continues it' in capsys.readouterr().err
+    assert equal(state(run)['model'], before['model'])
+    train(data_folder, '--load run --epochs 3 --test_every 2 --lr 1e-4 --save_every 0')
+    assert metrics(run)[-1]['loss']['total'] < 1.5 * metrics(run)[0]['loss']['total']
+
+
+def test_a_run_that_diverges_at_once_keeps_no_state(data_folder, capsys):
+    assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --test_every 30 --save_every 1 --save run')) == 2
+    assert 'start again with a lower --lr' in capsys.readouterr().err
+    train(data_folder, EDSR)  # nothing is in the way
+
+
+@pytest.mark.parametrize('name', ['state.pt', 'state_before.pt'])
+def test_a_state_whose_weights_are_not_finite_is_not_continued_from(data_folder, capsys, name):
+    run = train(data_folder, EDSR, '--epochs 2')
+    broken = state(run)
+    next(iter(broken['model'].values())).view(-1)[0] = math.nan
+    torch.save(broken, run / name)
+    if name == 'state_before.pt':
+        (run / 'state.pt').unlink()
+        assert main.main(arguments(data_folder, '--load run --epochs 3')) == 2
+        assert 'state_before.pt holds weights that are not finite' in capsys.readouterr().err
+    else:
+        train(data_folder, '--load run --epochs 3')
+        assert 'state.pt holds weights that are not finite' in capsys.readouterr().out
+        assert len(metrics(run)) == 3
+
+
 def test_weights_that_are_not_finite_are_not_kept(data_folder, capsys):
     """The last step of an epoch may break them after a loss that was still finite."""
     run = train(data_folder, EDSR)
@@ -650,6 +683,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 LONG = f'{EDSR} --test_every 400 --epochs 2 --print_every 1 --save run'
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_good_order(data_folder, number):
     process = in_process(data_folder, LONG, '--n_threads 1')
@@ -674,6 +708,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.serial
 @pytest.mark.usefixtures('one_thread')
 def test_a_killed_run_equals_an_unbroken_one(data_folder):
     more = '--epochs 2 --test_every 40 --print_every 1 --weight_ema 0.9'
@@ -690,6 +725,7 @@ def test_a_killed_run_equals_an_unbroken_one(data_folder):
     same_run(parts, whole)
 
 
+@pytest.mark.serial
 def test_a_second_run_in_one_folder_is_refused(data_folder, capsys):
     process = in_process(data_folder, LONG)
     wait_for(process, 'batch 1/400')

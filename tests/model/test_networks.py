@@ -47,6 +47,7 @@ IDLE = {
 }
 ALL = [name for name in NETWORKS if name != 'Bicubic']
 small_networks = pytest.mark.parametrize('name', SMALL)
+SLOW_SCALES = [pytest.param(scale, marks=pytest.mark.slow) for scale in (3, 4)]
 
 
 def small(name: str, scale: int = 2, seed: int = 0) -> nn.Module:
@@ -91,7 +92,7 @@ def test_equals_the_official_network(key: str) -> None:
 
 
 @small_networks
-@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('scale', [2, *SLOW_SCALES])
 @torch.no_grad()
 def test_any_size_and_each_image_on_its_own(name: str, scale: int) -> None:
     net = small(name, scale)
@@ -165,6 +166,7 @@ def test_weights_carry_over_to_another_scale_but_for_the_upsampler(name: str, ol
     assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items() if key not in left)
 
 
+@pytest.mark.slow
 @small_networks
 @torch.no_grad()
 def test_can_be_exported(name: str) -> None:
@@ -179,6 +181,7 @@ def test_exported_with_gradients_it_needs_no_operation_of_ours() -> None:
     assert 'frugalsr' not in str(exported.graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['LCoAN', 'OmniSR', 'SwinIR-light', 'ATD-light'])  # what indexes most
 @torch.no_grad()
 def test_torch_compile_gives_the_same(name: str) -> None:
@@ -242,7 +245,7 @@ def test_official_weights_are_recognised(key: str) -> None:
 
 
 @small_networks
-@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('scale', [2, *SLOW_SCALES])
 def test_other_sizes_are_recognised(name: str, scale: int) -> None:
     found = recognise(small(name, scale).state_dict())
     assert NETWORKS[found.name].build is NETWORKS[name].build

@@ -14,6 +14,7 @@ from data.image import read_rgb, write_png
 from data.imresize import upscale_bicubic
 from report import page as report
 from report.page import Saved, page
+from report.run import write_report
 from tests.conftest import picture
 from tests.test_main import BICUBIC, results
 from tests.test_trainer import EDSR, arguments, train
@@ -208,7 +209,7 @@ def test_numbers_that_are_none(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path):
     folder = RunFolder(tmp_path / 'run', writes=False)
-    main.write_report(None, folder, None, {})
+    write_report(folder, 'EDSR x2', {}, {}, {}, '', [])
     assert not list(tmp_path.iterdir())
 
 
