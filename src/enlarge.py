@@ -21,7 +21,7 @@ from system.files import some
 
 log = logging.getLogger('frugalsr')
 
-REACH = 4  # input pixels around one that have a say in its bicubic enlargement, and more
+REACH = 4  # input pixels on each side that a bicubic enlargement depends on, with some to spare
 
 
 def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None = None) -> None:
@@ -75,10 +75,10 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
 
 
 def check_fits(path: Path, limit: int) -> None:
-    """Whether there is room to read an image within a limit of what the process has in memory, in bytes.
+    """Make sure that an image can be read within a limit of what the process has in memory, in bytes.
 
     Raises:
-        UserError: there is not.
+        UserError: there is no room for it.
     """
     trim_heap()
     needs = (memory.in_use('cpu') or 0) + bytes_to_read(path)

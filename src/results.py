@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> option.Parser:
-    """The options."""
+    """The options of results.py."""
     parser = option.Parser(
         prog='results.py',
         description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are kept.',
@@ -98,7 +98,7 @@ def run(args: Namespace) -> None:
 
 
 def scale_of(name: str) -> int:
-    """Of weights, by their name."""
+    """The scale of weights by the name of their file, such as ASID_x4."""
     scale = name.rpartition('_x')[2]
     if not scale.isdigit():
         raise UserError(f'{name}.pt: weights are named after their recipe and scale, such as ASID_x4.pt; rename it.')
@@ -147,17 +147,17 @@ def measured_table(rows: dict[str, Row]) -> list[str]:
 
 
 def title(name: str, images: int) -> str:
-    """Of a set, and how many of its images there are if not all."""
+    """The name of a set as a title, and how many of its images there are if not all."""
     return name if images == SIZES[name] else f'{name}, {images} of {SIZES[name]} images'
 
 
 def link(name: str) -> str:
-    """To the card of weights; bicubic has none."""
+    """The name of weights as a link to their card; bicubic has none."""
     return 'Bicubic' if name.startswith('Bicubic') else f'[{name}](../models/{name}.md)'
 
 
 def scores(result: Row) -> str:
-    """As in papers: 37.83 / .9600."""
+    """The scores of a set as papers print them: 37.83 / .9600."""
     return ' / '.join(metric.text(result[metric.name]) for metric in METRICS).replace(' 0.', ' .')
 
 
@@ -173,7 +173,7 @@ def published_table(scale: int) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """With two digits."""
+    """A published PSNR with two digits; - if none was found."""
     return '-' if value is None else f'{value:.2f}'
 
 

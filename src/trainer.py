@@ -26,12 +26,12 @@ log = logging.getLogger('frugalsr')
 
 
 def draw_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of what a network draws in a step: of its own in each process."""
+    """The seed of what a network draws at random in a step; each process has another one."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
 def duration(seconds: float) -> str:
-    """As days, hours and minutes, or minutes and seconds."""
+    """A time as text: 1 d 02 h 03 min from an hour on, else 4 min 05 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours // 24} d {hours % 24:02d} h {minutes:02d} min' if hours else f'{minutes} min {rest:02d} s'
@@ -47,9 +47,11 @@ class EpochStats:
 
     Attributes:
         totals: sums over the learned batches of the loss terms, their total and the norm of the gradients.
-        learned, skipped: numbers of batches.
+        learned: number of batches that a step was made on.
+        skipped: number of batches that were left out for their loss.
         replaced: number of samples whose image could not be used.
-        seconds, waited: in all, and for data.
+        seconds: that the epoch took so far.
+        waited: seconds of them that it waited for data.
     """
 
     totals: dict[str, float]
@@ -69,7 +71,7 @@ class EpochStats:
             self.totals[name] += values[name]
 
     def means(self) -> dict[str, float]:
-        """Values a batch; nan if none was learned from."""
+        """The mean of each total over the learned batches; nan if there are none."""
         return {name: total / self.learned if self.learned else math.nan for name, total in self.totals.items()}
 
 
@@ -102,13 +104,13 @@ class Trainer:
     """Trains a model; one epoch is a fixed number of steps, followed by an evaluation and a save.
 
     Args:
-        config: how.
+        config: how the run is trained.
         step: trains the model on a batch.
         loader: gives the batches of the sample numbers of a range.
-        name_of: which image a sample number is cut from.
-        evaluate: scores the model after an epoch of this number.
-        run: where everything goes.
-        on_epoch_end: given the record of each epoch.
+        name_of: gives the name of the image that a sample number is cut from.
+        evaluate: given the number of an epoch, scores the model after it.
+        run: the folder that log, weights and state are written to.
+        on_epoch_end: called with the record of each epoch, after it is saved.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class Trainer:
         self.saved, self.rewound = f'epoch {len(log_of_run)}', True
 
     def state(self) -> dict[str, Any]:
-        """Everything that the run continues from."""
+        """Everything that the run continues from: weights, optimiser, counters and log, as saved in state.pt."""
         step = self.train_step
         return {
             'model': self.model.net.state_dict(),
@@ -378,5 +380,5 @@ class Trainer:
         return f'{self.saved} is kept: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'
 
     def _names(self, numbers: range) -> str:
-        """The images that samples are cut from."""
+        """The names of the images that samples are cut from, each once, as text."""
         return ', '.join(dict.fromkeys(map(self.name_of, numbers)))

@@ -58,15 +58,15 @@ class GAN(nn.Module):
         return real.detach()
 
     def discriminator_loss(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Of logits."""
+        """What the discriminator is trained to make small, of its logits (N, 1) of outputs and targets."""
         return cross_entropy(real, fake)
 
     def generator_loss(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Of logits, those of the real images as the last step of the discriminator saw them."""
+        """What the network is trained to make small, of logits (N, 1); `real` are from before the last step."""
         return F.softplus(-fake).mean()
 
     def penalty(self, sr: Tensor, hr: Tensor) -> Tensor | float:
-        """What the discriminator's loss has besides."""
+        """What is added to the discriminator's loss."""
         return 0.0
 
     def scale_rate(self, factor: float) -> None:

@@ -47,7 +47,7 @@ class Source:
 
 
 def source(model: Model) -> Source:
-    """Of a network: LCoAN's first attention, which all others share; of ATD the last layer of three of its blocks.
+    """Where a network decides: LCoAN in its first attention, which the others share, ATD at the end of three blocks.
 
     Raises:
         UserError: the network decides no such thing.

@@ -66,7 +66,7 @@ def page(
     options: str,
     changed: Collection[str],
 ) -> bytes:
-    """The page.
+    """The file report.html.
 
     Args:
         title: what the network is called.
