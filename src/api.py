@@ -67,7 +67,7 @@ class Upscaler:
             UserError: anything else, such as a numpy array of floats or a tensor with values outside [0, 1]: no range
                 is guessed.
         """
-        with exact_float32():
+        with exact_float32(self.model.device):
             if isinstance(image, np.ndarray):
                 return self.model.upscale(_checked_array(image))
             if isinstance(image, Image.Image):

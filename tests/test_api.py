@@ -15,6 +15,7 @@ from data.image import write_png
 from error import UserError
 from model import Model
 from model.loading.weights import load_weights, read_weights
+from system.numerics import exact_float32
 from tests.conftest import ROOT, picture
 
 FILE = ROOT / 'models' / 'ASID_x2.pt'
@@ -197,3 +198,16 @@ def test_a_device_that_is_not_there(device: str) -> None:
 def test_tiles_that_cannot_be(tiles: object) -> None:
     with pytest.raises(UserError, match='give auto, None for whole images, or a side above 20 pixels'):
         load('Bicubic_x2', 'cpu', tiles)  # type: ignore[arg-type]
+
+
+def test_within_the_block_float32_is_exact_on_a_gpu() -> None:
+    """The switches are there without a GPU, too."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with pytest.raises(ValueError, match='within'), exact_float32(torch.device('cuda')):
+            assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+            raise ValueError('within')
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (before[0], True)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -88,6 +88,14 @@ def test_the_norm_is_that_of_all_gradients_before_they_are_clipped() -> None:
     assert values(step, upright)['gradient_norm'] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_number_of_steps_is_written_where_a_graph_would_read_it() -> None:
+    step = make_step(False)
+    place = step.number.data_ptr()
+    for number in (7, 8):
+        step(batch(0), RATE, number)
+        assert (step.number.item(), step.number.data_ptr()) == (number, place)
+
+
 def test_an_average_with_a_flag_equals_one_without() -> None:
     net = nn.Linear(3, 2)
     one, other, still = ModelEMA(net, 0.75), ModelEMA(net, 0.75), ModelEMA(net, 0.75)

@@ -26,8 +26,11 @@ def set_numerics(seed: int, deterministic: bool, tf32: bool) -> None:
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
-    """Within this block float32 is computed as such on a GPU, not in TensorFloat-32; then as before."""
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Within this block float32 is computed as such on a GPU of NVIDIA, not in TensorFloat-32; then as before."""
+    if device.type != 'cuda':
+        yield
+        return
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
