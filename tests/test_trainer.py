@@ -462,9 +462,9 @@ def test_one_batch_whose_loss_is_not_finite_is_skipped(data_folder, monkeypatch)
     losses = iter([math.nan, None, None, math.inf] + 20 * [None])
     step = Loss.forward
 
-    def spoiled(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
+    def spoiled(self, sr: Tensor, hr: Tensor, **more: Tensor) -> dict[str, Tensor]:
         bad = next(losses)
-        return {name: value if bad is None else value * bad for name, value in step(self, sr, hr).items()}
+        return {name: value if bad is None else value * bad for name, value in step(self, sr, hr, **more).items()}
 
     monkeypatch.setattr('loss.Loss.forward', spoiled)
     run = train(data_folder, EDSR, '--test_every 6')
