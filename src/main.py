@@ -308,6 +308,8 @@ def train(args: Namespace, folder: RunFolder) -> None:
     if args.amp != 'off':
         log.info('--amp %s: %s computes in %s.', args.amp, args.model, type_name(dtype))
     if state is None:
+        if not args.template:
+            log.info('%s', option.recipe_note(args))
         folder.write('config.txt', folder.config)
     else:
         for change in option.changes(state['options'], folder.config):

@@ -24,6 +24,7 @@ from model.tiles.tiling import MeanTiler, Tiler
 from optimizer import Schedule, make_optimizer
 from system.files import some
 from system.numerics import set_numerics
+from template import TEMPLATES
 
 log = logging.getLogger('frugalsr')
 
@@ -44,7 +45,8 @@ def apply_detected_network(args: Namespace) -> None:
         found = recognise(read_weights(path)[0])
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    assumed = [key for key in found.unseen if getattr(args, key) is None]
+    given = option.network_settings(args, found.name)
+    assumed = [key for key in found.unseen if key not in given]
     option.apply_detected_network(args, found.name, found.scale, found.shown, found.settings)
     log.info('%s holds weights of %s', path, found)
     if found.settings and assumed:
@@ -59,6 +61,11 @@ def weights_file(args: Namespace) -> Path:
     if not path.is_file():
         files = sorted(file.name for file in args.extend.glob('*') if file.suffix in ('.pt', '.pth', '.safetensors'))
         there = some(files) or 'none'
+        if args.template and args.pre_train == TEMPLATES[args.template].get('pre_train'):
+            raise UserError(
+                f'--template {args.template} starts from {args.pre_train}, which is neither here nor in {args.extend} '
+                f'(it holds {there}): train these weights first, or give a file with --pre_train.'
+            )
         raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.')
     return path
 

@@ -12,14 +12,14 @@ from tests.conftest import ROOT
 
 # From above to below, modules and packages of src/: each imports what stands in its own line or below it.
 ORDER = (
-    ('app', 'prepare', 'results'),
+    ('app', 'prepare', 'results', 'tables'),
     ('web',),
     ('main',),
     ('trainer', 'enlarge', 'export', 'wiring'),
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
-    ('option', 'system'),
+    ('option', 'networks', 'system'),
     ('error', 'template', 'metric', 'optimizer'),
 )
 APART = ('data', 'model', 'loss')  # none of them imports another
