@@ -727,8 +727,14 @@ def _default_name(args: argparse.Namespace) -> str:
         return args.load or f'{name}_export'
     if not args.test_only:
         return name
-    weights = Path(args.pre_train).stem
+    weights = _weights_name(Path(args.pre_train))
     return f'{name}_test' if weights in ('', name) else f'{name}_{weights}_test'
+
+
+def _weights_name(path: Path) -> str:
+    """What to call a file of weights: its stem, after the name of the run whose folder it is in."""
+    run = path.parent.parent.name if path.parent.name == 'model' else ''
+    return f'{run}_{path.stem}' if run else path.stem
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -232,6 +232,8 @@ def test_tests_of_two_files_have_two_names():
     names = [options(f'--test_only --template ASID_x4 --pre_train {file}').save for file in ('a/one.pt', 'b/two.pth')]
     assert names == ['ASID_x4_one_test', 'ASID_x4_two_test']
     assert options('--test_only --template ASID_x4 --pre_train models/ASID_x4.pt').save == 'ASID_x4_test'
+    names = [options(f'--test_only --pre_train runs/{run}/model/model_best.pt').save for run in 'ab']
+    assert names == ['LCoAN_x4_a_model_best_test', 'LCoAN_x4_b_model_best_test']
     assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_export'
 
 
