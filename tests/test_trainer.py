@@ -351,6 +351,39 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_folder, capsys):
     assert len(metrics(run)) == 3
 
 
+def test_a_run_that_diverges_keeps_a_state_from_before(data_folder, capsys):
+    """What its first steps at such a rate made is finite and useless: the state that it started from is there."""
+    run = train(data_folder, EDSR, '--epochs 2')
+    before = state(run)
+    assert main.main(arguments(data_folder, '--load run --epochs 9 --lr 1e20 --test_every 30 --save_every 1')) == 2
+    assert 'epoch 2 is kept: --load run continues it' in capsys.readouterr().err
+    assert equal(state(run)['model'], before['model'])
+    train(data_folder, '--load run --epochs 3 --test_every 2 --lr 1e-4 --save_every 0')
+    assert metrics(run)[-1]['loss']['total'] < 1.5 * metrics(run)[0]['loss']['total']
+
+
+def test_a_run_that_diverges_at_once_keeps_no_state(data_folder, capsys):
+    assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --test_every 30 --save_every 1 --save run')) == 2
+    assert 'start again with a lower --lr' in capsys.readouterr().err
+    train(data_folder, EDSR)  # nothing is in the way
+
+
+@pytest.mark.parametrize('name', ['state.pt', 'state_before.pt'])
+def test_a_state_whose_weights_are_not_finite_is_not_continued_from(data_folder, capsys, name):
+    run = train(data_folder, EDSR, '--epochs 2')
+    broken = state(run)
+    next(iter(broken['model'].values())).view(-1)[0] = math.nan
+    torch.save(broken, run / name)
+    if name == 'state_before.pt':
+        (run / 'state.pt').unlink()
+        assert main.main(arguments(data_folder, '--load run --epochs 3')) == 2
+        assert 'state_before.pt holds weights that are not finite' in capsys.readouterr().err
+    else:
+        train(data_folder, '--load run --epochs 3')
+        assert 'state.pt holds weights that are not finite' in capsys.readouterr().out
+        assert len(metrics(run)) == 3
+
+
 def test_weights_that_are_not_finite_are_not_kept(data_folder, capsys):
     """The last step of an epoch may break them after a loss that was still finite."""
     run = train(data_folder, EDSR)
