@@ -268,6 +268,7 @@ def test_auto_says_what_it_saw(data_folder, capsys):
     assert '--pre_train missing.pt: no such file' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_costs(data_folder, capsys):
     run = train(data_folder, '--costs --model ASID+ASIDd8 --scale 4 --cpu', name='costs')
     said = capsys.readouterr().out
