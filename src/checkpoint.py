@@ -5,7 +5,7 @@ log.txt         for people
 metrics.jsonl   for machines: one line an epoch
 results.json    the last evaluation
 report.html     all of it on one page
-loss.png, test_<Set>.png
+loss.png, gradient_norm.png, test_<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
 state.pt        everything a run continues from: weights and their average, optimiser, counters, log, options
 state_before.pt the state before it
@@ -49,6 +49,7 @@ OURS = (
     'results.json',
     'report.html',
     'loss.png',
+    'gradient_norm.png',
 )
 
 
@@ -223,6 +224,16 @@ class RunFolder:
         latest, before = (self.folder / name for name in STATES)
         write_atomic(latest, content, before if zipfile.is_zipfile(latest) else None)  # not a torn one
 
+    def give_up_state(self) -> None:
+        """Let the state before the latest take its place, if there is one: the latest led to nothing."""
+        if not self.writes:
+            return
+        latest, before = (self.folder / name for name in STATES)
+        if before.exists():
+            before.replace(latest)
+        else:
+            latest.unlink(missing_ok=True)
+
     def keep_best(self, epoch: int) -> None:
         """Make the kept weights of `epoch` the best ones, if they were kept."""
         path = self.models / f'model_{epoch}.pt'
@@ -257,6 +268,8 @@ def read_state(path: Path) -> dict[str, Any]:
     state = read_torch(path)
     if not isinstance(state, dict) or not state.keys() >= STATE:
         raise UserError(f'{path} is not a state of this program: name another run with --load.')
+    if not all(bool(value.isfinite().all()) for value in state['model'].values()):
+        raise UserError(f'{path} holds weights that are not finite: name another run with --load.')
     return state
 
 

@@ -307,8 +307,10 @@ def resume(args: Namespace, folder: RunFolder, trainer: Trainer, state: dict[str
 def make_evaluation(args: Namespace, sets: list[SRData], folder: RunFolder, save: bool, ssim: bool) -> Evaluation:
     """The scores of the test sets, and their images if `save`."""
     from evaluation import Evaluation
+    from metric import METRICS
 
-    return Evaluation(sets, ssim, folder.folder if save else None, args.save_gt)
+    metrics = [each for each in METRICS if ssim or not each.slow]
+    return Evaluation(sets, metrics, folder.folder if save else None, args.save_gt)
 
 
 def label(args: Namespace) -> str:

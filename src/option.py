@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import networks
 from error import UserError
+from loss_language import find_whole_batches, list_names
 from networks import MODELS
 from template import TEMPLATES, Recipe
 
@@ -521,7 +522,7 @@ def _add_optimisation(g: Group) -> None:
         '--loss',
         metavar='TERMS',
         default='1*L1',
-        help='weight*NAME joined by +; NAME is L1, MSE, Charbonnier, FFT, VGG22, VGG54, GAN, WGAN_GP or RGAN',
+        help=f'weight*NAME joined by +; NAME is {list_names()}',
     )
     g.add_argument(
         '--gan_k',
@@ -909,8 +910,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
     if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
-    if training and args.split_batch > 1 and 'GAN' in args.loss:
-        raise UserError(f'--split_batch {args.split_batch}: a discriminator sees whole batches; leave it out.')
+    if training and args.split_batch > 1 and (names := find_whole_batches(args.loss)):
+        raise UserError(
+            f'--split_batch {args.split_batch}: {names[0]} of --loss {args.loss} sees whole batches; leave one out.'
+        )
     if args.chop_overlap >= args.chop_size:
         raise UserError(
             f'--chop_overlap {args.chop_overlap} is not below --chop_size {args.chop_size}: choose larger tiles.'

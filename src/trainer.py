@@ -16,6 +16,7 @@ from checkpoint import RunFolder
 from data.traindata import Failure, Sample, WorkerDied, whole_batches
 from error import UserError
 from evaluation import table
+from metric import METRICS
 from optimizer import Schedule, load_optimizer
 from step import TrainStep
 from system import parallel
@@ -129,7 +130,8 @@ class Trainer:
         self.unread: list[tuple[range, Tensor, Tensor]] = []  # of the last batches: numbers, replaced ones, values
         self.not_finite = 0  # batches in a row whose loss was not
         self.unusable: set[str] = set()  # images that others took the place of
-        self.saved = ''  # what the state on the disk is of
+        self.saved = self.saved_before = ''  # what the states on the disk are of: the latest, and the one before it
+        self.proven = True  # a finite loss has followed the latest
         self.rewound = False
         self.log: list[dict[str, Any]] = []
 
@@ -197,15 +199,21 @@ class Trainer:
             self._leave_branch()
             self._finish_epoch(results)
             self.run.save_epoch(self.state(), self._is_best(self.epoch), self.config.keep_all)
-            self.saved = self._place()
+            self._note_saved()
             self.on_epoch_end(self.log[-1])
         return True
 
     def _save_state(self) -> None:
-        """Save what the run continues from within an epoch."""
+        """Save what the run continues from within an epoch, unless the last batches or the weights are not finite."""
+        if self.not_finite or not self._weights_are_finite():
+            log.warning('Nothing is saved after batch %d, where losses or weights are not finite.', self.batch)
+            return
         self._leave_branch()
         self.run.save_state(self.state())
-        self.saved = self._place()
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        self.saved, self.saved_before, self.proven = self._place(), self.saved, False
 
     def _leave_branch(self) -> None:
         """Before a run that went back saves for the first time: take the later epochs out of the log and the best."""
@@ -236,10 +244,11 @@ class Trainer:
         return EpochStats(dict.fromkeys([*self.train_step.loss.names, 'total', 'gradient_norm'], 0.0))
 
     def _is_best(self, epoch: int) -> bool:
-        """Whether no epoch up to this one had a better PSNR on the first test set."""
-        tests = [record['test'] for record in self.log[:epoch]]
+        """Whether no epoch up to this one had a better score, by the first metric, on the first test set."""
+        tests, by = [record['test'] for record in self.log[:epoch]], METRICS[0]
         first = next(iter(tests[-1]))
-        return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
+        own = tests[-1][first][by.name]
+        return not any(by.is_better(test[first][by.name], own) for test in tests if first in test)
 
     def _train_epoch(self, batches: Iterator[Sample], epochs: int, stop: Callable[[], None]) -> None:
         """Train until the epoch is complete, or `stop` raises."""
@@ -272,7 +281,7 @@ class Trainer:
         rate = self.config.schedule(self.epoch, self.step)
         torch.manual_seed(draw_seed(self.config.seed, self.step, parallel.rank()))
         numbers = range(self.samples, self.samples + self.config.batch_size)
-        self.unread.append((numbers, sample.replaced, self.train_step(sample, rate)))
+        self.unread.append((numbers, sample.replaced, self.train_step(sample, rate, self.step)))
         self.batch += 1
         self.step += 1
         self.samples += self.config.batch_size
@@ -348,6 +357,7 @@ class Trainer:
         """
         loss = values['total']
         self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        self.proven |= not self.not_finite
         where = f'in epoch {self.epoch + 1}, on patches of {self._names(numbers)}'
         if self.not_finite and not self._weights_are_finite():
             raise UserError(f'The loss is {loss} {where}, and so are weights; {self._advice()}')
@@ -359,6 +369,10 @@ class Trainer:
         return False
 
     def _advice(self) -> str:
+        """What to do about a run that can't go on. A state that no finite loss has followed is given up for it."""
+        if not self.proven:
+            self.run.give_up_state()
+            self.saved = self.saved_before
         if not self.saved:
             return 'start again with a lower --lr or a --gclip.'
         return f'{self.saved} is kept: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'

@@ -28,6 +28,7 @@ from optimizer import Schedule, make_optimizer
 from step import TrainStep
 from system import parallel
 from system.files import some
+from system.machine import best_device
 from system.numerics import set_numerics
 from template import TEMPLATES
 from trainer import TrainConfig, Trainer
@@ -36,12 +37,8 @@ log = logging.getLogger('frugalsr')
 
 
 def device(args: Namespace) -> str:
-    """cuda, else mps, else cpu."""
-    if args.cpu or args.n_GPUs == 0:
-        return 'cpu'
-    if torch.cuda.is_available():
-        return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    """What networks run on: the best that there is (cuda, mps, cpu), or cpu if the options say so."""
+    return 'cpu' if args.cpu or args.n_GPUs == 0 else best_device()
 
 
 def apply_detected_network(args: Namespace) -> None:
@@ -203,20 +200,22 @@ def make_trainer(
     trainer = Trainer(config, step, loader, data.name, evaluate, folder, on_epoch_end)
     if args.checkpointing:
         recompute(model.net, model.network.checkpoint_blocks)
-    check_processes(args)
-    model.run = parallel.wrap_ddp(model.run, model.device, args.split_batch > 1)
+    check_processes(args, loss)
+    model.calls.train = parallel.wrap_ddp(model.calls.train, model.device, args.split_batch > 1)
     return trainer
 
 
-def check_processes(args: Namespace) -> None:
+def check_processes(args: Namespace, loss: Loss) -> None:
     """Refuse more processes than the batch or the loss allows."""
     if args.batch_size < parallel.world_size() * args.split_batch:
         raise UserError(
             f'--batch_size {args.batch_size} is too small for {parallel.world_size()} processes and --split_batch '
             f'{args.split_batch}: each needs a patch in each part.'
         )
-    if parallel.world_size() > 1 and 'GAN' in args.loss:
-        raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
+    if parallel.world_size() > 1 and loss.whole_batches:
+        raise UserError(
+            f'--loss {args.loss}: {loss.whole_batches[0]} sees whole batches, which several processes share; use one.'
+        )
 
 
 def schedule(args: Namespace) -> Schedule:

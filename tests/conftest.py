@@ -1,7 +1,10 @@
 """Fixtures that several test modules use."""
 
 import os
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,26 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # before anything imports Triton: its kernels run on a CPU, slowly
 
 
+WITHOUT_A_GPU = ('no CUDA device', 'only on a GPU')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What torch.compile makes is kept for one session, and not shared with others on this machine."""
+    if 'TORCHINDUCTOR_CACHE_DIR' not in os.environ:  # as it is in workers
+        folder = tempfile.TemporaryDirectory(prefix='frugalsr-inductor-', ignore_cleanup_errors=True)
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, pytest.TestReport, Any]:
+    """In CI nothing is left out but what needs a GPU."""
+    report = yield
+    if os.environ.get('CI') and report.skipped and not str(report.longrepr[-1]).endswith(WITHOUT_A_GPU):
+        report.outcome, report.longrepr = 'failed', f'In CI, yet {report.longrepr[-1]}'
+    return report
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of reference data beside the checkout; without it a test is skipped, in CI it fails."""
@@ -26,6 +49,11 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return SHARED
+
+
+def slow(*cases: object) -> list:
+    """Cases of a test with parameters that only `bash test.sh full` tries."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 def numbers(*shape: int, seed: int = 1) -> Tensor:

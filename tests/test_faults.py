@@ -17,7 +17,7 @@ import pytest
 
 import main
 from report import picture
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 from tests.system.test_parallel import children
 from tests.system.test_parallel import run as run_program
 from tests.test_trainer import EDSR, LONG, arguments, in_process, log, metrics, same_run, state, train, wait_for
@@ -49,7 +49,10 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize('name, number', [('fsync', 1), ('replace', 1), ('replace', 2), ('fsync', 2), ('replace', 9)])
+@pytest.mark.parametrize(
+    'name, number',
+    [('fsync', 1), *slow(('replace', 1), ('replace', 2), ('fsync', 2), ('replace', 9))],
+)
 def test_killed_within_a_save(data_folder, name, number):
     """At the system calls of which the writing of a state consists, and in the middle of what an epoch leaves."""
     more = '--epochs 2 --test_every 4 --weight_ema 0.9 --save_every 1'
@@ -94,6 +97,8 @@ def test_or_is_counted_and_replaced(data_folder, monkeypatch, workers):
     assert log(run).count('SR291/0002 cannot be used: the next image takes its place') == 1
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_each_bad_image_is_counted_once_by_several_processes(data_folder):
     path = data_folder / 'SR291' / 'HR' / '0002.png'
     more = '--ext img --epochs 2 --batch_size 6 --test_every 1 --skip_bad_images --n_threads 0 --save'
@@ -108,6 +113,8 @@ def test_each_bad_image_is_counted_once_by_several_processes(data_folder):
         assert log(run).count('SR291/0002 cannot be used: the next image takes its place') == 1
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_killed_loading_process_is_replaced(data_folder):
     more = '--epochs 2 --test_every 60'
     whole = train(data_folder, EDSR, more, name='whole')
@@ -127,6 +134,8 @@ def test_loading_processes_that_die_at_once_end_the_run(data_folder, capsys, mon
     assert re.search(r'Error: A loading process died again \(.*--n_threads', capsys.readouterr().err)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_run_folder_that_is_deleted_is_made_again(data_folder):
     """In the second epoch, when all files have been there."""
     whole = train(data_folder, EDSR, '--epochs 3 --test_every 40', name='whole')
@@ -142,6 +151,8 @@ def test_a_run_folder_that_is_deleted_is_made_again(data_folder):
     assert 'Epoch 3/3' in log(run)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_another_run_in_a_deleted_folder_is_left_alone(data_folder):
     process = in_process(data_folder, LONG, '--save_every 50')
     wait_for(process, 'Epoch 1, batch 3/')

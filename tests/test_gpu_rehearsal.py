@@ -10,7 +10,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='run.sh needs timeout, and Triton is made for Linux')
+pytestmark = [
+    pytest.mark.skipif(sys.platform != 'linux', reason='run.sh needs timeout, and Triton is made for Linux'),
+    pytest.mark.slow,
+    pytest.mark.serial,
+]
 
 
 def rehearse(out, *options: str, **more: str) -> subprocess.CompletedProcess:

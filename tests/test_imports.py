@@ -15,12 +15,13 @@ ORDER = (
     ('app', 'prepare', 'results', 'tables'),
     ('web',),
     ('main',),
+    ('api',),
     ('trainer', 'enlarge', 'export', 'wiring'),
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
     ('option', 'networks', 'system'),
-    ('error', 'template', 'metric', 'optimizer'),
+    ('error', 'template', 'metric', 'optimizer', 'loss_language'),
 )
 APART = ('data', 'model', 'loss')  # none of them imports another
 # What the parts of a network are made of: these and network files import nothing else of the project.

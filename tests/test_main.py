@@ -23,7 +23,7 @@ import option
 import wiring
 from data.image import read_rgb, write_png
 from report import picture as pictures
-from tests.conftest import ROOT, picture
+from tests.conftest import ROOT, picture, slow
 from tests.test_checkpoint import Malice, full_disk, strict
 from tests.test_option import TEST_X4, TRAIN_X2, TRAIN_X4
 from tests.test_trainer import EDSR, LCOAN, TINY, arguments, equal, learned, log, metrics, state, train, weights
@@ -107,9 +107,9 @@ def test_published_commands(data_folder):
 def test_what_a_run_leaves(data_folder):
     run = train(data_folder, LCOAN, '--save_models --save_results')
     assert sorted(str(path.relative_to(run)) for path in run.rglob('*') if path.is_file()) == [
-        'comparison-Set5.png', 'config.txt', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl', 'model/model_1.pt',
-        'model/model_best.pt', 'model/model_latest.pt', 'report.html', 'results-Set5/0001_x2_SR.png',
-        'results-Set5/0002_x2_SR.png', 'results.json', 'state.pt',
+        'comparison-Set5.png', 'config.txt', 'gradient_norm.png', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl',
+        'model/model_1.pt', 'model/model_best.pt', 'model/model_latest.pt', 'report.html',
+        'results-Set5/0001_x2_SR.png', 'results-Set5/0002_x2_SR.png', 'results.json', 'state.pt',
         *(f'tensorboard/{path.name}' for path in (run / 'tensorboard').glob('events.*')), 'test_Set5.png',
     ]  # fmt: skip
     for path in run.rglob('*.png'):
@@ -147,8 +147,8 @@ def benchmarks(shared, tmp_path) -> Path:
 @pytest.mark.parametrize(
     'scale, expected',
     [
-        (2, {'Set5': (33.67, 0.9303), 'Set14': (30.32, 0.8699)}),
-        (3, {'Set5': (30.40, 0.8689), 'Set14': (27.63, 0.7759)}),
+        *slow((2, {'Set5': (33.67, 0.9303), 'Set14': (30.32, 0.8699)})),
+        *slow((3, {'Set5': (30.40, 0.8689), 'Set14': (27.63, 0.7759)})),
         (4, {'Set5': (28.43, 0.8111), 'Set14': (26.09, 0.7048)}),
     ],
 )
@@ -270,6 +270,7 @@ def test_auto_says_what_it_saw(data_folder, capsys):
     assert '--pre_train missing.pt: no such file' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_costs(data_folder, capsys):
     run = train(data_folder, '--costs --model ASID+ASIDd8 --scale 4 --cpu', name='costs')
     said = capsys.readouterr().out

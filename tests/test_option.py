@@ -393,7 +393,7 @@ def test_out_of_range(name, text):
         ('--net n_feats', ['--net', "'n_feats'", 'n_feats=64']),
         ('--net n_feats=8 --n_feats 16', ['--net n_feats=8', '--n_feats 16']),
         ('--costs --net n_feats=8', ['--n_feats', '--costs']),
-        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'discriminator']),
+        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'GAN', 'whole batches']),
         ('--patch_size 97 --scale 2', ['97', '--scale 2']),
         ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
         ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data.sets import ImageSet
 from data.srdata import SRData
 from evaluation import Evaluation, table
 from loss import Loss
+from metric import METRICS
 from report import picture as pictures
 from system.background import WorkerPool
 from system.stopping import Stop, Stopped
@@ -129,14 +131,19 @@ def test_resume_goes_back_to_an_epoch(data_folder):
     assert not equal(weights(run, '3'), weights(run, '1'))
 
 
+def measure_psnr_as(monkeypatch, measure) -> None:
+    """Put `measure` in the place of the function of PSNR."""
+    monkeypatch.setattr('metric.METRICS', (replace(METRICS[0], measure=measure), *METRICS[1:]))
+
+
 def test_resume_at_an_epoch_takes_back_the_best(data_folder, monkeypatch):
     scores = iter([20.0, 30.0, 40.0])
-    monkeypatch.setattr('metric.psnr', lambda *_: next(scores))
+    measure_psnr_as(monkeypatch, lambda *_: next(scores))
     for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
         path.unlink()
     run = train(data_folder, EDSR, '--epochs 3 --save_models --lr 0.01')
     assert equal(weights(run, 'best'), weights(run, '3'))
-    monkeypatch.setattr('metric.psnr', lambda *_: 10.0)
+    measure_psnr_as(monkeypatch, lambda *_: 10.0)
     train(data_folder, '--load run --resume 2 --epochs 3')
     assert equal(weights(run, 'best'), weights(run, '2'))
 
@@ -254,7 +261,7 @@ def test_what_a_network_draws_depends_on_the_step_alone(data_folder, monkeypatch
         drawn.append(torch.rand(()).item())
         return torch.ones(len(self.names))
 
-    monkeypatch.setattr('step.TrainStep.run', noted)
+    monkeypatch.setattr('step.TrainStep.train_on', noted)
     train(data_folder, EDSR, '--epochs 2', name='whole')
     whole = drawn.copy()
     drawn.clear()
@@ -352,6 +359,39 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_folder, capsys):
     assert metrics(run) == record
     train(data_folder, '--load run --epochs 3 --lr 1e-4')
     assert len(metrics(run)) == 3
+
+
+def test_a_run_that_diverges_keeps_a_state_from_before(data_folder, capsys):
+    """What its first steps at such a rate made is finite and useless: the state that it started from is there."""
+    run = train(data_folder, EDSR, '--epochs 2')
+    before = state(run)
+    assert main.main(arguments(data_folder, '--load run --epochs 9 --lr 1e20 --test_every 30 --save_every 1')) == 2
+    assert 'epoch 2 is kept: --load run continues it' in capsys.readouterr().err
+    assert equal(state(run)['model'], before['model'])
+    train(data_folder, '--load run --epochs 3 --test_every 2 --lr 1e-4 --save_every 0')
+    assert metrics(run)[-1]['loss']['total'] < 1.5 * metrics(run)[0]['loss']['total']
+
+
+def test_a_run_that_diverges_at_once_keeps_no_state(data_folder, capsys):
+    assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --test_every 30 --save_every 1 --save run')) == 2
+    assert 'start again with a lower --lr' in capsys.readouterr().err
+    train(data_folder, EDSR)  # nothing is in the way
+
+
+@pytest.mark.parametrize('name', ['state.pt', 'state_before.pt'])
+def test_a_state_whose_weights_are_not_finite_is_not_continued_from(data_folder, capsys, name):
+    run = train(data_folder, EDSR, '--epochs 2')
+    broken = state(run)
+    next(iter(broken['model'].values())).view(-1)[0] = math.nan
+    torch.save(broken, run / name)
+    if name == 'state_before.pt':
+        (run / 'state.pt').unlink()
+        assert main.main(arguments(data_folder, '--load run --epochs 3')) == 2
+        assert 'state_before.pt holds weights that are not finite' in capsys.readouterr().err
+    else:
+        train(data_folder, '--load run --epochs 3')
+        assert 'state.pt holds weights that are not finite' in capsys.readouterr().out
+        assert len(metrics(run)) == 3
 
 
 def test_weights_that_are_not_finite_are_not_kept(data_folder, capsys):
@@ -545,7 +585,7 @@ def test_changed_options_last_when_a_run_is_stopped_again(data_folder, monkeypat
 
 def test_the_best_is_taken_back_when_a_rewound_run_is_stopped(data_folder, monkeypatch):
     scores = iter([20.0, 30.0, 40.0])
-    monkeypatch.setattr('metric.psnr', lambda *_: next(scores))
+    measure_psnr_as(monkeypatch, lambda *_: next(scores))
     for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
         path.unlink()
     train(data_folder, EDSR, '--epochs 3 --save_models --test_every 5')
@@ -553,7 +593,7 @@ def test_the_best_is_taken_back_when_a_rewound_run_is_stopped(data_folder, monke
     monkeypatch.setattr(Trainer, 'train', lambda self, epochs, stop: train_on(self, epochs, After(2)))
     train(data_folder, '--load run --resume 2 --epochs 4')
     monkeypatch.setattr(Trainer, 'train', train_on)
-    monkeypatch.setattr('metric.psnr', lambda *_: 10.0)
+    measure_psnr_as(monkeypatch, lambda *_: 10.0)
     run = train(data_folder, '--load run')
     assert equal(weights(run, 'best'), weights(run, '2'))
     assert [record['test']['Set5']['psnr'] for record in metrics(run)] == [20, 30, 10, 10]
@@ -646,6 +686,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 LONG = f'{EDSR} --test_every 400 --epochs 2 --print_every 1 --save run'
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_run_in_good_order(data_folder, number):
     process = in_process(data_folder, LONG, '--n_threads 1')
@@ -670,6 +711,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.serial
 @pytest.mark.usefixtures('one_thread')
 def test_a_killed_run_equals_an_unbroken_one(data_folder):
     more = '--epochs 2 --test_every 40 --print_every 1 --weight_ema 0.9'
@@ -686,6 +728,7 @@ def test_a_killed_run_equals_an_unbroken_one(data_folder):
     same_run(parts, whole)
 
 
+@pytest.mark.serial
 def test_a_second_run_in_one_folder_is_refused(data_folder, capsys):
     process = in_process(data_folder, LONG)
     wait_for(process, 'batch 1/400')
@@ -735,7 +778,7 @@ def test_evaluation(pair):
 
     grey = {i: np.full(pair.hr(i).shape, 50 * (i + 1), np.uint8) for i in range(3)}
     pair.hr = grey.__getitem__
-    results = Evaluation([pair], ssim=True)(off_by_one, 'x')
+    results = Evaluation([pair], METRICS)(off_by_one, 'x')
     assert list(results) == ['Some']
     images = results['Some']['images']
     assert list(images) == ['a', 'b', 'tiny']
@@ -760,7 +803,7 @@ def test_protocol_and_shaved_border(tmp_path, channels, border):
 
         return upscale
 
-    evaluation = Evaluation([pair], ssim=False)
+    evaluation = Evaluation([pair], METRICS[:1])
     assert evaluation.protocol() == {'Some': {'channels': channels, 'shave': border, 'lr_border': 'mirror'}}
     assert evaluation(wrong_border(border), 'x')['Some']['images']['a']['psnr'] == math.inf
     assert evaluation(wrong_border(border + 1), 'x')['Some']['images']['a']['psnr'] < 60

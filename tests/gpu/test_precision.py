@@ -12,7 +12,19 @@ from model import NETWORKS, Model, type_name
 from model.loading.detect import recognise
 from model.loading.weights import read_weights
 from tests.gpu import programs
-from tests.gpu.parts import ALL, DEVICE, REHEARSE, ROOT, Recorded, background, chosen, distance, note, reference
+from tests.gpu.parts import (
+    ALL,
+    DEVICE,
+    REHEARSE,
+    ROOT,
+    SORTING,
+    Recorded,
+    background,
+    chosen,
+    distance,
+    note,
+    reference,
+)
 
 CARDS = ['LCoAN-small_x2', 'LCoAN-small_x4', 'ASID_x2', 'ASID_x3', 'ASID_x4', 'DLGSANet-tiny_x2', 'ATD-light_x2']
 CARDS = CARDS[:1] if REHEARSE else CARDS
@@ -65,7 +77,8 @@ def test_untrained_networks_stay_close(name: str) -> None:
             y = net(x.to(DEVICE))
         note('untrained', network=name, type=type_name(dtype), distance=(error := distance(y, truth)))
         assert y.isfinite().all()
-        assert 1e-6 < error < LIMIT  # it did compute in less than float32
+        # It did compute in less than float32. Where pixels are sorted by it, they end in other groups.
+        assert 1e-6 < error < (0.5 if name in SORTING else LIMIT)
 
 
 @pytest.mark.parametrize('card', [pytest.param(card, marks=background(programs.on_the_card, card)) for card in CARDS])

@@ -181,7 +181,7 @@ def test_forms(tiny):
     images, output = seen[0]
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert output.dtype == torch.bfloat16
-    assert speed.enlarge('EDSR', 4, 'cpu', form)['dtype'] == 'bfloat16'
+    assert speed.infer('EDSR', 4, 'cpu', form)['dtype'] == 'bfloat16'
     assert set(speed.gauge('cpu', form.dtypes)) == {'float32', 'bfloat16', 'copy'}
     assert [str(f) for f in (form, Form(compiled=True))] == ['eager, channels_last, bfloat16', 'compiled, float32']
 

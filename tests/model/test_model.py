@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import Model, build
+from model import NETWORKS, Model, build
 from model.bicubic import Bicubic
 from model.common import rgb_to_ycbcr
 from model.tiles.autotile import AutoTiler
@@ -81,13 +81,19 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 # Against the recorded networks.
 
 
-def test_the_reference_check_passes(shared: Path) -> None:
-    """Every output, loss and gradient that was recorded of the official networks."""
-    command = [sys.executable, '-B', shared / 'reference' / 'check.py', '--build', 'model:build', '--sys-path', 'src']
+@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.slow
+def test_the_reference_check_passes(shared: Path, scale: int) -> None:
+    """Every output, loss and gradient that was recorded of the official networks; of others there are none here."""
+    command = [sys.executable, '-B', shared / 'reference' / 'check.py', '--build', 'tests.known:build']
+    command += ['--sys-path', 'src', '--scale', str(scale), '--threads', '1']
     environment = os.environ | {'PYTHONDONTWRITEBYTECODE': '1'}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ' passed, 0 failed, 0 skipped' in done.stdout
+    rows = [(line.split()[0], line.split()[-1]) for line in done.stdout.splitlines() if f' x{scale} ' in line]
+    assert {result for _, result in rows} <= {'PASS', 'SKIP'}
+    assert {name for name, result in rows if result == 'PASS'} == set(NETWORKS) - {'Bicubic'}
+    assert not {name for name, result in rows if result == 'SKIP'} & set(NETWORKS)
 
 
 # Building.
@@ -190,6 +196,22 @@ def test_training_feeds_the_network_in_its_range(name: str, rgb_range: float | N
         expected = model.net(lr.float() / 255 * white)
         assert torch.allclose(model(lr), expected, rtol=0, atol=1e-5 * white)
     assert torch.allclose(model.to_range(lr), lr.float() / 255 * white, rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.uint16, torch.int64])
+def test_training_takes_nothing_whose_range_is_to_be_guessed(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf'takes uint8 images in \[0, 255\], not {str(dtype).partition(".")[2]}: '):
+        small('EDSR')(torch.ones(1, 3, 4, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_state_dict_holds_every_tensor_once(compiled: bool) -> None:
+    model = small('LCoAN', compiled=compiled)
+    expected = {f'net.{key}' for key in build('LCoAN', 2, **SMALL['LCoAN']).state_dict()}
+    assert set(model.state_dict()) == expected
+    model.calls.train = nn.Sequential(model.calls.train)  # as DistributedDataParallel puts itself around a network
+    assert set(model.state_dict()) == expected
+    assert len(list(model.parameters())) == len(list(model.net.parameters()))
 
 
 def test_upscaling_is_evaluation() -> None:

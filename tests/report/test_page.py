@@ -11,7 +11,7 @@ from PIL import Image
 import main
 from checkpoint import RunFolder
 from data.image import read_rgb, write_png
-from data.imresize import enlarge
+from data.imresize import upscale_bicubic
 from report import page as report
 from report.page import Saved, page
 from report.run import write_report
@@ -90,7 +90,7 @@ def test_a_training_run(data_folder):
     assert {'epoch 2', 'cpu', str(run)} < set(found.text('dd'))
     curves = [image['src'] for image in found.all('img') if 'over the epochs' in image['alt']]
     assert [base64.b64decode(src.partition(',')[2]) for src in curves] == [
-        (run / name).read_bytes() for name in ('loss.png', 'test_Set5.png')
+        (run / name).read_bytes() for name in ('loss.png', 'gradient_norm.png', 'test_Set5.png')
     ]
     options = found.text('dt')
     assert options.index('n_feats') < options.index('lr')  # what was given comes first
@@ -112,7 +112,7 @@ def test_a_slider_lies_between_what_the_files_hold(data_folder):
     """Within what JPEG changes, and nearer to its own file than to any other."""
     run = train(data_folder, EDSR, '--data_test SR291 --save_results --save_gt')
     files = {kind: read_rgb(run / 'results-SR291' / f'0003_x2_{kind}.png') for kind in ('SR', 'LR', 'HR')}
-    expected = [files['SR'], enlarge(files['LR'], 2), files['HR']]
+    expected = [files['SR'], upscale_bicubic(files['LR'], 2), files['HR']]
     found = read(run)
     for i, version in enumerate(('EDSR x2', 'Bicubic', 'HR')):
         distances = [np.abs(found.layer(f'0003, {version}') - pixels).mean() for pixels in expected]

@@ -26,6 +26,7 @@ def faults(call: str, **environment: str) -> int:
     return int(subprocess.run([sys.executable, '-c', program], capture_output=True, env=environment, check=True).stdout)
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone')
 def test_freed_memory_is_kept_for_the_next_tensor():
     """Ten times 64 MiB, after some that glibc leaves gaps between: 163840 pages of 4 KiB, or 320 of 2 MiB."""
@@ -54,6 +55,7 @@ print(*ends)
 """
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone')
 def test_freed_memory_is_kept_however_much_it_is_until_it_is_given_back():
     program = END_OF_HEAP.format(source=str(ROOT / 'src'))

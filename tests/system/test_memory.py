@@ -6,7 +6,10 @@ import torch
 from system import memory
 from system.allocator import trim_heap
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='figures that Linux keeps')
+pytestmark = [
+    pytest.mark.skipif(sys.platform != 'linux', reason='figures that Linux keeps'),
+    pytest.mark.serial,
+]
 
 
 def test_what_is_taken_and_given_back_is_seen():

@@ -55,6 +55,8 @@ def test_every_piece_of_work_is_dealt_once(monkeypatch, count):
     assert len({len(part) for part in dealt}) == 1  # all take part in all rounds
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.parametrize('network', [EDSR, LCOAN], ids=['EDSR', 'LCoAN'])
 def test_several_processes_learn_what_one_learns(data_folder, network):
     more = '--optimizer SGD --lr 1e-4 --batch_size 7 --test_every 3 --epochs 2 --weight_ema 0.9 --save'
@@ -73,6 +75,7 @@ def test_several_processes_learn_what_one_learns(data_folder, network):
         assert log(several).count('Epoch 2/2') == 1  # one process speaks
 
 
+@pytest.mark.serial
 def test_processes_with_shares_of_unequal_size_keep_in_step_in_parts(data_folder):
     """The centroids of LCoAN are averaged over the processes in every part."""
     done = run(data_folder, LCOAN, '--batch_size 7 --split_batch 3 --n_GPUs 2 --save run')
@@ -80,6 +83,8 @@ def test_processes_with_shares_of_unequal_size_keep_in_step_in_parts(data_folder
     assert metrics(data_folder.parent / 'runs' / 'run')[0]['samples'] == 14
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_run_goes_on_with_another_number_of_processes(data_folder):
     """In parts of a batch, stopped by SIGTERM and continued by one process."""
     more = (
@@ -102,6 +107,8 @@ def test_a_run_goes_on_with_another_number_of_processes(data_folder):
     assert metrics(parts)[0]['samples'] == 1200
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_folder_is_shared_out(data_folder, tmp_path):
     for i in range(5):
         write_png(tmp_path / 'photos' / f'{i}.png', picture(i, 20 + i, 30))
@@ -117,6 +124,8 @@ def test_a_folder_is_shared_out(data_folder, tmp_path):
     assert all((read_rgb(one / image) == read_rgb(two / image)).all() for image in images)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_process_that_dies_ends_the_run_with_the_reason(data_folder):
     command = [*PROGRAM, *arguments(data_folder, EDSR, '--n_GPUs 2 --test_every 100000 --print_every 1 --save run')]
     process = subprocess.Popen(
@@ -134,6 +143,8 @@ def test_a_process_that_dies_ends_the_run_with_the_reason(data_folder):
     assert time.monotonic() - start < 100
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_torchrun_starts_a_run_again_from_its_last_state(data_folder):
     more = f'{EDSR} --test_every 60 --epochs 1 --print_every 1 --save_every 5 --optimizer SGD --lr 1e-6 --save'
     command = [*TORCHRUN, '2', '--max_restarts=1', PROGRAM[1], *arguments(data_folder, more, 'run')]
@@ -153,6 +164,8 @@ def test_torchrun_starts_a_run_again_from_its_last_state(data_folder):
     assert learned(again)[0]['loss'] == pytest.approx(learned(whole)[0]['loss'], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_tasks_of_slurm_find_each_other(data_folder):
     more = f'{EDSR} --epochs 2 --optimizer SGD --lr 1e-4 --save'
     one = train(data_folder, more, 'one', name='one')
@@ -174,6 +187,8 @@ def children(pid: int) -> list[str]:
     return Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_batch_smaller_than_the_processes(data_folder):
     done = run(data_folder, EDSR, '--batch_size 2 --n_GPUs 3 --save run')
     assert done.returncode == 2

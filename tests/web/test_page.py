@@ -200,6 +200,7 @@ def browser(tmp_path):
     browser.quit()
 
 
+@pytest.mark.slow
 def test_in_a_browser(program, browser, tmp_path):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By

@@ -50,24 +50,24 @@ class AutoTiler(Tiler):
         self.measured: list[int] = []  # bytes for the squares
 
     @torch.no_grad()
-    def rows(self, run: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
+    def rows(self, upscale_tile: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
         """As of `Tiler`.
 
         Raises:
             UserError: the smallest tiles exceed the limit, or the system does not tell what is in use.
         """
         if self.fixed or self.limit is not None or max(image.shape[-2:]) > TRIED[-1]:
-            self._choose(run, image, scale)
-        yield from super().rows(run, image, scale, finish)
+            self._choose(upscale_tile, image, scale)
+        yield from super().rows(upscale_tile, image, scale, finish)
 
-    def _choose(self, run: Function, image: Tensor, scale: int) -> None:
+    def _choose(self, upscale_tile: Function, image: Tensor, scale: int) -> None:
         trim_heap()
         if memory.in_use(self.device) is None:
             if self.limit is not None:
                 raise UserError('--max_memory: this system does not tell what is in use; give --chop --chop_size.')
             self.size = min(self.largest, max(UNKNOWN, self.overlap + SMALLEST_STEP))
             return
-        self.measured = self.measured or self._measure(run, image)
+        self.measured = self.measured or self._measure(upscale_tile, image)
         trim_heap()
         room = self._room()
         smallest = self.overlap + SMALLEST_STEP
@@ -94,7 +94,7 @@ class AutoTiler(Tiler):
         self.largest, self.most = min(self.largest, self.size), min(self.most, self.batch)
         return done
 
-    def _measure(self, run: Function, image: Tensor) -> list[int]:
+    def _measure(self, upscale_tile: Function, image: Tensor) -> list[int]:
         """Bytes that a call takes with each of the squares."""
         taken: list[int] = []
         with set_stance('force_eager'):  # nothing is compiled for these
@@ -103,7 +103,7 @@ class AutoTiler(Tiler):
                 trim_heap()
                 self._check_fits(taken[-1] * (side // TRIED[0]) ** 2 if taken else FIRST_CALL, image)
                 before = memory.start_peak(self.device) or 0
-                run(square.to(image.dtype)).to('cpu', torch.float32, copy=True)
+                upscale_tile(square.to(image.dtype)).to('cpu', torch.float32, copy=True)
                 taken.append((memory.peak(self.device) or 0) - before)
         return taken[1:]  # a first call also takes what a process takes once
 
