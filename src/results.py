@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    """Returns the exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
     try:

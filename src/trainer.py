@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import RunFolder
-from data.traindata import Sample, WorkerDied, whole_batches
+from data.traindata import Failure, Sample, WorkerDied, whole_batches
 from error import UserError
 from evaluation import table
 from metric import METRICS
@@ -117,7 +117,7 @@ class Trainer:
         self,
         config: TrainConfig,
         step: TrainStep,
-        loader: Callable[[range], Iterable[Sample]],
+        loader: Callable[[range], Iterable[Sample | Failure]],
         name_of: Callable[[int], str],
         evaluate: Callable[[int], dict[str, Any]],
         run: RunFolder,

@@ -51,6 +51,11 @@ def shared() -> Path:
     return SHARED
 
 
+def slow(*cases: object) -> list:
+    """Cases of a test with parameters that only `bash test.sh full` tries."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
 def numbers(*shape: int, seed: int = 1) -> Tensor:
     """Normally distributed float64 numbers."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

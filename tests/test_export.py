@@ -18,7 +18,7 @@ import export
 import main
 from error import UserError
 from model import Model
-from tests.conftest import picture
+from tests.conftest import picture, slow
 from tests.model.test_networks import SMALL
 
 DLGSANET = {**SMALL['DLGSANet'], 'n_resgroups': 1, 'kernel_size': 3, 'tlc_size': 96}
@@ -67,8 +67,8 @@ def assert_enlarges(kind: str, content: bytes, model: Model, n: int, height: int
         ('EDSR', {**SMALL['EDSR'], 'rgb_range': 255.0}),
         ('EDSR', {**SMALL['EDSR'], 'n_colors': 1}),
         ('LCoAN', SMALL['LCoAN']),
-        ('OmniSR', {**SMALL['OmniSR'], 'n_resgroups': 1}),
-        ('SwinIR-light', {**SMALL['SwinIR-light'], 'n_resgroups': 1}),
+        *slow(('OmniSR', {**SMALL['OmniSR'], 'n_resgroups': 1})),
+        *slow(('SwinIR-light', {**SMALL['SwinIR-light'], 'n_resgroups': 1})),
     ],
 )
 def test_a_network_of_free_sizes(kind: str, name: str, settings: dict) -> None:

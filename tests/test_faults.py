@@ -17,7 +17,7 @@ import pytest
 
 import main
 from report import picture
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 from tests.system.test_parallel import children
 from tests.system.test_parallel import run as run_program
 from tests.test_trainer import EDSR, LONG, arguments, in_process, log, metrics, same_run, state, train, wait_for
@@ -49,7 +49,10 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize('name, number', [('fsync', 1), ('replace', 1), ('replace', 2), ('fsync', 2), ('replace', 9)])
+@pytest.mark.parametrize(
+    'name, number',
+    [('fsync', 1), *slow(('replace', 1), ('replace', 2), ('fsync', 2), ('replace', 9))],
+)
 def test_killed_within_a_save(data_folder, name, number):
     """At the system calls of which the writing of a state consists, and in the middle of what an epoch leaves."""
     more = '--epochs 2 --test_every 4 --weight_ema 0.9 --save_every 1'

@@ -23,7 +23,7 @@ import option
 import wiring
 from data.image import read_rgb, write_png
 from report import picture as pictures
-from tests.conftest import ROOT, picture
+from tests.conftest import ROOT, picture, slow
 from tests.test_checkpoint import Malice, full_disk, strict
 from tests.test_option import TEST_X4, TRAIN_X2, TRAIN_X4
 from tests.test_trainer import EDSR, LCOAN, TINY, arguments, equal, learned, log, metrics, state, train, weights
@@ -147,8 +147,8 @@ def benchmarks(shared, tmp_path) -> Path:
 @pytest.mark.parametrize(
     'scale, expected',
     [
-        (2, {'Set5': (33.67, 0.9303), 'Set14': (30.32, 0.8699)}),
-        (3, {'Set5': (30.40, 0.8689), 'Set14': (27.63, 0.7759)}),
+        *slow((2, {'Set5': (33.67, 0.9303), 'Set14': (30.32, 0.8699)})),
+        *slow((3, {'Set5': (30.40, 0.8689), 'Set14': (27.63, 0.7759)})),
         (4, {'Set5': (28.43, 0.8111), 'Set14': (26.09, 0.7048)}),
     ],
 )
@@ -227,7 +227,8 @@ def test_div2k_is_scored_on_rgb(data_folder):
 
 
 def test_the_protocol_of_a_paper_is_recorded(data_folder):
-    run = train(data_folder, f'{BICUBIC} --scale 3 --template ASID_x3 --shave 4 --data_test Set5 --chop_size 32')
+    tiles = '--chop --chop_size 32 --chop_overlap 24 --chop_blend mean'
+    run = train(data_folder, f'{BICUBIC} --scale 3 --shave 4 --data_test Set5 {tiles}')
     protocol = results(run)['protocol']
     assert protocol['chop'] == {'size': 32, 'overlap': 24, 'blend': 'mean'}
     assert protocol['sets']['Set5']['shave'] == 4
@@ -269,6 +270,7 @@ def test_auto_says_what_it_saw(data_folder, capsys):
     assert '--pre_train missing.pt: no such file' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_costs(data_folder, capsys):
     run = train(data_folder, '--costs --model ASID+ASIDd8 --scale 4 --cpu', name='costs')
     said = capsys.readouterr().out
@@ -294,6 +296,38 @@ def test_weights_are_looked_up_in_a_folder(data_folder, no_curves, monkeypatch, 
     monkeypatch.chdir(run / 'model')
     from_here = train(data_folder, EDSR, f'--test_only --pre_train {name}', name='here')
     assert results(from_here)['sets']['Set5']['psnr'] == expected
+
+
+# Where training starts
+
+TINY_LCOAN = (
+    '--cpu --n_threads 0 --data_test Set5 --patch_size 16 --batch_size 2 --test_every 1 --epochs 1 --n_resgroups 1 '
+    '--n_resblocks 1 --n_feats 8 --n_clusters 4 --window_size 16'
+)
+
+
+def test_training_without_a_recipe_says_so_once(data_folder, no_curves):
+    run = train(data_folder, EDSR)
+    train(data_folder, '--load run --epochs 2')
+    assert log(run).count('No recipe: ') == log(run).count('--template EDSR_x2 trains as published.') == 1
+    other = train(data_folder, f'--template LCoAN-small_x2 {TINY_LCOAN}', name='other')
+    assert 'No recipe' not in log(other)
+
+
+def test_a_recipe_starts_from_its_weights(data_folder, no_curves):
+    x2 = train(data_folder, f'--template LCoAN-small_x2 {TINY_LCOAN}', name='x2')
+    (data_folder / 'LCoAN-small_x2.pt').write_bytes((x2 / 'model' / 'model_latest.pt').read_bytes())
+    x4 = train(data_folder, f'--template LCoAN-small_x4 {TINY_LCOAN} --lr 1e-25 --extend {data_folder}', name='x4')
+    assert f'weights from {data_folder}/LCoAN-small_x2.pt; new: tail.0.2.' in log(x4)
+    assert torch.equal(weights(x2)['head.0.weight'], weights(x4)['head.0.weight'])
+
+
+def test_what_is_said_of_the_weights(data_folder, no_curves):
+    file = train(data_folder, EDSR) / 'model' / 'model_latest.pt'
+    tested = train(data_folder, EDSR, f'--test_only --pre_train {file}', name='tested')
+    assert f'weights from {file}' in log(tested)
+    assert results(tested)['weights'] == f'weights from {file}'
+    assert f'<dt>Weights</dt><dd>{file}</dd>' in (tested / 'report.html').read_text()
 
 
 # What is trained on
@@ -406,7 +440,7 @@ def test_what_is_opaque_stays_opaque(data_folder, tmp_path, no_curves):
     assert (
         main.main(arguments(data_folder, f'--load run --test_only --data_test Demo --dir_demo {tmp_path}/photos')) == 0
     )
-    with Image.open(run / 'results-Demo' / 'a_x2_SR.png') as image:
+    with Image.open(run.with_name('run_test') / 'results-Demo' / 'a_x2_SR.png') as image:
         assert (np.asarray(image)[..., 3] == 255).all()
 
 
@@ -486,7 +520,8 @@ TEST_EDSR = f'{EDSR} --test_only'
 BAD = {
     'unknown network': (nothing, f'{TINY} --model Foo', ['Foo', 'Bicubic', 'EDSR', 'EDSR-baseline', 'LCoAN']),
     'unknown option': (nothing, f'{EDSR} --nonsense', ['--nonsense', '--help']),
-    'unknown recipe': (nothing, '--template Foo', ['Foo', 'LCoAN_x2']),
+    'unknown recipe': (nothing, '--template LCoAN_x5', ['LCoAN_x5', 'LCoAN_x2']),
+    'weights of a recipe': (nothing, f'{TINY} --template EDSR_x4 --scale 4', ['EDSR_x4', 'EDSR_x2.pt', '--pre_train']),
     'value out of range': (nothing, f'{EDSR} --lr -1', ['--lr', "'-1'", 'above 0']),
     'many GPUs': (nothing, f'{EDSR.replace("--cpu", "")} --n_GPUs 99', ['--n_GPUs 99', 'this host has']),
     'parts for a GAN': (nothing, f'{EDSR} --loss L1+0.1*GAN --split_batch 2', ['--split_batch 2']),
@@ -630,8 +665,10 @@ def test_a_test_in_the_folder_of_a_training_run_leaves_the_run_whole(trained):
 def test_a_loaded_run_is_tested_elsewhere(trained):
     before = fingerprint(trained / 'runs' / 'edsr')
     assert main.main(arguments(trained / 'data', '--load edsr --test_only --save elsewhere')) == 0
+    assert main.main(arguments(trained / 'data', '--load edsr --test_only')) == 0
     assert fingerprint(trained / 'runs' / 'edsr') == before
     assert (trained / 'runs' / 'elsewhere' / 'results.json').is_file()
+    assert (trained / 'runs' / 'edsr_test' / 'results.json').is_file()
 
 
 def test_without_torch_is_one_sentence():

@@ -10,6 +10,7 @@ import main
 from tests.conftest import ROOT
 
 CARDS = sorted(path for path in (ROOT / 'models').glob('*.md') if path.name != 'README.md')
+QUICK = 'LCoAN-small_x4'
 
 
 def claimed(card: Path) -> tuple[float, float]:
@@ -21,7 +22,10 @@ def test_every_file_has_a_card():
     assert {path.stem for path in (ROOT / 'models').glob('*.pt')} == {path.stem for path in CARDS}
 
 
-@pytest.mark.parametrize('card', CARDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'card',
+    [pytest.param(path, marks=() if path.stem == QUICK else pytest.mark.slow, id=path.stem) for path in CARDS],
+)
 def test_set5_is_as_on_the_card(shared, tmp_path, card):
     (tmp_path / 'Set5').symlink_to(shared / 'benchmark' / 'Set5')
     options = ['--template', card.stem, '--pre_train', f'{card.stem}.pt', '--data_test', 'Set5', '--cpu', '--test_only']

@@ -48,8 +48,11 @@ def arguments(data: Path, *options: str) -> list[str]:
 
 def train(data: Path, *options: str, name: str = 'run') -> Path:
     """Run the program; returns the run folder."""
-    own = [] if '--load' in ' '.join(options) else ['--save', name]
+    line = ' '.join(options)
+    own = [] if '--load' in line else ['--save', name]
     assert main.main([*arguments(data, *options), *own]) == 0
+    if '--load' in line and '--test_only' in line and '--save' not in line:
+        name = f'{name}_test'
     return data.parent / 'runs' / name
 
 

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from data.imresize import shrink, upscale_bicubic
+from tests.conftest import slow
 
 SIZES = [(1, 1), (2, 3), (5, 4), (7, 13)]
 
@@ -140,7 +141,7 @@ def rgb(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize('scale', [2, 3, 4])
-@pytest.mark.parametrize('name, count', [('Set5', 5), ('Set14', 14)])
+@pytest.mark.parametrize('name, count', [('Set5', 5), *slow(('Set14', 14))])
 def test_official_files_bit_for_bit(shared, name, count, scale):
     folder = shared / 'benchmark' / name
     files = sorted((folder / 'HR').glob('*.png'))

@@ -11,6 +11,7 @@ from error import UserError
 from model import NETWORKS, build
 from model.loading.detect import recognise
 from model.loading.weights import load_weights
+from tests.conftest import slow
 from tests.recipe import CASES, layout, worst_error
 
 # Sizes of every class of networks, none of them the published ones, and small enough for double precision.
@@ -47,7 +48,6 @@ IDLE = {
 }
 ALL = [name for name in NETWORKS if name != 'Bicubic']
 small_networks = pytest.mark.parametrize('name', SMALL)
-SLOW_SCALES = [pytest.param(scale, marks=pytest.mark.slow) for scale in (3, 4)]
 
 
 def small(name: str, scale: int = 2, seed: int = 0) -> nn.Module:
@@ -92,7 +92,7 @@ def test_equals_the_official_network(key: str) -> None:
 
 
 @small_networks
-@pytest.mark.parametrize('scale', [2, *SLOW_SCALES])
+@pytest.mark.parametrize('scale', [2, *slow(3, 4)])
 @torch.no_grad()
 def test_any_size_and_each_image_on_its_own(name: str, scale: int) -> None:
     net = small(name, scale)
@@ -155,7 +155,7 @@ def test_state_carries_over(name: str) -> None:
 
 
 @small_networks
-@pytest.mark.parametrize('old, new', [(2, 4), (2, 3), (4, 2)])
+@pytest.mark.parametrize('old, new', [(2, 4), *slow((2, 3), (4, 2))])
 @torch.no_grad()
 def test_weights_carry_over_to_another_scale_but_for_the_upsampler(name: str, old: int, new: int) -> None:
     source, net = small(name, old), small(name, new, seed=1)
@@ -176,6 +176,7 @@ def test_can_be_exported(name: str) -> None:
     torch.testing.assert_close(exported(x), net(x), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_exported_with_gradients_it_needs_no_operation_of_ours() -> None:
     exported = torch.export.export(small('DLGSANet'), (images(1, 3, 6, 7),))
     assert 'frugalsr' not in str(exported.graph)
@@ -245,7 +246,7 @@ def test_official_weights_are_recognised(key: str) -> None:
 
 
 @small_networks
-@pytest.mark.parametrize('scale', [2, *SLOW_SCALES])
+@pytest.mark.parametrize('scale', [2, *slow(3, 4)])
 def test_other_sizes_are_recognised(name: str, scale: int) -> None:
     found = recognise(small(name, scale).state_dict())
     assert NETWORKS[found.name].build is NETWORKS[name].build

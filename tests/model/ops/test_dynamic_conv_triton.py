@@ -80,6 +80,7 @@ for kernel, options in [(convolve, dict(ADJOINT=False)), (convolve, dict(ADJOINT
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_a_gpu_that_need_not_be_there(tmp_path) -> None:
     environment = {**os.environ, 'TRITON_INTERPRET': '0', 'TRITON_CACHE_DIR': str(tmp_path)}
     command = [sys.executable, '-c', COMPILE.format(source=str(ROOT / 'src'))]
