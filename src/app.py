@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import option
 from error import UserError, report_error
-from system.allocator import keep_memory
+from system.allocator import tune_malloc
 
 log = logging.getLogger('frugalsr')
 
@@ -23,7 +23,7 @@ log = logging.getLogger('frugalsr')
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until Ctrl-C or SIGTERM; returns the exit status: 0, or 2 for an error the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    keep_memory()
+    tune_malloc()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

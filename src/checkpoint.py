@@ -223,6 +223,16 @@ class RunFolder:
         latest, before = (self.folder / name for name in STATES)
         write_atomic(latest, content, before if zipfile.is_zipfile(latest) else None)  # not a torn one
 
+    def give_up_state(self) -> None:
+        """Let the state before the latest take its place, if there is one: the latest led to nothing."""
+        if not self.writes:
+            return
+        latest, before = (self.folder / name for name in STATES)
+        if before.exists():
+            before.replace(latest)
+        else:
+            latest.unlink(missing_ok=True)
+
     def keep_best(self, epoch: int) -> None:
         """Make the kept weights of `epoch` the best ones, if they were kept."""
         path = self.models / f'model_{epoch}.pt'
@@ -257,6 +267,8 @@ def read_state(path: Path) -> dict[str, Any]:
     state = read_torch(path)
     if not isinstance(state, dict) or not state.keys() >= STATE:
         raise UserError(f'{path} is not a state of this program: name another run with --load.')
+    if not all(bool(value.isfinite().all()) for value in state['model'].values()):
+        raise UserError(f'{path} holds weights that are not finite: name another run with --load.')
     return state
 
 

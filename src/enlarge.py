@@ -2,19 +2,21 @@
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, write_rows
+from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, read_rgb, write_rows
+from data.outputs import output_names
 from error import UserError, WriteError
 from model import Model
 from model.tiles.tiling import Tiler
+from report.page import Saved
 from system import memory, parallel
-from system.allocator import give_back
-from system.background import Ahead, Background
+from system.allocator import trim_heap
+from system.background import Prefetcher, WorkerPool
 from system.files import some
 
 log = logging.getLogger('frugalsr')
@@ -37,14 +39,14 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
     files = find_images(source)
     if not files:
         raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
-    names, failures, ahead = output_names(files), [], Ahead()
+    names, failures, ahead = output_names(files), [], Prefetcher()
     start = time.perf_counter()
 
     def read(index: int) -> Photo:
         return read_photo(files[index])
 
-    with Background() as background:
-        for first, own in parallel.progress(list(parallel.deal(len(files))), source.name):
+    with WorkerPool() as background:
+        for first, own in parallel.progress(list(parallel.rank_indices(len(files))), source.name):
             if own is None:
                 continue
             try:
@@ -62,7 +64,7 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
                 failures.append(said if str(files[own]) in said else f'{files[own]}: {said}')
             finally:
                 photo = None  # type: ignore[assignment]  # or it would stay while the next one is read
-    give_back()  # what follows takes some of its own
+    trim_heap()  # what follows takes some of its own
     failures = [failure for own in parallel.gather(failures) for failure in own]
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
@@ -78,7 +80,7 @@ def check_fits(path: Path, limit: int) -> None:
     Raises:
         UserError: there is not.
     """
-    give_back()
+    trim_heap()
     needs = (memory.in_use('cpu') or 0) + bytes_to_read(path)
     if needs > limit:
         raise UserError(
@@ -87,16 +89,14 @@ def check_fits(path: Path, limit: int) -> None:
         )
 
 
-def output_names(files: Sequence[Path]) -> list[str]:
-    """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
-    stems = Counter(path.stem for path in files)
-    names: dict[str, None] = {}
-    for path in files:
-        name = path.stem if stems[path.stem] == 1 else path.name
-        while name in names:
-            name += '_'
-        names[name] = None
-    return list(names)
+def saved_photos(source: Path, target: Path, scale: int) -> list[Saved]:
+    """Those of the images of a folder whose enlargement is in `target`."""
+    files = find_images(source) if source.is_dir() else []
+    images = [
+        Saved(name, target / f'{name}_x{scale}_SR.png', scale, partial(read_rgb, file))
+        for name, file in zip(output_names(files), files, strict=True)
+    ]
+    return [image for image in images if image.file.is_file()]
 
 
 def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:

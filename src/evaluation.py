@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,14 +11,15 @@ import numpy as np
 
 import metric
 from data.image import read_rgb, write_png
-from data.imresize import enlarge
+from data.imresize import upscale_bicubic
 from data.outputs import match_outputs
 from data.srdata import SRData
 from error import UserError
 from model import Model
 from report import picture
+from report.page import Saved
 from system import parallel
-from system.background import Ahead, Background
+from system.background import Prefetcher, WorkerPool
 from system.files import write_atomic
 
 SHEET_ROWS = 5
@@ -58,16 +60,27 @@ class Evaluation:
             check: called before each image; what it raises ends the evaluation.
         """
         found = {images.name: self._set(images, upscale, label, check) for images in self.sets}
-        self.results = parallel.spread(found)
+        self.results = parallel.broadcast(found)
         return self.results
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""
         return {s.name: {'channels': s.channels, 'shave': s.shave, 'lr_border': s.lr_border} for s in self.sets}
 
+    def saved(self) -> dict[str, list[Saved]]:
+        """The images that it saves, by set."""
+        return {images.name: self._saved(images, self.folder) for images in self.sets} if self.folder else {}
+
+    def _saved(self, images: SRData, folder: Path) -> list[Saved]:
+        place, scale = folder / f'results-{images.name}', images.scale
+        return [
+            Saved(name, place / f'{name}_x{scale}_SR.png', scale, partial(images.lr, i), partial(images.hr, i))
+            for i, name in enumerate(images.names)
+        ]
+
     def _set(self, images: SRData, upscale: Upscale, label: str, check: Callable[[], None]) -> dict[str, Any]:
         outputs = in_turn(len(images), lambda index: upscale(images, index), check)
-        with Background() as background:
+        with WorkerPool() as background:
             for index, (sr, seconds) in parallel.progress(outputs, f'{images.name} x{images.scale}', total=len(images)):
                 if index < SHOWN:
                     self.shown[f'{images.name}/{images.names[index]}'] = sr
@@ -115,7 +128,7 @@ def score(measure: Callable[..., float], images: SRData, sr: np.ndarray, hr: np.
 
 def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.ndarray]) -> picture.Comparison:
     """HR, bicubic and `outputs` of one image, with their PSNR; bicubic once if that is one of the outputs."""
-    versions = {'Bicubic': enlarge(images.lr(index), images.scale)} | outputs
+    versions = {'Bicubic': upscale_bicubic(images.lr(index), images.scale)} | outputs
     scores = [score(metric.psnr, images, image, hr) for image in versions.values()]
     captions = [
         name if math.isnan(psnr) else f'{name}  {psnr:.2f} dB' for name, psnr in zip(versions, scores, strict=True)
@@ -125,7 +138,7 @@ def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.nd
 
 def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = lambda: None) -> Iterator[tuple[int, T]]:
     """Pieces of work and their results in order, dealt out to all processes; only the first one is given them."""
-    for first, own in parallel.deal(count):
+    for first, own in parallel.rank_indices(count):
         check()
         found = parallel.gather(None if own is None else work(own))
         yield from ((first + i, result) for i, result in enumerate(found) if result is not None)
@@ -169,7 +182,7 @@ def read_outputs(sets: Sequence[SRData], folder: Path) -> Upscale:
 
 def timed(model: Model) -> Upscale:
     """A network as a way of enlarging the images of a set; reading them is not timed."""
-    ahead = Ahead()
+    ahead = Prefetcher()
 
     def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:
         lr = ahead(images.lr, index, len(images))

@@ -59,7 +59,7 @@ class Enlarger(nn.Module):
         self.model = model
 
     def forward(self, rgb: Tensor) -> Tensor:
-        return self.model.enlarge(rgb).clamp(0, 1)
+        return self.model.upscale_tensor(rgb).clamp(0, 1)
 
 
 def export(model: Model, kind: str, tile: int) -> bytes:

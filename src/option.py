@@ -663,6 +663,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             if getattr(args, option):
                 raise UserError(f'--{option}: --export only writes a network as a file; leave it out.')
         args.test_only, args.n_GPUs = True, 1
+        args.cpu, args.compile, args.precision = True, False, 'single'  # a file does not depend on these
     _check(args)
     for key in FIXED_IN_A_RUN:
         if saved and getattr(args, key) != saved.get(key):
@@ -676,7 +677,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settle(
+def apply_detected_network(
     args: argparse.Namespace, name: str, scale: int, shown: Mapping[str, object], settings: Mapping[str, object]
 ) -> None:
     """Put the network that --model auto found into the options.
@@ -701,6 +702,11 @@ def settle(
         setattr(args, key, value)
     _check(args)
     args.save = args.save or _default_name(args)
+
+
+def continue_run(args: argparse.Namespace) -> None:
+    """Have a run that was started anew by its launcher go on from its own last state."""
+    args.load, args.resume, args.reset = args.save, -1, False
 
 
 def _default_name(args: argparse.Namespace) -> str:

@@ -14,7 +14,7 @@ import main as program
 import option
 from error import UserError, report_error
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
-from system.allocator import keep_memory
+from system.allocator import tune_malloc
 from system.files import write_atomic
 
 log = logging.getLogger('frugalsr')
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    keep_memory()
+    tune_malloc()
     try:
         run(build_parser().parse_args(argv))
     except UserError as error:

@@ -64,7 +64,7 @@ class TrainStep:
         self.names = [*loss.names, 'total', 'gradient_norm', 'replaced', 'applied']
         self.limit = torch.full((), torch.inf, dtype=self._wide, device=self.device)
         self.decides_itself = bool(optimizer.defaults.get('fused')) and not self.scaler.is_enabled()
-        possible = self.device.type == 'cuda' and parallel.size() == 1 and not loss.adversaries
+        possible = self.device.type == 'cuda' and parallel.world_size() == 1 and not loss.adversaries
         self.graph = _StepGraph(self) if graph and possible and self.decides_itself else None
 
     @property
@@ -84,18 +84,18 @@ class TrainStep:
         with fast_convolutions(self.device):
             if self.graph:
                 return self.graph(sample)
-            return self.run(*(part.to(self.device, non_blocking=True) for part in sample))
+            return self.train_on(*(part.to(self.device, non_blocking=True) for part in sample))
 
-    def run(self, lr: Tensor, hr: Tensor, flips: Tensor, replaced: Tensor) -> Tensor:
+    def train_on(self, lr: Tensor, hr: Tensor, flips: Tensor, replaced: Tensor) -> Tensor:
         """The step itself, on the parts of a batch (see `Sample`), all on the device."""
         lr, hr = turn(lr, flips), turn(hr, flips)
         self.optimizer.zero_grad(set_to_none=True)
         terms = torch.zeros(len(self.loss.names), device=self.device)
         parts = list(zip(lr.tensor_split(self.accumulation), hr.tensor_split(self.accumulation), strict=True))
         for i, (lr_part, hr_part) in enumerate(parts):
-            with parallel.unsynchronised(self.model.run) if i < len(parts) - 1 else nullcontext():
+            with parallel.no_sync(self.model.calls.train) if i < len(parts) - 1 else nullcontext():
                 terms += self._gradients(lr_part, hr_part)
-        sums = parallel.all_reduce_sum(torch.cat((terms, replaced.sum().view(1).to(terms.dtype))).to(self._wide))
+        sums = parallel.all_reduce_tensor(torch.cat((terms, replaced.sum().view(1).to(terms.dtype))).to(self._wide))
         total = sum(sums[: len(self.loss.terms)], sums.new_zeros(()))
         applied = total.isfinite() & (total <= self.limit)
         norm = self._update(applied)
@@ -109,7 +109,7 @@ class TrainStep:
         losses = self.loss(sr, self.model.to_range(hr))
         total = sum(losses.values(), torch.zeros((), device=self.device)) * share
         # The gradient is averaged over the processes, each of which has its share of the batch.
-        self.scaler.scale(total * parallel.size()).backward()
+        self.scaler.scale(total * parallel.world_size()).backward()
         return torch.stack([*losses.values(), *self.loss.watched()]).detach() * share
 
     def _update(self, applied: Tensor) -> Tensor:
@@ -149,11 +149,11 @@ class _StepGraph:
         self.calls += 1
         if self.calls <= WARM_UP:
             with _on(self.stream):
-                return self.step.run(*self.inputs)
+                return self.step.train_on(*self.inputs)
         if self.calls == WARM_UP + 1:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode='thread_local'):
-                self.output = self.step.run(*self.inputs)
+                self.output = self.step.train_on(*self.inputs)
         self.graph.replay()
         return self.output.clone()
 

@@ -129,7 +129,8 @@ class Trainer:
         self.unread: list[tuple[range, Tensor, Tensor]] = []  # of the last batches: numbers, replaced ones, values
         self.not_finite = 0  # batches in a row whose loss was not
         self.unusable: set[str] = set()  # images that others took the place of
-        self.saved = ''  # what the state on the disk is of
+        self.saved = self.saved_before = ''  # what the states on the disk are of: the latest, and the one before it
+        self.proven = True  # a finite loss has followed the latest
         self.rewound = False
         self.log: list[dict[str, Any]] = []
 
@@ -197,15 +198,21 @@ class Trainer:
             self._leave_branch()
             self._finish_epoch(results)
             self.run.save_epoch(self.state(), self._is_best(self.epoch), self.config.keep_all)
-            self.saved = self._place()
+            self._note_saved()
             self.on_epoch_end(self.log[-1])
         return True
 
     def _save_state(self) -> None:
-        """Save what the run continues from within an epoch."""
+        """Save what the run continues from within an epoch, unless the last batches or the weights are not finite."""
+        if self.not_finite or not self._weights_are_finite():
+            log.warning('Nothing is saved after batch %d, where losses or weights are not finite.', self.batch)
+            return
         self._leave_branch()
         self.run.save_state(self.state())
-        self.saved = self._place()
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        self.saved, self.saved_before, self.proven = self._place(), self.saved, False
 
     def _leave_branch(self) -> None:
         """Before a run that went back saves for the first time: take the later epochs out of the log and the best."""
@@ -297,7 +304,7 @@ class Trainer:
 
     def _name_replaced(self, numbers: range, replaced: Tensor) -> None:
         """Name each image once that could not be used for a batch."""
-        own = [self.name_of(n) for n, bad in zip(parallel.part(numbers), replaced, strict=True) if bad]
+        own = [self.name_of(n) for n, bad in zip(parallel.local_slice(numbers), replaced, strict=True) if bad]
         names = {name for part in parallel.gather(own) for name in part}
         for name in sorted(names - self.unusable):
             log.warning('%s cannot be used: the next image takes its place.', name)
@@ -348,6 +355,7 @@ class Trainer:
         """
         loss = values['total']
         self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
+        self.proven |= not self.not_finite
         where = f'in epoch {self.epoch + 1}, on patches of {self._names(numbers)}'
         if self.not_finite and not self._weights_are_finite():
             raise UserError(f'The loss is {loss} {where}, and so are weights; {self._advice()}')
@@ -359,6 +367,10 @@ class Trainer:
         return False
 
     def _advice(self) -> str:
+        """What to do about a run that can't go on. A state that no finite loss has followed is given up for it."""
+        if not self.proven:
+            self.run.give_up_state()
+            self.saved = self.saved_before
         if not self.saved:
             return 'start again with a lower --lr or a --gclip.'
         return f'{self.saved} is kept: --load {self.run.folder.name} continues it, with a lower --lr or a --gclip.'

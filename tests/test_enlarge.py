@@ -46,8 +46,8 @@ def test_an_image_too_large_to_be_read_within_the_limit_is_named(tmp_path):
 MEMORY = """
 import sys
 sys.path.insert(0, {source!r})
-from system.allocator import keep_memory
-keep_memory()
+from system.allocator import tune_malloc
+tune_malloc()
 from system import memory
 {setup}
 before = memory.start_peak('cpu')

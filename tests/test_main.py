@@ -20,6 +20,7 @@ import main
 import metric
 import model
 import option
+import wiring
 from data.image import read_rgb, write_png
 from report import picture as pictures
 from tests.conftest import ROOT, picture, slow
@@ -301,7 +302,7 @@ def test_weights_are_looked_up_in_a_folder(data_folder, no_curves, monkeypatch, 
 
 def pieces(data: Path, *options: str) -> list[tuple[str, np.ndarray]]:
     """The first HR patches that a training run learns from, with the image each is cut from."""
-    patches = main.train_data(option.parse(arguments(data, EDSR, *options)))
+    patches = wiring.train_data(option.parse(arguments(data, EDSR, *options)))
     _, hr = default_collate([patches[i] for i in range(30)]).flipped(torch.device('cpu'))
     return [(patches.name(i), patch.permute(1, 2, 0).numpy()) for i, patch in enumerate(hr)]
 

@@ -248,13 +248,13 @@ def test_profile_of_several():
 def test_recognised_network_settles_the_options():
     args = options('--model auto --pre_train x.pt --test_only --res_scale 0.5')
     assert (args.scale, args.save) == (None, '')
-    option.settle(args, 'EDSR', 3, {'n_feats': 8, 'n_colors': 3}, {'n_feats': 8})
+    option.apply_detected_network(args, 'EDSR', 3, {'n_feats': 8, 'n_colors': 3}, {'n_feats': 8})
     assert (args.model, args.scale, args.n_feats, args.res_scale, args.save) == ('EDSR', 3, 8, 0.5, 'EDSR_x3_test')
 
 
 def test_training_takes_weights_to_another_scale():
     args = options('--model auto --pre_train x.pt --scale 4')
-    option.settle(args, 'EDSR', 2, {}, {})
+    option.apply_detected_network(args, 'EDSR', 2, {}, {})
     assert (args.model, args.scale) == ('EDSR', 4)
 
 
@@ -283,13 +283,17 @@ def test_memory_is_in_units():
     assert found == [2**31, 700 * 2**20, 3 * 2**29]
 
 
+def auto(command: str) -> Namespace:
+    return options(f'--model auto --pre_train x.pt {command}')
+
+
 def test_recognised_network_meets_the_checks_of_any_other():
     with pytest.raises(UserError, match=r'--scale 2: x\.pt holds weights of EDSR x3; leave it out'):
-        option.settle(options('--model auto --pre_train x.pt --scale 2 --test_only'), 'EDSR', 3, {}, {})
+        option.apply_detected_network(auto('--scale 2 --test_only'), 'EDSR', 3, {}, {})
     with pytest.raises(UserError, match=r'--n_feats 4: x\.pt holds weights of EDSR with 8; leave it out'):
-        option.settle(options('--model auto --pre_train x.pt --n_feats 4'), 'EDSR', 3, {'n_feats': 8}, {})
+        option.apply_detected_network(auto('--n_feats 4'), 'EDSR', 3, {'n_feats': 8}, {})
     with pytest.raises(UserError, match='--patch_size 100 is not a multiple of --scale 3'):
-        option.settle(options('--model auto --pre_train x.pt --patch_size 100'), 'EDSR', 3, {}, {})
+        option.apply_detected_network(auto('--patch_size 100'), 'EDSR', 3, {}, {})
 
 
 @pytest.mark.parametrize(

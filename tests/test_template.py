@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from main import schedule
 from model import build
 from option import network_settings, parse
 from template import TEMPLATES
+from wiring import schedule
 
 # Parameter counts as the tables of the field give them.
 PARAMETERS = {

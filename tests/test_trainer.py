@@ -21,7 +21,7 @@ from data.srdata import SRData
 from evaluation import Evaluation, table
 from loss import Loss
 from report import picture as pictures
-from system.background import Background
+from system.background import WorkerPool
 from system.stopping import Stop, Stopped
 from tests.conftest import ROOT, picture
 from tests.test_checkpoint import strict
@@ -251,7 +251,7 @@ def test_what_a_network_draws_depends_on_the_step_alone(data_folder, monkeypatch
         drawn.append(torch.rand(()).item())
         return torch.ones(len(self.names))
 
-    monkeypatch.setattr('step.TrainStep.run', noted)
+    monkeypatch.setattr('step.TrainStep.train_on', noted)
     train(data_folder, EDSR, '--epochs 2', name='whole')
     whole = drawn.copy()
     drawn.clear()
@@ -349,6 +349,39 @@ def test_a_loss_that_is_not_finite_ends_the_run(data_folder, capsys):
     assert metrics(run) == record
     train(data_folder, '--load run --epochs 3 --lr 1e-4')
     assert len(metrics(run)) == 3
+
+
+def test_a_run_that_diverges_keeps_a_state_from_before(data_folder, capsys):
+    """What its first steps at such a rate made is finite and useless: the state that it started from is there."""
+    run = train(data_folder, EDSR, '--epochs 2')
+    before = state(run)
+    assert main.main(arguments(data_folder, '--load run --epochs 9 --lr 1e20 --test_every 30 --save_every 1')) == 2
+    assert 'epoch 2 is kept: --load run continues it' in capsys.readouterr().err
+    assert equal(state(run)['model'], before['model'])
+    train(data_folder, '--load run --epochs 3 --test_every 2 --lr 1e-4 --save_every 0')
+    assert metrics(run)[-1]['loss']['total'] < 1.5 * metrics(run)[0]['loss']['total']
+
+
+def test_a_run_that_diverges_at_once_keeps_no_state(data_folder, capsys):
+    assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --test_every 30 --save_every 1 --save run')) == 2
+    assert 'start again with a lower --lr' in capsys.readouterr().err
+    train(data_folder, EDSR)  # nothing is in the way
+
+
+@pytest.mark.parametrize('name', ['state.pt', 'state_before.pt'])
+def test_a_state_whose_weights_are_not_finite_is_not_continued_from(data_folder, capsys, name):
+    run = train(data_folder, EDSR, '--epochs 2')
+    broken = state(run)
+    next(iter(broken['model'].values())).view(-1)[0] = math.nan
+    torch.save(broken, run / name)
+    if name == 'state_before.pt':
+        (run / 'state.pt').unlink()
+        assert main.main(arguments(data_folder, '--load run --epochs 3')) == 2
+        assert 'state_before.pt holds weights that are not finite' in capsys.readouterr().err
+    else:
+        train(data_folder, '--load run --epochs 3')
+        assert 'state.pt holds weights that are not finite' in capsys.readouterr().out
+        assert len(metrics(run)) == 3
 
 
 def test_weights_that_are_not_finite_are_not_kept(data_folder, capsys):
@@ -785,5 +818,5 @@ def test_table():
 
 def test_an_image_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / 'results').write_text('in the way')
-    with pytest.raises(Exception, match=r'a\.png could not be written'), Background() as background:
+    with pytest.raises(Exception, match=r'a\.png could not be written'), WorkerPool() as background:
         background.start(write_png, tmp_path / 'results' / 'a.png', picture(0, 5, 5))

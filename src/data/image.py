@@ -61,6 +61,11 @@ def read_photo(path: Path) -> Photo:
     """
     with _user_errors(path):
         samples, icc = _read_samples(path)
+    return _as_photo(samples, icc)
+
+
+def _as_photo(samples: np.ndarray, icc: bytes | None) -> Photo:
+    """(H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
     channels = samples.shape[2]
     grey = channels < 3
     color = samples[..., :1].repeat(3, axis=2) if grey else np.ascontiguousarray(samples[..., :3])
@@ -113,6 +118,42 @@ def bytes_to_read(path: Path) -> int:
     return height * width * pixel
 
 
+def from_pillow(image: Image.Image) -> Photo:
+    """An image of Pillow as a photograph, turned as its EXIF orientation says; the image itself stays as it is.
+
+    Raises:
+        UserError: no pixels, others than of 8 bits a channel or 16 bits of grey, or a damaged file behind it.
+    """
+    try:
+        if not image.width * image.height:
+            raise ValueError('it is empty')
+        deep = image.mode.startswith('I;16')
+        samples = np.array(image).astype(np.uint16)[..., None] if deep else _samples_8bit(image)
+        samples = _upright(samples, _orientation(image.getexif))
+    except Exception as error:  # a file that is read only now may be damaged
+        raise UserError(
+            f'This image of Pillow cannot be used ({error}): convert it to RGB, RGBA, L or I;16.'
+        ) from error
+    return _as_photo(samples, image.info.get('icc_profile'))
+
+
+def to_pillow(samples: np.ndarray, icc: bytes | None = None) -> Image.Image:
+    """(H, W) or (H, W, 3) or (H, W, 4) uint8, or (H, W) uint16, as an image of Pillow: L, RGB, RGBA or I;16.
+
+    The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey.
+    """
+    image = Image.fromarray(np.ascontiguousarray(samples))
+    if fits(icc, grey=samples.ndim == 2):
+        image.info['icc_profile'] = icc
+    return image
+
+
+def fits(icc: bytes | None, grey: bool) -> bool:
+    """Whether a colour profile is one of grey images, or else of RGB images."""
+    space = b'GRAY' if grey else b'RGB '
+    return icc is not None and icc[16:20] == space  # ICC.1:2022, section 7.2: data colour space
+
+
 def write_png(path: Path, image: np.ndarray, icc: bytes | None = None) -> None:
     """`write_rows` of a whole image."""
     write_rows([image], path, len(image), icc)
@@ -128,10 +169,8 @@ def write_rows(rows: Iterable[np.ndarray], path: Path, height: int, icc: bytes |
     """
     rows = iter(rows)
     first = next(rows)
-    space = b'GRAY' if first.ndim == 2 else b'RGB '
-    if icc is not None and icc[16:20] != space:  # ICC.1:2022, section 7.2: data colour space
-        icc = None
-    write_atomic(path, encode_png(chain([first], rows), height, icc))
+    kept = icc if fits(icc, grey=first.ndim == 2) else None
+    write_atomic(path, encode_png(chain([first], rows), height, kept))
 
 
 def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -190,11 +229,16 @@ def _is_tif16(image: Image.Image) -> bool:
 
 
 def _read_8bit(image: ImageFile) -> np.ndarray:
-    if image.mode not in MODES:
-        raise ValueError(f'pixels of type {image.mode} are not supported')
     if image.mode == 'L' and 'transparency' in image.info:
         # Pillow widens the pixels of a 2- or 4-bit PNG to 8 bits, but not its transparent grey.
         image.info['transparency'] *= {'L;2': 85, 'L;4': 17}.get(str(image.tile[0][3]), 1)
+    return _samples_8bit(image)
+
+
+def _samples_8bit(image: Image.Image) -> np.ndarray:
+    """(H, W, C) uint8, where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+    if image.mode not in MODES:
+        raise ValueError(f'pixels of type {image.mode} are not supported')
     grey = image.mode in ('1', 'L', 'LA', 'La')
     mode = ('L' if grey else 'RGB') + ('A' if image.has_transparency_data else '')
     samples = np.array(image if image.mode == mode else image.convert(mode))

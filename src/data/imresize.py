@@ -28,7 +28,7 @@ def shrink(image: np.ndarray, scale: int, border: Border = 'mirror') -> np.ndarr
     return _resize(image[: height - height % scale, : width - width % scale], 1, scale, border)
 
 
-def enlarge(image: np.ndarray, scale: int, border: Border = 'mirror') -> np.ndarray:
+def upscale_bicubic(image: np.ndarray, scale: int, border: Border = 'mirror') -> np.ndarray:
     """Enlarges an image by an integer: the bicubic baseline.
 
     image: uint8 (H, W) or (H, W, C) of at least one pixel; border: as for `shrink`.

@@ -1,7 +1,7 @@
-"""Images that other programs made, found by the names of the images they belong to."""
+"""Names of output images: those that other programs made, found by the images they belong to, and our own."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,3 +53,15 @@ def _choose(name: str, files: list[Path]) -> Path:
             'leave one, or let exactly one end in _SR.'
         )
     return preferred[0]
+
+
+def output_names(files: Sequence[Path]) -> list[str]:
+    """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
+    stems = Counter(path.stem for path in files)
+    names: dict[str, None] = {}
+    for path in files:
+        name = path.stem if stems[path.stem] == 1 else path.name
+        while name in names:
+            name += '_'
+        names[name] = None
+    return list(names)

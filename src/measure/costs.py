@@ -21,7 +21,7 @@ from measure.published import PUBLISHED, SOURCES, Published
 from model import build, find, n_parameters
 from model.tiles.tiling import out_of_memory
 from system import memory
-from system.allocator import keep_memory
+from system.allocator import tune_malloc
 
 WIDTH, HEIGHT = 1280, 720  # of the output
 WARM_UP = 64  # side of the input of a first call that is not measured
@@ -192,7 +192,7 @@ def apart(work: Callable[..., T], *given: object) -> T:
 
 def begin_apart() -> None:
     """What a process beside the program does first."""
-    keep_memory()
+    tune_malloc()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -160,7 +160,7 @@ def call_of(model: Model, form: Form) -> Callable[[Tensor], Tensor]:
 
     def run(images: Tensor) -> Tensor:
         with torch.autocast(model.device.type, dtype if low else torch.bfloat16, enabled=low):
-            return model.run(images)
+            return model.calls.train(images)
 
     return run
 
@@ -181,7 +181,7 @@ def measure(call: Callable[[Tensor], object], model: Model, form: Form, *shape: 
 
 
 @torch.inference_mode()
-def enlarge(name: str, scale: int, device: str, form: Form) -> Row:
+def infer(name: str, scale: int, device: str, form: Form) -> Row:
     """Latency and peak memory for an output of 1280x720, shares of its time by kind, and time of a small batch."""
     model, run = make(name, scale, device, form)
     model.net.eval()
@@ -321,7 +321,7 @@ def measure_network(name: str, scale: int, device: str, form: Form, ceiling: Row
     row: Row = {'model': name, 'scale': scale, 'multiply_adds': multiply_adds(name, scale, *input_size(scale))}
     row |= dict.fromkeys(('dtype', 'latency', 'kinds', 'rate', 'share', 'patch', *TIMES, *MEMORY))
     row |= {'growth': [], 'failed': {}}
-    for what, work in {'enlarging': enlarge, 'training': learn}.items():
+    for what, work in {'enlarging': infer, 'training': learn}.items():
         found = attempt(work, name, scale, device, form)
         row |= {'failed': row['failed'] | {what: found}} if isinstance(found, str) else found
     if row['latency']:

@@ -1,7 +1,8 @@
 """Networks by name, and the wrapper that runs one on images."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from error import UserError
 from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
 from model.bicubic import Bicubic
-from model.common import Network, rgb_to_ycbcr, ycbcr_to_rgb
+from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
 from model.tiles.ensemble import self_ensemble
 from model.tiles.tiling import Tiler
 
-NETWORKS: dict[str, Network] = {
+NETWORKS: dict[str, NetworkSpec] = {
     **bicubic.NETWORKS,
     **edsr.NETWORKS,
     **rcan.NETWORKS,
@@ -31,7 +32,7 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-def find(name: str) -> Network:
+def find(name: str) -> NetworkSpec:
     """The facts of network `name`."""
     if name not in NETWORKS:
         raise UserError(f'Unknown network {name!r}: choose one of {", ".join(NETWORKS)}.')
@@ -55,7 +56,7 @@ def build(name: str, scale: int, **settings: object) -> nn.Module:
     return network.build(scale, **{**network.settings, **settings})
 
 
-def all_settings(network: Network, scale: int, **settings: object) -> dict[str, Any]:
+def all_settings(network: NetworkSpec, scale: int, **settings: object) -> dict[str, Any]:
     """`settings`, and those that they leave out, as in the paper of the network."""
     taken = inspect.signature(network.build).bind(scale, **{**network.settings, **settings})
     taken.apply_defaults()
@@ -70,6 +71,22 @@ def n_parameters(net: nn.Module) -> int:
 def type_name(dtype: torch.dtype) -> str:
     """float32, float16 or bfloat16."""
     return str(dtype).removeprefix('torch.')
+
+
+@dataclass
+class NetworkCalls:
+    """The ways in which a `Model` calls its network, all with the same weights.
+
+    They may be modules around the network. Here, in what is no module, PyTorch does not register them, so that a state
+    dict of the model holds every tensor once.
+
+    Attributes:
+        train: in training; with several processes the network in DistributedDataParallel.
+        upscale: in evaluation: the network, or its CUDA graphs.
+    """
+
+    train: nn.Module
+    upscale: Callable[[Tensor], Tensor]
 
 
 class Model(nn.Module):
@@ -87,6 +104,12 @@ class Model(nn.Module):
         half: half precision under autocast in `upscale`: float16, on a CPU (which has no fast float16) and where the
             network does not stand it bfloat16, where it stands neither float32.
         settings: of the network; what is left out is as in its paper.
+
+    Attributes:
+        net: the network itself, the only module here that has weights.
+        calls: how it is called.
+        dtype: what `upscale` computes in under autocast, float32 for none.
+        range: black and white in what the network takes and gives.
     """
 
     def __init__(
@@ -108,9 +131,8 @@ class Model(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net = build(name, scale, **settings).to(self.device)
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.fast: nn.Module = torch.compile(self.net) if compiled else self.net  # type: ignore[assignment]
-        self.run = self.fast
-        self.replayed = Graphed(self.fast) if graph and self.device.type == 'cuda' else None
+        net: nn.Module = torch.compile(self.net) if compiled else self.net  # type: ignore[assignment]
+        self.calls = NetworkCalls(net, Graphed(net) if graph and self.device.type == 'cuda' else net)
         self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
@@ -123,15 +145,24 @@ class Model(nn.Module):
 
     def safe(self, *dtypes: torch.dtype) -> torch.dtype:
         """The first of these types that the network stands under autocast; float32 if it stands none."""
-        return next((dtype for dtype in dtypes if dtype in self.network.half), torch.float32)
+        return next((dtype for dtype in dtypes if dtype in self.network.autocast_dtypes), torch.float32)
 
     def to_range(self, images: Tensor) -> Tensor:
         """uint8 RGB (N, 3, H, W) to what the network works in: (N, n_colors, H, W) float32 on the device."""
         return self._to_range(self._colours(images.to(self.device).float() / 255))
 
     def forward(self, lr: Tensor) -> Tensor:
-        """uint8 RGB (N, 3, H, W) to the network's own output, in its own range."""
-        return self.run(self.to_range(lr))
+        """uint8 RGB (N, 3, H, W) to the network's own output, (N, n_colors, scale * H, scale * W) in its own range.
+
+        Raises:
+            TypeError: other than uint8, whose range could only be guessed.
+        """
+        if lr.dtype != torch.uint8:
+            raise TypeError(
+                f'Model takes uint8 images in [0, 255], not {type_name(lr.dtype)}: convert them, or give '
+                'floats in [0, 1] to upscale_tensor.'
+            )
+        return self.calls.train(self.to_range(lr))
 
     def upscale(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together."""
@@ -151,26 +182,50 @@ class Model(nn.Module):
         self.net.eval()
         lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
         peak = np.iinfo(image.dtype).max
-        run = partial(self._upscale, peak=peak)
+        upscale_tile = partial(self._upscale_integers, peak=peak)
 
         def finish(rows: Tensor) -> Tensor:
             return rows.mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
 
-        pieces = self.tiler.rows(run, lr, self.scale, finish) if self.tiler else [finish(run(lr.unsqueeze(0))[0].cpu())]
-        for rows in pieces:
+        for rows in self._pieces(upscale_tile, lr, finish):
             yield rows.permute(1, 2, 0).numpy()
 
-    def _upscale(self, lr: Tensor, peak: int) -> Tensor:
-        """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
-        return self.enlarge(lr.to(self.device, torch.float32) / peak)
+    @torch.no_grad()
+    def upscale_floats(self, image: Tensor) -> Tensor:
+        """RGB (3, H, W) in [0, 1], float32 on the host, to (3, scale * H, scale * W), tile by tile and clipped.
 
-    def enlarge(self, rgb: Tensor) -> Tensor:
-        """RGB (N, 3, H, W) in [0, 1], float32 on the device, to (N, 3, scale * H, scale * W); not clipped."""
+        Leaves the network in evaluation mode.
+        """
+        self.net.eval()
+        channels, height, width = image.shape
+        sr, done = torch.empty(channels, height * self.scale, width * self.scale), 0
+
+        def upscale_tile(tiles: Tensor) -> Tensor:
+            return self.upscale_tensor(tiles.to(self.device))
+
+        for rows in self._pieces(upscale_tile, image, lambda rows: rows.clamp_(0, 1)):
+            sr[:, done : done + rows.shape[1]] = rows
+            done += rows.shape[1]
+        return sr
+
+    def _pieces(
+        self, upscale_tile: Callable[[Tensor], Tensor], image: Tensor, finish: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        """Rows of (3, H, W) enlarged, tile by tile or all at once; see `Tiler.rows`."""
+        if self.tiler:
+            return self.tiler.rows(upscale_tile, image, self.scale, finish)
+        return iter([finish(upscale_tile(image.unsqueeze(0))[0].cpu())])
+
+    def _upscale_integers(self, lr: Tensor, peak: int) -> Tensor:
+        """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
+        return self.upscale_tensor(lr.to(self.device, torch.float32) / peak)
+
+    def upscale_tensor(self, rgb: Tensor) -> Tensor:
+        """RGB (N, 3, H, W) in [0, 1], float32 on the device, to (N, 3, scale * H, scale * W), whole and not clipped."""
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             x = self._to_range(self._colours(rgb))
-            net = self.replayed or self.fast
-            y = self_ensemble(net, x) if self.ensemble else net(x)
+            y = self_ensemble(self.calls.upscale, x) if self.ensemble else self.calls.upscale(x)
         black, white = self.range
         y = (y.float() - black) / (white - black)
         if self.n_colors == 1:

@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import (
+    ESA,
     ChannelAttention,
     GatedFFN,
+    LayerNorm2d,
     LocalBlock,
-    PixelNorm,
-    SpatialGate,
     attention_cell,
     to_map,
     to_tokens,
 )
 from model.blocks.windows import check_window, look_up_bias, relative_positions
-from model.common import Network, check_images, conv, how_many, zero_pad
+from model.common import NetworkSpec, check_images, conv, how_many, zero_pad
 
 
 class StageMaps(NamedTuple):
@@ -89,9 +89,9 @@ class SpatialAttention(nn.Module):
     def __init__(self, n_feats: int, window_size: int, strided: bool, first: bool) -> None:
         super().__init__()
         self.window_size, self.strided = window_size, strided
-        self.norm = PixelNorm(n_feats, 1e-5)
+        self.norm = LayerNorm2d(n_feats, 1e-5)
         self.attn = OwnMap(n_feats, window_size) if first else SharedMap(n_feats)
-        self.cnorm = PixelNorm(n_feats, 1e-6)
+        self.cnorm = LayerNorm2d(n_feats, 1e-6)
         self.gfn = GatedFFN(n_feats, n_feats)
 
     def forward(self, x: Tensor, attention_map: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -117,9 +117,9 @@ class BlockC(nn.Module):
 
     def __init__(self, n_feats: int, window_size: int) -> None:
         super().__init__()
-        self.canorm1, self.canorm2 = (PixelNorm(n_feats, 1e-6) for _ in range(2))
+        self.canorm1, self.canorm2 = (LayerNorm2d(n_feats, 1e-6) for _ in range(2))
         self.cttn1, self.cttn2 = (ChannelAttention(n_feats, 1, window_size, strided) for strided in (False, True))
-        self.cnorm1, self.cnorm2 = (PixelNorm(n_feats, 1e-6) for _ in range(2))
+        self.cnorm1, self.cnorm2 = (LayerNorm2d(n_feats, 1e-6) for _ in range(2))
         self.gfn1, self.gfn2 = (GatedFFN(n_feats, n_feats) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Group(nn.Module):
         self.residual_layer = nn.Sequential(block) if first else block
         if not first:
             self.res_end = conv(n_feats, n_feats, 1)
-        self.esa = SpatialGate(n_feats)
+        self.esa = ESA(n_feats)
 
     def forward(self, x: Tensor, maps: Sequence[StageMaps] | None) -> tuple[Tensor, list[StageMaps]]:
         block = self.residual_layer[0] if isinstance(self.residual_layer, nn.Sequential) else self.residual_layer
@@ -213,7 +213,7 @@ class ASID(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         height, width = x.shape[2:]
-        x = zero_pad(x, self.window_size, SpatialGate.AT_LEAST).contiguous(memory_format=torch.channels_last)
+        x = zero_pad(x, self.window_size, ESA.AT_LEAST).contiguous(memory_format=torch.channels_last)
         head = self.input(x)
         x, maps = head, None
         for name in self.groups:
@@ -237,23 +237,23 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'ASID': Network(  # 298k 74.1G / 304k 34.0G / 313k 19.8G
+    'ASID': NetworkSpec(  # 298k 74.1G / 304k 34.0G / 313k 19.8G
         ASID,
         (2, 3, 4),
         value_range=(-1, 1),
         tiling_exact=False,
-        upsampler='up.',
-        blocks=(IDSABlock,),
+        upsampler_prefix='up.',
+        checkpoint_blocks=(IDSABlock,),
         recognise=recognise,
     ),
-    'ASIDd8': Network(  # 732k 182G / 739k 82.6G / 748k 47.4G
+    'ASIDd8': NetworkSpec(  # 732k 182G / 739k 82.6G / 748k 47.4G
         ASID,
         (2, 3, 4),
         {'n_resgroups': 8},
         (-1, 1),
         tiling_exact=False,
-        upsampler='up.',
-        blocks=(IDSABlock,),
+        upsampler_prefix='up.',
+        checkpoint_blocks=(IDSABlock,),
         recognise=recognise,
     ),
 }

@@ -35,25 +35,25 @@ from model.blocks.windows import (
     Windows,
     attention,
     check_window,
-    cut_windows,
     hidden_width,
     init_linear,
     look_up_bias,
-    position_table,
+    relative_position_bias_table,
     relative_positions,
     window_attention,
+    window_partition,
 )
 from model.common import (
     RGB_MEAN,
-    Network,
-    WideConv,
+    Float32Conv,
+    NetworkSpec,
+    at_least_float32,
     check_divides,
     check_images,
     conv,
     full_precision,
     how_many,
     mirror_pad,
-    widen,
 )
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -74,8 +74,8 @@ class DictionaryAttention(nn.Module):
         """Pixels (N, L, C) and tokens (N, M, C) to what the pixels read (N, L, C) and the softmaxed map (N, L, M)."""
         with full_precision(x):
             factor = 1 + self.scale.clamp(0, 1) * math.log(len(self.scale))
-            keys = F.normalize(self.wk(widen(tokens)), dim=-1) * factor.unsqueeze(-1)
-            queries = F.normalize(self.wq(widen(x)), dim=-1)
+            keys = F.normalize(self.wk(at_least_float32(tokens)), dim=-1) * factor.unsqueeze(-1)
+            queries = F.normalize(self.wq(at_least_float32(x)), dim=-1)
             similarity = (queries @ keys.transpose(1, 2)).softmax(-1)
         return similarity @ self.wv(tokens), similarity
 
@@ -111,7 +111,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, n_feats: int, n_heads: int, window_size: int) -> None:
         super().__init__()
-        self.relative_position_bias_table = position_table(window_size, n_heads)
+        self.relative_position_bias_table = relative_position_bias_table(window_size, n_heads)
         self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(self, qkv: Tensor, positions: Tensor, windows: Windows) -> Tensor:
@@ -188,7 +188,7 @@ class Layer(nn.Module):
         positions first, and since PyTorch's variance along such an axis takes ten times as long.
         """
         with full_precision(x):
-            norm, tokens, x = self.norm3, widen(tokens), widen(x)
+            norm, tokens, x = self.norm3, at_least_float32(tokens), at_least_float32(x)
             centred = similarity - similarity.mean(1, keepdim=True)
             gain = norm.weight * (centred.square().mean(1, keepdim=True) + norm.eps).rsqrt()
             logits = torch.addcmul(norm.bias, centred, gain)
@@ -298,7 +298,7 @@ class ATD(nn.Module):
             before, upsample, last = nn.Identity(), DirectUpsampler(scale, n_feats), nn.Identity()
         else:
             before = nn.Sequential(conv(n_feats, UPSAMPLER_FEATS, 3), nn.LeakyReLU())
-            upsample, last = Upsampler(scale, UPSAMPLER_FEATS), WideConv(UPSAMPLER_FEATS, 3, 3)
+            upsample, last = Upsampler(scale, UPSAMPLER_FEATS), Float32Conv(UPSAMPLER_FEATS, 3, 3)
         self.conv_before_upsample, self.upsample, self.conv_last = before, upsample, last
         self.apply(init_linear)
 
@@ -312,8 +312,8 @@ class ATD(nn.Module):
 
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        windows = [cut_windows(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(widen(flatten_image(x)))
+        windows = [window_partition(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
+        x = self.patch_embed(at_least_float32(flatten_image(x)))
         for block in self.layers:
             x = block(x, height, width, self.relative_position_index_SA, windows)
         return unflatten_image(self.norm(x), height, width)
@@ -373,7 +373,15 @@ LIGHT = {
     'mlp_ratio': 1.0,
     'direct_upsampler': True,
 }
-network = partial(Network, ATD, SCALES, tiling_exact=False, upsampler='upsample.', blocks=(Layer,), recognise=recognise)
+network = partial(
+    NetworkSpec,
+    ATD,
+    SCALES,
+    tiling_exact=False,
+    upsampler_prefix='upsample.',
+    checkpoint_blocks=(Layer,),
+    recognise=recognise,
+)
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
     'ATD': network(),  # 20.1M 6.47T / 20.3M 2.87T / 20.3M 1.73T

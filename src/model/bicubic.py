@@ -8,7 +8,7 @@ between the two passes; here nothing is rounded inside, so that 16-bit images ke
 import torch
 from torch import Tensor, nn
 
-from model.common import Network
+from model.common import NetworkSpec
 
 
 def cubic(x: Tensor) -> Tensor:
@@ -47,4 +47,4 @@ class Bicubic(nn.Module):
         return enlarge_rows(x, self.scale)
 
 
-NETWORKS = {'Bicubic': Network(Bicubic, scales=(2, 3, 4, 5, 6, 7, 8))}
+NETWORKS = {'Bicubic': NetworkSpec(Bicubic, scales=(2, 3, 4, 5, 6, 7, 8))}

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkSpec:
     """What the program has to know of a network besides its class.
 
     Attributes:
@@ -32,10 +32,10 @@ class Network:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        upsampler: prefix of the parameters that depend on the scale; all others carry over to another scale.
-        half: the types below float32 that autocast may use without a visible loss. Of float16 this has to be shown:
-            nothing keeps the features of a network without norms below 65504.
-        blocks: classes of the modules that activation checkpointing computes again.
+        upsampler_prefix: prefix of the parameters that depend on the scale; all others carry over to another scale.
+        autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
+            be shown: nothing keeps the features of a network without norms below 65504.
+        checkpoint_blocks: classes of the modules that activation checkpointing computes again.
         recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
             them; None for the weights of another network.
     """
@@ -45,9 +45,9 @@ class Network:
     settings: Mapping[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
-    upsampler: str = 'tail.0.'
-    half: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    blocks: tuple[type[nn.Module], ...] = ()
+    upsampler_prefix: str = 'tail.0.'
+    autocast_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    checkpoint_blocks: tuple[type[nn.Module], ...] = ()
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
 
 
@@ -132,12 +132,12 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
-def widen(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class WideConv(nn.Conv2d):
+class Float32Conv(nn.Conv2d):
     """3x3 or 1x1 convolution in float32 or more, also under autocast: for pixels, of which bfloat16 keeps 8 bits."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
@@ -145,7 +145,7 @@ class WideConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
-            return super().forward(widen(x))
+            return super().forward(at_least_float32(x))
 
 
 def activation(name: str) -> nn.Module:

@@ -29,9 +29,18 @@ from torch.utils.checkpoint import checkpoint
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.pixels import GatedFFN, PixelNorm, TransposedAttention
+from model.blocks.pixels import GatedFFN, LayerNorm2d, TransposedAttention
 from model.blocks.windows import hidden_width
-from model.common import RGB_MEAN, Network, check_divides, check_images, conv, full_precision, how_many, widen
+from model.common import (
+    RGB_MEAN,
+    NetworkSpec,
+    at_least_float32,
+    check_divides,
+    check_images,
+    conv,
+    full_precision,
+    how_many,
+)
 from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
@@ -177,7 +186,7 @@ class SparseGlobalAttention(TransposedAttention):
 
     def sums(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """Over the pixels of a cell: products (N, heads, C / heads, C / heads), squares (N, 2, heads, C / heads)."""
-        qk = widen(part[..., : part.shape[-1] // 3 * 2])
+        qk = at_least_float32(part[..., : part.shape[-1] // 3 * 2])
         if qk.is_cuda:
             return from_gram(gram_matrix(qk), self.n_heads)
         qk = qk.unflatten(2, (2, self.n_heads, -1))
@@ -190,7 +199,7 @@ class Norm(nn.Module):
 
     def __init__(self, n_feats: int) -> None:
         super().__init__()
-        self.body = PixelNorm(n_feats, 1e-5)
+        self.body = LayerNorm2d(n_feats, 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -337,12 +346,12 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 LIGHT = {'n_feats': 48, 'n_resgroups': 4, 'n_resblocks': 3}
 TINY = {'n_feats': 48, 'n_resgroups': 3, 'n_resblocks': 3}
 network = partial(
-    Network,
+    NetworkSpec,
     DLGSANet,
     (2, 3, 4),
     tiling_exact=False,
-    upsampler='upsample.',
-    blocks=(LocalBlock, GlobalBlock),
+    upsampler_prefix='upsample.',
+    checkpoint_blocks=(LocalBlock, GlobalBlock),
     recognise=recognise,
 )
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
-from model.common import Network, check_images, conv, how_many, in_fast_memory
+from model.common import NetworkSpec, check_images, conv, how_many, in_fast_memory
 
 
 class EDSR(nn.Module):
@@ -74,7 +74,8 @@ SCALES = (2, 3, 4, 8)
 BASELINE = {'n_resblocks': 16, 'n_feats': 64, 'res_scale': 1.0}
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'EDSR': Network(EDSR, SCALES, blocks=(ResBlock,), recognise=recognise),  # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
+    # 40.7M 9.38T / 43.7M 4.48T / 43.1M 2.89T
+    'EDSR': NetworkSpec(EDSR, SCALES, checkpoint_blocks=(ResBlock,), recognise=recognise),
     # 1.37M 316G / 1.55M 160G / 1.52M 114G
-    'EDSR-baseline': Network(EDSR, SCALES, BASELINE, blocks=(ResBlock,), recognise=recognise),
+    'EDSR-baseline': NetworkSpec(EDSR, SCALES, BASELINE, checkpoint_blocks=(ResBlock,), recognise=recognise),
 }

@@ -31,7 +31,8 @@ from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
 from model.blocks.sorted_attention import Pattern, attend, find_pattern
 from model.blocks.tokens import flatten_image, unflatten_image
 from model.common import (
-    Network,
+    NetworkSpec,
+    at_least_float32,
     check_divides,
     check_images,
     conv,
@@ -39,7 +40,6 @@ from model.common import (
     how_many,
     in_fast_memory,
     shape_of,
-    widen,
 )
 
 LLOYD_STEPS = 10
@@ -92,7 +92,7 @@ class KMeans(nn.Module):
     @torch.no_grad()
     def forward(self, embedding: Tensor) -> Tensor:
         """Cluster of every pixel: (N, L, dim) to (N, R, L) int64. Decided in float32 or more, also under autocast."""
-        embedding = widen(embedding)
+        embedding = at_least_float32(embedding)
         with full_precision(embedding):
             if self.training:
                 if not self._initialised():
@@ -274,7 +274,14 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 # 15.7M parameters, 3.68T multiply-adds at a 1280x720 output / 16.4M 1.71T / 16.3M 1.06T at x2 / x3 / x4; of the
 # parameters 1.33M (match convolutions of groups 2-10) and their 306G / 136G / 76G in the official count are never used.
-HALF = (torch.bfloat16, torch.float16)  # float16 costs LCoAN-small x2 less than 0.001 dB on Set5
+AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)  # float16 costs LCoAN-small x2 less than 0.001 dB on Set5
 NETWORKS = {
-    'LCoAN': Network(LCoAN, (2, 3, 4, 8), tiling_exact=False, half=HALF, blocks=(ResBlock,), recognise=recognise)
+    'LCoAN': NetworkSpec(
+        LCoAN,
+        (2, 3, 4, 8),
+        tiling_exact=False,
+        autocast_dtypes=AUTOCAST_DTYPES,
+        checkpoint_blocks=(ResBlock,),
+        recognise=recognise,
+    )
 }

@@ -30,7 +30,8 @@ from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
 from model.blocks.sorted_attention import attend, find_pattern
 from model.blocks.tokens import flatten_image, unflatten_image
 from model.common import (
-    Network,
+    NetworkSpec,
+    at_least_float32,
     check_divides,
     check_images,
     conv,
@@ -38,7 +39,6 @@ from model.common import (
     how_many,
     in_fast_memory,
     shape_of,
-    widen,
 )
 
 BLOCKS_PER_ATTENTION = 8
@@ -58,7 +58,7 @@ def buckets(embedding: Tensor, directions: Tensor) -> Tensor:
     Of the directions, followed by their opposites, it is the one of the largest product with the embedding. Decided in
     float32 or more, also under autocast.
     """
-    embedding = widen(embedding)
+    embedding = at_least_float32(embedding)
     with full_precision(embedding):
         projections = torch.einsum('nlc,crb->nrlb', embedding, directions.to(embedding.dtype))
     return torch.cat((projections, -projections), -1).argmax(-1)
@@ -175,5 +175,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 # 41.8M parameters, 10.3T multiply-adds at a 1280x720 output / 44.7M 4.88T / 44.2M 3.12T at x2 / x3 / x4.
 NETWORKS = {
-    'NLSN': Network(NLSN, (2, 3, 4, 8), tiling_exact=False, blocks=(ResBlock, SparseAttention), recognise=recognise)
+    'NLSN': NetworkSpec(
+        NLSN, (2, 3, 4, 8), tiling_exact=False, checkpoint_blocks=(ResBlock, SparseAttention), recognise=recognise
+    )
 }

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import (
+    ESA,
     ChannelAttention,
     GatedFFN,
+    LayerNorm2d,
     LocalBlock,
-    PixelNorm,
-    SpatialGate,
     attention_cell,
     to_map,
     to_tokens,
 )
 from model.blocks.tokens import TokenLinear
 from model.blocks.windows import attention, check_window, look_up_bias, relative_positions
-from model.common import Network, check_divides, check_images, conv, how_many, zero_pad
+from model.common import NetworkSpec, check_divides, check_images, conv, how_many, zero_pad
 
 TOKEN_EPS, MAP_EPS = 1e-5, 1e-6  # of the norms before attention over pixels, and of all others
 
@@ -59,7 +59,7 @@ class Residual(nn.Module):
 
     def __init__(self, n_feats: int, eps: float, fn: nn.Module) -> None:
         super().__init__()
-        self.norm = PixelNorm(n_feats, eps)
+        self.norm = LayerNorm2d(n_feats, eps)
         self.fn = fn
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class OSAGroup(nn.Module):
     def __init__(self, n_feats: int, n_heads: int, window_size: int) -> None:
         super().__init__()
         self.residual_layer = nn.Sequential(OSABlock(n_feats, n_heads, window_size), conv(n_feats, n_feats, 1))
-        self.esa = SpatialGate(n_feats)
+        self.esa = ESA(n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.esa(x + self.residual_layer(x))
@@ -141,7 +141,7 @@ class OmniSR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         height, width = x.shape[2:]
-        x = zero_pad(x, self.window_size, SpatialGate.AT_LEAST).contiguous(memory_format=torch.channels_last)
+        x = zero_pad(x, self.window_size, ESA.AT_LEAST).contiguous(memory_format=torch.channels_last)
         x = self.input(x)
         x = x + self.output(self.residual_layer(x))
         return self.up(x)[..., : self.scale * height, : self.scale * width]
@@ -163,13 +163,13 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
-    'OmniSR': Network(  # 785k 194G / 793k 88.1G / 805k 50.7G
+    'OmniSR': NetworkSpec(  # 785k 194G / 793k 88.1G / 805k 50.7G
         OmniSR,
         (2, 3, 4),
         value_range=(-1, 1),
         tiling_exact=False,
-        upsampler='up.',
-        blocks=(OSABlock,),
+        upsampler_prefix='up.',
+        checkpoint_blocks=(OSABlock,),
         recognise=recognise,
     ),
 }

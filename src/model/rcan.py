@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.blocks.edsr import Tail, mean_shifts, recognise_ends
-from model.common import Network, activation, check_divides, check_images, conv, how_many, in_fast_memory, shape_of
+from model.common import NetworkSpec, activation, check_divides, check_images, conv, how_many, in_fast_memory, shape_of
 
 
 class ChannelAttention(nn.Module):
@@ -122,5 +122,5 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 # 15.4M parameters, 3.53T multiply-adds at a 1280x720 output / 15.6M 1.59T / 15.6M 917G at x2 / x3 / x4.
 NETWORKS = {
-    'RCAN': Network(RCAN, (2, 3, 4, 8), tiling_exact=False, blocks=(RCAB,), recognise=recognise),
+    'RCAN': NetworkSpec(RCAN, (2, 3, 4, 8), tiling_exact=False, checkpoint_blocks=(RCAB,), recognise=recognise),
 }

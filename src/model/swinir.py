@@ -27,16 +27,25 @@ from model.blocks.tokens import TokenLinear, TokenNorm, flatten_image, unflatten
 from model.blocks.windows import (
     Windows,
     check_window,
-    cut_windows,
     hidden_width,
     init_linear,
     look_up_bias,
-    position_table,
+    relative_position_bias_table,
     relative_positions,
     shift_masks,
     window_attention,
+    window_partition,
 )
-from model.common import RGB_MEAN, Network, check_divides, check_images, conv, how_many, mirror_pad, widen
+from model.common import (
+    RGB_MEAN,
+    NetworkSpec,
+    at_least_float32,
+    check_divides,
+    check_images,
+    conv,
+    how_many,
+    mirror_pad,
+)
 
 NOMINAL_SIZE = 64  # of the input that the masks in the weights are for
 
@@ -48,7 +57,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, n_feats: int, n_heads: int, window_size: int) -> None:
         super().__init__()
-        self.relative_position_bias_table = position_table(window_size, n_heads)
+        self.relative_position_bias_table = relative_position_bias_table(window_size, n_heads)
         self.register_buffer('relative_position_index', relative_positions(window_size))
         self.qkv = TokenLinear(n_feats, 3 * n_feats)
         self.proj = TokenLinear(n_feats, n_feats)
@@ -195,8 +204,8 @@ class SwinIR(nn.Module):
 
     def body(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        windows = [cut_windows(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(widen(flatten_image(x)))
+        windows = [window_partition(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
+        x = self.patch_embed(at_least_float32(flatten_image(x)))
         for block in self.layers:
             x = block(x, height, width, windows)
         return unflatten_image(self.norm(x), height, width)
@@ -222,7 +231,12 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4: 910K 241G / 918K 109G / 930K 62.7G
-    'SwinIR-light': Network(
-        SwinIR, (2, 3, 4), tiling_exact=False, upsampler='upsample.', blocks=(Layer,), recognise=recognise
+    'SwinIR-light': NetworkSpec(
+        SwinIR,
+        (2, 3, 4),
+        tiling_exact=False,
+        upsampler_prefix='upsample.',
+        checkpoint_blocks=(Layer,),
+        recognise=recognise,
     )
 }

@@ -12,7 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from data.image import read_rgb, read_size
-from data.imresize import enlarge
+from data.imresize import upscale_bicubic
 from error import UserError
 from report.picture import centre
 
@@ -46,7 +46,7 @@ class Saved:
         lr = self.lr()
         rows, columns = centre(lr, SIDE // self.scale)
         large = tuple(slice(self.scale * s.start, self.scale * s.stop) for s in (rows, columns))
-        found = {'bicubic': enlarge(lr[rows, columns], self.scale), 'sr': read_rgb(self.file)[large]}
+        found = {'bicubic': upscale_bicubic(lr[rows, columns], self.scale), 'sr': read_rgb(self.file)[large]}
         return found | ({'hr': self.hr()[large]} if self.hr else {})
 
 

@@ -12,7 +12,7 @@ KEPT = {
 }
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Have glibc on Linux keep freed memory for the next tensor; elsewhere nothing.
 
     By default each large tensor is given back to the system and mapped anew, and on a CPU the page faults of that can
@@ -25,7 +25,7 @@ def keep_memory() -> None:
                 mallopt(parameter, value)
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Have glibc on Linux return to the system what is freed; elsewhere nothing."""
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
     if trim is not None:

@@ -14,14 +14,14 @@ AHEAD = 8
 T = TypeVar('T')
 
 
-class Background:
+class WorkerPool:
     """Does what follows the network in threads, at most two pieces behind it; errors surface at the end at the latest.
 
     Attributes:
         results: of the pieces in the order they were started, once the block has ended.
     """
 
-    def __enter__(self) -> 'Background':
+    def __enter__(self) -> 'WorkerPool':
         self._pool = ThreadPoolExecutor(2)
         self._futures: list[Future] = []
         self.results: list[Any] = []
@@ -73,7 +73,7 @@ def _received(queue: Queue, failed: list[BaseException]) -> Iterator[Any]:
     raise failed[0]
 
 
-class Ahead:
+class Prefetcher:
     """Loads the item that comes next while the one before it is in use."""
 
     def __init__(self) -> None:
@@ -81,8 +81,8 @@ class Ahead:
         self._coming: dict[Any, Future] = {}
 
     def __call__(self, load: Callable[[int], T], index: int, count: int) -> T:
-        """`load(index)`, of `count` items that are asked for as `parallel.deal` deals them."""
+        """`load(index)`, of `count` items that are asked for as `parallel.rank_indices` deals them."""
         now = self._coming.pop((load, index), None) or self._pool.submit(load, index)
-        after = index + parallel.size()
+        after = index + parallel.world_size()
         self._coming = {(load, after): self._pool.submit(load, after)} if after < count else {}
         return now.result()

@@ -1,4 +1,4 @@
-"""Where something was measured."""
+"""The machine: what networks can run on, and where something was measured."""
 
 import platform
 from contextlib import suppress
@@ -15,6 +15,13 @@ def machine(device: str) -> dict[str, str]:
         'torch': torch.__version__,
         'date': datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+def best_device() -> str:
+    """What networks run on if nobody says: cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
 def cpu_name() -> str:

@@ -62,7 +62,7 @@ def launched() -> bool:
 
 def restarted() -> bool:
     """Whether torchrun started these processes again after one had failed; every host counts its own failures."""
-    return sum(total([float(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'))])) > 0
+    return sum(all_reduce_sum([float(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'))])) > 0
 
 
 def launch_name() -> str:
@@ -101,7 +101,7 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """Number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -121,18 +121,18 @@ def finish() -> NoReturn:
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process does this block before the others do it."""
     if rank() > 0:
         distributed.barrier()
     yield
-    if rank() == 0 and size() > 1:
+    if rank() == 0 and world_size() > 1:
         distributed.barrier()
 
 
-def part(numbers: Sequence[int]) -> list[int]:
+def local_slice(numbers: Sequence[int]) -> list[int]:
     """What of the numbers of a batch is this process's."""
-    first, last = (len(numbers) * r // size() for r in (rank(), rank() + 1))
+    first, last = (len(numbers) * r // world_size() for r in (rank(), rank() + 1))
     return list(numbers[first:last])
 
 
@@ -147,16 +147,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[list[int]]:
         for i in range(len(self)):
-            yield part(self.numbers[i * self.batch_size : (i + 1) * self.batch_size])
+            yield local_slice(self.numbers[i * self.batch_size : (i + 1) * self.batch_size])
 
 
-def shared(net: nn.Module, device: torch.device, accumulates: bool = False) -> nn.Module:
+def wrap_ddp(net: nn.Module, device: torch.device, accumulates: bool = False) -> nn.Module:
     """`net` with its gradients averaged over all processes; itself in a single one.
 
     Which parameters a network does not use (LCoAN has such) is looked up in the first step alone, or, where gradients
     of parts of a batch are accumulated, which PyTorch does not allow then, in every one.
     """
-    if size() == 1:
+    if world_size() == 1:
         return net
     devices = [device.index] if device.index is not None else None
     return DistributedDataParallel(
@@ -164,21 +164,21 @@ def shared(net: nn.Module, device: torch.device, accumulates: bool = False) -> n
     )
 
 
-def unsynchronised(net: nn.Module) -> AbstractContextManager[Any]:
+def no_sync(net: nn.Module) -> AbstractContextManager[Any]:
     """Within this block gradients stay in this process, to be averaged with later ones."""
     return net.no_sync() if isinstance(net, DistributedDataParallel) else nullcontext()
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
+def all_reduce_tensor(values: Tensor) -> Tensor:
     """The sums of the values over all processes, in all of them; on the device, which is not waited for."""
-    if size() > 1:
+    if world_size() > 1:
         distributed.all_reduce(values)
     return values
 
 
-def total(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """The sums of the values over all processes, in all of them."""
-    if size() == 1:
+    if world_size() == 1:
         return list(values)
     device = 'cuda' if distributed.get_backend() == 'nccl' else 'cpu'
     sums = torch.tensor(values, dtype=torch.float64, device=device)
@@ -188,24 +188,24 @@ def total(values: Sequence[float]) -> list[float]:
 
 def gather(value: Any) -> list[Any]:
     """The values of all processes in the first one; nothing in the others."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * size() if rank() == 0 else None
+    values = [None] * world_size() if rank() == 0 else None
     distributed.gather_object(value, values)
     return values or []
 
 
-def spread(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What the first process has, in all of them."""
     values = [value]
-    if size() > 1:
+    if world_size() > 1:
         distributed.broadcast_object_list(values)
     return values[0]
 
 
-def deal(count: int) -> Iterator[tuple[int, int | None]]:
+def rank_indices(count: int) -> Iterator[tuple[int, int | None]]:
     """Rounds in which every process does one of `count` pieces: the first of the round, and that of this process."""
-    for first in range(0, count, size()):
+    for first in range(0, count, world_size()):
         own = first + rank()
         yield first, own if own < count else None
 

@@ -35,7 +35,7 @@ class Stop:
 
     def check(self) -> None:
         """Raise `Stopped` if the run is to end, in this process or in another one that shares it."""
-        if sum(parallel.total([float(self())])):
+        if sum(parallel.all_reduce_sum([float(self())])):
             self.name = self.name or 'another process'
             raise Stopped
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import main
-import option
+import api
 from data.image import Photo, read_photo, read_size, write_png
 from enlarge import enlarged
 from error import UserError
 from model import Model
 from model.loading.detect import recognise
 from model.loading.weights import read_weights
+from system.machine import best_device
+from system.numerics import set_numerics
 
 log = logging.getLogger('frugalsr')
 
@@ -72,16 +73,10 @@ def find_choices(folder: Path) -> list[Choice]:
 
 @lru_cache(maxsize=2)
 def load(choice: Choice, cpu: bool) -> Model:
-    """The network with its weights, as `main.py --test_only --chop auto` would run it."""
-    words = ['--model', 'auto', '--pre_train', str(choice.file)]
-    if choice.file is None:
-        words = ['--model', choice.network, '--scale', str(choice.scale)]
-    args = option.parse([*words, '--test_only', '--chop', 'auto', *(['--cpu'] if cpu else [])])
-    if choice.file:
-        main.settle(args)
-    model = main.make_model(args)
-    main.load(args, model)
-    return model
+    """The network with its weights, which repeats its results to the bit on a CPU, as `main.py` has it."""
+    device = 'cpu' if cpu else best_device()
+    set_numerics(seed=1, deterministic=device == 'cpu', tf32=False)
+    return api.load(choice.file or f'{choice.network}_x{choice.scale}', device).model
 
 
 def enlarge(image: Path, choice: Choice, folder: Path, max_pixels: int, cpu: bool) -> Result:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.imresize import enlarge, shrink
+from data.imresize import shrink, upscale_bicubic
 from tests.conftest import slow
 
 SIZES = [(1, 1), (2, 3), (5, 4), (7, 13)]
@@ -79,7 +79,7 @@ def test_shrink_is_the_formula(size, scale, border, channels):
 @pytest.mark.parametrize('size', SIZES)
 def test_enlarge_is_the_formula(size, scale, border, channels):
     image = noise(*size, *channels)
-    result = enlarge(image, scale, border)
+    result = upscale_bicubic(image, scale, border)
     assert result.dtype == np.uint8
     np.testing.assert_array_equal(result, plain(image, scale, border))
 
@@ -93,7 +93,9 @@ def test_shrink_an_edge_by_hand():
 
 def test_enlarge_an_edge_by_hand():
     # The weights for 2 are (-3 29 111 -9)/128 and their mirror image: 255 * (29 - 3)/128 = 51.8 beside the edge.
-    assert enlarge(np.array([[0, 0, 255, 255]], np.uint8), 2).tolist() == [[0, 0, 0, 52, 203, 255, 255, 255]] * 2
+    assert (
+        upscale_bicubic(np.array([[0, 0, 255, 255]], np.uint8), 2).tolist() == [[0, 0, 0, 52, 203, 255, 255, 255]] * 2
+    )
 
 
 def test_borders_differ():
@@ -109,14 +111,14 @@ def test_constant_images_stay_constant(value, scale, border):
     small = shrink(image, scale, border)
     assert small.shape == (19 // scale, 10 // scale, 3)
     assert (small == value).all()
-    assert (enlarge(small, scale, border) == value).all()
+    assert (upscale_bicubic(small, scale, border) == value).all()
 
 
 def test_the_image_given_is_left_alone():
     image = noise(9, 9, 3)
     before = image.copy()
     shrink(image, 2)
-    enlarge(image, 2)
+    upscale_bicubic(image, 2)
     np.testing.assert_array_equal(image, before)
 
 
@@ -126,7 +128,7 @@ def test_too_small_to_shrink(shape):
         shrink(np.zeros(shape, np.uint8), 4)
 
 
-@pytest.mark.parametrize('resize', [shrink, enlarge])
+@pytest.mark.parametrize('resize', [shrink, upscale_bicubic])
 def test_wrong_arguments(resize):
     with pytest.raises(ValueError, match='float64'):
         resize(np.zeros((8, 8)), 2)

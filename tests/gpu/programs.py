@@ -146,7 +146,8 @@ def train(folder: Path, name: str, *options: str, stop_at: str = '', load: bool 
 
 def graph_and_not(folder: Path, name: str, more: str) -> tuple[Run, Run]:
     """The same run, with its steps as one CUDA graph and without."""
-    common = [network(name), DATA, STEPS, more]
+    # Else cuDNN chooses other kernels in each run, and in bfloat16 a dozen steps make that visible.
+    common = [network(name), DATA, STEPS, more, *either('--deterministic')]
     runs = []
     for form in ('graph', 'no_graph'):
         text = train(folder, form, *common, *([f'--{form}'] if CUDA else []))

@@ -68,17 +68,27 @@ speed() {
     return $status
 }
 
+# Goes on from models/ASID_x2.pt with the images of pack.sh, and brings the run back: --load continues it elsewhere.
 train() {
-    local status options=(--template ASID_x4 --pre_train ASID_x4.pt --amp bf16 --max_time "$((train_seconds - 20))")
-    options+=(--dir_data "$root/gpu_pack" --data_train "$root/gpu_pack_train_1/HR" --data_test Set5)
+    local status file options=(--model ASID --scale 2 --pre_train ASID_x2.pt --data_train SR291+W216 --sampling area)
+    options+=(--dir_data "$work/data" --data_test Set5 --patch_size 128 --batch_size 32 --amp bf16 --n_threads 12)
+    options+=(--lr 5e-4 --warmup 300 --weight_ema 0.999 --epochs 1000 --test_every 1000 --max_time "$((train_seconds - 30))")
+    mkdir -p "$work"/data/{SR291,W216}/HR "$work/data/benchmark"
     if [ "$rehearse" = 1 ]; then
         options=(--model EDSR-baseline --n_resblocks 1 --n_feats 8 --epochs 1 --test_every 2 --batch_size 2 --cpu)
         options+=(--patch_size 48 --data_train Sample --data_test Sample --dir_data "$work/data" --scale 4 --n_threads 0)
+    else
+        for file in gpu_pack_train_*/HR/*; do
+            case $file in
+                *.webp) ln -s "$root/$file" "$work/data/W216/HR" ;;
+                *) ln -s "$root/$file" "$work/data/SR291/HR" ;;
+            esac
+        done
+        cp -r gpu_pack/benchmark/Set5 "$work/data/benchmark"
     fi
     limited "$python" src/main.py "${options[@]}" --save_dir "$work" --save train
     status=$?
-    cp "$work/train/model/model_latest.pt" "$out/train.pt" 2>/dev/null
-    cp "$work/train/metrics.jsonl" "$out/metrics.jsonl" 2>/dev/null
+    tar -cf "$out/train.tar" -C "$work/train" state.pt model/model_latest.pt metrics.jsonl config.txt log.txt
     return $status
 }
 

@@ -38,7 +38,7 @@ def edsr(tiler: Tiler | None) -> Model:
 
 
 @pytest.mark.only_gpu
-@pytest.mark.parametrize('part', [0.6, 0.3, 0.1])
+@pytest.mark.parametrize('part', [0.6, 0.3, 0.2])
 @pytest.mark.parametrize('make', [edsr, asid])
 def test_out_of_memory_halves_the_tiles_and_keeps_the_image(
     make: Any, part: float, caplog: pytest.LogCaptureFixture

@@ -12,7 +12,19 @@ from model import NETWORKS, Model, type_name
 from model.loading.detect import recognise
 from model.loading.weights import read_weights
 from tests.gpu import programs
-from tests.gpu.parts import ALL, DEVICE, REHEARSE, ROOT, Recorded, background, chosen, distance, note, reference
+from tests.gpu.parts import (
+    ALL,
+    DEVICE,
+    REHEARSE,
+    ROOT,
+    SORTING,
+    Recorded,
+    background,
+    chosen,
+    distance,
+    note,
+    reference,
+)
 
 CARDS = ['LCoAN-small_x2', 'LCoAN-small_x4', 'ASID_x2', 'ASID_x3', 'ASID_x4', 'DLGSANet-tiny_x2', 'ATD-light_x2']
 CARDS = CARDS[:1] if REHEARSE else CARDS
@@ -44,9 +56,9 @@ def test_trained_weights_lose_next_to_nothing(card: str) -> None:
         return float(np.mean([psnr(model.upscale(lr), hr, found.scale, 'Y') for lr, hr in images]))
 
     single = scores(torch.float32)
-    losses = {type_name(dtype): single - scores(dtype) for dtype in NETWORKS[found.name].half}
+    losses = {type_name(dtype): single - scores(dtype) for dtype in NETWORKS[found.name].autocast_dtypes}
     # What is not declared safe is measured too, for the facts to be completed.
-    others = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in NETWORKS[found.name].half]
+    others = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in NETWORKS[found.name].autocast_dtypes]
     also = {f'undeclared_{type_name(dtype)}': single - scores(dtype) for dtype in others if not REHEARSE}
     note('half', weights=card, float32=round(single, 4), **losses, **also)
     assert losses
@@ -60,12 +72,13 @@ def test_untrained_networks_stay_close(name: str) -> None:
     recorded = Recorded(name, 2)
     net = recorded.network().to(DEVICE).eval()
     x, truth = next(recorded.cases())
-    for dtype in NETWORKS[name].half:
+    for dtype in NETWORKS[name].autocast_dtypes:
         with torch.autocast(DEVICE, dtype):
             y = net(x.to(DEVICE))
         note('untrained', network=name, type=type_name(dtype), distance=(error := distance(y, truth)))
         assert y.isfinite().all()
-        assert 1e-6 < error < LIMIT  # it did compute in less than float32
+        # It did compute in less than float32. Where pixels are sorted by it, they end in other groups.
+        assert 1e-6 < error < (0.5 if name in SORTING else LIMIT)
 
 
 @pytest.mark.parametrize('card', [pytest.param(card, marks=background(programs.on_the_card, card)) for card in CARDS])

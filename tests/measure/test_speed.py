@@ -18,7 +18,7 @@ from measure.costs import apart
 from measure.speed import KINDS, Form, attempt, by_kind, clocked, kind, lr_patch, profiled, spread
 from measure.speed_report import compare, exponent, growths, judged, parts, ratio, read_report, scaled, table
 from model import NETWORKS
-from model.common import Network
+from model.common import NetworkSpec
 from option import MODELS
 from report.picture import bars, growth
 
@@ -51,7 +51,7 @@ class Untrainable(Tiny):
 def tiny(monkeypatch):
     """Small networks in place of published ones, in this process, on small images, with few calls."""
     for name, network in {'EDSR': Tiny, 'RCAN': Untrainable, 'ASID': Tiny}.items():
-        monkeypatch.setitem(NETWORKS, name, Network(network, (4,)))
+        monkeypatch.setitem(NETWORKS, name, NetworkSpec(network, (4,)))
     monkeypatch.setattr('measure.speed.apart', lambda work, *given: work(*given))
     monkeypatch.setattr('measure.speed.input_size', lambda scale: (20, 28))
     monkeypatch.setattr('measure.costs.SECONDS', 0.0)
@@ -181,7 +181,7 @@ def test_forms(tiny):
     images, output = seen[0]
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert output.dtype == torch.bfloat16
-    assert speed.enlarge('EDSR', 4, 'cpu', form)['dtype'] == 'bfloat16'
+    assert speed.infer('EDSR', 4, 'cpu', form)['dtype'] == 'bfloat16'
     assert set(speed.gauge('cpu', form.dtypes)) == {'float32', 'bfloat16', 'copy'}
     assert [str(f) for f in (form, Form(compiled=True))] == ['eager, channels_last, bfloat16', 'compiled, float32']
 

@@ -31,7 +31,7 @@ from measure.speed_forms import (
 )
 from measure.speed_report import compare, parts, per_second, read_report, table
 from model import NETWORKS
-from model.common import Network
+from model.common import NetworkSpec
 from option import MODELS
 from tests.measure.test_speed import made, run, tiny  # noqa: F401  a fixture
 
@@ -322,7 +322,7 @@ class Choosy(nn.Module):
 
 
 def test_what_fails_is_named_and_the_rest_measured(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(NETWORKS, 'RCAN', Network(Choosy, (4,)))
+    monkeypatch.setitem(NETWORKS, 'RCAN', NetworkSpec(Choosy, (4,)))
     assert run(tmp_path, '--profile --model RCAN+ASID --forms float32+bf16') == 0
     path = tmp_path / 'profile' / 'profile.json'
     report = json.loads(path.read_text())
@@ -348,7 +348,7 @@ def test_what_fails_is_named_and_the_rest_measured(small, tmp_path, monkeypatch,
 
 
 def test_training_is_measured_at_the_first_scale(small, monkeypatch):
-    monkeypatch.setitem(NETWORKS, 'EDSR', Network(NETWORKS['EDSR'].build, (2, 4)))
+    monkeypatch.setitem(NETWORKS, 'EDSR', NetworkSpec(NETWORKS['EDSR'].build, (2, 4)))
     *_, report = speed_forms.profile_forms([('EDSR', 4), ('EDSR', 2)], 'cpu', {'float32': Form()}, lambda *_: None)
     assert [bool(row['step']) for row in report['networks']] == [True, False]
 

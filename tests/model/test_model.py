@@ -198,6 +198,22 @@ def test_training_feeds_the_network_in_its_range(name: str, rgb_range: float | N
     assert torch.allclose(model.to_range(lr), lr.float() / 255 * white, rtol=1e-6)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.uint16, torch.int64])
+def test_training_takes_nothing_whose_range_is_to_be_guessed(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf'takes uint8 images in \[0, 255\], not {str(dtype).partition(".")[2]}: '):
+        small('EDSR')(torch.ones(1, 3, 4, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_state_dict_holds_every_tensor_once(compiled: bool) -> None:
+    model = small('LCoAN', compiled=compiled)
+    expected = {f'net.{key}' for key in build('LCoAN', 2, **SMALL['LCoAN']).state_dict()}
+    assert set(model.state_dict()) == expected
+    model.calls.train = nn.Sequential(model.calls.train)  # as DistributedDataParallel puts itself around a network
+    assert set(model.state_dict()) == expected
+    assert len(list(model.parameters())) == len(list(model.net.parameters()))
+
+
 def test_upscaling_is_evaluation() -> None:
     model = small('LCoAN').train()
     before = {key: value.clone() for key, value in model.net.state_dict().items()}

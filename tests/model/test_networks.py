@@ -159,7 +159,7 @@ def test_state_carries_over(name: str) -> None:
 @torch.no_grad()
 def test_weights_carry_over_to_another_scale_but_for_the_upsampler(name: str, old: int, new: int) -> None:
     source, net = small(name, old), small(name, new, seed=1)
-    prefix = NETWORKS[name].upsampler
+    prefix = NETWORKS[name].upsampler_prefix
     left = load_weights(net, source.state_dict(), 'x.pt', prefix)
     assert all(key.startswith(prefix) for key in left)
     kept = source.state_dict()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model import NETWORKS, build
-from model.blocks.pixels import ChannelAttention, GatedFFN, LocalBlock, PixelNorm, SpatialGate
+from model.blocks.pixels import ESA, ChannelAttention, GatedFFN, LayerNorm2d, LocalBlock
 from model.common import zero_pad
 from model.omnisr import WindowAttention, recognise
 
@@ -134,7 +134,7 @@ def test_channel_attention_survives_a_blank_image() -> None:
 @pytest.mark.parametrize('eps', [1e-5, 0.1])
 @torch.no_grad()
 def test_pixel_norm(eps: float) -> None:
-    norm, x = PixelNorm(5, eps).double(), images(2, 5, 3, 4)
+    norm, x = LayerNorm2d(5, eps).double(), images(2, 5, 3, 4)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     out = norm(x)
@@ -189,11 +189,11 @@ def enlarged(low: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize('size', [(SpatialGate.AT_LEAST, SpatialGate.AT_LEAST), (33, 27)])
+@pytest.mark.parametrize('size', [(ESA.AT_LEAST, ESA.AT_LEAST), (33, 27)])
 @torch.no_grad()
 def test_spatial_gate(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    gate, x = SpatialGate(8).double(), images(2, 8, *size)
+    gate, x = ESA(8).double(), images(2, 8, *size)
     skip = gate.conv1(x)
     strided = channels_last(F.conv2d(skip, gate.conv2.weight, gate.conv2.bias, stride=2))[1]
     rows, columns = ((n - 7) // 3 + 1 for n in strided.shape[:2])
@@ -204,7 +204,7 @@ def test_spatial_gate(size: tuple[int, int]) -> None:
 
 
 def test_spatial_gate_has_sixteen_channels_or_a_quarter() -> None:
-    assert [len(SpatialGate(n).conv1.weight) for n in (8, 48, 64, 128)] == [16, 16, 16, 32]
+    assert [len(ESA(n).conv1.weight) for n in (8, 48, 64, 128)] == [16, 16, 16, 32]
 
 
 # The network.
@@ -218,7 +218,7 @@ def test_pads_with_zeros(size: tuple[int, int], padded: tuple[int, int]) -> None
     x = images(2, 3, *size)
     grown = torch.zeros(2, 3, *padded, dtype=x.dtype)
     grown[..., : size[0], : size[1]] = x
-    assert torch.equal(zero_pad(x, 4, SpatialGate.AT_LEAST), grown)
+    assert torch.equal(zero_pad(x, 4, ESA.AT_LEAST), grown)
     net = small().eval()
     assert torch.allclose(net(x), net(grown)[..., : 2 * size[0], : 2 * size[1]], rtol=0, atol=1e-12)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model import NETWORKS, build
-from model.blocks.windows import cut_windows, look_up_bias, relative_positions, window_attention
+from model.blocks.windows import look_up_bias, relative_positions, window_attention, window_partition
 from model.swinir import Layer, SwinIR, nominal_masks, recognise
 
 SMALL = {'n_feats': 12, 'n_resgroups': 2, 'n_resblocks': 2, 'n_heads': 3, 'window_size': 4}
@@ -61,7 +61,7 @@ def test_window_attention_equals_plain_loops(size: tuple[int, int], shift: int) 
     torch.manual_seed(0)
     qkv = torch.randn(2, *size, 18, dtype=torch.float64)
     table = torch.randn(49, 3, dtype=torch.float64)
-    windows = cut_windows(qkv.permute(0, 3, 1, 2), 4, shift)
+    windows = window_partition(qkv.permute(0, 3, 1, 2), 4, shift)
     out = window_attention(qkv.flatten(1, 2), look_up_bias(table, relative_positions(4)), windows)
     for image in range(2):
         plain = plain_window_attention(qkv[image].numpy(), table.numpy(), 4, shift)
@@ -148,7 +148,7 @@ def test_a_dropped_branch_leaves_its_input() -> None:
     layer = Layer(12, 3, 4, 24, drop_path=0.9, shifted=False).double().train()
     x = images(40, 16, 12)
     torch.manual_seed(0)
-    out = layer(x, cut_windows(torch.empty(40, 12, 4, 4), 4, 0))
+    out = layer(x, window_partition(torch.empty(40, 12, 4, 4), 4, 0))
     same = (out == x).all(-1).all(-1)
     assert 20 < same.sum() < 40  # both branches dropped: 0.81 of the images
 

@@ -11,9 +11,10 @@ from PIL import Image
 import main
 from checkpoint import RunFolder
 from data.image import read_rgb, write_png
-from data.imresize import enlarge
+from data.imresize import upscale_bicubic
 from report import page as report
 from report.page import Saved, page
+from report.run import write_report
 from tests.conftest import picture
 from tests.test_main import BICUBIC, results
 from tests.test_trainer import EDSR, arguments, train
@@ -111,7 +112,7 @@ def test_a_slider_lies_between_what_the_files_hold(data_folder):
     """Within what JPEG changes, and nearer to its own file than to any other."""
     run = train(data_folder, EDSR, '--data_test SR291 --save_results --save_gt')
     files = {kind: read_rgb(run / 'results-SR291' / f'0003_x2_{kind}.png') for kind in ('SR', 'LR', 'HR')}
-    expected = [files['SR'], enlarge(files['LR'], 2), files['HR']]
+    expected = [files['SR'], upscale_bicubic(files['LR'], 2), files['HR']]
     found = read(run)
     for i, version in enumerate(('EDSR x2', 'Bicubic', 'HR')):
         distances = [np.abs(found.layer(f'0003, {version}') - pixels).mean() for pixels in expected]
@@ -208,7 +209,7 @@ def test_numbers_that_are_none(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path):
     folder = RunFolder(tmp_path / 'run', writes=False)
-    main.write_report(None, folder, None, {})
+    write_report(folder, 'EDSR x2', {}, {}, {}, '', [])
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ FAULTS = """
 import resource, sys
 sys.path.insert(0, {source!r})
 import torch
-from system.allocator import keep_memory
+from system.allocator import tune_malloc
 {call}
 faults = []
 for _ in range(30):
@@ -32,15 +32,15 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     """Ten times 64 MiB, after some that glibc leaves gaps between: 163840 pages of 4 KiB, or 320 of 2 MiB."""
     plain = faults('')
     assert plain >= 320
-    assert faults('keep_memory()') < plain / 10
-    assert faults('keep_memory()', MALLOC_TOP_PAD_='131072') > plain / 2
+    assert faults('tune_malloc()') < plain / 10
+    assert faults('tune_malloc()', MALLOC_TOP_PAD_='131072') > plain / 2
 
 
 END_OF_HEAP = """
 import ctypes, sys
 sys.path.insert(0, {source!r})
-from system.allocator import give_back, keep_memory
-keep_memory()
+from system.allocator import trim_heap, tune_malloc
+tune_malloc()
 c = ctypes.CDLL(None)
 c.malloc.restype = c.sbrk.restype = ctypes.c_void_p
 ends = [c.sbrk(0)]
@@ -49,7 +49,7 @@ ends.append(c.sbrk(0))
 for block in blocks:
     c.free(block)
 ends.append(c.sbrk(0))
-give_back()
+trim_heap()
 ends.append(c.sbrk(0))
 print(*ends)
 """

@@ -5,25 +5,25 @@ from collections.abc import Iterator
 import pytest
 
 from system import background as background_module
-from system.background import Ahead, Background
+from system.background import Prefetcher, WorkerPool
 
 
 def test_results_of_the_background_keep_their_order():
-    with Background() as background:
+    with WorkerPool() as background:
         for i in range(7):
             background.start(lambda n: (time.sleep(0.001 * (7 - n)), n)[1], i)
     assert background.results == list(range(7))
 
 
 def test_an_error_of_one_piece_of_work_surfaces():
-    with pytest.raises(ZeroDivisionError), Background() as background:
+    with pytest.raises(ZeroDivisionError), WorkerPool() as background:
         for i in (1, 0, 2, 3):
             background.start(lambda n: 1 / n, i)
 
 
 @pytest.mark.parametrize('processes', [1, 3])
 def test_the_next_item_is_loaded_while_one_is_in_use(monkeypatch, processes):
-    monkeypatch.setattr('system.parallel.size', lambda: processes)
+    monkeypatch.setattr('system.parallel.world_size', lambda: processes)
     loaded = [threading.Event() for _ in range(10)]
 
     def load(index: int) -> int:
@@ -32,7 +32,7 @@ def test_the_next_item_is_loaded_while_one_is_in_use(monkeypatch, processes):
             raise ValueError
         return 2 * index
 
-    ahead, own = Ahead(), range(1, 10, processes)
+    ahead, own = Prefetcher(), range(1, 10, processes)
     for index in own:
         if index == 4:
             with pytest.raises(ValueError):
@@ -54,7 +54,7 @@ def test_what_is_fed_arrives_in_order_and_is_not_made_far_ahead():
             ahead.append(len(made) - len(used))
             yield i
 
-    with Background() as background:
+    with WorkerPool() as background:
         background.feed(items(), lambda numbers, sign: [used.append(sign * n) for n in numbers], -1)
     assert used == [-i for i in range(100)]
     assert max(ahead) <= 11  # eight wait, and one is in each hand
@@ -74,7 +74,7 @@ def test_an_error_in_making_items_ends_the_work_with_it():
             ended.append(True)
             raise
 
-    with pytest.raises(ZeroDivisionError), Background() as background:
+    with pytest.raises(ZeroDivisionError), WorkerPool() as background:
         background.feed(items(), work)
     assert ended == [True]
 
@@ -90,7 +90,7 @@ def test_an_error_of_the_work_ends_the_making():
     def work(numbers: Iterator[int]) -> None:
         raise ZeroDivisionError(next(numbers))
 
-    with pytest.raises(ZeroDivisionError), Background() as background:
+    with pytest.raises(ZeroDivisionError), WorkerPool() as background:
         background.feed(items(), work)
     assert len(made) < 1000
 
@@ -100,7 +100,7 @@ def test_an_error_in_making_items_is_raised_once_and_spoils_nothing_else():
         yield 1
         raise ZeroDivisionError
 
-    with Background() as background:
+    with WorkerPool() as background:
         with pytest.raises(ZeroDivisionError):
             background.feed(broken(), list)
         for i in range(4):
@@ -129,5 +129,5 @@ def test_a_second_interruption_leaves_no_thread_waiting(monkeypatch):
         return plain(queue, item, reader)
 
     monkeypatch.setattr(background_module, '_put', put)
-    with pytest.raises(KeyboardInterrupt), Background() as background:
+    with pytest.raises(KeyboardInterrupt), WorkerPool() as background:
         background.feed(items(), work)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from system import memory
-from system.allocator import give_back
+from system.allocator import trim_heap
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != 'linux', reason='figures that Linux keeps'),
@@ -13,12 +13,12 @@ pytestmark = [
 
 
 def test_what_is_taken_and_given_back_is_seen():
-    give_back()
+    trim_heap()
     before = memory.start_peak('cpu')
     tensor = torch.ones(2**24)  # 64 MiB
     assert abs(memory.in_use('cpu') - before - 2**26) < 2**23  # the system may take other pages back meanwhile
     del tensor
-    give_back()
+    trim_heap()
     assert abs(memory.peak('cpu') - before - 2**26) < 2**23
     assert memory.start_peak('cpu') <= memory.peak('cpu') < before + 2**25
 

@@ -14,7 +14,7 @@ import torch
 import main
 from data.image import read_rgb, write_png
 from system import parallel
-from system.parallel import Batches, deal
+from system.parallel import Batches, rank_indices
 from tests.conftest import ROOT, picture
 from tests.test_trainer import EDSR, LCOAN, arguments, equal, learned, log, metrics, state, train
 
@@ -31,7 +31,7 @@ def run(data: Path, *options: str, launcher: list[str] | None = None) -> subproc
 @pytest.mark.parametrize('batch_size', [4, 7, 8])
 @pytest.mark.parametrize('size', [1, 2, 3, 4])
 def test_every_sample_of_a_batch_is_seen_once(monkeypatch, size, batch_size):
-    monkeypatch.setattr(parallel, 'size', lambda: size)
+    monkeypatch.setattr(parallel, 'world_size', lambda: size)
     numbers = range(5, 5 + 3 * batch_size)
     parts = []
     for rank in range(size):
@@ -46,11 +46,11 @@ def test_every_sample_of_a_batch_is_seen_once(monkeypatch, size, batch_size):
 
 @pytest.mark.parametrize('count', [0, 1, 5, 6, 7])
 def test_every_piece_of_work_is_dealt_once(monkeypatch, count):
-    monkeypatch.setattr(parallel, 'size', lambda: 3)
+    monkeypatch.setattr(parallel, 'world_size', lambda: 3)
     dealt = []
     for rank in range(3):
         monkeypatch.setattr(parallel, 'rank', lambda rank=rank: rank)
-        dealt.append([own for _, own in deal(count)])
+        dealt.append([own for _, own in rank_indices(count)])
     assert sorted(own for part in dealt for own in part if own is not None) == list(range(count))
     assert len({len(part) for part in dealt}) == 1  # all take part in all rounds
 
@@ -197,5 +197,10 @@ def test_a_batch_smaller_than_the_processes(data_folder):
 
 
 def test_one_process_needs_no_group(data_folder):
-    assert (parallel.rank(), parallel.size(), parallel.total([1.5]), parallel.gather('x')) == (0, 1, [1.5], ['x'])
-    assert equal(parallel.spread({'a': 1}), {'a': 1})
+    assert (parallel.rank(), parallel.world_size(), parallel.all_reduce_sum([1.5]), parallel.gather('x')) == (
+        0,
+        1,
+        [1.5],
+        ['x'],
+    )
+    assert equal(parallel.broadcast({'a': 1}), {'a': 1})

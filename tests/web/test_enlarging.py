@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import main
 from data.image import read_photo, write_png
-from data.imresize import enlarge as bicubic
+from data.imresize import upscale_bicubic
 from error import UserError
 from system.files import read_torch
 from tests.conftest import ROOT, picture
@@ -78,7 +78,7 @@ def test_result_is_that_of_demo(tmp_path):
 
 def test_before_and_after(photo):
     result = run(photo, BICUBIC[1])
-    exact = bicubic(picture(1, 20, 30), 3)
+    exact = upscale_bicubic(picture(1, 20, 30), 3)
     assert np.abs(pixels(result.image) - exact).mean() < 0.1  # MATLAB rounds between its two passes
     assert np.array_equal(pixels(result.after), pixels(result.image))
     inner = (slice(12, -12), slice(12, -12))  # at the border, Pillow follows another rule

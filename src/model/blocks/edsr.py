@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
-from model.common import RGB_MEAN, WideConv, activation, conv, full_precision, how_many, rgb_to_ycbcr, shape_of, widen
+from model.common import (
+    RGB_MEAN,
+    Float32Conv,
+    activation,
+    at_least_float32,
+    conv,
+    full_precision,
+    how_many,
+    rgb_to_ycbcr,
+    shape_of,
+)
 
 
 def mean_colour(n_colors: int) -> Tensor:
@@ -18,7 +28,7 @@ def mean_colour(n_colors: int) -> Tensor:
     return mean if n_colors == 3 else rgb_to_ycbcr(mean.view(1, 3, 1, 1))[0, :1, 0, 0]
 
 
-class MeanShift(WideConv):
+class MeanShift(Float32Conv):
     """Adds `sign` times the mean colour, scaled to `rgb_range`: a frozen 1x1 convolution, part of the state dict."""
 
     def __init__(self, rgb_range: float, n_colors: int, sign: int) -> None:
@@ -86,7 +96,7 @@ class Tail(nn.Sequential):
     """
 
     def __init__(self, scale: int, n_feats: int, n_colors: int) -> None:
-        super().__init__(Upsampler(scale, n_feats), WideConv(n_feats, n_colors, 3))
+        super().__init__(Upsampler(scale, n_feats), Float32Conv(n_feats, n_colors, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == 'meta':  # operations are counted: those of the published network
@@ -100,7 +110,7 @@ class Tail(nn.Sequential):
             return last(shuffle(first(x)))
 
         with full_precision(x):
-            x = widen(x)
+            x = at_least_float32(x)
             y = shuffle(F.conv2d(x, *as_one(cast(nn.Conv2d, first), cast(nn.Conv2d, last)), padding=2))
             top, bottom = in_two_steps(x[:, :, :2])[:, :, :1], in_two_steps(x[:, :, -2:])[:, :, -1:]
             left, right = in_two_steps(x[..., :2])[..., :1], in_two_steps(x[..., -2:])[..., -1:]
@@ -131,4 +141,4 @@ class DirectUpsampler(nn.Sequential):
     """One 3x3 convolution to all pixels of the output, and PixelShuffle, whatever the scale."""
 
     def __init__(self, scale: int, n_feats: int) -> None:
-        super().__init__(WideConv(n_feats, 3 * scale**2, 3), nn.PixelShuffle(scale))
+        super().__init__(Float32Conv(n_feats, 3 * scale**2, 3), nn.PixelShuffle(scale))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.common import conv, widen
+from model.common import at_least_float32, conv
 from model.ops.layer_norm import layer_norm
 
 
@@ -60,7 +60,7 @@ class TransposedAttention(nn.Module):
         return logits.softmax(-1)
 
 
-class PixelNorm(nn.Module):
+class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of each pixel, (N, C, H, W), for maps in channels_last memory."""
 
     def __init__(self, n_feats: int, eps: float) -> None:
@@ -140,9 +140,9 @@ class LocalBlock(nn.Module):
         return x + self.fn(x)
 
 
-def length(x: Tensor) -> Tensor:
+def l2_norm(x: Tensor) -> Tensor:
     """Euclidean norm over all pixels, in float32 or more, at least 1e-12: (..., pixels, C) to (..., 1, C)."""
-    x = widen(x)
+    x = at_least_float32(x)
     return x.square().sum(-2, keepdim=True).clamp_min(1e-24).sqrt()  # in this order the gradient at 0 is finite
 
 
@@ -160,17 +160,17 @@ class ChannelAttention(TransposedAttention):
     def forward(self, x: Tensor) -> Tensor:
         parts = to_tokens(self.qkv_dwconv(self.qkv(x)), self.cell, self.strided, 3 * self.n_heads)
         q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
-        cosines = q.transpose(2, 3) @ k / length(q).transpose(2, 3) / length(k)
+        cosines = q.transpose(2, 3) @ k / l2_norm(q).transpose(2, 3) / l2_norm(k)
         out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
         return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads))
 
 
-class SpatialGate(nn.Module):
+class ESA(nn.Module):
     """Enhanced spatial attention (RFANet), here without ReLUs: each value times a factor in (0, 1).
 
     The factors are found at low resolution.
 
-    Height and width are at least `SpatialGate.AT_LEAST`.
+    Height and width are at least `ESA.AT_LEAST`.
     """
 
     AT_LEAST = 15

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.blocks.tokens import inverse_of, take_rows
-from model.common import full_precision, widen
+from model.common import at_least_float32, full_precision
 
 
 class Pattern(NamedTuple):
@@ -39,7 +39,7 @@ def find_pattern(embedding: Tensor, codes: Tensor, window_size: int) -> Pattern:
     order = torch.cat((order[..., -window_size:], order, order[..., :window_size]), -1)
 
     with full_precision(embedding):
-        ring = take_rows(widen(embedding), order)
+        ring = take_rows(at_least_float32(embedding), order)
         queries = ring[:, :, window_size:-window_size].unflatten(2, (-1, window_size))
         keys = with_neighbours(F.normalize(ring, dim=-1, eps=5e-5), window_size)
         logits = queries @ keys.transpose(-2, -1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.tokens import inverse_of
-from model.common import full_precision, widen
+from model.common import at_least_float32, full_precision
 from model.ops.cached_attention import CACHED_LOGITS, cached_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
@@ -33,7 +33,7 @@ def init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def position_table(size: int, n_heads: int) -> nn.Parameter:
+def relative_position_bias_table(size: int, n_heads: int) -> nn.Parameter:
     """What a window of `size` pixels a side learns of each relative position: ((2 * size - 1)^2, heads)."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * size - 1) ** 2, n_heads), std=0.02))
 
@@ -66,9 +66,10 @@ def attention(
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
     if q.is_cpu and not traced and q.shape[1] ** 2 <= CACHED_LOGITS:
         with full_precision(q):
-            masks = masks if masks is None else widen(masks)
+            masks = masks if masks is None else at_least_float32(masks)
             kinds = torch.repeat_interleave(torch.tensor(counts)) if counts else torch.zeros(len(q), dtype=torch.int64)
-            return cached_attention(widen(q), widen(k), widen(v), masks, kinds, scale).to(v.dtype).flatten(2)
+            q, k, values = (at_least_float32(x) for x in (q, k, v))
+            return cached_attention(q, k, values, masks, kinds, scale).to(v.dtype).flatten(2)
     missing = -d % (16 // q.element_size()) if q.is_cuda else 0
     q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
     mask_of: list[Tensor | None] = [None] if masks is None else [mask.unsqueeze(0) for mask in masks.unbind(1)]
@@ -115,7 +116,7 @@ class Windows(NamedTuple):
     masks: Tensor  # (kinds, T, T)
 
 
-def cut_windows(like: Tensor, size: int, shift: int) -> Windows:
+def window_partition(like: Tensor, size: int, shift: int) -> Windows:
     """Windows of `size` pixels on images like (N, C, H, W), which are shifted up and left cyclically by `shift` first.
 
     H and W are multiples of `size`.

@@ -10,7 +10,7 @@ from torch import Tensor
 from error import UserError
 from model import NETWORKS, all_settings, build
 from model.atd import recognise_v2
-from model.common import Network
+from model.common import NetworkSpec
 from system.files import some
 
 State = Mapping[str, Tensor]
@@ -83,7 +83,7 @@ def _candidates(state: State) -> list[Found]:
     ]
 
 
-def _read(network: Network, state: State) -> dict[str, Any] | None:
+def _read(network: NetworkSpec, state: State) -> dict[str, Any] | None:
     """What a network reads from `state`; None as well if shapes of its keys make no sense to it."""
     try:
         return network.recognise(state)
@@ -100,7 +100,7 @@ def _layout(found: Found) -> State | None:
         return None
 
 
-def _compare(name: str, network: Network, shown: dict[str, Any]) -> Found:
+def _compare(name: str, network: NetworkSpec, shown: dict[str, Any]) -> Found:
     scale = shown.pop('scale')
     published = all_settings(network, scale)
     differing = {key: value for key, value in shown.items() if published[key] != value}

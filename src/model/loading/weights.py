@@ -1,5 +1,6 @@
 """Weights from files: read without running anything they contain, and matched to a network key by key."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,6 +11,22 @@ from system.files import read_safetensors, read_torch, some
 
 WRAPPERS = ('params_ema', 'params', 'average', 'model', 'state_dict')  # BasicSR's, those of a run, a common one
 PREFIX = 'module.'
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a network come from.
+
+    Attributes:
+        source: the file or run they were read from, or in words what they are if they were not.
+        read: whether they were read.
+    """
+
+    source: str
+    read: bool = True
+
+    def __str__(self) -> str:
+        return f'weights from {self.source}' if self.read else self.source
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:

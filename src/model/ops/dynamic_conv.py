@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.common import widen
+from model.common import at_least_float32
 from model.ops.fast import by_triton, is_for_triton
 
 STRIP = 2**20  # kernel values of a strip: 4 MB in float32, and as much for where they meet the image
@@ -31,7 +31,7 @@ def shifted(padded: Tensor, size: int) -> list[Tensor]:
 def forward(x: Tensor, weights: Tensor) -> Tensor:
     """See `dynamic_conv`."""
     groups, size = weights.shape[1:3]
-    x_groups = widen(x.unflatten(1, (groups, -1)))
+    x_groups = at_least_float32(x.unflatten(1, (groups, -1)))
     out = torch.zeros_like(x_groups)
     padded = F.pad(x_groups, [size // 2] * 4)
     for weight, view in zip(by_tap(weights), shifted(padded, size), strict=True):
@@ -42,7 +42,7 @@ def forward(x: Tensor, weights: Tensor) -> Tensor:
 def backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients by `x` and by `weights`, given the one by the result (N, C, H, W)."""
     groups, size = weights.shape[1:3]
-    x_groups, grad_groups = (widen(t.unflatten(1, (groups, -1))) for t in (x, grad))
+    x_groups, grad_groups = (at_least_float32(t.unflatten(1, (groups, -1))) for t in (x, grad))
     padded = F.pad(x_groups, [size // 2] * 4)
     grad_padded, grad_weights = torch.zeros_like(padded), torch.empty_like(weights)
     for weight, view in zip(by_tap(weights), shifted(grad_padded, size), strict=True):
@@ -132,11 +132,15 @@ def dynamic_conv_in_strips(
     """
     _, channels, height, width = x.shape
     rows = min(max(STRIP // (groups * size**2 * width), 1), height)
-    tables = F.pad(widen(x.permute(0, 2, 3, 1)), (0, 0, *[size // 2] * 4)).unflatten(-1, (groups, -1))
+    tables = F.pad(at_least_float32(x.permute(0, 2, 3, 1)), (0, 0, *[size // 2] * 4)).unflatten(-1, (groups, -1))
     bags = torch.from_numpy(taps(rows, width, groups, size))
     out = torch.empty_like(x, memory_format=torch.channels_last)
     for i, top in product(range(len(x)), range(0, height, rows)):
-        kernels = widen(to_kernels(hidden[i : i + 1, :, top : top + rows])).permute(0, 2, 3, 1).reshape(-1, size**2)
+        kernels = (
+            at_least_float32(to_kernels(hidden[i : i + 1, :, top : top + rows]))
+            .permute(0, 2, 3, 1)
+            .reshape(-1, size**2)
+        )
         table = tables[i, top : top + rows + size - 1].flatten(0, 2)
         sums = F.embedding_bag(bags[: len(kernels)], table, mode='sum', per_sample_weights=kernels)
         out[i, :, top : top + rows] = sums.view(-1, width, channels).permute(2, 0, 1)

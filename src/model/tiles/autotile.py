@@ -10,7 +10,7 @@ from torch.compiler import set_stance
 from error import UserError
 from model.tiles.tiling import SMALLEST_STEP, Function, Tiler
 from system import memory, parallel
-from system.allocator import give_back
+from system.allocator import trim_heap
 
 LARGEST = 512  # side of a tile; beyond it tiling costs next to nothing
 UNKNOWN = 192  # side where the system does not tell how much memory there is
@@ -50,25 +50,25 @@ class AutoTiler(Tiler):
         self.measured: list[int] = []  # bytes for the squares
 
     @torch.no_grad()
-    def rows(self, run: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
+    def rows(self, upscale_tile: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
         """As of `Tiler`.
 
         Raises:
             UserError: the smallest tiles exceed the limit, or the system does not tell what is in use.
         """
         if self.fixed or self.limit is not None or max(image.shape[-2:]) > TRIED[-1]:
-            self._choose(run, image, scale)
-        yield from super().rows(run, image, scale, finish)
+            self._choose(upscale_tile, image, scale)
+        yield from super().rows(upscale_tile, image, scale, finish)
 
-    def _choose(self, run: Function, image: Tensor, scale: int) -> None:
-        give_back()
+    def _choose(self, upscale_tile: Function, image: Tensor, scale: int) -> None:
+        trim_heap()
         if memory.in_use(self.device) is None:
             if self.limit is not None:
                 raise UserError('--max_memory: this system does not tell what is in use; give --chop --chop_size.')
             self.size = min(self.largest, max(UNKNOWN, self.overlap + SMALLEST_STEP))
             return
-        self.measured = self.measured or self._measure(run, image)
-        give_back()
+        self.measured = self.measured or self._measure(upscale_tile, image)
+        trim_heap()
         room = self._room()
         smallest = self.overlap + SMALLEST_STEP
         sides = [self.size] if self.chosen else [*range(self.largest, smallest, -STEP), smallest]
@@ -94,23 +94,23 @@ class AutoTiler(Tiler):
         self.largest, self.most = min(self.largest, self.size), min(self.most, self.batch)
         return done
 
-    def _measure(self, run: Function, image: Tensor) -> list[int]:
+    def _measure(self, upscale_tile: Function, image: Tensor) -> list[int]:
         """Bytes that a call takes with each of the squares."""
         taken: list[int] = []
         with set_stance('force_eager'):  # nothing is compiled for these
             for side in (TRIED[0], *TRIED):
                 square = torch.randint(0, 256, (1, len(image), side, side), generator=torch.Generator().manual_seed(0))
-                give_back()
+                trim_heap()
                 self._check_fits(taken[-1] * (side // TRIED[0]) ** 2 if taken else FIRST_CALL, image)
                 before = memory.start_peak(self.device) or 0
-                run(square.to(image.dtype)).to('cpu', torch.float32, copy=True)
+                upscale_tile(square.to(image.dtype)).to('cpu', torch.float32, copy=True)
                 taken.append((memory.peak(self.device) or 0) - before)
         return taken[1:]  # a first call also takes what a process takes once
 
     def _room(self) -> int:
         if self.limit is not None:
             return self.limit - RESERVE - (memory.in_use(self.device) or 0)
-        share = parallel.size() if self.device == 'cpu' else 1
+        share = parallel.world_size() if self.device == 'cpu' else 1
         return int(PART_OF_FREE * (memory.free(self.device) or 0) / share)
 
     def _takes(self, side: int, image: Tensor, scale: int) -> int:

@@ -57,28 +57,29 @@ class Tiler:
         self.fixed = fixed
 
     @torch.no_grad()
-    def __call__(self, run: Function, image: Tensor, scale: int, finish: Function) -> Tensor:
+    def __call__(self, upscale_tile: Function, image: Tensor, scale: int, finish: Function) -> Tensor:
         """Return the (C, H*scale, W*scale) result for a (C, H, W) image: the `rows` together."""
-        return torch.cat([rows.clone() for rows in self.rows(run, image, scale, finish)], -2)
+        return torch.cat([rows.clone() for rows in self.rows(upscale_tile, image, scale, finish)], -2)
 
     @torch.no_grad()
-    def rows(self, run: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
+    def rows(self, upscale_tile: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
         """Give the rows of the result for a (C, H, W) image, H and W >= 1, both on the host, from top to bottom.
 
-        `run` maps a batch of tiles (n, C, h, w), on the host and in the dtype and value range of the image, to
+        `upscale_tile` maps a batch of tiles (n, C, h, w), on the host and in the dtype and value range of the image, to
         (n, C, h*scale, w*scale) on any device; all tiles of an image have one shape. `finish` turns float32 rows
-        (C, some, W*scale), in the value range of `run`, into as many final rows; it may work in place. It is given
-        all rows, from top to bottom, a few at a time, in memory that is used again for those that follow; beside
+        (C, some, W*scale), in the value range of `upscale_tile`, into as many final rows; it may work in place. It is
+        given all rows, from top to bottom, a few at a time, in memory that is used again for those that follow; beside
         them the host holds one row of tiles as floats.
 
-        Raises the out-of-memory error of `run` if even one smallest tile does not fit; other errors pass through.
+        Raises the out-of-memory error of `upscale_tile` if even one smallest tile does not fit; other errors pass
+        through.
         """
         done, (height, width) = 0, image.shape[-2:]
         if self.fixed:
             image = _continue(image, max(height, self.size), max(width, self.size))
         while done < height:
             try:
-                for piece in self._pieces(run, image, scale, done):
+                for piece in self._pieces(upscale_tile, image, scale, done):
                     for rows in piece[:, : (height - done) * scale, : width * scale].split(ROWS * scale, -2):
                         finished = finish(rows)
                         done += rows.shape[-2] // scale
@@ -90,14 +91,16 @@ class Tiler:
             if done < height and torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _pieces(self, run: Function, image: Tensor, scale: int, done: int) -> Iterator[Tensor]:
+    def _pieces(self, upscale_tile: Function, image: Tensor, scale: int, done: int) -> Iterator[Tensor]:
         """Float rows of the result from input row `done` on."""
         top = max(0, done - self.overlap // 2)
         image = image[:, top:]
         side, tops = self._split(image.shape[-2])
-        return _merge(self._bands(run, image, side, tops, scale), side, tops, scale, dim=-2, first=done - top)
+        return _merge(self._bands(upscale_tile, image, side, tops, scale), side, tops, scale, dim=-2, first=done - top)
 
-    def _bands(self, run: Function, image: Tensor, height: int, tops: list[int], scale: int) -> Iterator[Tensor]:
+    def _bands(
+        self, upscale_tile: Function, image: Tensor, height: int, tops: list[int], scale: int
+    ) -> Iterator[Tensor]:
         """Rows of tiles, each in the memory of the one before it: large blocks that come and go leave gaps."""
         channels, _, width = image.shape
         # In memory as images lie, (H, W, C), so that it becomes one without a copy.
@@ -106,7 +109,7 @@ class Tiler:
         for top in tops:
             tiles = [image[:, top : top + height, left : left + side] for left in lefts]
             filled = 0
-            for piece in _merge(_run_batches(run, tiles, self.batch), side, lefts, scale, dim=-1):
+            for piece in _merge(_run_batches(upscale_tile, tiles, self.batch), side, lefts, scale, dim=-1):
                 band[..., filled : filled + piece.shape[-1]] = piece
                 filled += piece.shape[-1]
                 del piece
@@ -138,7 +141,7 @@ class MeanTiler(Tiler):
     image. When memory runs out, only the number of tiles a call is halved, since the size is part of the protocol.
     """
 
-    def _pieces(self, run: Function, image: Tensor, scale: int, done: int) -> Iterator[Tensor]:
+    def _pieces(self, upscale_tile: Function, image: Tensor, scale: int, done: int) -> Iterator[Tensor]:
         height, width = image.shape[-2:]
         side = min(self.size, height, width)
         lefts, tops = (self._starts(length, side) for length in (width, height))
@@ -146,7 +149,9 @@ class MeanTiler(Tiler):
         counts = counts.repeat_interleave(scale, -1)
         shared = torch.zeros(1, 0, 1)  # the rows that the tiles above reached too
         for top, below in pairwise([*(top for top in tops if top + side > done), height]):
-            tiles = _run_batches(run, [image[:, top : top + side, left : left + side] for left in lefts], self.batch)
+            tiles = _run_batches(
+                upscale_tile, [image[:, top : top + side, left : left + side] for left in lefts], self.batch
+            )
             band = _sum(tiles, lefts, width * scale, scale)
             band[:, : shared.shape[1]] += shared
             skip = max(0, done - top)
@@ -167,13 +172,13 @@ class MeanTiler(Tiler):
         return True
 
 
-def _run_batches(run: Function, tiles: list[Tensor], batch: int) -> Iterator[Tensor]:
+def _run_batches(upscale_tile: Function, tiles: list[Tensor], batch: int) -> Iterator[Tensor]:
     """The results of the tiles on the host; on CUDA each call is under way while those of the one before it come."""
     coming: Callable[[], Tensor] | None = None
     for first in range(0, len(tiles), batch):
-        results = run(torch.stack(tiles[first : first + batch]))
+        results = upscale_tile(torch.stack(tiles[first : first + batch]))
         if not results.is_cuda:
-            # A copy even where none is needed: it is faded in place, and `run` may own or have frozen what it returns.
+            # A copy even where none is needed: it is faded in place, and what `upscale_tile` returns may be its own.
             yield from results.to('cpu', torch.float32, copy=True)
             continue
         before, coming = coming, _bring(results)

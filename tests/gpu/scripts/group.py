@@ -17,13 +17,13 @@ from system import parallel
 
 CUDA = torch.cuda.is_available()
 parallel.start(not CUDA)
-parallel.size = lambda: 2
+parallel.world_size = lambda: 2
 device = torch.device('cuda' if CUDA else 'cpu')
 torch.manual_seed(0)
 net = build('EDSR-baseline', 2, n_resblocks=2, n_feats=8).to(device)
 alone, before = copy.deepcopy(net), copy.deepcopy(net)
 once = copy.deepcopy(net)
-shared = {True: parallel.shared(net, device, accumulates=True), False: parallel.shared(once, device)}
+shared = {True: parallel.wrap_ddp(net, device, accumulates=True), False: parallel.wrap_ddp(once, device)}
 assert all(isinstance(run, DistributedDataParallel) for run in shared.values())
 x, target = torch.rand(4, 3, 12, 12, device=device) * 255, torch.rand(4, 3, 24, 24, device=device) * 255
 for run, weights in ((shared[True], net), (shared[False], once), (alone, alone)):
@@ -32,7 +32,7 @@ for run, weights in ((shared[True], net), (shared[False], once), (alone, alone))
         optimizer.zero_grad()
         parts = (x,) if weights is once else (x[:2], x[2:])
         for part, wanted in zip(parts, target.split(len(parts[0])), strict=True):
-            with parallel.unsynchronised(run) if part is not parts[-1] else nullcontext():
+            with parallel.no_sync(run) if part is not parts[-1] else nullcontext():
                 ((run(part) - wanted).abs().mean() / len(parts)).backward()
         optimizer.step()
 
@@ -44,10 +44,10 @@ def apart(first: torch.nn.Module, second: torch.nn.Module) -> float:
 found = {
     'backend': distributed.get_backend(), 'apart': max(apart(net, alone), apart(once, alone)),
     'moved': apart(alone, before),
-    'total': parallel.total([1.5, -2.0]),
-    'gather': parallel.gather({'a': 1}), 'spread': parallel.spread(['b', 2]), 'rank': parallel.rank(),
+    'total': parallel.all_reduce_sum([1.5, -2.0]),
+    'gather': parallel.gather({'a': 1}), 'spread': parallel.broadcast(['b', 2]), 'rank': parallel.rank(),
 }  # fmt: skip
-with parallel.first_alone():
+with parallel.main_process_first():
     found['alone'] = True
 print(json.dumps(found), flush=True)
 parallel.finish()

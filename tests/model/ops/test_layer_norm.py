@@ -89,12 +89,12 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_door_on_a_gpu(on_gpu: None) -> None:
     """Of maps in any memory, with gradients."""
     grad, x = operands(2, 6, 3, 4)[:2]
-    leaves = [x.permute(0, 2, 3, 1), numbers(6, seed=3), numbers(6)]
+    leaves = [t.to(DEVICE) for t in (x.permute(0, 2, 3, 1), numbers(6, seed=3), numbers(6))]
     out = layer_norm.layer_norm(*(t.requires_grad_() for t in leaves), EPS)
-    found = out.detach(), *torch.autograd.grad(out, leaves, grad.permute(0, 2, 3, 1))
-    truth = expected(grad.permute(0, 2, 3, 1), *(t.detach() for t in leaves))
+    found = out.detach(), *torch.autograd.grad(out, leaves, grad.permute(0, 2, 3, 1).to(DEVICE))
+    truth = expected(grad.permute(0, 2, 3, 1), *(t.detach().cpu() for t in leaves))
     for value, other in zip(found, truth, strict=True):
-        assert (value - other).abs().max() < 1e-11
+        assert (value.cpu() - other).abs().max() < 1e-11
     assert not fast.failed
 
 

@@ -147,7 +147,7 @@ def test_a_wide_image_that_fixed_tiles_do_not_fit_is_told(machine):
 
 
 def test_processes_of_a_host_share_what_is_free(monkeypatch):
-    monkeypatch.setattr('system.parallel.size', lambda: 4)
+    monkeypatch.setattr('system.parallel.world_size', lambda: 4)
     machine = Machine(monkeypatch, 4 * 10**8)
     ((_, _, height, _),) = machine.tiles(AutoTiler(8, 1, 'cpu'), 1500, 1500)
     assert height in range(40, 100)
