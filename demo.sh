@@ -25,11 +25,11 @@ for scale in 2 3 4; do
     add LCoAN_x${scale}_test "score LCoAN x$scale on the benchmarks" \
         "$lcoan $benchmarks --scale $scale --save LCoAN_x${scale}_test --pre_train LCoAN_x$scale.pt"
 done
-# recipe NAME SCALES DATA [WEIGHTS]: train by the recipe of that name, from those weights
+# recipe NAME [SCALES]: train by the recipe of that name, from the weights that it starts from
 recipe() {
-    local name=$1 scale
-    for scale in $2; do
-        add "${name}_x$scale" "train ${name%-finetune} x$scale on $3${4:+, from $4}" "--template ${name}_x$scale${4:+ --pre_train $4}"
+    local scale
+    for scale in ${2:-2 3 4}; do
+        add "$1_x$scale" "train ${1%-finetune} x$scale by its recipe" "--template $1_x$scale"
     done
 }
 # tests NAME...: score weights by the test protocol of the recipe
@@ -42,33 +42,19 @@ tests() {
         done
     done
 }
-recipe LCoAN 3 DIV2K LCoAN_x2.pt
-for net in EDSR-baseline EDSR RCAN; do
-    recipe $net 2 DIV2K
-    recipe $net '3 4' DIV2K ${net}_x2.pt
+recipe LCoAN 3
+for net in EDSR-baseline EDSR RCAN NLSN ASID ASID-finetune ASIDd8 ASIDd8-finetune DLGSANet DLGSANet-light DLGSANet-tiny \
+    OmniSR OmniSR-DF2K ATD ATD-light SwinIR-light; do
+    recipe $net
 done
-recipe NLSN '2 3 4' DIV2K
-for net in ASID ASIDd8; do
-    recipe $net '2 3 4' DIV2K
-    for scale in 2 3 4; do recipe $net-finetune $scale DIV2K ${net}_x$scale.pt; done
-done
-for net in DLGSANet DLGSANet-light DLGSANet-tiny OmniSR; do recipe $net '2 3 4' DIV2K; done
-recipe OmniSR-DF2K '2 3 4' DF2K
-recipe ATD 2 DF2K
-recipe ATD-finetune 2 DF2K ATD_x2.pt
-recipe ATD '3 4' DF2K ATD-finetune_x2.pt
-for net in ATD-light SwinIR-light; do
-    recipe $net 2 DIV2K
-    recipe $net '3 4' DIV2K ${net}_x2.pt
-done
+recipe ATD-finetune 2
 tests EDSR-baseline EDSR RCAN NLSN ASID ASIDd8 DLGSANet DLGSANet-light DLGSANet-tiny ATD ATD-light OmniSR SwinIR-light
 for scale in 2 3 4; do
     add Bicubic_x${scale}_test "score bicubic x$scale on the benchmarks" "--model Bicubic $four --scale $scale"
 done
 add costs 'print what every network costs, beside the published figures' '--costs --model all --scale 2+3+4'
 add LCoAN-small_x2 "train the small LCoAN x2 on SR291 (ours)" "--template LCoAN-small_x2"
-add LCoAN-small_x4 "train the small LCoAN x4 from the x2 weights (ours)" \
-    "--template LCoAN-small_x4 --pre_train LCoAN-small_x2.pt"
+add LCoAN-small_x4 "train the small LCoAN x4 from the x2 weights (ours)" "--template LCoAN-small_x4"
 
 program() {
     set_up "$root/requirements.txt"

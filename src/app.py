@@ -21,7 +21,7 @@ log = logging.getLogger('frugalsr')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve the page until Ctrl-C or SIGTERM; returns the exit status: 0, or 2 for an error the user can mend."""
+    """Serve the page until Ctrl-C or SIGTERM; returns the exit status: 0, or 2 for an error the user can fix."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -5,7 +5,7 @@ log.txt         for people
 metrics.jsonl   for machines: one line an epoch
 results.json    the last evaluation
 report.html     all of it on one page
-loss.png, test_<Set>.png
+loss.png, gradient_norm.png, test_<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
 state.pt        everything a run continues from: weights and their average, optimiser, counters, log, options
 state_before.pt the state before it
@@ -49,6 +49,7 @@ OURS = (
     'results.json',
     'report.html',
     'loss.png',
+    'gradient_norm.png',
 )
 
 

@@ -5,7 +5,7 @@ import traceback
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence naming the thing, what was found, and what to do.
+    """Something the user can fix: one sentence naming the thing, what was found, and what to do.
 
     `main` prints it without a traceback (`--debug` shows the traceback) and exits with status 2.
     """

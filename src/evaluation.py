@@ -15,6 +15,7 @@ from data.imresize import upscale_bicubic
 from data.outputs import match_outputs
 from data.srdata import SRData
 from error import UserError
+from metric import Metric
 from model import Model
 from report import picture
 from report.page import Saved
@@ -35,7 +36,7 @@ class Evaluation:
 
     Args:
         sets: prepared paired images.
-        ssim: measure SSIM too.
+        metrics: what is measured.
         folder: where images go, as `results-<Set>/<name>_x<scale>_SR.png`, and a comparison sheet a set; None: nowhere.
         ground_truth: save LR and HR beside them.
 
@@ -45,14 +46,14 @@ class Evaluation:
     """
 
     def __init__(
-        self, sets: Sequence[SRData], ssim: bool, folder: Path | None = None, ground_truth: bool = False
+        self, sets: Sequence[SRData], metrics: Sequence[Metric], folder: Path | None = None, ground_truth: bool = False
     ) -> None:
-        self.sets, self.ssim, self.folder, self.ground_truth = sets, ssim, folder, ground_truth
+        self.sets, self.metrics, self.folder, self.ground_truth = sets, metrics, folder, ground_truth
         self.shown: dict[str, np.ndarray] = {}
         self.results: dict[str, Any] = {}
 
     def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Results by set: {'psnr', 'ssim', 'seconds' (an image), 'images': {name: the same}}.
+        """Results by set: {metric: its mean, 'seconds': an image, 'images': {name: {metric: value, 'seconds'}}}.
 
         Args:
             upscale: gives the image of a set at an index, (H, W, 3) uint8, and the seconds that it took.
@@ -105,10 +106,7 @@ class Evaluation:
         return scores, compare(images, index, hr, {label: sr}) if index < SHEET_ROWS else None
 
     def _score(self, images: SRData, sr: np.ndarray, hr: np.ndarray) -> dict[str, float]:
-        scores = {'psnr': score(metric.psnr, images, sr, hr)}
-        if self.ssim:
-            scores['ssim'] = score(metric.ssim, images, sr, hr)
-        return scores
+        return {each.name: score(each, images, sr, hr) for each in self.metrics}
 
     def _save(self, images: SRData, index: int, hr: np.ndarray, sr: np.ndarray) -> None:
         assert self.folder is not None
@@ -119,19 +117,21 @@ class Evaluation:
             write_png(stem.with_name(f'{stem.name}_HR.png'), hr)
 
 
-def score(measure: Callable[..., float], images: SRData, sr: np.ndarray, hr: np.ndarray) -> float:
-    """PSNR or SSIM (`metric.psnr`, `metric.ssim`) by the set's protocol; nan where nothing is left to score."""
+def score(measured: Metric, images: SRData, sr: np.ndarray, hr: np.ndarray) -> float:
+    """The value of an image (H, W, 3) uint8 by the set's protocol; nan where nothing is left to score."""
     if min(hr.shape[:2]) <= 2 * images.shave:
         return math.nan
-    return measure(sr, hr, images.shave, images.channels)
+    return measured.measure(sr, hr, images.shave, images.channels)
 
 
 def compare(images: SRData, index: int, hr: np.ndarray, outputs: dict[str, np.ndarray]) -> picture.Comparison:
-    """HR, bicubic and `outputs` of one image, with their PSNR; bicubic once if that is one of the outputs."""
+    """HR, bicubic and `outputs` of one image, with their scores; bicubic once if that is one of the outputs."""
+    first = metric.METRICS[0]
     versions = {'Bicubic': upscale_bicubic(images.lr(index), images.scale)} | outputs
-    scores = [score(metric.psnr, images, image, hr) for image in versions.values()]
+    scores = [score(first, images, image, hr) for image in versions.values()]
     captions = [
-        name if math.isnan(psnr) else f'{name}  {psnr:.2f} dB' for name, psnr in zip(versions, scores, strict=True)
+        name if math.isnan(value) else f'{name}  {first.text_with_unit(value)}'
+        for name, value in zip(versions, scores, strict=True)
     ]
     return picture.Comparison(images.names[index], [hr, *versions.values()], ['HR', *captions])
 
@@ -147,11 +147,10 @@ def in_turn(count: int, work: Callable[[int], T], check: Callable[[], None] = la
 def table(results: dict[str, Any]) -> str:
     """Results by set, as text."""
     width = max([len(name) for name in results] + [3])
-    lines = [f'{"Set":<{width}}  images    PSNR    SSIM  s/image']
+    titles = ''.join(f'{each.title:>8}' for each in metric.METRICS)
+    lines = [f'{"Set":<{width}}  images{titles}  s/image']
     for name, result in results.items():
-        psnr, ssim = result['psnr'], result.get('ssim', math.nan)
-        cells = f'{psnr:8.2f}' if not math.isnan(psnr) else f'{"-":>8}'
-        cells += f'{ssim:8.4f}' if not math.isnan(ssim) else f'{"-":>8}'
+        cells = ''.join(f'{each.text(result.get(each.name)):>8}' for each in metric.METRICS)
         cells += f'{result["seconds"]:9.3f}' if not math.isnan(result['seconds']) else f'{"-":>9}'
         lines.append(f'{name:<{width}}  {len(result["images"]):6d}{cells}')
     return '\n'.join(lines)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from evaluation import Evaluation
     from model import Model
     from report.page import Saved
+    from trainer import Trainer
 
 log = logging.getLogger('frugalsr')
 
@@ -236,35 +237,24 @@ def export(args: Namespace, folder: RunFolder) -> None:
 
 def train(args: Namespace, folder: RunFolder) -> None:
     """Train a network, testing after every epoch."""
-    from data.traindata import train_loader
     from evaluation import timed
-    from loss import Loss
     from model import type_name
-    from model.ops.recompute import recompute
     from report.board import Board
     from report.run import describe, facts
-    from step import TrainStep
     from system import parallel
     from system.stopping import Stop
-    from trainer import TrainConfig, Trainer
-    from wiring import autocast_dtype, load, make_model, optimizer_maker, schedule, test_sets, train_data
+    from wiring import autocast_dtype, load, make_loss, make_model, make_trainer, test_sets, train_data
 
-    if folder.holds_training() and not (args.load or args.reset):
-        raise UserError(
-            f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
-            'another --save keeps it.'
-        )
+    check_is_free(args, folder)
     model = make_model(args)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'{args.model} has nothing to train: use it with --test_only.')
-    new_optimizer = optimizer_maker(args)
-    loss = Loss(args.loss, model.range, model.n_colors, args.patch_size, args.gan_k, new_optimizer, args.vgg)
+    loss = make_loss(args, model)
     folder.config = option.write_config(args, model.settings)
     state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
-
-    stop, dtype, board = Stop(args.max_time), autocast_dtype(args, model), Board(folder.folder / 'tensorboard')
+    stop, board = Stop(args.max_time), Board(folder.folder / 'tensorboard')
 
     def evaluate(epoch: int) -> dict[str, Any]:
         results = evaluation(timed(model), label(args), stop.check)
@@ -276,57 +266,51 @@ def train(args: Namespace, folder: RunFolder) -> None:
             board.write(record, evaluation.shown)
             write_report(args, folder, evaluation, facts(model, f'epoch {record["epoch"]}'), model.settings)
 
-    step = TrainStep(
-        model, loss.to(model.device), new_optimizer(model.parameters()), args.batch_size, args.split_batch,
-        args.gclip, args.clip_norm, dtype, args.weight_ema, graph=args.graph is not False,
-    )  # fmt: skip
-    trainer = Trainer(
-        TrainConfig(
-            args.batch_size, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
-            args.seed, args.save_every,
-        ),
-        step,
-        lambda numbers: train_loader(
-            data, parallel.Batches(numbers, args.batch_size), args.n_threads, pin_memory=model.device.type == 'cuda'
-        ),
-        data.name, evaluate, folder, on_epoch_end,
-    )  # fmt: skip
-    if args.checkpointing:
-        recompute(model.net, model.network.checkpoint_blocks)
-    if args.batch_size < parallel.world_size() * args.split_batch:
-        raise UserError(
-            f'--batch_size {args.batch_size} is too small for {parallel.world_size()} processes and --split_batch '
-            f'{args.split_batch}: each needs a patch in each part.'
-        )
-    if parallel.world_size() > 1 and 'GAN' in args.loss:
-        raise UserError(f'--loss {args.loss}: adversarial terms train their discriminator in one process; use one.')
-    model.calls.train = parallel.wrap_ddp(model.calls.train, model.device, args.split_batch > 1)
+    trainer = make_trainer(args, model, loss, data, evaluate, folder, on_epoch_end)
     if args.reset:
         folder.clear()
     folder.start_log()
     describe(model, folder, origin)
     if args.amp != 'off':
-        log.info('--amp %s: %s computes in %s.', args.amp, args.model, type_name(dtype))
+        log.info('--amp %s: %s computes in %s.', args.amp, args.model, type_name(autocast_dtype(args, model)))
     if state is None:
+        if not args.template:
+            log.info('%s', option.recipe_note(args))
         folder.write('config.txt', folder.config)
     else:
-        for change in option.changes(state['options'], folder.config):
-            log.info('Changed: %s', change)
-        if args.resume > 0:
-            trainer.rewind(args.resume, state['log'])
-        else:
-            trainer.resume(state)
+        resume(args, folder, trainer, state)
     with stop:
         finished = trainer.train(args.epochs, stop.check)
     if not finished:
         log.info('%s: stopped, and saved in %s; --load %s continues.', stop.name, trainer.saved, args.save)
 
 
+def check_is_free(args: Namespace, folder: RunFolder) -> None:
+    """Refuse to train over another run."""
+    if folder.holds_training() and not (args.load or args.reset):
+        raise UserError(
+            f'{folder.folder} holds a training run: --load {args.save} continues it, --reset deletes it, '
+            'another --save keeps it.'
+        )
+
+
+def resume(args: Namespace, folder: RunFolder, trainer: Trainer, state: dict[str, Any]) -> None:
+    """Go on from a state, or from the epoch that --resume names."""
+    for change in option.changes(state['options'], folder.config):
+        log.info('Changed: %s', change)
+    if args.resume > 0:
+        trainer.rewind(args.resume, state['log'])
+    else:
+        trainer.resume(state)
+
+
 def make_evaluation(args: Namespace, sets: list[SRData], folder: RunFolder, save: bool, ssim: bool) -> Evaluation:
     """The scores of the test sets, and their images if `save`."""
     from evaluation import Evaluation
+    from metric import METRICS
 
-    return Evaluation(sets, ssim, folder.folder if save else None, args.save_gt)
+    metrics = [each for each in METRICS if ssim or not each.slow]
+    return Evaluation(sets, metrics, folder.folder if save else None, args.save_gt)
 
 
 def label(args: Namespace) -> str:

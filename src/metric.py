@@ -1,11 +1,14 @@
 """PSNR and SSIM as super-resolution papers report them: the values of the field's MATLAB scripts.
 
-Both take uint8 RGB images, drop `shave` pixels on every side, and compare the luma ('Y') or all channels ('RGB').
+`METRICS` is the table that everything else goes by: a metric is added by its function and one row at the end of the
+file. A function takes uint8 RGB images, drops `shave` pixels on every side, and compares the luma ('Y') or all channels
+('RGB').
 """
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -51,6 +54,46 @@ def ssim(sr: np.ndarray, hr: np.ndarray, shave: int, channels: Channels = 'Y') -
     return statistics.fmean(_ssim_plane(x, y) for x, y in zip(*planes, strict=True))
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A row of `METRICS`.
+
+    Attributes:
+        name: its key in results.json and metrics.jsonl.
+        title: what tables and curves call it.
+        measure: its function: the value of (sr, hr, shave, channels), as `psnr`.
+        unit: of its values; empty if they have none.
+        digits: after the point, where it is shown.
+        higher_is_better: which of two values is the better one.
+        slow: while training it is measured with --ssim alone.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[np.ndarray, np.ndarray, int, Channels], float]
+    unit: str = ''
+    digits: int = 2
+    higher_is_better: bool = True
+    slow: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its title and unit, for an axis: PSNR (dB)."""
+        return f'{self.title} ({self.unit})' if self.unit else self.title
+
+    def text(self, value: float | None) -> str:
+        """A value with the digits of the metric: 30.12; - if there is none (None or nan)."""
+        return '-' if value is None or math.isnan(value) else f'{value:.{self.digits}f}'
+
+    def text_with_unit(self, value: float | None) -> str:
+        """30.12 dB."""
+        return f'{self.text(value)} {self.unit}'.rstrip()
+
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether `value` is better than `other`; never if one of them is nan."""
+        return value > other if self.higher_is_better else value < other
+
+
 def mean(values: Iterable[float]) -> float:
     """The value of a set: the mean of its images' values. Infinity and nan carry over; ValueError if there is none."""
     return statistics.fmean(values)
@@ -90,3 +133,10 @@ def _blur(plane: np.ndarray) -> np.ndarray:
     rows, columns = (size - WINDOW + 1 for size in plane.shape)
     plane = sum(g * plane[i : i + rows] for i, g in enumerate(gauss))
     return sum(g * plane[:, i : i + columns] for i, g in enumerate(gauss))
+
+
+# The first one decides which epoch is the best, and stands in captions and curves.
+METRICS = (
+    Metric('psnr', 'PSNR', psnr, unit='dB', digits=2),
+    Metric('ssim', 'SSIM', ssim, digits=4, slow=True),
+)

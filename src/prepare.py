@@ -34,7 +34,7 @@ class Difference:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 if --check found a difference, 2 for an error the user can mend, 130 for Ctrl-C."""
+    """Returns the exit status: 0, 1 if --check found a difference, 2 for an error the user can fix, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         return run(build_parser().parse_args(argv))

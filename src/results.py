@@ -14,6 +14,7 @@ import main as program
 import option
 from error import UserError, report_error
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
+from metric import METRICS
 from system.allocator import tune_malloc
 from system.files import write_atomic
 
@@ -45,7 +46,7 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for an error that the user can mend, 130 after Ctrl-C."""
+    """Returns the exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
     try:
@@ -139,7 +140,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def measured_table(rows: dict[str, Row]) -> list[str]:
-    """PSNR / SSIM of weights and bicubic by set."""
+    """The scores of weights and of bicubic by set."""
     sets = next(iter(rows.values()))['sets']
     head = ['Measured', *(title(name, len(result['images'])) for name, result in sets.items())]
     return table(head, ([link(name), *map(scores, row['sets'].values())] for name, row in rows.items()))
@@ -157,7 +158,7 @@ def link(name: str) -> str:
 
 def scores(result: Row) -> str:
     """As in papers: 37.83 / .9600."""
-    return f'{result["psnr"]:.2f} / {result["ssim"]:.4f}'.replace(' 0.', ' .')
+    return ' / '.join(metric.text(result[metric.name]) for metric in METRICS).replace(' 0.', ' .')
 
 
 def published_table(scale: int) -> list[str]:
@@ -178,18 +179,28 @@ def number(value: float | None) -> str:
 
 def study_table(studied: dict[tuple[str, str], Row]) -> list[str]:
     """What each way of running weights gains or loses against whole images, and how long it takes an image."""
-    rows = []
+    rows, first = [], METRICS[0]
     for (name, what), row in studied.items():
         whole = studied[name, 'whole images']['sets']
         cells = []
         for data, result in row['sets'].items():
-            change = result['psnr'] - whole[data]['psnr']
+            change = result[first.name] - whole[data][first.name]
             share = result['seconds'] / whole[data]['seconds']
             gain = '' if row['sets'] is whole or math.isnan(change) else f' ({change:+.3f})'
-            cells += [f'{result["psnr"]:.2f}{gain}', f'{result["seconds"]:.2f}{"" if not gain else f" ({share:.2f}x)"}']
+            cells += [
+                f'{first.text(result[first.name])}{gain}',
+                f'{result["seconds"]:.2f}{"" if not gain else f" ({share:.2f}x)"}',
+            ]
         rows.append([name, what, *cells])
     sets = next(iter(studied.values()))['sets']
-    return table(['Weights', 'Run as', *(head for data in sets for head in (f'{data}, dB', 's an image'))], rows)
+    return table(
+        [
+            'Weights',
+            'Run as',
+            *(head for data in sets for head in (f'{data}, {first.unit or first.title}', 's an image')),
+        ],
+        rows,
+    )
 
 
 if __name__ == '__main__':

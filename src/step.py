@@ -39,6 +39,7 @@ class TrainStep:
         names: of the values that a call returns.
         ema: the average of the weights, or None.
         scaler: keeps small gradients of float16 from becoming zero.
+        number: of the steps before this one, int64 () on the device, where a CUDA graph reads it; for terms that ask.
         limit: batches of a greater loss are skipped.
     """
 
@@ -62,6 +63,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.ema = ModelEMA(model.net, ema_decay) if ema_decay else None
         self.names = [*loss.names, 'total', 'gradient_norm', 'replaced', 'applied']
+        self.number = torch.zeros((), dtype=torch.int64, device=self.device)
         self.limit = torch.full((), torch.inf, dtype=self._wide, device=self.device)
         self.decides_itself = bool(optimizer.defaults.get('fused')) and not self.scaler.is_enabled()
         possible = self.device.type == 'cuda' and parallel.world_size() == 1 and not loss.adversaries
@@ -72,14 +74,15 @@ class TrainStep:
         """What sums are kept in: float64 where the device has it."""
         return torch.float32 if self.device.type == 'mps' else torch.float64
 
-    def __call__(self, sample: Sample, rate: float) -> Tensor:
-        """Train on a batch at a learning rate; returns the values of `names`, on the device.
+    def __call__(self, sample: Sample, rate: float, number: int = 0) -> Tensor:
+        """Train on a batch at a learning rate, after `number` steps; returns the values of `names`, on the device.
 
         They are the loss terms and their sum, averaged over the batch; the Euclidean norm of all gradients before they
         were clipped; the number of samples in whose place others were taken; 1 if the step was made, 0 if it was
         skipped since its loss is not finite or above `limit`.
         """
         set_learning_rate(self.optimizer, rate)
+        self.number.fill_(number)
         self.loss.scale_rates(rate / self.optimizer.defaults['lr'])
         with fast_convolutions(self.device):
             if self.graph:
@@ -106,7 +109,8 @@ class TrainStep:
         share, low = len(lr) / self.batch_size, self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
             sr = self.model(lr)
-        losses = self.loss(sr, self.model.to_range(hr))
+        lr_in_range = self.model.to_range(lr) if self.loss.wants('lr') else None
+        losses = self.loss(sr, self.model.to_range(hr), lr=lr_in_range, step=self.number)
         total = sum(losses.values(), torch.zeros((), device=self.device)) * share
         # The gradient is averaged over the processes, each of which has its share of the batch.
         self.scaler.scale(total * parallel.world_size()).backward()

@@ -1,9 +1,13 @@
 """Recipes: published settings as option defaults (`--template NAME`); what is typed wins.
 
 A recipe is the training of a network, and its paper's way to test as far as this program has it (docs/PROTOCOLS.md).
+Where training starts from other weights, `pre_train` names them. Published recipes draw all images equally often, as in
+their papers; one of this project's own may set `'sampling': 'area'`.
 """
 
-Recipe = dict[str, object]
+from typing import Any
+
+Recipe = dict[str, Any]
 
 DIV2K: Recipe = {'data_train': ['DIV2K'], 'data_range': ((1, 800), (801, 810))}
 DF2K: Recipe = {'data_train': ['DIV2K', 'Flickr2K'], 'data_range': ((1, 800), (801, 810))}
@@ -17,6 +21,18 @@ def milestones(*values: int) -> Recipe:
 def at_scales(name: str, recipe: Recipe, lr_patch: int, scales: tuple[int, ...] = (2, 3, 4)) -> dict[str, Recipe]:
     """One recipe a scale, whose HR patch is `scale` times the LR patch of the paper."""
     return {f'{name}_x{scale}': {**recipe, 'scale': scale, 'patch_size': scale * lr_patch} for scale in scales}
+
+
+def from_x2(name: str, recipe: Recipe, lr_patch: int, scales: tuple[int, ...] = (2, 3, 4)) -> dict[str, Recipe]:
+    """Recipes of which those above x2 start from the weights of x2, `name`_x2.pt."""
+    found = at_scales(name, recipe, lr_patch, scales)
+    return {key: own if own['scale'] == 2 else {**own, 'pre_train': f'{name}_x2.pt'} for key, own in found.items()}
+
+
+def tuned(name: str, recipe: Recipe, lr_patch: int, scales: tuple[int, ...] = (2, 3, 4)) -> dict[str, Recipe]:
+    """Recipes `name`-finetune, which start from the weights of `name` at the same scale."""
+    found = at_scales(f'{name}-finetune', recipe, lr_patch, scales)
+    return {key: {**own, 'pre_train': f'{name}_x{own["scale"]}.pt'} for key, own in found.items()}
 
 
 # https://github.com/sanghyun-son/EDSR-PyTorch, demo.sh; x3 and x4 start from x2
@@ -98,28 +114,28 @@ SMALL: Recipe = {
 }
 
 TEMPLATES: dict[str, Recipe] = {
-    **at_scales('EDSR-baseline', BASELINE, 48),
-    **at_scales('EDSR', EDSR, 48),
-    **at_scales('RCAN', RCAN, 48),
+    **from_x2('EDSR-baseline', BASELINE, 48),
+    **from_x2('EDSR', EDSR, 48),
+    **from_x2('RCAN', RCAN, 48),
     **at_scales('NLSN', NLSN, 48),
     **at_scales('LCoAN', {**LCOAN, **milestones(300, 600, 900, 1200, 1500)}, 48, (2,)),
-    **at_scales('LCoAN', {**LCOAN, **milestones(100, 200, 300, 400, 500)}, 48, (3, 4)),
+    **from_x2('LCoAN', {**LCOAN, **milestones(100, 200, 300, 400, 500)}, 48, (3, 4)),
     **at_scales('ASID', ASID, 64),
-    **at_scales('ASID-finetune', ASID_TUNED, 64),
+    **tuned('ASID', ASID_TUNED, 64),
     **at_scales('ASIDd8', {**ASID, 'model': 'ASIDd8'}, 64),
-    **at_scales('ASIDd8-finetune', {**ASID_TUNED, 'model': 'ASIDd8'}, 64),
+    **tuned('ASIDd8', {**ASID_TUNED, 'model': 'ASIDd8'}, 64),
     **at_scales('DLGSANet', DLGSANET, 48),
     **at_scales('DLGSANet-light', {**DLGSANET, 'model': 'DLGSANet-light'}, 48),
     **at_scales('DLGSANet-tiny', {**DLGSANET, 'model': 'DLGSANet-tiny'}, 48),
     **at_scales('ATD', ATD, 64, (2,)),
-    **at_scales('ATD-finetune', ATD_TUNED, 96, (2,)),
-    **at_scales('ATD', ATD_TUNED, 96, (3, 4)),
+    **tuned('ATD', ATD_TUNED, 96, (2,)),
+    **at_scales('ATD', {**ATD_TUNED, 'pre_train': 'ATD-finetune_x2.pt'}, 96, (3, 4)),
     **at_scales('ATD-light', ATD_LIGHT, 64, (2,)),
-    **at_scales('ATD-light', ATD_LIGHT_TUNED, 64, (3, 4)),
+    **from_x2('ATD-light', ATD_LIGHT_TUNED, 64, (3, 4)),
     **at_scales('OmniSR', OMNISR, 64),
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),
-    **at_scales('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
+    **from_x2('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
     **at_scales('LCoAN-small', {**SMALL, **milestones(10, 14, 17, 19, 20)}, 32, (2,)),
-    **at_scales('LCoAN-small', {**SMALL, **milestones(6, 9, 11, 12)}, 32, (4,)),
+    **from_x2('LCoAN-small', {**SMALL, **milestones(6, 9, 11, 12)}, 32, (4,)),
 }

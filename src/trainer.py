@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import RunFolder
-from data.traindata import Sample, WorkerDied, whole_batches
+from data.traindata import Failure, Sample, WorkerDied, whole_batches
 from error import UserError
 from evaluation import table
+from metric import METRICS
 from optimizer import Schedule, load_optimizer
 from step import TrainStep
 from system import parallel
@@ -114,7 +115,7 @@ class Trainer:
         self,
         config: TrainConfig,
         step: TrainStep,
-        loader: Callable[[range], Iterable[Sample]],
+        loader: Callable[[range], Iterable[Sample | Failure]],
         name_of: Callable[[int], str],
         evaluate: Callable[[int], dict[str, Any]],
         run: RunFolder,
@@ -243,10 +244,11 @@ class Trainer:
         return EpochStats(dict.fromkeys([*self.train_step.loss.names, 'total', 'gradient_norm'], 0.0))
 
     def _is_best(self, epoch: int) -> bool:
-        """Whether no epoch up to this one had a better PSNR on the first test set."""
-        tests = [record['test'] for record in self.log[:epoch]]
+        """Whether no epoch up to this one had a better score, by the first metric, on the first test set."""
+        tests, by = [record['test'] for record in self.log[:epoch]], METRICS[0]
         first = next(iter(tests[-1]))
-        return not any(test[first]['psnr'] > tests[-1][first]['psnr'] for test in tests if first in test)
+        own = tests[-1][first][by.name]
+        return not any(by.is_better(test[first][by.name], own) for test in tests if first in test)
 
     def _train_epoch(self, batches: Iterator[Sample], epochs: int, stop: Callable[[], None]) -> None:
         """Train until the epoch is complete, or `stop` raises."""
@@ -279,7 +281,7 @@ class Trainer:
         rate = self.config.schedule(self.epoch, self.step)
         torch.manual_seed(draw_seed(self.config.seed, self.step, parallel.rank()))
         numbers = range(self.samples, self.samples + self.config.batch_size)
-        self.unread.append((numbers, sample.replaced, self.train_step(sample, rate)))
+        self.unread.append((numbers, sample.replaced, self.train_step(sample, rate, self.step)))
         self.batch += 1
         self.step += 1
         self.samples += self.config.batch_size

@@ -1,4 +1,4 @@
-"""Options -> parts: the network with its weights and tiles, image sets, the learning rate, as the options say."""
+"""Options -> parts: the network with its weights and tiles, image sets, what trains it, as the options say."""
 
 import logging
 from argparse import Namespace
@@ -9,22 +9,29 @@ from typing import Any
 
 import torch
 from torch import nn, optim
+from torch.utils.data import DataLoader
 
 import option
 from checkpoint import RunFolder
 from data.library import Library
 from data.srdata import SRData
-from data.traindata import TrainData
+from data.traindata import TrainData, train_loader
 from error import UserError
+from loss import Loss
 from model import Model, type_name
 from model.loading.detect import recognise
 from model.loading.weights import Origin, load_weights, read_weights
+from model.ops.recompute import recompute
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
 from optimizer import Schedule, make_optimizer
+from step import TrainStep
+from system import parallel
 from system.files import some
 from system.machine import best_device
 from system.numerics import set_numerics
+from template import TEMPLATES
+from trainer import TrainConfig, Trainer
 
 log = logging.getLogger('frugalsr')
 
@@ -41,7 +48,8 @@ def apply_detected_network(args: Namespace) -> None:
         found = recognise(read_weights(path)[0])
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    assumed = [key for key in found.unseen if getattr(args, key) is None]
+    given = option.network_settings(args, found.name)
+    assumed = [key for key in found.unseen if key not in given]
     option.apply_detected_network(args, found.name, found.scale, found.shown, found.settings)
     log.info('%s holds weights of %s', path, found)
     if found.settings and assumed:
@@ -56,6 +64,11 @@ def weights_file(args: Namespace) -> Path:
     if not path.is_file():
         files = sorted(file.name for file in args.extend.glob('*') if file.suffix in ('.pt', '.pth', '.safetensors'))
         there = some(files) or 'none'
+        if args.template and args.pre_train == TEMPLATES[args.template].get('pre_train'):
+            raise UserError(
+                f'--template {args.template} starts from {args.pre_train}, which is neither here nor in {args.extend} '
+                f'(it holds {there}): train these weights first, or give a file with --pre_train.'
+            )
         raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.')
     return path
 
@@ -149,6 +162,60 @@ def optimizer_maker(args: Namespace) -> Callable[[Iterable[nn.Parameter]], optim
         make_optimizer, name=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, betas=tuple(args.betas),
         epsilon=args.epsilon, momentum=args.momentum,
     )  # fmt: skip
+
+
+def make_loss(args: Namespace, model: Model) -> Loss:
+    """The loss, with the discriminators of adversarial terms and their optimisers."""
+    new_optimizer = optimizer_maker(args)
+    return Loss(args.loss, model.range, model.n_colors, args.patch_size, args.gan_k, new_optimizer, args.vgg)
+
+
+def make_trainer(
+    args: Namespace,
+    model: Model,
+    loss: Loss,
+    data: TrainData,
+    evaluate: Callable[[int], dict[str, Any]],
+    folder: RunFolder,
+    on_epoch_end: Callable[[dict[str, Any]], None],
+) -> Trainer:
+    """What trains `model` on `data`, in as many processes as there are; the rest is as in `Trainer`.
+
+    Raises:
+        UserError: too many processes for the batch or for the loss.
+    """
+    step = TrainStep(
+        model, loss.to(model.device), optimizer_maker(args)(model.parameters()), args.batch_size, args.split_batch,
+        args.gclip, args.clip_norm, autocast_dtype(args, model), args.weight_ema, graph=args.graph is not False,
+    )  # fmt: skip
+
+    def loader(numbers: range) -> DataLoader:
+        batches = parallel.Batches(numbers, args.batch_size)
+        return train_loader(data, batches, args.n_threads, pin_memory=model.device.type == 'cuda')
+
+    config = TrainConfig(
+        args.batch_size, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
+        args.seed, args.save_every,
+    )  # fmt: skip
+    trainer = Trainer(config, step, loader, data.name, evaluate, folder, on_epoch_end)
+    if args.checkpointing:
+        recompute(model.net, model.network.checkpoint_blocks)
+    check_processes(args, loss)
+    model.calls.train = parallel.wrap_ddp(model.calls.train, model.device, args.split_batch > 1)
+    return trainer
+
+
+def check_processes(args: Namespace, loss: Loss) -> None:
+    """Refuse more processes than the batch or the loss allows."""
+    if args.batch_size < parallel.world_size() * args.split_batch:
+        raise UserError(
+            f'--batch_size {args.batch_size} is too small for {parallel.world_size()} processes and --split_batch '
+            f'{args.split_batch}: each needs a patch in each part.'
+        )
+    if parallel.world_size() > 1 and loss.whole_batches:
+        raise UserError(
+            f'--loss {args.loss}: {loss.whole_batches[0]} sees whole batches, which several processes share; use one.'
+        )
 
 
 def schedule(args: Namespace) -> Schedule:

@@ -73,6 +73,7 @@ DEMO = {
 NOT_CHECKED = {
     'source .venv/bin/activate': 'of the shell',
     'pip install -r requirements.txt': 'installs',
+    'pip install -c constraints.txt -r requirements.txt': 'installs',
     "pip install 'gradio>=6.31'": 'installs',
     'pip install onnx onnxruntime': 'installs',
     'pip install tensorboard': 'installs',
@@ -197,6 +198,14 @@ def test_links_and_paths_lead_somewhere(name):
     assert [link for link in links if not (ROOT / name).parent.joinpath(link.split('#')[0]).exists()] == []
     paths = re.findall(r'(?<![\w./-])((?:src|tests|docs|models)/[\w./-]*\w\.(?:py|md|sh|json|png))\b', text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_module_is_on_the_map():
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    places = ('', 'data/', 'measure/', 'report/', 'system/', 'web/', 'model/ops/', 'model/tiles/', 'model/loading/')
+    modules = [path.stem for place in places for path in (ROOT / 'src' / place).glob('[!_]*.py')]
+    assert len(modules) > 40
+    assert [name for name in modules if not re.search(rf'(?<![a-z_]){name}(?![a-z_])', text)] == []
 
 
 def test_every_network_has_its_rows():

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 # From above to below, modules and packages of src/: each imports what stands in its own line or below it.
 ORDER = (
-    ('app', 'prepare', 'results'),
+    ('app', 'prepare', 'results', 'tables'),
     ('web',),
     ('main',),
     ('api',),
@@ -20,8 +20,8 @@ ORDER = (
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
-    ('option', 'system'),
-    ('error', 'template', 'metric', 'optimizer'),
+    ('option', 'networks', 'system'),
+    ('error', 'template', 'metric', 'optimizer', 'loss_language'),
 )
 APART = ('data', 'model', 'loss')  # none of them imports another
 # What the parts of a network are made of: these and network files import nothing else of the project.

@@ -107,9 +107,9 @@ def test_published_commands(data_folder):
 def test_what_a_run_leaves(data_folder):
     run = train(data_folder, LCOAN, '--save_models --save_results')
     assert sorted(str(path.relative_to(run)) for path in run.rglob('*') if path.is_file()) == [
-        'comparison-Set5.png', 'config.txt', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl', 'model/model_1.pt',
-        'model/model_best.pt', 'model/model_latest.pt', 'report.html', 'results-Set5/0001_x2_SR.png',
-        'results-Set5/0002_x2_SR.png', 'results.json', 'state.pt',
+        'comparison-Set5.png', 'config.txt', 'gradient_norm.png', 'lock', 'log.txt', 'loss.png', 'metrics.jsonl',
+        'model/model_1.pt', 'model/model_best.pt', 'model/model_latest.pt', 'report.html',
+        'results-Set5/0001_x2_SR.png', 'results-Set5/0002_x2_SR.png', 'results.json', 'state.pt',
         *(f'tensorboard/{path.name}' for path in (run / 'tensorboard').glob('events.*')), 'test_Set5.png',
     ]  # fmt: skip
     for path in run.rglob('*.png'):
@@ -227,7 +227,8 @@ def test_div2k_is_scored_on_rgb(data_folder):
 
 
 def test_the_protocol_of_a_paper_is_recorded(data_folder):
-    run = train(data_folder, f'{BICUBIC} --scale 3 --template ASID_x3 --shave 4 --data_test Set5 --chop_size 32')
+    tiles = '--chop --chop_size 32 --chop_overlap 24 --chop_blend mean'
+    run = train(data_folder, f'{BICUBIC} --scale 3 --shave 4 --data_test Set5 {tiles}')
     protocol = results(run)['protocol']
     assert protocol['chop'] == {'size': 32, 'overlap': 24, 'blend': 'mean'}
     assert protocol['sets']['Set5']['shave'] == 4
@@ -407,7 +408,7 @@ def test_what_is_opaque_stays_opaque(data_folder, tmp_path, no_curves):
     assert (
         main.main(arguments(data_folder, f'--load run --test_only --data_test Demo --dir_demo {tmp_path}/photos')) == 0
     )
-    with Image.open(run / 'results-Demo' / 'a_x2_SR.png') as image:
+    with Image.open(run.with_name('run_test') / 'results-Demo' / 'a_x2_SR.png') as image:
         assert (np.asarray(image)[..., 3] == 255).all()
 
 
@@ -487,7 +488,8 @@ TEST_EDSR = f'{EDSR} --test_only'
 BAD = {
     'unknown network': (nothing, f'{TINY} --model Foo', ['Foo', 'Bicubic', 'EDSR', 'EDSR-baseline', 'LCoAN']),
     'unknown option': (nothing, f'{EDSR} --nonsense', ['--nonsense', '--help']),
-    'unknown recipe': (nothing, '--template Foo', ['Foo', 'LCoAN_x2']),
+    'unknown recipe': (nothing, '--template LCoAN_x5', ['LCoAN_x5', 'LCoAN_x2']),
+    'weights of a recipe': (nothing, f'{TINY} --template EDSR_x4 --scale 4', ['EDSR_x4', 'EDSR_x2.pt', '--pre_train']),
     'value out of range': (nothing, f'{EDSR} --lr -1', ['--lr', "'-1'", 'above 0']),
     'many GPUs': (nothing, f'{EDSR.replace("--cpu", "")} --n_GPUs 99', ['--n_GPUs 99', 'this host has']),
     'parts for a GAN': (nothing, f'{EDSR} --loss L1+0.1*GAN --split_batch 2', ['--split_batch 2']),
@@ -631,8 +633,10 @@ def test_a_test_in_the_folder_of_a_training_run_leaves_the_run_whole(trained):
 def test_a_loaded_run_is_tested_elsewhere(trained):
     before = fingerprint(trained / 'runs' / 'edsr')
     assert main.main(arguments(trained / 'data', '--load edsr --test_only --save elsewhere')) == 0
+    assert main.main(arguments(trained / 'data', '--load edsr --test_only')) == 0
     assert fingerprint(trained / 'runs' / 'edsr') == before
     assert (trained / 'runs' / 'elsewhere' / 'results.json').is_file()
+    assert (trained / 'runs' / 'edsr_test' / 'results.json').is_file()
 
 
 def test_without_torch_is_one_sentence():

@@ -1,12 +1,17 @@
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from metric import luma, mean, psnr, ssim
+from data.image import read_rgb
+from metric import METRICS, Metric, luma, mean, psnr, ssim
+from tests.test_trainer import EDSR, equal, metrics, train
 
 
 def noise(seed: int, height: int = 17, width: int = 14) -> np.ndarray:
@@ -156,3 +161,50 @@ def measure(shared: Path, name: str, scale: int) -> tuple[float, float]:
 
 def rgb(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert('RGB'))
+
+
+# The table.
+
+
+def test_values_as_text():
+    first, second = METRICS
+    assert (first.label, second.label) == ('PSNR (dB)', 'SSIM')
+    assert (first.text_with_unit(30.128), second.text_with_unit(0.91236)) == ('30.13 dB', '0.9124')
+    assert (first.text(math.inf), first.text(math.nan), first.text(None)) == ('inf', '-', '-')
+
+
+@pytest.mark.parametrize('higher', [True, False])
+def test_which_value_is_better(higher):
+    metric = replace(METRICS[0], higher_is_better=higher)
+    assert metric.is_better(2.0, 1.0) == higher
+    assert metric.is_better(1.0, 2.0) != higher
+    assert not any(metric.is_better(*pair) for pair in ((1.0, 1.0), (math.nan, 1.0), (1.0, math.nan)))
+
+
+def worst(sr, hr, shave, channels):
+    """The largest difference of two pixels."""
+    return float(np.abs(sr.astype(int) - hr).max())
+
+
+def test_a_metric_is_added_by_one_row(data_folder, monkeypatch):
+    """As the first one: lower is better by it."""
+    row = Metric('worst', 'Worst', worst, unit='levels', digits=1, higher_is_better=False)
+    monkeypatch.setattr('metric.METRICS', (row, *METRICS))
+    for module in ('trainer', 'report.page', 'report.picture', 'report.board'):
+        monkeypatch.setattr(f'{module}.METRICS', (row, *METRICS))
+    run = train(data_folder, EDSR, '--epochs 2 --save_results --lr 0.01')
+    found = json.loads((run / 'results.json').read_text())['sets']['Set5']
+    assert found.keys() == {'worst', 'psnr', 'seconds', 'images'}
+    for name, scores in found['images'].items():
+        sr = read_rgb(run / 'results-Set5' / f'{name}_x2_SR.png')
+        hr = read_rgb(data_folder / 'benchmark' / 'Set5' / 'HR' / f'{name}.png')[: len(sr), : sr.shape[1]]
+        assert scores['worst'] == np.abs(sr.astype(int) - hr).max()
+    text = f'{found["worst"]:.1f}'
+    assert re.search(rf'images   Worst    PSNR    SSIM  s/image\nSet5 +2 +{text} ', (run / 'log.txt').read_text())
+    page = (run / 'report.html').read_text()
+    assert '<th>Worst</th><th>PSNR</th><th>SSIM</th>' in page
+    assert f'<td>{text}</td>' in page
+    assert all(f', {scores["worst"]:.1f} levels<br>' in page for scores in found['images'].values())
+    epochs = [record['test']['Set5']['worst'] for record in metrics(run)]
+    weights = [torch.load(run / 'model' / f'model_{name}.pt', weights_only=True) for name in ('best', 'latest')]
+    assert equal(*weights) == (epochs[1] <= epochs[0])

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import model
+import networks
 import option
 from error import UserError
 from option import data_range, epochs_list, names, parse, read_config, write_config
+from template import TEMPLATES
 from tests.conftest import ROOT
 
 # The options of EDSR and LCoAN, as issue 2 lists them.
@@ -27,7 +29,7 @@ NEW = """
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
     deterministic tf32 max_time sampling
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention export forms
+    compare max_memory show_attention export forms net
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -67,7 +69,7 @@ DEFAULTS = {
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None, 'show_attention': False, 'forms': None,
+    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [],
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -139,7 +141,8 @@ def test_networks():
 def test_help():
     text, modules = help_page()
     groups = [line for line in text.splitlines() if line.endswith(':') and not line.startswith((' ', 'usage'))]
-    assert len(groups) >= 6
+    assert [group.split()[0] for group in groups[1:7]] == ['train', 'test:', 'score:', 'export:', 'measure:', 'data:']
+    assert [group.split()[0] for group in groups[7:]] == ['network:', 'hardware:', 'optimisation:', 'run', 'examples:']
     entries = [entry.split('\n\n')[0] for entry in text.split('\n  --')[1:]]
     described = {entry.split()[0]: re.split(r'\s{2,}', entry, maxsplit=1)[1:] for entry in entries}
     assert set(described) == {*ALL, 'no_chop', 'no_graph'}
@@ -184,7 +187,9 @@ def test_reset_and_load_exclude_each_other(saved):
 
 
 def test_a_loaded_run_is_tested_under_another_name(saved):
-    assert options(f'--save_dir {saved} --load old --test_only').save == 'old'
+    assert options(f'--save_dir {saved} --load old --test_only').save == 'old_test'
+    with pytest.raises(UserError, match='--save old: a test leaves the folder of the run as it is'):
+        options(f'--save_dir {saved} --load old --test_only --save old')
     assert options(f'--save_dir {saved} --load old --test_only --save new').save == 'new'
 
 
@@ -220,6 +225,16 @@ def test_default_name_of_a_run():
     assert options('--model EDSR --scale 2 --test_only').save == 'EDSR_x2_test'
     assert options('--score some/results --scale 2').save == 'results_score'
     assert options('--test_only --save mine').save == 'mine'
+    assert options('--test_only --template ASID_x4').save == 'ASID_x4_test'
+
+
+def test_tests_of_two_files_have_two_names():
+    names = [options(f'--test_only --template ASID_x4 --pre_train {file}').save for file in ('a/one.pt', 'b/two.pth')]
+    assert names == ['ASID_x4_one_test', 'ASID_x4_two_test']
+    assert options('--test_only --template ASID_x4 --pre_train models/ASID_x4.pt').save == 'ASID_x4_test'
+    names = [options(f'--test_only --pre_train runs/{run}/model/model_best.pt').save for run in 'ab']
+    assert names == ['LCoAN_x4_a_model_best_test', 'LCoAN_x4_b_model_best_test']
+    assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_export'
 
 
 def test_costs_of_several():
@@ -249,7 +264,7 @@ def test_recognised_network_settles_the_options():
     args = options('--model auto --pre_train x.pt --test_only --res_scale 0.5')
     assert (args.scale, args.save) == (None, '')
     option.apply_detected_network(args, 'EDSR', 3, {'n_feats': 8, 'n_colors': 3}, {'n_feats': 8})
-    assert (args.model, args.scale, args.n_feats, args.res_scale, args.save) == ('EDSR', 3, 8, 0.5, 'EDSR_x3_test')
+    assert (args.model, args.scale, args.n_feats, args.res_scale, args.save) == ('EDSR', 3, 8, 0.5, 'EDSR_x3_x_test')
 
 
 def test_training_takes_weights_to_another_scale():
@@ -361,9 +376,24 @@ def test_out_of_range(name, text):
     [
         ('--model Foo', ['Foo', *option.MODELS]),
         ('--nonsense 3', ['--nonsense', '--help']),
-        ('--n_feat 3', ['--n_feat', '--help']),  # no guessing from a beginning
-        ('--template Foo', ['Foo', 'LCoAN_x2', 'EDSR_x4']),
-        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'discriminator']),
+        ('--n_feat 3', ['--n_feat', '--n_feats', '--help']),  # no guessing from a beginning, only an offer
+        ('--batchsize=3', ['--batchsize', '--batch_size']),
+        ('--template Foo', ['Foo', '--template list']),
+        ('--template LCOAN_x2', ["'LCOAN_x2'", 'LCoAN_x2', '--template list']),
+        ('--template ASID_x4 --scale 2', ['--scale 2', 'ASID x4', '--template ASID_x2']),
+        ('--template ASID_x4 --scale 3', ['--scale 3', '--template ASID_x3']),  # not that 3 does not divide 256
+        ('--template ASID-finetune_x4 --scale 2', ['--template ASID-finetune_x2']),
+        ('--template ASID_x4 --scale 5', ['--scale 5', 'leave --template out']),
+        ('--template ASID_x4 --model EDSR', ['--model EDSR', 'ASID x4', '--template EDSR_x4']),
+        ('--template ASID_x4 --model EDSR --scale 2', ['--model EDSR', '--template EDSR_x2']),
+        ('--template ASID_x4 --model Bicubic --test_only', ['--model Bicubic', 'leave --template out']),
+        ('--model ASID --net n_clusters=4', ['--net n_clusters', 'ASID', 'n_feats, n_resgroups, window_size']),
+        ('--model Bicubic --net n_feats=4', ['--net n_feats', 'Bicubic', 'no settings']),
+        ('--net n_feats=many', ['n_feats', "'many'", 'whole number']),
+        ('--net n_feats', ['--net', "'n_feats'", 'n_feats=64']),
+        ('--net n_feats=8 --n_feats 16', ['--net n_feats=8', '--n_feats 16']),
+        ('--costs --net n_feats=8', ['--n_feats', '--costs']),
+        ('--loss L1+0.1*GAN --split_batch 2', ['--split_batch 2', 'GAN', 'whole batches']),
         ('--patch_size 97 --scale 2', ['97', '--scale 2']),
         ('--batch_size 2 --split_batch 3', ['--split_batch 3', '--batch_size 2']),
         ('--chop_overlap 32 --chop_size 32', ['--chop_overlap 32', '--chop_size 32']),
@@ -457,3 +487,71 @@ def test_settings_left_out_are_left_to_the_network():
     assert option.network_settings(parse([])) == {}
     given = option.network_settings(options('--n_feats 8 --shift_mean False --res_scale 0.5'))
     assert given == {'n_feats': 8, 'shift_mean': False, 'res_scale': 0.5}
+
+
+def test_net_is_another_way_to_give_a_setting():
+    args = options('--model LCoAN --net n_feats=64 --net window_size=16 --net shift_mean=false --net dilation=True')
+    assert (args.n_feats, args.window_size, args.shift_mean, args.dilation, args.net) == (64, 16, False, True, [])
+    assert options('--template LCoAN-small_x2 --net n_feats=8').n_feats == 8  # typed before the recipe
+    assert options('--net n_feats=8 --net n_feats=16').n_feats == 16
+    assert options('--dilation --model EDSR').dilation is True
+
+
+@pytest.fixture
+def new_network(monkeypatch):
+    """A network with settings that have no option of their own."""
+    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None}
+    monkeypatch.setitem(networks.TABLE, 'ASID', {'scales': [2], 'settings': settings})
+
+
+def test_net_reaches_settings_without_an_option(new_network, tmp_path):
+    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7'
+    found = option.network_settings(options(line))
+    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7}
+    assert [type(value) for value in found.values()] == [int, float, str, bool, int]
+    (tmp_path / 'old').mkdir()
+    (tmp_path / 'old' / 'config.txt').write_text(write_config(options(line), found))
+    assert option.network_settings(options(f'--save_dir {tmp_path} --load old')) == found
+    with pytest.raises(UserError, match=r'--net .*the run old has net .*cannot change'):
+        options(f'--save_dir {tmp_path} --load old --net depth=5')
+
+
+@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'n_feats=4'])
+def test_what_is_no_value_of_a_setting(new_network, text):
+    with pytest.raises(UserError, match=rf'^--net {text.partition("=")[0]}.*\.$'):
+        options(f'--model ASID --net {text}')
+
+
+def test_recognised_weights_may_show_settings_without_an_option(new_network):
+    args = options('--model auto --pre_train x.pt --test_only')
+    option.apply_detected_network(args, 'ASID', 2, {'depth': 4}, {'depth': 4})
+    assert option.network_settings(args) == {'depth': 4}
+    with pytest.raises(UserError, match=r'--depth 5: .*holds weights of ASID with 4'):
+        option.apply_detected_network(auto('--net depth=5'), 'ASID', 2, {'depth': 4}, {'depth': 4})
+
+
+def test_a_run_from_before_net_is_continued(saved):
+    path = saved / 'old' / 'config.txt'
+    path.write_text(''.join(line for line in path.read_text().splitlines(True) if not line.startswith('net:')))
+    assert options(f'--save_dir {saved} --load old').net == []
+
+
+def test_list_of_recipes(capsys):
+    with pytest.raises(SystemExit) as left:
+        options('--template list')
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(TEMPLATES)
+    (atd,) = (line for line in lines if line.startswith('ATD_x4 '))
+    assert 'ATD x4 on DIV2K+Flickr2K: 250 epochs of 1000 batches of 32, HR patches of 384' in atd
+    assert atd.endswith(', from ATD-finetune_x2.pt')
+
+
+def test_training_without_a_recipe_names_it():
+    assert "EDSR's defaults; --template LCoAN_x2 trains as published." in option.recipe_note(options('--scale 2'))
+    assert 'there is none named EDSR_x8' in option.recipe_note(options('--model EDSR --scale 8'))
+
+
+def test_an_export_takes_nothing_from_how_networks_are_run():
+    args = options('--export onnx --model EDSR --compile --precision half --n_GPUs 2')
+    assert (args.cpu, args.compile, args.precision, args.n_GPUs) == (True, False, 'single', 1)

@@ -114,6 +114,32 @@ def test_training_is_as_published(name):
     assert rate_at(steps * K - 1) == pytest.approx(rate / 2 ** len(halved))
 
 
+# What training starts from, by the papers: https://github.com/sanghyun-son/EDSR-PyTorch (demo.sh), yulunzhang/RCAN,
+# YigangZhao/LCoAN (README), saturnian77/ASID (README), LabShuHangGU/Adaptive-Token-Dictionary and cszn/KAIR (options).
+STARTS = {
+    **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('EDSR', 'EDSR-baseline', 'RCAN', 'LCoAN') for s in (3, 4)},
+    **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('ATD-light', 'SwinIR-light') for s in (3, 4)},
+    **{f'{name}-finetune_x{s}': f'{name}_x{s}.pt' for name in ('ASID', 'ASIDd8') for s in (2, 3, 4)},
+    'ATD-finetune_x2': 'ATD_x2.pt', 'ATD_x3': 'ATD-finetune_x2.pt', 'ATD_x4': 'ATD-finetune_x2.pt',
+    'LCoAN-small_x4': 'LCoAN-small_x2.pt',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_what_training_starts_from(name):
+    assert parse(['--template', name]).pre_train == STARTS.get(name, '')
+    assert parse(['--template', name, '--pre_train', 'own.pt']).pre_train == 'own.pt'
+    assert parse(['--template', name, '--pre_train', '']).pre_train == ''
+    for other in (['--test_only'], ['--export', 'onnx'], ['--score', 'folder']):  # what is tested is never assumed
+        assert parse(['--template', name, *other]).pre_train == ''
+    assert STARTS.get(name, 'EDSR_x2.pt').removesuffix('.pt') in TEMPLATES
+
+
+@pytest.mark.parametrize('name', OFFICIAL)
+def test_published_training_draws_images_equally_often(name):
+    assert parse(['--template', name]).sampling == 'image'
+
+
 @pytest.mark.parametrize('name', OFFICIAL)
 def test_tests_are_as_published(name):
     args = parse(['--template', name])

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data.sets import ImageSet
 from data.srdata import SRData
 from evaluation import Evaluation, table
 from loss import Loss
+from metric import METRICS
 from report import picture as pictures
 from system.background import WorkerPool
 from system.stopping import Stop, Stopped
@@ -46,8 +48,11 @@ def arguments(data: Path, *options: str) -> list[str]:
 
 def train(data: Path, *options: str, name: str = 'run') -> Path:
     """Run the program; returns the run folder."""
-    own = [] if '--load' in ' '.join(options) else ['--save', name]
+    line = ' '.join(options)
+    own = [] if '--load' in line else ['--save', name]
     assert main.main([*arguments(data, *options), *own]) == 0
+    if '--load' in line and '--test_only' in line and '--save' not in line:
+        name = f'{name}_test'
     return data.parent / 'runs' / name
 
 
@@ -126,14 +131,19 @@ def test_resume_goes_back_to_an_epoch(data_folder):
     assert not equal(weights(run, '3'), weights(run, '1'))
 
 
+def measure_psnr_as(monkeypatch, measure) -> None:
+    """Put `measure` in the place of the function of PSNR."""
+    monkeypatch.setattr('metric.METRICS', (replace(METRICS[0], measure=measure), *METRICS[1:]))
+
+
 def test_resume_at_an_epoch_takes_back_the_best(data_folder, monkeypatch):
     scores = iter([20.0, 30.0, 40.0])
-    monkeypatch.setattr('metric.psnr', lambda *_: next(scores))
+    measure_psnr_as(monkeypatch, lambda *_: next(scores))
     for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
         path.unlink()
     run = train(data_folder, EDSR, '--epochs 3 --save_models --lr 0.01')
     assert equal(weights(run, 'best'), weights(run, '3'))
-    monkeypatch.setattr('metric.psnr', lambda *_: 10.0)
+    measure_psnr_as(monkeypatch, lambda *_: 10.0)
     train(data_folder, '--load run --resume 2 --epochs 3')
     assert equal(weights(run, 'best'), weights(run, '2'))
 
@@ -575,7 +585,7 @@ def test_changed_options_last_when_a_run_is_stopped_again(data_folder, monkeypat
 
 def test_the_best_is_taken_back_when_a_rewound_run_is_stopped(data_folder, monkeypatch):
     scores = iter([20.0, 30.0, 40.0])
-    monkeypatch.setattr('metric.psnr', lambda *_: next(scores))
+    measure_psnr_as(monkeypatch, lambda *_: next(scores))
     for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
         path.unlink()
     train(data_folder, EDSR, '--epochs 3 --save_models --test_every 5')
@@ -583,7 +593,7 @@ def test_the_best_is_taken_back_when_a_rewound_run_is_stopped(data_folder, monke
     monkeypatch.setattr(Trainer, 'train', lambda self, epochs, stop: train_on(self, epochs, After(2)))
     train(data_folder, '--load run --resume 2 --epochs 4')
     monkeypatch.setattr(Trainer, 'train', train_on)
-    monkeypatch.setattr('metric.psnr', lambda *_: 10.0)
+    measure_psnr_as(monkeypatch, lambda *_: 10.0)
     run = train(data_folder, '--load run')
     assert equal(weights(run, 'best'), weights(run, '2'))
     assert [record['test']['Set5']['psnr'] for record in metrics(run)] == [20, 30, 10, 10]
@@ -768,7 +778,7 @@ def test_evaluation(pair):
 
     grey = {i: np.full(pair.hr(i).shape, 50 * (i + 1), np.uint8) for i in range(3)}
     pair.hr = grey.__getitem__
-    results = Evaluation([pair], ssim=True)(off_by_one, 'x')
+    results = Evaluation([pair], METRICS)(off_by_one, 'x')
     assert list(results) == ['Some']
     images = results['Some']['images']
     assert list(images) == ['a', 'b', 'tiny']
@@ -793,7 +803,7 @@ def test_protocol_and_shaved_border(tmp_path, channels, border):
 
         return upscale
 
-    evaluation = Evaluation([pair], ssim=False)
+    evaluation = Evaluation([pair], METRICS[:1])
     assert evaluation.protocol() == {'Some': {'channels': channels, 'shave': border, 'lr_border': 'mirror'}}
     assert evaluation(wrong_border(border), 'x')['Some']['images']['a']['psnr'] == math.inf
     assert evaluation(wrong_border(border + 1), 'x')['Some']['images']['a']['psnr'] < 60

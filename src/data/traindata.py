@@ -1,13 +1,15 @@
 """Training samples for a PyTorch loader, by sample number."""
 
 import signal
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data.patch import Draw, cut, draw
 from data.srdata import SRData
@@ -32,6 +34,25 @@ class Sample(NamedTuple):
         """LR and HR of a batch on `device`, each sample turned there by its own flips."""
         lr, hr, flips = (part.to(device, non_blocking=True) for part in self[:3])
         return turn(lr, flips), turn(hr, flips)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What takes the place of a batch that could not be made, as it comes from a loading process.
+
+    PyTorch would raise the error of a loading process again with a text of its own around it.
+
+    Attributes:
+        message: of the `UserError`.
+        trace: where it was raised, for --debug.
+    """
+
+    message: str
+    trace: str
+
+
+class LoadingFailed(Exception):
+    """Where an error came up in a loading process: its traceback there."""
 
 
 class TrainData(Dataset):
@@ -72,6 +93,13 @@ class TrainData(Dataset):
         flips = choice.flips if self.augment else (False, False, False)
         return Sample(to_tensor(lr), to_tensor(hr), torch.tensor(flips), torch.tensor(image != choice.image))
 
+    def __getitems__(self, numbers: Sequence[int]) -> list[Sample] | Failure:
+        """The samples of a batch, or why one of them cannot be had; this is what a `DataLoader` calls."""
+        try:
+            return [self[number] for number in numbers]
+        except UserError as error:
+            return Failure(str(error), traceback.format_exc())
+
     def _draw(self, number: int) -> Draw:
         return draw(self.seed, number, len(self.images), self.areas)
 
@@ -106,12 +134,18 @@ def to_tensor(patch: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(patch.transpose(2, 0, 1)))
 
 
+def collate(samples: list[Sample] | Failure) -> Sample | Failure:
+    """Samples as one with a leading N; a failure stays one."""
+    return samples if isinstance(samples, Failure) else default_collate(samples)
+
+
 def train_loader(data: TrainData, batches: Iterable[list[int]], workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of samples by their numbers, as a `Sample` each, in this order whatever the number of workers."""
+    """Batches by the numbers of their samples, a `Sample` or `Failure` each, in this order whatever the workers."""
     return DataLoader(
         data,
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
     )
@@ -126,11 +160,11 @@ class WorkerDied(Exception):
     """A process that loads data ended before its time."""
 
 
-def whole_batches(loader: Iterable[Sample]) -> Iterator[Sample]:
+def whole_batches(loader: Iterable[Sample | Failure]) -> Iterator[Sample]:
     """The batches of a loader, with errors as this program has them.
 
     When a loading process dies PyTorch raises in the middle of whatever the program is doing, a step perhaps; here that
-    is noticed between two batches. The error of a loading process comes as it was, without the traceback in it.
+    is noticed between two batches.
 
     Raises:
         WorkerDied: a loading process ended.
@@ -142,9 +176,10 @@ def whole_batches(loader: Iterable[Sample]) -> Iterator[Sample]:
         batches = iter(loader)
         if child:
             signal.signal(child, handler)
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).rpartition('error.UserError: ')[2].strip()) from error
+        for batch in batches:
+            if isinstance(batch, Failure):
+                raise UserError(batch.message) from LoadingFailed(batch.trace)
+            yield batch
     except (RuntimeError, OSError, EOFError) as error:  # OSError: a batch was on its way
         if type(error) is RuntimeError and 'DataLoader worker' not in str(error):
             raise

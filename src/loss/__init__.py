@@ -1,6 +1,18 @@
-"""The loss language of EDSR: weighted terms, as in '5*VGG54+0.15*GAN'."""
+"""The loss: weighted terms, as in '5*VGG54+0.15*GAN'.
 
-from collections.abc import Callable, Collection, Mapping
+A term is a module in a file of its own, and a row of `TERMS`; `loss_language` has its name for what does without torch.
+Its `forward(sr, hr)` takes output and target, both (N, C, H, W) float32 in the network's range, and gives a mean over
+the batch. It may ask for more by keyword, and is given what it asks for:
+
+- `lr`: the images that the output was made from, (N, C, h, w) float32 in the network's range;
+- `step`: the number of steps that were made before this one, int64 () on the device.
+
+A class with `whole_batches = True` is of use on whole batches only: not in parts of them, nor in several processes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +25,42 @@ from loss.charbonnier import Charbonnier
 from loss.discriminator import Discriminator
 from loss.frequency import Frequency
 from loss.vgg import VGG
+from loss_language import parse
+
+ON_REQUEST = ('lr', 'step')  # what a term may ask for
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a term may be made from; the attributes are the arguments of `Loss`."""
+
+    value_range: tuple[float, float]
+    n_colors: int
+    patch_size: int
+    gan_k: int
+    make_optimizer: MakeOptimizer
+    vgg: Path | None
+
+    def discriminator(self) -> Discriminator:
+        """A new one, for patches of this size."""
+        return Discriminator(self.n_colors, self.patch_size)
+
+    def perceptual(self, name: str) -> VGG:
+        """VGG22 or VGG54."""
+        return VGG(name, self.value_range, self.n_colors, self.patch_size, self.vgg)
+
+
+TERMS: dict[str, Callable[[Setup], nn.Module]] = {
+    'L1': lambda setup: nn.L1Loss(),
+    'MSE': lambda setup: nn.MSELoss(),
+    'Charbonnier': lambda setup: Charbonnier(setup.value_range),
+    'FFT': lambda setup: Frequency(),
+    'VGG22': lambda setup: setup.perceptual('VGG22'),
+    'VGG54': lambda setup: setup.perceptual('VGG54'),
+    'GAN': lambda setup: GAN(setup.discriminator(), setup.make_optimizer, setup.gan_k),
+    'WGAN_GP': lambda setup: WGANGP(setup.discriminator(), make_wgan_optimizer, setup.gan_k),
+    'RGAN': lambda setup: RGAN(setup.discriminator(), setup.make_optimizer, setup.gan_k),
+}
 
 
 class Loss(nn.Module):
@@ -32,6 +80,12 @@ class Loss(nn.Module):
 
     Raises:
         UserError: unknown term, a weight that is not a positive number, or a term that does not go with the rest.
+
+    Attributes:
+        names: of the values that are logged: the terms, and 'discriminator' if there are any.
+        asked: what each term wants to see besides output and target, of `ON_REQUEST`.
+        whole_batches: names of the terms that need whole batches.
+        adversaries: terms that train a discriminator.
     """
 
     def __init__(
@@ -45,31 +99,35 @@ class Loss(nn.Module):
         vgg: Path | None = None,
     ) -> None:
         super().__init__()
-
-        def adversary(kind: type[GAN], make: MakeOptimizer = make_optimizer) -> GAN:
-            return kind(Discriminator(n_colors, patch_size), make, gan_k)
-
-        terms: dict[str, Callable[[], nn.Module]] = {
-            'L1': nn.L1Loss,
-            'MSE': nn.MSELoss,
-            'Charbonnier': lambda: Charbonnier(value_range),
-            'FFT': Frequency,
-            'VGG22': lambda: VGG('VGG22', value_range, n_colors, patch_size, vgg),
-            'VGG54': lambda: VGG('VGG54', value_range, n_colors, patch_size, vgg),
-            'GAN': lambda: adversary(GAN),
-            'WGAN_GP': lambda: adversary(WGANGP, make_wgan_optimizer),
-            'RGAN': lambda: adversary(RGAN),
-        }
-        self.weights = parse(text, terms)
-        self.terms = nn.ModuleDict({name: terms[name]() for name in self.weights})
+        setup = Setup(value_range, n_colors, patch_size, gan_k, make_optimizer, vgg)
+        self.weights = parse(text, TERMS)
+        self.terms = nn.ModuleDict({name: TERMS[name](setup) for name in self.weights})
+        self.asked = {name: wishes(term) for name, term in self.terms.items()}
+        self.whole_batches = [name for name, term in self.terms.items() if getattr(term, 'whole_batches', False)]
         self.adversaries = [term for term in self.terms.values() if isinstance(term, GAN)]
         self.names = [*self.terms, *(['discriminator'] if self.adversaries else [])]
 
-    def forward(self, sr: Tensor, hr: Tensor) -> dict[str, Tensor]:
-        """The weighted terms by name, in float32; the loss is their sum."""
+    def forward(
+        self, sr: Tensor, hr: Tensor, *, lr: Tensor | None = None, step: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The weighted terms by name, in float32; the loss is their sum.
+
+        Args:
+            sr, hr: output and target, (N, C, H, W) in the network's range.
+            lr: what the output was made from, (N, C, h, w) in the network's range, if a term `wants` it.
+            step: number of steps before this one, int64 () on the device, if a term `wants` it.
+        """
         with torch.autocast(sr.device.type, enabled=False):
             sr, hr = sr.float(), hr.float()
-            return {name: self.weights[name] * term(sr, hr) for name, term in self.terms.items()}
+            known = {'lr': None if lr is None else lr.float(), 'step': step}
+            return {
+                name: self.weights[name] * term(sr, hr, **{key: known[key] for key in self.asked[name]})
+                for name, term in self.terms.items()
+            }
+
+    def wants(self, name: str) -> bool:
+        """Whether a term asks for `lr` or for `step`."""
+        return any(name in asked for asked in self.asked.values())
 
     def watched(self) -> list[Tensor]:
         """What `names` has besides the terms, and is no part of the loss: the last loss of the discriminators."""
@@ -95,26 +153,7 @@ class Loss(nn.Module):
             ) from error
 
 
-def parse(text: str, known: Collection[str]) -> dict[str, float]:
-    """The weights of a loss by term."""
-    weights: dict[str, float] = {}
-    for part in text.split('+'):
-        weight, star, name = part.strip().rpartition('*')
-        if name not in known:
-            *most, last = known
-            names = f'{", ".join(most)} or {last}'
-            raise UserError(f'--loss {text}: unknown term {part!r}; write weight*NAME with {names}.')
-        if name in weights:
-            raise UserError(f'--loss {text}: the term {name} stands twice; give it once.')
-        weights[name] = _weight(weight if star else '1', text)
-    return weights
-
-
-def _weight(text: str, loss: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = 0.0
-    if not 0 < weight < float('inf'):
-        raise UserError(f'--loss {loss}: the weight {text!r} is not a positive number.')
-    return weight
+def wishes(term: nn.Module) -> list[str]:
+    """What `forward` of a term takes by keyword, of `ON_REQUEST`."""
+    taken = signature(term.forward).parameters
+    return [name for name in ON_REQUEST if name in taken]

@@ -31,6 +31,8 @@ class GAN(nn.Module):
         steps: of the discriminator a call.
     """
 
+    whole_batches = True
+
     def __init__(self, discriminator: nn.Module, make_optimizer: MakeOptimizer, steps: int = 1) -> None:
         super().__init__()
         self.discriminator, self.steps = discriminator, steps

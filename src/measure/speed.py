@@ -71,7 +71,7 @@ WORDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Form:
-    """How networks are run: as --compile and --channels_last say, in the first of the types that a network stands.
+    """How networks are run: as --compile and --channels_last say, in the first of the types that a network supports.
 
     Attributes:
         tf32: float32 products and convolutions of a GPU may round their factors to 10 bits.

@@ -102,7 +102,7 @@ class Model(nn.Module):
         channels_last: keep weights and images in this memory format.
         graph: in `upscale` on CUDA replay the network as a CUDA graph, for images or tiles of few shapes.
         half: half precision under autocast in `upscale`: float16, on a CPU (which has no fast float16) and where the
-            network does not stand it bfloat16, where it stands neither float32.
+            network does not support it bfloat16, where it supports neither float32.
         settings: of the network; what is left out is as in its paper.
 
     Attributes:
@@ -144,7 +144,7 @@ class Model(nn.Module):
         self.chroma = Bicubic(scale)
 
     def safe(self, *dtypes: torch.dtype) -> torch.dtype:
-        """The first of these types that the network stands under autocast; float32 if it stands none."""
+        """The first of these types that the network supports under autocast; float32 if it supports none."""
         return next((dtype for dtype in dtypes if dtype in self.network.autocast_dtypes), torch.float32)
 
     def to_range(self, images: Tensor) -> Tensor:

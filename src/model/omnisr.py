@@ -1,4 +1,4 @@
-"""OmniSR (CVPR 2023): attention over pixels and over channels in turn, within windows and across the image.
+"""OmniSR (CVPR 2023): attention over pixels and over channels alternately, within windows and across the image.
 
 Wang, Chen, Ni, Liu, Liu, "Omni Aggregation Networks for Lightweight Image Super-Resolution",
 https://arxiv.org/abs/2304.10244. Official weights load with `strict=True`.

@@ -90,7 +90,7 @@ def maps(model: Model, image: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def palette(count: int) -> np.ndarray:
-    """Colours of indexes, (count, 3) uint8: hues that go round by the golden section, in four shades in turn."""
+    """Colours of indexes, (count, 3) uint8: hues that go round by the golden section, in four shades alternately."""
     shades = ((1, 1), (0.5, 1), (1, 0.65), (0.6, 0.65))
     colours = (colorsys.hsv_to_rgb(i * GOLDEN % 1, *shades[i % 4]) for i in range(count))
     return np.array([[round(255 * value) for value in colour] for colour in colours], np.uint8).reshape(-1, 3)

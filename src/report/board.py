@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from metric import METRICS
+
+PLACE = ('epoch', 'step', 'samples')  # what in a record says when it was, and is no curve
+
 log = logging.getLogger('frugalsr')
 
 
@@ -34,8 +38,8 @@ class Board:
             self._writer = SummaryWriter(str(self.folder), purge_step=epoch)
         scalars = {f'loss/{term}': value for term, value in record['loss'].items()}
         for name, scores in record['test'].items():
-            scalars |= {f'{score}/{name}': scores[score] for score in ('psnr', 'ssim') if score in scores}
-        scalars |= {key: record[key] for key in ('lr', 'skipped', 'images_per_second', 'wait')}
+            scalars |= {f'{each.name}/{name}': scores[each.name] for each in METRICS if each.name in scores}
+        scalars |= {key: value for key, value in record.items() if isinstance(value, (int, float)) and key not in PLACE}
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, epoch)
         for tag, image in images.items():

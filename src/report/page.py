@@ -14,6 +14,7 @@ import numpy as np
 from data.image import read_rgb, read_size
 from data.imresize import upscale_bicubic
 from error import UserError
+from metric import METRICS
 from report.picture import centre
 
 MOST = 20  # images of a set
@@ -52,7 +53,7 @@ class Saved:
 
 def read_curves(folder: Path) -> dict[str, bytes]:
     """The curves that training left in a run folder: PNG files by name."""
-    paths = [folder / 'loss.png', *sorted(folder.glob('test_*.png'))]
+    paths = [folder / 'loss.png', folder / 'gradient_norm.png', *sorted(folder.glob('test_*.png'))]
     return {path.stem: path.read_bytes() for path in paths if path.is_file()}
 
 
@@ -96,20 +97,21 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
     if not results:
         return ''
     rows = [(name, len(result['images']), *_scores(result)) for name, result in results.items()]
-    parts = ['<h2>Results</h2>', _table(('Set', 'Images', 'PSNR', 'SSIM', 's/image'), rows)]
+    titles = [metric.title for metric in METRICS]
+    parts = ['<h2>Results</h2>', _table(('Set', 'Images', *titles, 's/image'), rows)]
     for name, result in results.items():
         images = [(image, *_scores(scores)) for image, scores in result['images'].items()]
-        table = _table(('Image', 'PSNR', 'SSIM', 's'), images)
+        table = _table(('Image', *titles, 's'), images)
         parts.append(f'<details><summary>{escape(name)}, each image</summary>{table}</details>')
     return '\n'.join(parts)
 
 
-def _scores(result: Mapping[str, float]) -> tuple[str, str, str]:
-    return _number(result['psnr'], 2), _number(result.get('ssim', math.nan), 4), _number(result['seconds'], 3)
-
-
-def _number(value: float, digits: int) -> str:
-    return '-' if math.isnan(value) else f'{value:.{digits}f}'
+def _scores(result: Mapping[str, float]) -> tuple[str, ...]:
+    """The cells of a result: a score a metric, and the seconds."""
+    seconds = result['seconds']
+    return *(metric.text(result.get(metric.name)) for metric in METRICS), '-' if math.isnan(
+        seconds
+    ) else f'{seconds:.3f}'
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -157,12 +159,13 @@ def _figure(image: Saved, scores: Mapping[str, float] | None, label: str) -> str
     layers = ''.join(f'<img class="left {kind}" src="{sources[kind]}" alt="{name}, {LABELS[kind]}">' for kind in left)
     names = ''.join(f'<span class="{kind}">{LABELS[kind]}</span>' for kind in left)
     choice = '<label><input type="checkbox"> HR on the left</label>' if 'hr' in left else ''
-    psnr = f', {_number(scores["psnr"], 2)} dB' if scores else ''
+    first = METRICS[0]
+    score = f', {first.text_with_unit(scores[first.name])}' if scores else ''
     return f"""<figure style="width:{width}px">
 <div class="pair"><img src="{sources['sr']}" alt="{name}, {right}" width="{width}" height="{height}">{layers}
 <input type="range" min="0" max="100" step="any" value="50" autocomplete="off" aria-label="{name}: left or right">
 </div>
-<figcaption><b>{name}</b>{psnr}<br>{names} | {right}{choice}</figcaption>
+<figcaption><b>{name}</b>{score}<br>{names} | {right}{choice}</figcaption>
 </figure>
 """
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from metric import METRICS
+
 CROP = 96  # side of a crop in HR pixels
 COLOURS = 10  # of lines, before they come again
 
@@ -21,15 +23,19 @@ class Comparison:
 
 
 def curves(records: Sequence[dict[str, Any]]) -> dict[str, bytes]:
-    """PNG files by name: the losses, and PSNR on each test set, over the epochs of a run's log."""
+    """PNG files by name: losses, norm of the gradients, and scores of each test set, over the epochs of a run's log."""
     epochs = [record['epoch'] for record in records]
     terms = list(records[-1]['loss'])
     terms = terms[:1] if len(terms) == 2 else terms  # the only term is the total
     losses = {term: [record['loss'].get(term) for record in records] for term in terms}
     pictures = {'loss.png': _curve(epochs, losses, 'loss')}
+    if 'gradient_norm' in records[-1]:
+        norms = [record.get('gradient_norm') for record in records]
+        pictures['gradient_norm.png'] = _curve(epochs, {'all gradients': norms}, 'Euclidean norm before clipping')
+    metric = METRICS[0]
     for name in records[-1]['test']:
-        scores = [record['test'].get(name, {}).get('psnr') for record in records]
-        pictures[f'test_{name}.png'] = _curve(epochs, {name: scores}, 'PSNR (dB)')
+        scores = [record['test'].get(name, {}).get(metric.name) for record in records]
+        pictures[f'test_{name}.png'] = _curve(epochs, {name: scores}, metric.label)
     return pictures
 
 

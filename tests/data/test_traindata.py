@@ -156,6 +156,23 @@ def test_an_image_that_cannot_be_read_is_replaced_by_the_next(tmp_path):
         data[0]
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_error_comes_from_a_loading_process_as_it_was(tmp_path, workers):
+    """Whatever words are in it, and with its traceback there as the cause."""
+    name = 'error.UserError: a'
+    sets = make(tmp_path, name, pictures(2))
+    path = tmp_path / name / 'HR' / '2.png'
+    path.write_bytes(b'no image')
+    data = TrainData([sets], 8, seed=1)
+    with pytest.raises(UserError) as alone:
+        [data[number] for number in range(2)]
+    with pytest.raises(UserError) as caught:
+        batches(data, range(3), workers)
+    assert str(caught.value) == str(alone.value)
+    assert str(path) in str(caught.value)
+    assert 'in __getitem__' in str(caught.value.__cause__)
+
+
 def test_two_sets_and_the_names_of_their_images(tmp_path):
     """Each image has a grey of its own, so a sample shows where it comes from."""
     sets = [

@@ -19,7 +19,7 @@ if [ "${1:-}" != train ]; then
     rm -rf gpu_pack
     mkdir -p gpu_pack/reference/{golden,manifests} gpu_pack/benchmark/{Urban100,B100}/HR
     cp "$shared"/reference/{check,weights}.py gpu_pack/reference
-    names=$(sed -n '/^MODELS = (/,/^)/p' src/option.py | grep -o "'[^']*'" | tr -d "'")
+    names=$(sed -n 's/^ "\([^"]*\)".*/\1/p' src/model/networks.json)
     for name in $names; do
         for scale in 2 3 4; do
             [ ! -e "$shared/reference/golden/${name}_x$scale.npz" ] || {

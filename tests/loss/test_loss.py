@@ -3,8 +3,10 @@ import torch
 from torch import Tensor, nn, optim
 
 from error import UserError
-from loss import Loss
+from loss import TERMS, Loss
 from loss.adversarial import GAN, RGAN, WGANGP
+from loss.vgg import VGG
+from loss_language import NAMES, WHOLE_BATCHES
 from option import build_parser
 from report import picture as pictures
 from tests.test_trainer import EDSR, equal, learned, metrics, state, train
@@ -78,6 +80,57 @@ def test_the_help_names_every_term():
         Loss('1*SSIM')
     named = str(caught.value).partition(' with ')[2].rstrip('.')
     assert named in loss.help
+
+
+def test_the_names_that_do_without_torch_are_those_of_the_table():
+    assert list(NAMES) == list(TERMS)
+    without_files = [name for name in NAMES if not name.startswith('VGG')]
+    assert Loss('+'.join(without_files), patch_size=16).whole_batches == list(WHOLE_BATCHES)
+    assert not hasattr(VGG, 'whole_batches')
+
+
+class Watching(nn.L1Loss):
+    """Notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def forward(self, sr: Tensor, hr: Tensor, *, lr: Tensor, step: Tensor) -> Tensor:
+        self.seen.append((lr, int(step)))
+        return super().forward(sr, hr)
+
+
+class Counting(nn.L1Loss):
+    def forward(self, sr: Tensor, hr: Tensor, *, step: Tensor) -> Tensor:
+        return super().forward(sr, hr) * step
+
+
+def test_a_term_is_given_what_it_asks_for(monkeypatch):
+    monkeypatch.setitem(TERMS, 'Watching', lambda setup: Watching())
+    monkeypatch.setitem(TERMS, 'Counting', lambda setup: Counting())
+    loss, lr = Loss('L1+Watching+2*Counting'), torch.rand(1, 1, 1, 1, dtype=torch.bfloat16)
+    found = loss(SR, HR, lr=lr, step=torch.tensor(3))
+    assert {name: value.item() for name, value in found.items()} == {'L1': L1, 'Watching': L1, 'Counting': 6 * L1}
+    ((seen, step),) = loss.terms['Watching'].seen
+    assert (seen.dtype, step) == (torch.float32, 3)
+    assert torch.equal(seen, lr.float())
+    assert loss.wants('lr')
+    assert not Loss('Counting').wants('lr')
+    assert not Loss('L1').wants('step')
+
+
+def test_a_continued_run_tells_a_term_how_many_steps_were_made(data_folder, monkeypatch):
+    terms = []
+    monkeypatch.setattr(pictures, 'curves', lambda records: {})
+    monkeypatch.setattr('loss_language.NAMES', (*NAMES, 'Watching'))
+    monkeypatch.setitem(TERMS, 'Watching', lambda setup: terms.append(Watching()) or terms[-1])
+    train(data_folder, EDSR, '--loss 1*Watching --split_batch 2 --batch_size 3 --test_every 2 --rgb_range 100')
+    train(data_folder, '--load run --epochs 2')
+    assert [[step for _, step in term.seen] for term in terms] == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    first, second = (lr for lr, _ in terms[0].seen[:2])
+    assert (first.shape, second.shape) == ((2, 3, 8, 8), (1, 3, 8, 8))
+    assert 1 < first.max() <= 100
 
 
 def test_adversarial_terms_by_their_names():
@@ -190,7 +243,7 @@ def test_a_run_may_take_on_a_discriminator_and_drop_it(data_folder):
 def test_a_loss_below_0_is_no_reason_to_skip(data_folder, monkeypatch):
     """That of WGAN_GP falls without end; the threshold is of its size."""
     values = iter([-2.0, -1.0, -3.0])
-    monkeypatch.setattr(Loss, 'forward', lambda self, sr, hr: {'L1': 0 * sr.sum() + next(values)})
+    monkeypatch.setattr(Loss, 'forward', lambda self, sr, hr, **more: {'L1': 0 * sr.sum() + next(values)})
     train(data_folder, EDSR, '--test_every 1')
     run = train(data_folder, '--load run --epochs 3')
     assert [record['skipped'] for record in metrics(run)] == [0, 0, 0]

@@ -35,6 +35,7 @@ def test_a_run_is_logged_and_a_continued_one_goes_on(data_folder, read):
         'ssim/Set5': lambda record: record['test']['Set5']['ssim'],
         'loss/MSE': lambda record: record['loss']['MSE'],
         'lr': lambda record: record['lr'],
+        'gradient_norm': lambda record: record['gradient_norm'],
     }
     for tag, value in expected.items():
         events = board.Scalars(tag)

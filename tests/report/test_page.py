@@ -90,7 +90,7 @@ def test_a_training_run(data_folder):
     assert {'epoch 2', 'cpu', str(run)} < set(found.text('dd'))
     curves = [image['src'] for image in found.all('img') if 'over the epochs' in image['alt']]
     assert [base64.b64decode(src.partition(',')[2]) for src in curves] == [
-        (run / name).read_bytes() for name in ('loss.png', 'test_Set5.png')
+        (run / name).read_bytes() for name in ('loss.png', 'gradient_norm.png', 'test_Set5.png')
     ]
     options = found.text('dt')
     assert options.index('n_feats') < options.index('lr')  # what was given comes first

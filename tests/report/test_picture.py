@@ -72,6 +72,14 @@ def test_curves_show_the_log(figures, monkeypatch):
     assert [figure.axes[0].get_ylabel() for figure in figures] == ['loss', 'PSNR (dB)', 'PSNR (dB)']
 
 
+def test_the_norm_of_the_gradients_is_a_curve(figures):
+    """Older records of a run may be without it."""
+    log = [LOG[0], LOG[1] | {'gradient_norm': 0.5}, LOG[2] | {'gradient_norm': math.nan}]
+    pictures.curves(log)
+    (axes,) = figures[1].axes
+    assert repr(axes.lines[0].get_ydata().tolist()) == repr([math.nan, 0.5, math.nan])
+
+
 @pytest.mark.parametrize('sizes', [[(120, 130)], [(200, 100), (100, 200), (300, 310)], [(8, 11), (2, 3), (97, 5)]])
 def test_sheet(figures, sizes):
     rows = comparison(*sizes)

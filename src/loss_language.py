@@ -1,0 +1,51 @@
+"""The loss language of EDSR, as in '5*VGG54+0.15*GAN', for all that reads it without torch."""
+
+from collections.abc import Collection
+
+from error import UserError
+
+# In the order of `loss.TERMS`, which has their classes.
+NAMES = ('L1', 'MSE', 'Charbonnier', 'FFT', 'VGG22', 'VGG54', 'GAN', 'WGAN_GP', 'RGAN')
+WHOLE_BATCHES = ('GAN', 'WGAN_GP', 'RGAN')  # as their classes say
+
+
+def list_names(names: Collection[str] = NAMES) -> str:
+    """'L1, MSE or GAN'."""
+    *most, last = names
+    return f'{", ".join(most)} or {last}'
+
+
+def find_whole_batches(text: str) -> list[str]:
+    """The terms of a loss that need whole batches.
+
+    Raises:
+        UserError: as in `parse`.
+    """
+    return [name for name in parse(text, NAMES) if name in WHOLE_BATCHES]
+
+
+def parse(text: str, known: Collection[str]) -> dict[str, float]:
+    """The weights of a loss by term.
+
+    Raises:
+        UserError: a term that is not `known` or stands twice, or a weight that is not a positive number.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split('+'):
+        weight, star, name = part.strip().rpartition('*')
+        if name not in known:
+            raise UserError(f'--loss {text}: unknown term {part!r}; write weight*NAME with {list_names(known)}.')
+        if name in weights:
+            raise UserError(f'--loss {text}: the term {name} stands twice; give it once.')
+        weights[name] = _weight(weight if star else '1', text)
+    return weights
+
+
+def _weight(text: str, loss: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float('inf'):
+        raise UserError(f'--loss {loss}: the weight {text!r} is not a positive number.')
+    return weight
