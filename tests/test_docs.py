@@ -40,7 +40,7 @@ RUN = {
     'python src/main.py --template LCoAN-small_x2 --dir_data DATA': f'{LCOAN} --save LCoAN-small_x2',
     'python src/main.py --template LCoAN_x2 --dir_data DATA --save LCoAN_x2': LCOAN,
     'python src/main.py --load LCoAN_x2': '',
-    'python src/main.py --load LCoAN_x2 --test_only --save LCoAN_x2_test': '',
+    'python src/main.py --load LCoAN_x2 --test_only': '',
     'python src/main.py --export safetensors --load NAME': '',
 }
 # Only read by the parser of their program.

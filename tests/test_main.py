@@ -298,6 +298,38 @@ def test_weights_are_looked_up_in_a_folder(data_folder, no_curves, monkeypatch, 
     assert results(from_here)['sets']['Set5']['psnr'] == expected
 
 
+# Where training starts
+
+TINY_LCOAN = (
+    '--cpu --n_threads 0 --data_test Set5 --patch_size 16 --batch_size 2 --test_every 1 --epochs 1 --n_resgroups 1 '
+    '--n_resblocks 1 --n_feats 8 --n_clusters 4 --window_size 16'
+)
+
+
+def test_training_without_a_recipe_says_so_once(data_folder, no_curves):
+    run = train(data_folder, EDSR)
+    train(data_folder, '--load run --epochs 2')
+    assert log(run).count('No recipe: ') == log(run).count('--template EDSR_x2 trains as published.') == 1
+    other = train(data_folder, f'--template LCoAN-small_x2 {TINY_LCOAN}', name='other')
+    assert 'No recipe' not in log(other)
+
+
+def test_a_recipe_starts_from_its_weights(data_folder, no_curves):
+    x2 = train(data_folder, f'--template LCoAN-small_x2 {TINY_LCOAN}', name='x2')
+    (data_folder / 'LCoAN-small_x2.pt').write_bytes((x2 / 'model' / 'model_latest.pt').read_bytes())
+    x4 = train(data_folder, f'--template LCoAN-small_x4 {TINY_LCOAN} --lr 1e-25 --extend {data_folder}', name='x4')
+    assert f'weights from {data_folder}/LCoAN-small_x2.pt; new: tail.0.2.' in log(x4)
+    assert torch.equal(weights(x2)['head.0.weight'], weights(x4)['head.0.weight'])
+
+
+def test_what_is_said_of_the_weights(data_folder, no_curves):
+    file = train(data_folder, EDSR) / 'model' / 'model_latest.pt'
+    tested = train(data_folder, EDSR, f'--test_only --pre_train {file}', name='tested')
+    assert f'weights from {file}' in log(tested)
+    assert results(tested)['weights'] == f'weights from {file}'
+    assert f'<dt>Weights</dt><dd>{file}</dd>' in (tested / 'report.html').read_text()
+
+
 # What is trained on
 
 
