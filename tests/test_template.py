@@ -130,7 +130,8 @@ def test_what_training_starts_from(name):
     assert parse(['--template', name]).pre_train == STARTS.get(name, '')
     assert parse(['--template', name, '--pre_train', 'own.pt']).pre_train == 'own.pt'
     assert parse(['--template', name, '--pre_train', '']).pre_train == ''
-    for other in (['--test_only'], ['--export', 'onnx'], ['--score', 'folder', '--no_chop']):  # what is tested is never assumed
+    # What is tested is never assumed.
+    for other in (['--test_only'], ['--export', 'onnx'], ['--score', 'folder', '--no_chop']):
         assert parse(['--template', name, *other]).pre_train == ''
     assert STARTS.get(name, 'EDSR_x2.pt').removesuffix('.pt') in TEMPLATES
 
