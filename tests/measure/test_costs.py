@@ -13,7 +13,7 @@ from error import UserError
 from measure.costs import cost, find_pairs, input_size, multiply_adds, points, repeated, table
 from measure.published import PUBLISHED
 from model import NETWORKS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 from tests.system.test_parallel import children
 
 ALL = [name for name in NETWORKS if name != 'Bicubic']
@@ -47,22 +47,22 @@ def test_dynamic_convolution_is_counted():
 
 
 @pytest.mark.parametrize('name', ALL)
-def test_multiply_adds_are_those_of_the_official_networks(name, shared):
+@pytest.mark.parametrize('scale', [4, *slow(2, 3)])
+def test_multiply_adds_are_those_of_the_official_networks(name, scale, shared):
     """Counted from the official code; what it does needlessly is left out here."""
     official = json.loads((shared / 'reference' / 'flops.json').read_text())['macs']
-    for scale in (2, 3, 4):
-        expected = official[f'{name}_x{scale}']['macs']
-        found = multiply_adds(name, scale, *input_size(scale))
-        if name == 'LCoAN':  # match convolutions of groups 2 to 10, whose results nothing uses
-            height, width = input_size(scale)
-            expected -= 9 * 9 * 128 * 128 * height * width
-        if name.startswith('DLGSANet'):  # products of maps and values, which are a part of the convolution after them
-            expected -= official[f'{name}_x{scale}']['by_op']['bmm'] // 2
-        if name.startswith('ASID'):  # matrices that follow one another are multiplied first: two less, then one less
-            height, width = input_size(scale)
-            groups = 8 if name == 'ASIDd8' else 3
-            expected -= (2 + groups - 1) * 2 * (12**2 + 24**2 + 36**2) * height * width
-        assert found == pytest.approx(expected, rel=5e-3), scale
+    expected = official[f'{name}_x{scale}']['macs']
+    found = multiply_adds(name, scale, *input_size(scale))
+    if name == 'LCoAN':  # match convolutions of groups 2 to 10, whose results nothing uses
+        height, width = input_size(scale)
+        expected -= 9 * 9 * 128 * 128 * height * width
+    if name.startswith('DLGSANet'):  # products of maps and values, which are a part of the convolution after them
+        expected -= official[f'{name}_x{scale}']['by_op']['bmm'] // 2
+    if name.startswith('ASID'):  # matrices that follow one another are multiplied first: two less, then one less
+        height, width = input_size(scale)
+        groups = 8 if name == 'ASIDd8' else 3
+        expected -= (2 + groups - 1) * 2 * (12**2 + 24**2 + 36**2) * height * width
+    assert found == pytest.approx(expected, rel=5e-3)
 
 
 def test_published_figures_are_of_known_networks():
