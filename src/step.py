@@ -9,6 +9,7 @@ from torch import Tensor, optim
 from data.traindata import Sample, turn
 from loss import Loss
 from model import Model
+from model.ops.graphed import on_stream
 from optimizer import ModelEMA, set_learning_rate
 from system import parallel
 
@@ -152,7 +153,7 @@ class _StepGraph:
             target.copy_(part, non_blocking=True)
         self.calls += 1
         if self.calls <= WARM_UP:
-            with _on(self.stream):
+            with on_stream(self.stream):
                 return self.step.train_on(*self.inputs)
         if self.calls == WARM_UP + 1:
             self.graph = torch.cuda.CUDAGraph()
@@ -160,15 +161,6 @@ class _StepGraph:
                 self.output = self.step.train_on(*self.inputs)
         self.graph.replay()
         return self.output.clone()
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Within this block work goes to `stream`, after what was begun before it and before what comes after it."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 @contextmanager

@@ -29,23 +29,22 @@ def shuffled(seed: int, turn: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, turn)).permutation(length)
 
 
-def draw(seed: int, number: int, length: int, areas: np.ndarray | None = None) -> Draw:
+def draw(seed: int, number: int, length: int, area_ends: np.ndarray | None = None) -> Draw:
     """The random choice of sample `number` from `length` images.
 
     Args:
         seed: of all choices.
         number: of the sample.
         length: number of images; every run of `length` samples sees each of them once.
-        areas: (length,) pixels of the images, for choices in proportion to them instead.
+        area_ends: (length,) cumulative sums of the pixels of the images, for choices in proportion to them instead.
     """
     y, x, *coins, place = np.random.default_rng((seed, 1, number)).random(6)
     left, up, turned = (bool(coin < 0.5) for coin in coins)
-    if areas is None:
+    if area_ends is None:
         turn, position = divmod(number, length)
         image = int(shuffled(seed, turn, length)[position])
     else:
-        ends = np.cumsum(areas)
-        image = int(np.searchsorted(ends, place * ends[-1], side='right'))
+        image = int(np.searchsorted(area_ends, place * area_ends[-1], side='right'))
     return Draw(image, float(y), float(x), (left, up, turned))
 
 

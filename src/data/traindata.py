@@ -79,7 +79,7 @@ class TrainData(Dataset):
         self.sets, self.patch_size, self.seed, self.augment = sets, patch_size, seed, augment
         self.scale, self.skip_bad = sets[0].scale, skip_bad
         self.images = [(images, index) for images in sets for index in range(len(images))]
-        self.areas = np.concatenate([images.areas() for images in sets]) if by_area else None
+        self.area_ends = np.cumsum([area for images in sets for area in images.areas()]) if by_area else None
 
     def __getitem__(self, number: int) -> Sample:
         """Sample `number`.
@@ -101,7 +101,7 @@ class TrainData(Dataset):
             return Failure(str(error), traceback.format_exc())
 
     def _draw(self, number: int) -> Draw:
-        return draw(self.seed, number, len(self.images), self.areas)
+        return draw(self.seed, number, len(self.images), self.area_ends)
 
     def _read(self, image: int) -> tuple[np.ndarray, np.ndarray, int]:
         """LR and HR of an image, or of the next one that can be used, and which it is."""

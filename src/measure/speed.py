@@ -10,7 +10,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,18 +102,6 @@ class Form:
         if len(set(words)) < len(words) or len({'float32', 'tf32', 'bf16', 'fp16'} & set(words)) > 1:
             raise UserError(f'--forms {text}: it has a word twice, or two types; give each once, and one type.')
         return cls(**{key: value for word in words for key, value in WORDS[word].items()})
-
-
-@contextmanager
-def precision(tf32: bool) -> Iterator[None]:
-    """Within this block products and convolutions of a GPU in float32 use TF32, or do not."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def spread(values: Sequence[float]) -> Row:

@@ -41,7 +41,6 @@ from measure.speed import (
     kind,
     lr_patch,
     make,
-    precision,
     spread,
     step_of,
 )
@@ -49,6 +48,7 @@ from model import Model, type_name
 from model.tiles.tiling import out_of_memory
 from system import memory
 from system.machine import machine
+from system.numerics import precision
 
 LIGHT = (
     'ASID', 'ATD-light', 'DLGSANet-tiny', 'LCoAN', 'OmniSR', 'SwinIR-light', 'DLGSANet-light', 'ASIDd8',

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -26,14 +26,17 @@ def set_numerics(seed: int, deterministic: bool, tf32: bool) -> None:
 
 
 @contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Within this block float32 is computed as such on a GPU of NVIDIA, not in TensorFloat-32; then as before."""
-    if device.type != 'cuda':
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def precision(tf32: bool) -> Iterator[None]:
+    """Within this block products and convolutions of a GPU in float32 use TF32, or do not."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Within this block float32 is computed as such on a GPU of NVIDIA, not in TensorFloat-32; then as before."""
+    return precision(tf32=False) if device.type == 'cuda' else nullcontext()

@@ -127,11 +127,11 @@ def test_the_mirrored_lr_is_the_lr_of_the_mirrored_hr(scale, size):
 
 def test_by_area_images_are_as_likely_as_they_have_pixels() -> None:
     areas = np.array([10, 0, 30, 60])
-    chosen = [draw(3, number, 4, areas) for number in range(4000)]
+    chosen = [draw(3, number, 4, areas.cumsum()) for number in range(4000)]
     shares = np.bincount([choice.image for choice in chosen], minlength=4) / 4000
     assert np.abs(shares - areas / 100).max() < 0.025  # three standard deviations
     assert shares[1] == 0
-    assert chosen[:9] == [draw(3, number, 4, areas) for number in range(9)]
+    assert chosen[:9] == [draw(3, number, 4, areas.cumsum()) for number in range(9)]
     assert [(c.y, c.x, c.flips) for c in chosen[:9]] == [
         (c.y, c.x, c.flips) for c in (draw(3, number, 4) for number in range(9))
     ]

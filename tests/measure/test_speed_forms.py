@@ -15,7 +15,7 @@ from torch.optim import Adam
 
 from error import UserError
 from measure import speed_forms
-from measure.speed import Form, make, precision
+from measure.speed import Form, make
 from measure.speed_forms import (
     HEAVY,
     LIGHT,
@@ -33,6 +33,7 @@ from measure.speed_report import compare, parts, per_second, read_report, table
 from model import NETWORKS
 from model.common import NetworkSpec
 from option import MODELS
+from system.numerics import precision
 from tests.measure.test_speed import made, run, tiny  # noqa: F401  a fixture
 
 SPREAD = {'median': 2.0, 'quartiles': [1.0, 4.0]}

@@ -1,13 +1,23 @@
 """A network as CUDA graphs: one launch a call instead of hundreds."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 WARM_UP = 2  # calls before a graph is captured, in which libraries choose their kernels and make their workspaces
 MOST = 4  # graphs, each of which keeps the memory of its call
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Within this block work goes to `stream`, after what was begun before it and before what comes after it."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 class Graphed:
@@ -38,11 +48,9 @@ class Graphed:
     def _capture(self, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         """The graph of a call, and the tensors that it reads and writes."""
         given, graph, stream = x.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             for _ in range(WARM_UP):
                 self.net(given)
-        torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             made = self.net(given)
         return graph, given, made
