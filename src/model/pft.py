@@ -9,10 +9,10 @@ largest entries of the product (figure 3): what several layers agree on. Later l
 Departures from the official code:
 - It needs a kernel in CUDA, whose gradients by keys and values are added up without regard to each other and differ from
   run to run. Here they are exact, and the same on every device.
-- Maps are handed on as logarithms, so that a product is a sum. The official code adds 1e-20 to each product, lest a row
-  be zero, which shows only where two maps of a row have less than 1e-12 in common.
-- The first maps, over all keys of a window, are not kept but made again from queries and keys: a product of two maps is
-  the softmax of the sum of their logits, and that is one product of queries and keys side by side.
+- A product of two maps, made to sum to one, is the softmax of the sum of their logits, so that is what is handed on. The
+  official code adds 1e-20 to each entry, which shows only where two maps have less than 1e-12 in common.
+- Logits of all keys of a window are not kept but made again from queries and keys: their sum over several layers is one
+  product of the layers' queries and keys side by side.
 - Maps are made, and kept, for a few windows at a time, in float32 under autocast too; keys as int16.
 - An image smaller than its padding is mirrored again and again; the official code fails.
 """
@@ -52,16 +52,16 @@ from model.common import (
     how_many,
     mirror_pad,
 )
-from model.ops.kept_attention import best, kept_logits, kept_values, products
+from model.ops.kept_attention import best, kept_logits, kept_values, products, read
 
 AT_ONCE = 2**26  # entries of the maps that are made at once
 AT_ONCE_CPU = 2**22  # on a CPU: of one window of PFT-light
 
 
 class Kept(NamedTuple):
-    """What is kept of the maps of some windows, each entry with its key."""
+    """What is kept of the maps of some windows: sums of logits, each with its key."""
 
-    log_map: Tensor  # (B, T, heads, K), logarithms of probabilities
+    logits: Tensor  # (B, T, heads, K)
     keys: Tensor  # (B, T, heads, K) int16
 
 
@@ -92,17 +92,17 @@ def attend(
         (B, T, heads, d), and what is kept; None: all.
     """
     if before is None:
-        logits, keys = products(q, k) + bias.unsqueeze(1), None
+        logits, keys = products(q, k).add_(bias.unsqueeze(1)), None
     else:
-        logits, keys = before.log_map + kept_logits(q, k, bias, before.keys), before.keys
-    log_map = logits.log_softmax(-1)
-    if topk < log_map.shape[-1]:
-        places = best(log_map.detach(), topk)
-        log_map = log_map.gather(-1, places)
+        logits, keys = kept_logits(q, k, bias, before.keys).add_(before.logits), before.keys
+    weights = logits.softmax(-1)
+    if topk < logits.shape[-1]:
+        places = best(logits.detach(), topk)
+        logits, weights = logits.gather(-1, places), weights.gather(-1, places)
         keys = places.short() if keys is None else keys.gather(-1, places)
     if keys is None:
-        return torch.einsum('bihj,bjhd->bihd', log_map.exp(), v), None
-    return kept_values(log_map.exp(), v, keys), Kept(log_map, keys)
+        return read(weights, v), None
+    return kept_values(weights, v, keys), Kept(logits, keys)
 
 
 def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:

@@ -18,6 +18,7 @@ from model.ops.fast import by_triton, is_for_triton
 
 LANES = 16  # channels that oneDNN takes at once
 IMAGES = 16  # of fewer a 1x1 convolution goes to PyTorch's own code when there is one thread
+QUERIES = 256  # whose products are made at once on a CPU
 ROWS = 512  # whose best are chosen at once, in a CPU's cache
 
 
@@ -26,21 +27,34 @@ def is_plain(x: Tensor) -> bool:
     return not x.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def products(q: Tensor, k: Tensor) -> Tensor:
-    """Products of all queries and keys of a window: (B, T, heads, d) twice to (B, T, heads, T).
+def as_convolution(x: Tensor, kernels: Tensor, groups: int) -> Tensor:
+    """(T, groups * C) and (groups * D, C) to (T, groups * D), group by group, without gradients.
 
-    On a CPU without gradients as a 1x1 convolution in B * heads groups, by a library that is up to four times as fast
-    as the one for matrix products where it finds whole lanes.
+    The library behind convolutions is up to four times as fast on a CPU as the one for matrix products, if it is
+    asked: with one thread it is not for fewer than `IMAGES` images. The rows are shared out among as many.
     """
+    images = gcd(len(x), IMAGES)
+    pixels = x.view(images, 1, len(x) // images, -1).permute(0, 3, 1, 2)  # channels_last
+    return F.conv2d(pixels, kernels[..., None, None], groups=groups).permute(0, 2, 3, 1).reshape(len(x), -1)
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """Products of queries and all keys of a window: (B, I, heads, d) and (B, T, heads, d) to (B, I, heads, T)."""
     if is_plain(q) or torch.is_grad_enabled():
         return torch.einsum('bihd,bjhd->bihj', q, k)
-    b, t, heads, d = q.shape
+    b, i, heads, d = q.shape
     q, k = (F.pad(x, (0, -d % LANES)) for x in (q, k))
-    images = gcd(t, IMAGES)
-    pixels = q.transpose(0, 1).reshape(images, 1, t // images, -1).permute(0, 3, 1, 2)  # channels_last
-    kernels = k.transpose(1, 2).reshape(b * heads * t, -1, 1, 1)
-    found = F.conv2d(pixels, kernels, groups=b * heads)
-    return found.permute(0, 2, 3, 1).reshape(t, b, heads, t).transpose(0, 1)
+    found = as_convolution(q.transpose(0, 1).reshape(i, -1), k.transpose(1, 2).flatten(0, 2), b * heads)
+    return found.view(i, b, heads, -1).transpose(0, 1)
+
+
+def read(weights: Tensor, v: Tensor) -> Tensor:
+    """Weighted sums of all values of a window: (B, T, heads, T) and (B, T, heads, d) to (B, T, heads, d)."""
+    if is_plain(v) or torch.is_grad_enabled():
+        return torch.einsum('bihj,bjhd->bihd', weights, v)
+    b, t, heads, d = v.shape
+    rows = weights.transpose(0, 1).reshape(t, -1)
+    return as_convolution(rows, v.permute(0, 2, 3, 1).reshape(-1, t), b * heads).view(t, b, heads, d).transpose(0, 1)
 
 
 def spread(values: Tensor, keys: Tensor) -> Tensor:
@@ -50,15 +64,23 @@ def spread(values: Tensor, keys: Tensor) -> Tensor:
 
 def logits_at(q: Tensor, k: Tensor, bias: Tensor | None, keys: Tensor) -> Tensor:
     """See `kept_logits`."""
-    index = keys.long()
-    logits = products(q, k).gather(-1, index)
-    return logits if bias is None else logits + bias.unsqueeze(1).expand(keys.shape[0], -1, keys.shape[2], -1).gather(-1, index)
+    if is_plain(q):
+        logits = products(q, k).gather(-1, keys.long())
+    else:
+        logits = q.new_empty(keys.shape)
+        for i in range(0, q.shape[1], QUERIES):
+            of = slice(i, i + QUERIES)
+            logits[:, of] = products(q[:, of], k).gather(-1, keys[:, of].long())
+    if bias is None:
+        return logits
+    b, _, heads, _ = keys.shape
+    return logits.add_(bias.unsqueeze(1).expand(b, -1, heads, -1).gather(-1, keys.long()))
 
 
 def values_at(weights: Tensor, v: Tensor, keys: Tensor) -> Tensor:
     """See `kept_values`. On a CPU an embedding bag: the table has a row for each key and head, a bag is a query's."""
     if is_plain(v):
-        return torch.einsum('bihj,bjhd->bihd', spread(weights, keys), v)
+        return read(spread(weights, keys), v)
     b, t, heads, kept = keys.shape
     first = torch.arange(b).view(-1, 1, 1, 1) * (t * heads) + torch.arange(heads).view(-1, 1)
     rows = torch.add(first.int(), keys, alpha=heads).view(-1, kept)
@@ -172,11 +194,13 @@ def best(x: Tensor, count: int) -> Tensor:
 
 
 def best_of_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """`best` of (R, n). Of equal values the first ones."""
-    n = rows.shape[1]
-    least = np.partition(rows, n - count)[:, n - count, None]
-    taken = rows >= least
-    for row in np.flatnonzero(taken.sum(1) != count):  # the least one more often than there is room for; NaN
-        taken[row] = False
-        taken[row, np.argsort(-rows[row], kind='stable')[:count]] = True
-    return (np.flatnonzero(taken).reshape(-1, count) % n)
+    """`best` of (R, n), flattened. Of equal values the first ones."""
+    r, n = rows.shape
+    taken = rows >= np.partition(rows, n - count)[:, n - count, None]
+    found = np.flatnonzero(taken)
+    if len(found) != r * count:  # the least one stands more often than there is room for, or is no number
+        for i in np.flatnonzero(taken.sum(1) != count):
+            taken[i] = False
+            taken[i, np.argsort(-rows[i], kind='stable')[:count]] = True
+        found = np.flatnonzero(taken)
+    return found.reshape(r, count) - np.arange(0, r * n, n)[:, None]
