@@ -74,7 +74,7 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
 
 
 def run_here(args: Namespace) -> None:
-    """Do what the options say in this process."""
+    """Do what the options say with this process alone, or with it as one of several that share the run."""
     from checkpoint import RunFolder, start_screen
     from system import parallel
     from wiring import apply_detected_network

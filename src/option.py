@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import networks
 from error import UserError
-from loss_language import find_whole_batches, list_names
+from loss_language import find_whole_batches, known_terms, list_names
 from networks import MODELS
 from template import TEMPLATES, Recipe
 
@@ -522,7 +522,7 @@ def _add_optimisation(g: Group) -> None:
         '--loss',
         metavar='TERMS',
         default='1*L1',
-        help=f'weight*NAME joined by +; NAME is {list_names()}',
+        help=f'weight*NAME joined by +; NAME is {list_names(known_terms())}',
     )
     g.add_argument(
         '--gan_k',

@@ -37,7 +37,7 @@ Written by `python src/results.py --dir_data DATA` from the `results.json` of it
 
 PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the recipe of each network says
 ([docs/PROTOCOLS.md](PROTOCOLS.md)). The weights are those of [models/](../models), tested as the recipe of their name
-says; their cards say how they were trained: short runs on SR291, 291 small images. Published figures stand in tables of
+says. Their cards say how they were trained: in short runs on few images. Published figures stand in tables of
 their own: they are of networks trained for long on DIV2K (800 images), DF2K (3,450 images) or SR291, and are
 copied from their sources ([src/measure/published.py](../src/measure/published.py)), not measured.
 """

@@ -184,7 +184,7 @@ def make_trainer(
     Raises:
         UserError: too many processes for the batch or for the loss.
     """
-    step = TrainStep(
+    train_step = TrainStep(
         model, loss.to(model.device), optimizer_maker(args)(model.parameters()), args.batch_size, args.split_batch,
         args.gclip, args.clip_norm, autocast_dtype(args, model), args.weight_ema, graph=args.graph is not False,
     )  # fmt: skip
@@ -197,7 +197,7 @@ def make_trainer(
         args.batch_size, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
         args.seed, args.save_every,
     )  # fmt: skip
-    trainer = Trainer(config, step, loader, data.name, evaluate, folder, on_epoch_end)
+    trainer = Trainer(config, train_step, loader, data.name, evaluate, folder, on_epoch_end)
     if args.checkpointing:
         recompute(model.net, model.network.checkpoint_blocks)
     check_processes(args, loss)

@@ -13,6 +13,10 @@ def test_the_table_of_networks_is_up_to_date():
     assert json.loads(tables.networks_table()) == networks.TABLE
 
 
+def test_the_table_of_losses_is_up_to_date():
+    assert tables.LOSSES.read_text() == tables.losses_table(), 'run python src/tables.py'
+
+
 def test_the_page_of_options_is_up_to_date():
     assert tables.OPTIONS.read_text() == option.page(), 'run python src/tables.py'
 
