@@ -15,6 +15,8 @@ import option
 from error import UserError, report_error
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 from metric import METRICS
+from options.kinds import Parser, folder
+from options.table import ROOT
 from system.allocator import tune_malloc
 from system.files import write_atomic
 
@@ -59,20 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> option.Parser:
+def build_parser() -> Parser:
     """The options of results.py."""
-    parser = option.Parser(
+    parser = Parser(
         prog='results.py',
         description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are kept.',
     )
-    root = option.ROOT
+    root = ROOT
     for name, place, what in (
         ('dir_data', root / 'dataset', 'folder of the image sets'),
         ('extend', root / 'models', 'folder of the weights'),
         ('save_dir', root / 'experiment' / 'results', 'folder of the runs'),
         ('out', root / 'docs' / 'RESULTS.md', 'file to write'),
     ):
-        parser.add_argument(f'--{name}', metavar='PATH', type=option.folder, default=place, help=what)
+        parser.add_argument(f'--{name}', metavar='PATH', type=folder, default=place, help=what)
     parser.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser

@@ -18,9 +18,9 @@ def main() -> int:
     """Write all of them; returns the exit status, 0."""
     write_atomic(TABLE, networks_table().encode())
     write_atomic(LOSSES, losses_table().encode())
-    import option  # which reads the tables
+    from options import table  # which reads the tables
 
-    write_atomic(OPTIONS, option.page().encode())
+    write_atomic(OPTIONS, table.page().encode())
     print(f'Written: {TABLE}, {LOSSES}, {OPTIONS}')
     return 0
 

@@ -25,6 +25,7 @@ from model.ops.recompute import recompute
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
 from optimizer import Schedule, make_optimizer
+from options.table import ROOT
 from step import TrainStep
 from system import parallel
 from system.files import some
@@ -140,7 +141,7 @@ def load_run(args: Namespace, model: Model) -> tuple[dict[str, Any], Origin]:
 def library(args: Namespace) -> Library:
     """Where the image sets are."""
     renew = args.ext == 'sep_reset'
-    benchmarks = option.ROOT / 'benchmark'
+    benchmarks = ROOT / 'benchmark'
     return Library(args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew)
 
 

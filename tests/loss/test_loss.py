@@ -6,7 +6,7 @@ from error import UserError
 from loss import TERMS, Loss, Term
 from loss.adversarial import GAN, RGAN, WGANGP
 from loss_language import find_whole_batches, known_terms
-from option import build_parser
+from options.table import build_parser
 from report import picture as pictures
 from tests.test_trainer import EDSR, equal, learned, metrics, state, train
 
