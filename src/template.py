@@ -91,6 +91,10 @@ ATD_LIGHT: Recipe = {
 }  # fmt: skip
 ATD_LIGHT_TUNED: Recipe = {**ATD_LIGHT, 'lr': 2e-4, 'warmup': 10000, **milestones(150, 200, 225, 240, 250)}
 
+# https://github.com/LabShuHangGU/PFT-SR, options; x3 and x4 start from x2; tested on whole images
+PFT_LIGHT: Recipe = {**ATD_LIGHT, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
+PFT_LIGHT_TUNED: Recipe = {**ATD_LIGHT_TUNED, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
+
 # https://github.com/cszn/KAIR, options/swinir/train_swinir_sr_lightweight.json; x3 and x4 start from x2, with half the
 # rate and half the steps (there in epochs of 500, since a milestone is at step 237,500)
 SWINIR: Recipe = {
@@ -132,6 +136,8 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('ATD', {**ATD_TUNED, 'pre_train': 'ATD-finetune_x2.pt'}, 96, (3, 4)),
     **at_scales('ATD-light', ATD_LIGHT, 64, (2,)),
     **from_x2('ATD-light', ATD_LIGHT_TUNED, 64, (3, 4)),
+    **at_scales('PFT-light', PFT_LIGHT, 64, (2,)),
+    **from_x2('PFT-light', PFT_LIGHT_TUNED, 64, (3, 4)),
     **at_scales('OmniSR', OMNISR, 64),
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),

@@ -35,6 +35,7 @@ GAIN = {
     'DLGSANet-tiny': DYNAMIC,
     'ATD': {r'\.wqkv\.': 0.35, r'\.wv\.': 0.4},
     'ATD-light': {r'\.wqkv\.': 0.5, r'\.wv\.': 0.4},
+    'PFT-light': {r'\.attn_win\.proj\.': 0.1, r'\.wqkv\.': 0.5},  # a key chosen otherwise stays unseen
 }  # fmt: skip
 # Other parameters, by the end of their key: mean and standard deviation.
 OTHERS = {

@@ -24,6 +24,7 @@ SOURCES = {
     'ATD': 'ATD, README (github.com/LabShuHangGU/Adaptive-Token-Dictionary); multiply-adds of PFT (CVPR 2025)',
     'OmniSR': "OmniSR, the paper's main table (github.com/Francis0625/Omni-SR)",
     'PFT': "PFT (CVPR 2025), table of lightweight networks, for x4; SwinIR's own table has 897K and 49.6G at x4",
+    'PFT-light': 'PFT (CVPR 2025), table of lightweight networks; IET (ECCV 2026) prints 29.43 for Urban100 at x3',
     'code': 'parameters and multiply-adds counted from the official code or by it, not published',
 }
 
@@ -140,6 +141,13 @@ PUBLISHED: dict[str, dict[int, Published]] = {
         (753, 380.0, 733.5, 2839, (38.29, 34.10, 32.39, 33.27, 39.52)),
         (760, 168.0, 274.4, 1258, (34.74, 30.68, 29.32, 29.17, 34.60)),
         (769, 100.1, 189.7, 753, (32.63, 28.89, 27.79, 26.97, 31.48)),
+        unit=K,
+    ),
+    'PFT-light': _rows(
+        ('PFT-light',),
+        (776, 278.3, *NONE, (38.36, 34.20, 32.43, 33.67, 39.55)),
+        (783, 123.5, *NONE, (34.82, 30.75, 29.33, 29.46, 34.61)),
+        (792, 69.6, *NONE, (32.63, 28.97, 27.78, 27.20, 31.51)),
         unit=K,
     ),
     'OmniSR': _rows(

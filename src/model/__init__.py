@@ -27,9 +27,9 @@ NETWORKS: dict[str, NetworkSpec] = {
     **asid.NETWORKS,
     **dlgsanet.NETWORKS,
     **atd.NETWORKS,
+    **pft.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
-    **pft.NETWORKS,
 }
 
 

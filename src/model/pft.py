@@ -7,12 +7,12 @@ A layer multiplies its attention map by that of the layer before the last one, w
 largest entries of the product (figure 3): what several layers agree on. Later layers look at these keys alone.
 
 Departures from the official code:
-- It needs a kernel in CUDA, whose gradients by keys and values are added up without regard to each other and differ from
-  run to run. Here they are exact, and the same on every device.
-- A product of two maps, made to sum to one, is the softmax of the sum of their logits, so that is what is handed on. The
+- It needs a kernel in CUDA, whose gradients by keys and values are added up by threads that overwrite each other and
+  differ from run to run. Here they are exact.
+- The product of two maps, made to sum to one, is the softmax of the sum of their logits, so these are handed on. The
   official code adds 1e-20 to each entry, which shows only where two maps have less than 1e-12 in common.
-- Logits of all keys of a window are not kept but made again from queries and keys: their sum over several layers is one
-  product of the layers' queries and keys side by side.
+- Logits of all keys of a window are not kept but made again from queries and keys: their sum over several layers is
+  one product of the layers' queries and keys side by side.
 - Maps are made, and kept, for a few windows at a time, in float32 under autocast too; keys as int16.
 - An image smaller than its padding is mirrored again and again; the official code fails.
 """
@@ -76,9 +76,7 @@ class Whole(NamedTuple):
 Focus = Whole | list[Kept] | None  # None: there was no map before
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, topk: int
-) -> tuple[Tensor, Kept | None]:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, topk: int) -> tuple[Tensor, Kept | None]:
     """Progressive focused attention (PFA) in some windows.
 
     Args:
@@ -152,7 +150,7 @@ class WindowAttention(nn.Module):
         if isinstance(focus, Whole):
             q, k, bias = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.bias + bias
         sizes, masks = groups(windows, self.n_heads)
-        parts = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         if isinstance(focus, list):
             made = [attend(*part, bias, kept, self.topk) for part, kept in zip(parts, drain(focus), strict=True)]
         else:  # maps over all keys are not kept for the gradients but made again
@@ -306,8 +304,8 @@ def check_blocks(depths: Sequence[int], topk: Sequence[int]) -> None:
     numbers = [*depths, *topk]
     if len(depths) != len(topk) or not numbers or any(type(x) is not int or x < 1 for x in numbers):
         raise UserError(
-            f'--net depths={list(depths)} and topk={list(topk)} do not describe blocks: give two lists of as many whole '
-            'numbers, 1 or more.'
+            f'--net depths={list(depths)} and topk={list(topk)} do not describe blocks: give two lists of as many '
+            'whole numbers, 1 or more.'
         )
 
 

@@ -1,6 +1,7 @@
 """Counted and measured costs."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -46,11 +47,20 @@ def test_dynamic_convolution_is_counted():
     assert block == 64 * (local + 2 * ffn + attention) + maps
 
 
+def test_products_with_kept_keys_are_counted():
+    """A layer of PFT that sees 5 of the 16 keys of a window; another one adds nothing but such a layer."""
+    sizes = {'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'kernel_size': 3, 'topk': (5,)}
+    four, six = (multiply_adds('PFT-light', 4, 8, 8, depths=(n,), **sizes) for n in (4, 6))
+    layer = 12 * 36 + 9 * 12 + 2 * 5 * 12 + 12 * 12 + 12 * 12 + 9 * 12 + 12 * 12
+    assert six - four == 2 * 64 * layer
+
+
 @pytest.mark.parametrize('name', ALL)
 @pytest.mark.parametrize('scale', [4, *slow(2, 3)])
 def test_multiply_adds_are_those_of_the_official_networks(name, scale, shared):
     """Counted from the official code; what it does needlessly is left out here."""
-    official = json.loads((shared / 'reference' / 'flops.json').read_text())['macs']
+    files = (shared / 'reference' / f'{name}.json' for name in ('flops', 'flops_new'))
+    official = {key: found for file in files for key, found in json.loads(file.read_text())['macs'].items()}
     expected = official[f'{name}_x{scale}']['macs']
     found = multiply_adds(name, scale, *input_size(scale))
     if name == 'LCoAN':  # match convolutions of groups 2 to 10, whose results nothing uses
@@ -62,6 +72,8 @@ def test_multiply_adds_are_those_of_the_official_networks(name, scale, shared):
         height, width = input_size(scale)
         groups = 8 if name == 'ASIDd8' else 3
         expected -= (2 + groups - 1) * 2 * (12**2 + 24**2 + 36**2) * height * width
+    if name == 'PFT-light':  # products of queries and keys of layers 0 and 1 are made again for layers 2 and 3
+        expected += 2 * 1024 * 52 * math.prod(-(-side // 32) * 32 for side in input_size(scale))
     assert found == pytest.approx(expected, rel=5e-3)
 
 

@@ -34,6 +34,10 @@ SMALL = {
         'n_resgroups': 1, 'n_resblocks': 3, 'n_feats': 8, 'n_heads': 4, 'window_size': 4, 'category_size': 8,
         'n_tokens': 5, 'reduced_dim': 3, 'kernel_size': 5, 'mlp_ratio': 2.0,
     },
+    'PFT-light': {
+        'depths': (3, 2), 'topk': (20, 5), 'n_feats': 8, 'n_heads': 2, 'window_size': 4, 'kernel_size': 3,
+        'mlp_ratio': 1.5,
+    },
     'SwinIR-light': {
         'n_resgroups': 2, 'n_resblocks': 2, 'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'mlp_ratio': 1.0,
     },

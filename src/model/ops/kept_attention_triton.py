@@ -1,7 +1,7 @@
 """Products of queries and kept keys, and sums of kept values, in Triton, for a GPU; `model.ops.kept_attention` chooses.
 
-A program has the K kept keys of one query and head, in blocks. It reads their rows where they are, which is in the cache
-of the GPU since the queries of a window share them, and sums in float32 or more, in an order that is always the same.
+A program has the kept keys of one query and head, in blocks. It reads their rows where they are, which is in the cache
+since the queries of a window share them, and sums in float32 or more, in an order that is always the same.
 """
 
 import torch
