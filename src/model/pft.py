@@ -235,7 +235,8 @@ class PFT(nn.Module):
         scale: 2, 3 or 4.
         n_feats: feature channels.
         depths: layers of each block.
-        topk: entries of a row of its maps that each block keeps, if a row has more.
+        topk: entries of a row of its maps that each block keeps, if a row has more; the last number holds for further
+            blocks.
         n_heads: attention heads.
         window_size: pixels along a window's side.
         kernel_size: of the depthwise convolutions.
@@ -244,7 +245,7 @@ class PFT(nn.Module):
     Maps (N, 3, H, W) to (N, 3, scale * H, scale * W), each image on its own; black is 0, white is 1.
 
     Raises:
-        UserError: heads do not divide the channels, an even kernel, blocks without layers or keys.
+        UserError: heads do not divide the channels, an even kernel, no blocks, or blocks without layers or keys.
     """
 
     mean: Tensor
@@ -266,7 +267,8 @@ class PFT(nn.Module):
         if kernel_size % 2 == 0:
             raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
         check_window(window_size)
-        check_blocks(depths, topk)
+        check_numbers('depths', depths)
+        check_numbers('topk', topk)
         self.scale, self.window_size = scale, window_size
         self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer('relative_position_index_SA', relative_positions(window_size))
@@ -274,8 +276,9 @@ class PFT(nn.Module):
         self.conv_first = conv(3, n_feats, 3)
         self.patch_embed = nn.Sequential(OrderedDict(norm=TokenNorm(n_feats)))
         self.layers = nn.ModuleList()
-        for depth, keys in zip(depths, topk, strict=True):
-            layers = [Layer(n_feats, n_heads, window_size, keys, kernel_size, hidden) for _ in range(depth)]
+        for i, depth in enumerate(depths):
+            kept = topk[min(i, len(topk) - 1)]
+            layers = [Layer(n_feats, n_heads, window_size, kept, kernel_size, hidden) for _ in range(depth)]
             self.layers.append(Block(layers, n_feats))
         self.norm = TokenNorm(n_feats)
         self.conv_after_body = conv(n_feats, n_feats, 3)
@@ -299,14 +302,10 @@ class PFT(nn.Module):
         return unflatten_image(self.norm(x), height, width)
 
 
-def check_blocks(depths: Sequence[int], topk: Sequence[int]) -> None:
-    """Refuse lists of other than as many whole numbers, 1 or more."""
-    numbers = [*depths, *topk]
-    if len(depths) != len(topk) or not numbers or any(type(x) is not int or x < 1 for x in numbers):
-        raise UserError(
-            f'--net depths={list(depths)} and topk={list(topk)} do not describe blocks: give two lists of as many '
-            'whole numbers, 1 or more.'
-        )
+def check_numbers(setting: str, numbers: Sequence[int]) -> None:
+    """Refuse an empty list, and numbers below 1."""
+    if not numbers or min(numbers) < 1:
+        raise UserError(f'--net {setting}={",".join(map(str, numbers))} has to be numbers of 1 or more: give such.')
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
