@@ -504,15 +504,15 @@ def test_net_is_another_way_to_give_a_setting():
 @pytest.fixture
 def new_network(monkeypatch):
     """A network with settings that have no option of their own."""
-    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None}
+    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None, 'sizes': [8, 4]}
     monkeypatch.setitem(networks.TABLE, 'ASID', {'scales': [2], 'settings': settings})
 
 
 def test_net_reaches_settings_without_an_option(new_network, tmp_path):
-    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7'
+    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7 --net sizes=3,2,1'
     found = option.network_settings(options(line))
-    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7}
-    assert [type(value) for value in found.values()] == [int, float, str, bool, int]
+    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7, 'sizes': [3, 2, 1]}
+    assert [type(value) for value in found.values()] == [int, float, str, bool, int, list]
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'config.txt').write_text(write_config(options(line), found))
     assert option.network_settings(options(f'--save_dir {tmp_path} --load old')) == found

@@ -42,6 +42,7 @@ def attentions(topk: tuple[int, ...]) -> list[WindowAttention]:
     for layer in layers:
         nn.init.normal_(layer.relative_position_bias_table)
         nn.init.eye_(layer.proj.weight)
+        nn.init.zeros_(layer.proj.bias)
     return layers
 
 
@@ -97,7 +98,7 @@ def test_maps_are_multiplied_and_narrowed(topk: tuple[int, ...], shift: int, at_
             results.append(result[0])
         return results
 
-    qkvs = [2 * numbers(1, HEIGHT * WIDTH, 3 * CHANNELS, seed=i) for i in range(len(topk))]
+    qkvs = [numbers(1, HEIGHT * WIDTH, 3 * CHANNELS, seed=i) for i in range(len(topk))]
     leaves = [*[qkv.requires_grad_() for qkv in qkvs], *[layer.relative_position_bias_table for layer in layers]]
     found, truth = run(qkvs), plain(layers, qkvs, shift)
     with torch.no_grad():
