@@ -74,7 +74,7 @@ def parse_value(text: str, value: str, example: object) -> object:
         if isinstance(example, float):
             return float(value)
         if isinstance(example, list):
-            return [int(number) for number in value.removeprefix('[').removesuffix(']').split(',')]
+            return tuple(int(number) for number in value.strip('()').split(','))
         return int(value) if isinstance(example, int) else json.loads(value)
     except (KeyError, ValueError) as error:
         kinds = {bool: 'True or False', float: 'a number', int: 'a whole number', list: 'a list such as 2,4'}

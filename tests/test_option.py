@@ -511,8 +511,8 @@ def new_network(monkeypatch):
 def test_net_reaches_settings_without_an_option(new_network, tmp_path):
     line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7 --net sizes=3,2,1'
     found = option.network_settings(options(line))
-    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7, 'sizes': [3, 2, 1]}
-    assert [type(value) for value in found.values()] == [int, float, str, bool, int, list]
+    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7, 'sizes': (3, 2, 1)}
+    assert [type(value) for value in found.values()] == [int, float, str, bool, int, tuple]
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'config.txt').write_text(write_config(options(line), found))
     assert option.network_settings(options(f'--save_dir {tmp_path} --load old')) == found
@@ -520,7 +520,7 @@ def test_net_reaches_settings_without_an_option(new_network, tmp_path):
         options(f'--save_dir {tmp_path} --load old --net depth=5')
 
 
-@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'n_feats=4'])
+@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'sizes=4;2', 'sizes=', 'n_feats=4'])
 def test_what_is_no_value_of_a_setting(new_network, text):
     with pytest.raises(UserError, match=rf'^--net {text.partition("=")[0]}.*\.$'):
         options(f'--model ASID --net {text}')
@@ -530,6 +530,11 @@ def test_recognised_weights_may_show_settings_without_an_option(new_network):
     args = options('--model auto --pre_train x.pt --test_only')
     option.apply_detected_network(args, 'ASID', 2, {'depth': 4}, {'depth': 4})
     assert option.network_settings(args) == {'depth': 4}
+    sizes = {'sizes': (2, 2)}
+    for typed in ('', ' --net sizes=2,2'):
+        args = options(f'--model auto --pre_train x.pt --test_only{typed}')
+        option.apply_detected_network(args, 'ASID', 2, sizes, sizes)
+        assert option.network_settings(args) == sizes
     with pytest.raises(UserError, match=r'--depth 5: .*holds weights of ASID with 4'):
         option.apply_detected_network(auto('--net depth=5'), 'ASID', 2, {'depth': 4}, {'depth': 4})
 
