@@ -520,7 +520,7 @@ def test_net_reaches_settings_without_an_option(new_network, tmp_path):
         options(f'--save_dir {tmp_path} --load old --net depth=5')
 
 
-@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'sizes=4;2', 'sizes=', 'n_feats=4'])
+@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'sizes=4;2', 'sizes=4,', 'n_feats=4'])
 def test_what_is_no_value_of_a_setting(new_network, text):
     with pytest.raises(UserError, match=rf'^--net {text.partition("=")[0]}.*\.$'):
         options(f'--model ASID --net {text}')
