@@ -103,6 +103,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, t
     return kept_values(weights, v, keys), Kept(logits, keys)
 
 
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Pixels (N, L, C) of all images in another order (N * L,)."""
+    return x.flatten(0, 1).index_select(0, order).view_as(x)
+
+
 def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:
     """How many windows are attended at once, all with the same shift mask, and the masks (T, T)."""
     masks = windows.masks
@@ -136,16 +141,17 @@ class WindowAttention(nn.Module):
     def forward(
         self, qkv: Tensor, lepe: Tensor, positions: Tensor, windows: Windows, focus: Focus
     ) -> tuple[Tensor, Focus]:
-        """(N, H * W, 3 * C) and what is added before the projection, (N, H * W, C), to (N, H * W, C)."""
-        rows = qkv.flatten(0, 1).index_select(0, windows.order)
-        with full_precision(qkv):
-            out, focus = self.attend(at_least_float32(rows), positions, windows, focus)
-        out = out.flatten(2).flatten(0, 1).index_select(0, windows.inverse)
-        return self.proj(out.view_as(lepe) + lepe), focus
+        """Pixels (N, H * W, 3 * C) in the order of the windows, and what is added to each before the projection.
 
-    def attend(self, rows: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
-        """Rows (B * T, 3 * C) of windows to (B, T, heads, d)."""
-        q, k, v = rows.view(-1, len(positions), 3, self.n_heads, rows.shape[1] // (3 * self.n_heads)).unbind(2)
+        The latter and the result are (N, H * W, C), row by row.
+        """
+        with full_precision(qkv):
+            out, focus = self.attend(at_least_float32(qkv), positions, windows, focus)
+        return self.proj(reordered(out.view_as(lepe), windows.inverse) + lepe), focus
+
+    def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
+        """To (B, T, heads, d)."""
+        q, k, v = qkv.view(-1, len(positions), 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads)).unbind(2)
         q, bias = q * q.shape[-1] ** -0.5, look_up_bias(self.relative_position_bias_table, positions)[0]
         if isinstance(focus, Whole):
             q, k, bias = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.bias + bias
@@ -157,7 +163,7 @@ class WindowAttention(nn.Module):
             again = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
             made = [again(*part, bias + mask, None, self.topk) for part, mask in zip(parts, masks, strict=True)]
         out, kept = zip(*made, strict=True)
-        return torch.cat(out), Whole(q, k, bias) if kept[0] is None else list(kept)
+        return torch.cat(out), Whole(q, k.contiguous(), bias) if kept[0] is None else list(kept)
 
 
 class PositionalEncoding(nn.Module):
@@ -191,8 +197,8 @@ class Layer(nn.Module):
         self, x: Tensor, height: int, width: int, positions: Tensor, windows: Windows, focus: Focus
     ) -> tuple[Tensor, Focus]:
         """Pixels (N, H * W, C), and what is handed on from layer to layer with the same windows."""
-        qkv = self.wqkv(self.norm1(x))
-        v = unflatten_image(qkv.chunk(3, -1)[2], height, width)
+        qkv = self.wqkv(reordered(self.norm1(x), windows.order))
+        v = unflatten_image(reordered(qkv.chunk(3, -1)[2], windows.inverse), height, width)
         attended, focus = self.attn_win(qkv, flatten_image(self.v_LePE(v)), positions, windows, focus)
         x = x + attended
         x = x + checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
