@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.pixels import LayerNorm2d, gelu, to_map, to_tokens
-from model.blocks.windows import attention, check_window, hidden_width
+from model.blocks.windows import biased_attention, check_window, hidden_width
 from model.common import (
     Float32Conv,
     NetworkSpec,
@@ -72,17 +72,8 @@ class WindowAttention(nn.Module):
         x = reflect_pad(x, self.window_size)
         cell = (self.window_size, self.window_size)
         q, k, v = to_tokens(self.to_qkv(x), cell, strided=False).unflatten(2, (3, self.n_heads, -1)).unbind(2)
-        out = attention(q, k, v, self.bias().unsqueeze(1).to(q.dtype))
-        return self.to_out(to_map(out, x, cell, strided=False)[..., :height, :width])
-
-    def bias(self) -> Tensor:
-        """What to add to the logits, (heads, T, T): the table's entry at (dy, dx) = key - query.
-
-        The entries of a query at (y, x) are a window of the table, which begins at (size - 1 - y, size - 1 - x).
-        """
-        size = self.window_size
-        table = self.relative_position_bias.view(self.n_heads, 2 * size - 1, 2 * size - 1)
-        return table.unfold(1, size, 1).unfold(2, size, 1).flip(1, 2).reshape(self.n_heads, size**2, size**2)
+        table = self.relative_position_bias.unflatten(1, (2 * self.window_size - 1, -1))
+        return self.to_out(to_map(biased_attention(q, k, v, table), x, cell, strided=False)[..., :height, :width])
 
 
 class DynamicKernels(nn.Sequential):
