@@ -3,10 +3,10 @@
 Lee, Yun, Ro, "Emulating Self-attention with Convolution for Efficient Image Super-Resolution",
 https://arxiv.org/abs/2503.06671. Official weights load with `strict=True`.
 
-A block attends within windows of 32x32 pixels once. Five times after that a few channels pass a 13x13 convolution, whose
-kernel all blocks share (long range, the same everywhere), beside a depthwise 3x3 whose kernels are made from the means
-of these channels over the image (it adapts to the image, as attention does). ESC averages the large kernel over its
-eight orientations; ESC-FP factorises it into a 1x1 and a depthwise 13x13.
+A block attends within windows of 32x32 pixels once. Five times after that a few channels pass a 13x13 convolution whose
+kernel all blocks share (for range), beside a depthwise 3x3 whose kernels are made from the means of these channels over
+the image (to adapt to it, as attention does). ESC averages the large kernel over its eight orientations; ESC-FP
+factorises it into a 1x1 and a depthwise 13x13, and adds norms.
 
 Departures from the official code:
 - The features are continued to whole windows by reflection as there, an image smaller than that by its reflection again
@@ -38,6 +38,7 @@ from model.common import (
     in_fast_memory,
     reflect_pad,
 )
+from model.ops.dynamic_conv import dynamic_conv
 
 EPS = 1e-6  # of all norms
 DYNAMIC = 3  # side of the kernels that are made from the image
@@ -89,15 +90,12 @@ class DynamicKernels(nn.Sequential):
 
 def depthwise(x: Tensor, kernels: Tensor) -> Tensor:
     """Depthwise convolution with kernels of every image's own: (N, C, H, W) and (N, C, k, k) to (N, C, H, W)."""
-    size = kernels.shape[-1]
     if torch.jit.is_tracing():  # ONNX has no groups whose number depends on the batch
-        height, width = x.shape[2:]
-        padded = F.pad(x, [size // 2] * 4)
-        taps = [padded[..., i : i + height, j : j + width] for i in range(size) for j in range(size)]
-        weights = kernels.flatten(2)[..., None, None].unbind(2)
-        return sum(weight * tap for weight, tap in zip(weights, taps, strict=True))
+        return dynamic_conv(x, kernels[..., None, None])
     maps = x.reshape(1, -1, *x.shape[2:])
-    return F.conv2d(maps, kernels.flatten(0, 1).unsqueeze(1), padding=size // 2, groups=maps.shape[1]).view_as(x)
+    return F.conv2d(
+        maps, kernels.flatten(0, 1).unsqueeze(1), padding=kernels.shape[-1] // 2, groups=maps.shape[1]
+    ).view_as(x)
 
 
 def average_orientations(kernel: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     if not q.is_cpu or torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return attention(q, k, v, bias.reshape(heads, 1, t, t).to(q.dtype))
     with full_precision(q):
-        out = table_attention(*(at_least_float32(x) for x in (q, k, v, bias)), int(d) ** -0.5)
-    return out.to(v.dtype).flatten(2)
+        queries, keys, values, bias = (at_least_float32(x) for x in (q, k, v, bias))
+        return table_attention(queries, keys, values, bias, d**-0.5).to(v.dtype).flatten(2)
 
 
 def relative_positions(size: int, device: torch.device | None = None) -> Tensor:

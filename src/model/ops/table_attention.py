@@ -23,17 +23,20 @@ def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
     rows = max(1, CACHED_LOGITS // (2 * heads * per_row * t))
     memory, out = q.new_empty(heads, rows * per_row, t), torch.empty_like(q)
     for query, key, value, result in zip(*(x.transpose(1, 2) for x in (q, k, v, out)), strict=True):
-        cuts = (query.split(len(memory[0]), 1), result.split(len(memory[0]), 1), bias.split(rows, 1))
-        for some, found, biases in zip(*cuts, strict=True):
-            powers = memory[:, : some.shape[1]]
-
-            def fill() -> Tensor:
-                powers.view(biases.shape).copy_(biases)
-                return powers.baddbmm_(some, key.mT, beta=LOG2_E, alpha=scale * LOG2_E)
-
-            sums = fill().exp2_().sum(-1, keepdim=True)
+        parts = zip(query.split(rows * per_row, 1), bias.split(rows, 1), result.split(rows * per_row, 1), strict=True)
+        for part, biases, found in parts:
+            powers = logits(memory, part, key, biases, scale).exp2_()
+            sums = powers.sum(-1, keepdim=True)
             if not in_range(sums):
-                fill().sub_(powers.amax(-1, keepdim=True))
-                sums = powers.exp2_().sum(-1, keepdim=True)
+                powers = logits(memory, part, key, biases, scale)
+                powers = powers.sub_(powers.amax(-1, keepdim=True)).exp2_()
+                sums = powers.sum(-1, keepdim=True)
             torch.div(powers @ value, sums, out=found)
     return out
+
+
+def logits(memory: Tensor, q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """To base 2, (heads, queries, T), in `memory` from its beginning."""
+    found = memory[:, : q.shape[1]]
+    found.view(bias.shape).copy_(bias)
+    return found.baddbmm_(q, k.mT, beta=LOG2_E, alpha=scale * LOG2_E)
