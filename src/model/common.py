@@ -32,7 +32,8 @@ class NetworkSpec:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        upsampler_prefix: prefix of the parameters that depend on the scale; all others carry over to another scale.
+        upsampler_prefix: prefix of the parameters that depend on the scale; all others carry over to another scale as
+            they are, convolutions before an `nn.PixelShuffle` interpolated.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.

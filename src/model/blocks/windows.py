@@ -98,7 +98,8 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     size = (table.shape[-1] + 1) // 2
     k, v = k.flip(1), v.flip(1)
     bias = table.flip(1, 2).unfold(1, size, 1).unfold(2, size, 1)
-    if not q.is_cpu or torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if not q.is_cpu or traced or torch.is_grad_enabled() or heads * t**2 <= CACHED_LOGITS:
         return attention(q, k, v, bias.reshape(heads, 1, t, t).to(q.dtype))
     with full_precision(q):
         queries, keys, values, bias = (at_least_float32(x) for x in (q, k, v, bias))

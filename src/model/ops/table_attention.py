@@ -20,7 +20,7 @@ def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
     """
     _, t, heads, _ = q.shape
     per_row = t // bias.shape[1]
-    rows = max(1, CACHED_LOGITS // (2 * heads * per_row * t))
+    rows = min(max(1, CACHED_LOGITS // (2 * heads * per_row * t)), bias.shape[1])
     memory, out = q.new_empty(heads, rows * per_row, t), torch.empty_like(q)
     for query, key, value, result in zip(*(x.transpose(1, 2) for x in (q, k, v, out)), strict=True):
         parts = zip(query.split(rows * per_row, 1), bias.split(rows, 1), result.split(rows * per_row, 1), strict=True)
