@@ -305,9 +305,9 @@ def check_sizes(n_feats: int, n_heads: int, window_size: int, kernel_size: int, 
     check_divides('n_heads', n_heads, n_feats)
     check_window(window_size)
     if kernel_size % 2 == 0:
-        raise UserError(f'--kernel_size {kernel_size}: a kernel that keeps the size of the image is odd; choose one.')
+        raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
     if not 4 <= kernel_feats <= n_feats:
-        raise UserError(f'--kernel_feats {kernel_feats}: choose from 4 to as many as --n_feats {n_feats}.')
+        raise UserError(f'--net kernel_feats={kernel_feats}: choose from 4 to the {n_feats} channels of --n_feats.')
 
 
 def sizes(state: Mapping[str, Tensor], kernel: str) -> dict[str, object] | None:

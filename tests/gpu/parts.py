@@ -25,6 +25,7 @@ DEVICE = 'cuda' if CUDA else 'cpu'
 
 ALL = [name for name in NETWORKS if name != 'Bicubic']
 LIGHT = ['EDSR-baseline', 'ASID', 'ASIDd8', 'DLGSANet-tiny', 'DLGSANet-light', 'ATD-light', 'OmniSR', 'SwinIR-light']
+LIGHT += ['ESC', 'ESC-light', 'ESC-FP']
 # What sorts pixels by an argmax: of two that are equal up to rounding, another device may find the other one larger.
 SORTING = ['NLSN', 'LCoAN', 'ATD', 'ATD-light']
 REHEARSED = ['ASID', 'DLGSANet-tiny', 'EDSR-baseline', 'LCoAN']

@@ -292,12 +292,12 @@ def test_sub_pixels_of_another_factor_by_hand(factor: int, grid: list[list[float
 @torch.no_grad()
 def test_nearest_upsampling_stays_nearest_at_another_scale(kind: type[nn.Sequential], old: int, scale: int) -> None:
     source, net = kind(old, 3), kind(scale, 3)
-    for layer in source[::2]:
+    for layer in list(source)[::2]:
         nn.init.constant_(layer.bias, 0.5)
         nn.init.zeros_(layer.weight)
         for row in range(len(layer.weight)):
             layer.weight[row, row // (len(layer.weight) // 3), 1, 1] = 1
-    x, steps = torch.rand(2, 3, 4, 5), len(net[::2])
+    x, steps = torch.rand(2, 3, 4, 5), len(net) // 2
     load_weights(net, source.state_dict(), '', upsampler='')
     expected = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3) + 0.5 * steps
     torch.testing.assert_close(net(x), expected)
