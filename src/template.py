@@ -99,7 +99,7 @@ SWINIR: Recipe = {
 }  # fmt: skip
 SWINIR_TUNED: Recipe = {**SWINIR, 'lr': 1e-4, 'test_every': 500}
 
-# https://github.com/dslisleedh/ESC, options: 4 GPUs of 16 patches; x3 and x4 start from x2 and are trained as long; tests
+# https://github.com/dslisleedh/ESC, options: 4 x 16 patches; x3 and x4 start from x2 and are trained as long; tests
 # continue images to whole windows
 ESC: Recipe = {
     'model': 'ESC', **DIV2K, **ATD_COMMON, 'lr': 5e-4, 'batch_size': 64, 'warmup': 20000, 'pad_to': 32,

@@ -127,7 +127,8 @@ def test_training_is_as_published(name):
 # dslisleedh/ESC (options).
 STARTS = {
     **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('EDSR', 'EDSR-baseline', 'RCAN', 'LCoAN') for s in (3, 4)},
-    **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('ATD-light', 'SwinIR-light', 'ESC', 'ESC-light', 'ESC-FP') for s in (3, 4)},
+    **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('ATD-light', 'SwinIR-light') for s in (3, 4)},
+    **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('ESC', 'ESC-light', 'ESC-FP') for s in (3, 4)},
     **{f'{name}-finetune_x{s}': f'{name}_x{s}.pt' for name in ('ASID', 'ASIDd8') for s in (2, 3, 4)},
     'ATD-finetune_x2': 'ATD_x2.pt', 'ATD_x3': 'ATD-finetune_x2.pt', 'ATD_x4': 'ATD-finetune_x2.pt',
     'LCoAN-small_x4': 'LCoAN-small_x2.pt',

@@ -20,6 +20,7 @@ too: `pad_to`.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,6 @@ from model.common import (
     in_fast_memory,
     reflect_pad,
 )
-from model.ops.dynamic_conv import dynamic_conv
 
 EPS = 1e-6  # of all norms
 DYNAMIC = 3  # side of the kernels that are made from the image
@@ -90,12 +90,14 @@ class DynamicKernels(nn.Sequential):
 
 def depthwise(x: Tensor, kernels: Tensor) -> Tensor:
     """Depthwise convolution with kernels of every image's own: (N, C, H, W) and (N, C, k, k) to (N, C, H, W)."""
+    size = kernels.shape[-1]
     if torch.jit.is_tracing():  # ONNX has no groups whose number depends on the batch
-        return dynamic_conv(x, kernels[..., None, None])
-    maps = x.reshape(1, -1, *x.shape[2:])
-    return F.conv2d(
-        maps, kernels.flatten(0, 1).unsqueeze(1), padding=kernels.shape[-1] // 2, groups=maps.shape[1]
-    ).view_as(x)
+        (height, width), padded = x.shape[2:], F.pad(x, [size // 2] * 4)
+        weights = kernels.flatten(2)[..., None, None].unbind(2)
+        taps = (padded[..., i : i + height, j : j + width] for i, j in product(range(size), repeat=2))
+        return torch.stack([weight * tap for weight, tap in zip(weights, taps, strict=True)]).sum(0)
+    maps, kernels = x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1).unsqueeze(1)
+    return F.conv2d(maps, kernels, padding=size // 2, groups=len(kernels)).view_as(x)
 
 
 def average_orientations(kernel: Tensor) -> Tensor:
