@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
+from model import asid, atd, bicubic, catanet, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
 from model.bicubic import Bicubic
 from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
@@ -27,6 +27,7 @@ NETWORKS: dict[str, NetworkSpec] = {
     **asid.NETWORKS,
     **dlgsanet.NETWORKS,
     **atd.NETWORKS,
+    **catanet.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
 }
