@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import asid, atd, bicubic, catanet, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
+from model import asid, atd, bicubic, catanet, dlgsanet, edsr, hitsr, lcoan, nlsn, omnisr, rcan, swinir
 from model.bicubic import Bicubic
 from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
@@ -28,6 +28,7 @@ NETWORKS: dict[str, NetworkSpec] = {
     **dlgsanet.NETWORKS,
     **atd.NETWORKS,
     **catanet.NETWORKS,
+    **hitsr.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
 }

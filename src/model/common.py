@@ -102,6 +102,19 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     return x
 
 
+def reflect_pad(x: Tensor, multiple: int) -> Tensor:
+    """(N, C, H, W) grown right and below to multiples of `multiple` by its reflection, the edge pixel not repeated.
+
+    An image smaller than its padding is reflected again and again, a single pixel repeated.
+    """
+    for axis in (2, 3):
+        size = x.shape[axis]
+        if size % multiple:
+            position = torch.arange(size + -size % multiple, device=x.device) % max(2 * size - 2, 1)
+            x = x.index_select(axis, torch.minimum(position, 2 * size - 2 - position))
+    return x
+
+
 def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
     """(N, C, H, W) grown right and below by zeros to multiples of `multiple` that are not below `at_least`."""
     height, width = ((max(size, at_least) + multiple - 1) // multiple * multiple for size in x.shape[2:])
