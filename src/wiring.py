@@ -25,6 +25,7 @@ from model.ops.recompute import recompute
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
 from optimizer import Schedule, make_optimizer
+from options.table import ROOT
 from step import TrainStep
 from system import parallel
 from system.files import some
@@ -140,7 +141,7 @@ def load_run(args: Namespace, model: Model) -> tuple[dict[str, Any], Origin]:
 def library(args: Namespace) -> Library:
     """Where the image sets are."""
     renew = args.ext == 'sep_reset'
-    benchmarks = option.ROOT / 'benchmark'
+    benchmarks = ROOT / 'benchmark'
     return Library(args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew)
 
 
@@ -184,7 +185,7 @@ def make_trainer(
     Raises:
         UserError: too many processes for the batch or for the loss.
     """
-    step = TrainStep(
+    train_step = TrainStep(
         model, loss.to(model.device), optimizer_maker(args)(model.parameters()), args.batch_size, args.split_batch,
         args.gclip, args.clip_norm, autocast_dtype(args, model), args.weight_ema, graph=args.graph is not False,
     )  # fmt: skip
@@ -197,7 +198,7 @@ def make_trainer(
         args.batch_size, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
         args.seed, args.save_every,
     )  # fmt: skip
-    trainer = Trainer(config, step, loader, data.name, evaluate, folder, on_epoch_end)
+    trainer = Trainer(config, train_step, loader, data.name, evaluate, folder, on_epoch_end)
     if args.checkpointing:
         recompute(model.net, model.network.checkpoint_blocks)
     check_processes(args, loss)
