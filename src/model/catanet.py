@@ -48,7 +48,7 @@ from model.blocks.tokens import (
     take_rows,
     unflatten_image,
 )
-from model.blocks.windows import attention, check_window, hidden_width, init_linear
+from model.blocks.windows import MOST_WINDOW, attention, hidden_width, init_linear
 from model.common import (
     Float32Conv,
     NetworkSpec,
@@ -226,8 +226,8 @@ class Cover(NamedTuple):
 def cover(side: int, size: int, device: torch.device) -> Cover:
     """Patches of `size` pixels, each `OVERLAP` of them over the one before; of the whole side if it is not larger."""
     size = min(size, side)
-    step = max(size - OVERLAP, 1)
-    end, count = side - size, (side - size + step - 1) // step + 1
+    step, end = max(size - OVERLAP, 1), side - size
+    count = (end + step - 1) // step + 1
     starts = (torch.arange(count, device=device) * step).clamp(max=end)
     pixel = torch.arange(side, device=device)
     first = ((pixel - size + step) // step).clamp(0, count - 1)
@@ -345,7 +345,8 @@ class CATANet(nn.Module):
         self.first_conv = conv(3, n_feats, 3)
         self.blocks = nn.ModuleList()
         for patch, centres, group in islice(zip(*sizes, strict=False), n_resblocks):
-            check_window(patch)
+            if not 2 * OVERLAP <= patch <= MOST_WINDOW:
+                raise UserError(f'--net patch_sizes={patch_sizes}: {patch} is not from 4 to {MOST_WINDOW}; choose less.')
             tab = TokenAggregation(n_feats, qk_dim, n_heads, hidden, centres, group, n_iters, ema_decay)
             self.blocks.append(nn.ModuleList([tab, LocalRegionAttention(n_feats, qk_dim, n_heads, hidden, patch)]))
         self.mid_convs = nn.ModuleList(conv(n_feats, n_feats, 3) for _ in range(n_resblocks))

@@ -206,7 +206,7 @@ class HiTSRF(nn.Module):
         n_resgroups: blocks.
         n_resblocks: layers a block.
         n_heads: heads of the spatial correlation.
-        window_size: cells along the side of a window, or its pixels where it has fewer.
+        n_cells: cells along the side of a window, or its pixels where it has fewer.
         window_sizes: pixels along the sides of windows with a dash between two; each layer of a block takes the next
             one, and after the last the first again.
         mlp_ratio: channels inside the feed-forward networks, as a multiple of n_feats.
@@ -226,13 +226,13 @@ class HiTSRF(nn.Module):
         n_resgroups: int = 4,
         n_resblocks: int = 6,
         n_heads: int = 6,
-        window_size: int = 8,
+        n_cells: int = 8,
         window_sizes: str = '4-8-16-32-48-64',
         mlp_ratio: float = 2.0,
     ) -> None:
         super().__init__()
         check_divides('n_heads', 2 * n_heads, n_feats)
-        windows = check_windows(window_sizes, window_size)
+        windows = check_windows(window_sizes, n_cells)
         hidden = hidden_width(n_feats, mlp_ratio)
         self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
         self.conv_first = conv(3, n_feats, 3)
@@ -240,7 +240,7 @@ class HiTSRF(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(n_resgroups):
             sides = islice(cycle(windows), n_resblocks)
-            layers = [Layer(n_feats, n_heads, window, window_size, hidden) for window in sides]
+            layers = [Layer(n_feats, n_heads, window, n_cells, hidden) for window in sides]
             self.layers.append(Block(layers, n_feats))
         self.norm = TokenNorm(n_feats)
         self.conv_after_body = conv(n_feats, n_feats, 3)
@@ -265,9 +265,9 @@ def check_windows(text: str, cells: int) -> tuple[int, ...]:
     windows = check_numbers('window_sizes', text)
     for window in windows:
         if window > cells and window % cells:
-            raise UserError(f'--net window_sizes={text}: {window} is no multiple of --window_size {cells}; choose one.')
+            raise UserError(f'--net window_sizes={text}: {window} is no multiple of n_cells {cells}; choose one.')
         if window * min(window, cells) > MOST_WINDOW**2:  # square root of the entries of its bias
-            raise UserError(f'--net window_sizes={text}: {window} with --window_size {cells} fills the memory; choose less.')
+            raise UserError(f'--net window_sizes={text}: {window} with n_cells {cells} would fill the memory; choose less.')
     return windows
 
 
