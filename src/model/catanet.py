@@ -22,7 +22,8 @@ Departures from the official code:
   loses most of the map, which becomes zero without a word.
 - An image with fewer tokens than the last groups lack is mirrored again and again; the official code fails.
 - The centres are initialised by the first training batch, never by a test image: evaluating a network that was never
-  trained is refused. The runs of tokens that they start from never have a tail that is nothing but a mirror image.
+  trained is refused. They start from runs of tokens as there, but of the image alone: the official code fills up the
+  last runs by the mirror image, and at some sizes two centres are the same then, between which rounding decides.
 - Several processes agree on the centres, which are those of all their images.
 - The centre of a token is chosen in float32 under autocast.
 """
@@ -201,11 +202,8 @@ class TokenAggregation(Centroids):
     def first_centres(self, x: Tensor) -> Tensor:
         """Directions of the means of M runs of tokens that follow one another, over the batch and all ranks."""
         n, length, _ = x.shape
-        m = len(self.means)
-        run = (length + m - 1) // m
-        order = mirrored(m * run, length, x.device)
-        codes = (torch.arange(m * run, device=x.device) // run).expand(n, 1, -1)
-        return moved(self.means.unsqueeze(0), x.index_select(1, order), codes).squeeze(0)
+        runs = torch.arange(length, device=x.device) * len(self.means) // length
+        return moved(self.means.unsqueeze(0), x, runs.expand(n, 1, -1)).squeeze(0)
 
 
 @torch.no_grad()
@@ -346,7 +344,9 @@ class CATANet(nn.Module):
         self.blocks = nn.ModuleList()
         for patch, centres, group in islice(zip(*sizes, strict=False), n_resblocks):
             if not 2 * OVERLAP <= patch <= MOST_WINDOW:
-                raise UserError(f'--net patch_sizes={patch_sizes}: {patch} is not from 4 to {MOST_WINDOW}; choose less.')
+                raise UserError(
+                    f'--net patch_sizes={patch_sizes}: {patch} is not from 4 to {MOST_WINDOW}; choose less.'
+                )
             tab = TokenAggregation(n_feats, qk_dim, n_heads, hidden, centres, group, n_iters, ema_decay)
             self.blocks.append(nn.ModuleList([tab, LocalRegionAttention(n_feats, qk_dim, n_heads, hidden, patch)]))
         self.mid_convs = nn.ModuleList(conv(n_feats, n_feats, 3) for _ in range(n_resblocks))

@@ -8,8 +8,8 @@ which there are 8x8 whatever its size (spatial self-correlation, S-SC), and chan
 softmax, so that both cost as much a token in a large window as in a small one. This is the variant with the blocks of
 SwinIR, of three in the paper.
 
-Without a softmax products can be taken in another order: (q v^T + b) v, the map of queries and cells times the cells, is
-q (v^T v) + b v, of which the first part has matrices of the channels of a head alone.
+Without a softmax products can be taken in another order: (q v^T + b) v, the map of queries and cells times the cells,
+is q (v^T v) + b v, of which the first part has matrices of the channels of a head alone.
 
 Departures from the official code:
 - Features are continued to whole windows by reflection as there, a side of any size by its reflection again and again;
@@ -267,7 +267,9 @@ def check_windows(text: str, cells: int) -> tuple[int, ...]:
         if window > cells and window % cells:
             raise UserError(f'--net window_sizes={text}: {window} is no multiple of n_cells {cells}; choose one.')
         if window * min(window, cells) > MOST_WINDOW**2:  # square root of the entries of its bias
-            raise UserError(f'--net window_sizes={text}: {window} with n_cells {cells} would fill the memory; choose less.')
+            raise UserError(
+                f'--net window_sizes={text}: {window} with n_cells {cells} would fill the memory; choose less.'
+            )
     return windows
 
 
@@ -278,7 +280,12 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
     cells were those of the paper, 8 in a window.
     """
     group = 'layers.0.residual_group.blocks.'
-    keys = ('conv_first.weight', 'upsample.0.weight', f'{group}0.correlation.pos.pos3.2.weight', f'{group}0.mlp.fc1.weight')
+    keys = (
+        'conv_first.weight',
+        'upsample.0.weight',
+        f'{group}0.correlation.pos.pos3.2.weight',
+        f'{group}0.mlp.fc1.weight',
+    )
     first, upsampler, heads, hidden = (shape_of(state, key) for key in keys)
     n_blocks = how_many(state, group)
     cells = [shape_of(state, f'{group}{i}.correlation.spatial_linear.weight') for i in range(n_blocks)]

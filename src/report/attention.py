@@ -1,7 +1,8 @@
 """--show_attention: what a network takes together, as colours over the image.
 
 LCoAN attends within clusters of pixels, CATANet within groups of those that are most similar to the same centre, ATD
-within categories: the token of its dictionary that a pixel is most similar to. Colours follow the papers' figures in that they tell clusters apart and mean nothing else.
+within categories: the token of its dictionary that a pixel is most similar to. Colours follow the papers' figures in
+that they tell clusters apart and mean nothing else.
 """
 
 import colorsys
