@@ -7,7 +7,7 @@ that they tell clusters apart and mean nothing else.
 
 import colorsys
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from error import UserError
 from metric import luma
 from model import Model
 from model.atd import ATD, DictionaryAttention
-from model.catanet import CATANet
+from model.catanet import CATANet, IntraGroupAttention
 from model.lcoan import KMeans, LCoAN
 from report.picture import centre
 
@@ -61,7 +61,8 @@ def source(model: Model) -> Source:
         first = next(module for module in net.modules() if isinstance(module, KMeans))
         return Source({'clusters': first}, lambda _, codes: codes[:, 0], 1)
     if isinstance(net, CATANet):
-        return Source(three_of([block[0].iasa_attn for block in net.blocks]), lambda given, _: given[1], 1)
+        groups = [module for module in net.modules() if isinstance(module, IntraGroupAttention)]
+        return Source(three_of(groups), lambda given, _: given[1], 1)
     if isinstance(net, ATD):
         layers = [[m for m in block.modules() if isinstance(m, DictionaryAttention)] for block in net.layers]
         modules = three_of([of_block[-1] for of_block in layers])
@@ -72,7 +73,7 @@ def source(model: Model) -> Source:
     )
 
 
-def three_of(blocks: list[nn.Module]) -> dict[str, nn.Module]:
+def three_of(blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
     """The first, the middle one and the last by the names of their maps."""
     last = len(blocks) - 1
     return {f'block {i + 1}': blocks[i] for i in sorted({0, last // 2, last})}
