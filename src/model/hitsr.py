@@ -304,7 +304,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
 
 
 NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4: 847K 219G / 855K 98.5G / 866K 56.2G
-    'HiT-SRF': NetworkSpec(
+    'HiT-SRF': NetworkSpec(  # float16 overflows with the weights of the recorded outputs
         HiTSRF,
         (2, 3, 4),
         tiling_exact=False,
