@@ -69,14 +69,6 @@ OVERLAP = 2  # pixels that two neighbouring patches share
 SLOPE = 0.1  # of the upsampler's LeakyReLU
 
 
-class Heads(NamedTuple):
-    """Queries and keys (..., heads, d) and values (..., heads, e)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
 class SelfAttention(nn.Module):
     """The linear layers of an attention, none of which has a bias."""
 
@@ -92,10 +84,10 @@ class SelfAttention(nn.Module):
         """Queries, keys and values of tokens (N, L, C) side by side, (N, L, 2 * qk_dim + C)."""
         return linear(x, torch.cat((self.to_q.weight, self.to_k.weight, self.to_v.weight)))
 
-    def heads(self, qkv: Tensor) -> Heads:
-        """(..., 2 * qk_dim + C) by heads."""
-        q, k, v = qkv.tensor_split((self.qk_dim, 2 * self.qk_dim), -1)
-        return Heads(*(x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v)))
+    def heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """(..., 2 * qk_dim + C) to queries and keys (..., heads, d) and values (..., heads, e)."""
+        parts = qkv.tensor_split((self.qk_dim, 2 * self.qk_dim), -1)
+        return tuple(part.unflatten(-1, (self.n_heads, -1)) for part in parts)
 
 
 class IntraGroupAttention(SelfAttention):
@@ -114,7 +106,7 @@ class IntraGroupAttention(SelfAttention):
         # The last group is filled up by the last tokens mirrored, and has mirrored ones as its neighbour.
         order = order.index_select(1, mirrored((groups + 1) * size, length, x.device))
         rows = take_rows(self.qkv(x), order)
-        q = self.heads(rows[:, :-size].reshape(n * groups, size, -1)).q
+        q, _, _ = self.heads(rows[:, :-size].reshape(n * groups, size, -1))
         both = rows.unfold(1, 2 * size, size).transpose(2, 3).flatten(0, 1)  # each group and the next one
         _, k, v = self.heads(both)
         out = attention(q, k, v)
@@ -148,7 +140,7 @@ class FeedForward(nn.Module):
 
 
 class TokenAggregation(Centroids):
-    """TAB (figure 2): the centres, attention by groups and to the centres, and the feed-forward network."""
+    """TAB: the centres, attention by groups and to the centres, and the feed-forward network."""
 
     def __init__(
         self,
@@ -288,7 +280,7 @@ class InTurn(nn.ModuleList):
 
 
 class LocalRegionAttention(nn.Module):
-    """LRSA (figure 2): attention within patches and the feed-forward network."""
+    """LRSA: attention within patches and the feed-forward network."""
 
     def __init__(self, n_feats: int, qk_dim: int, n_heads: int, hidden: int, patch_size: int) -> None:
         super().__init__()

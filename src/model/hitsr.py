@@ -3,10 +3,10 @@
 Zhang, Zhang, Yu, "HiT-SR: Hierarchical Transformer for Efficient Image Super-Resolution",
 https://arxiv.org/abs/2407.05878. Official weights load with `strict=True`.
 
-The windows grow from block to block of a group. A block correlates tokens with the means of cells of its window, of
-which there are 8x8 whatever its size (spatial self-correlation, S-SC), and channels with channels (C-SC). There is no
-softmax, so that both cost as much a token in a large window as in a small one. This is the variant with the blocks of
-SwinIR, of three in the paper.
+The windows grow from layer to layer of a block. A layer correlates tokens with cells of its window, each a weighted sum
+of pixels, of which there are 8x8 whatever the size of the window (spatial self-correlation, S-SC), and channels with
+channels (C-SC). There is no softmax, and both cost as much a token in a large window as in a small one. This is the
+variant made from SRFormer, of three in the paper.
 
 Without a softmax products can be taken in another order: (q v^T + b) v, the map of queries and cells times the cells,
 is q (v^T v) + b v, of which the first part has matrices of the channels of a head alone.
@@ -53,7 +53,7 @@ POSITION_FEATS = 3  # channels of the network of the position bias
 
 
 class DualFeatures(nn.Module):
-    """Dual feature extraction (figure 4b): queries and values, what is seen around a pixel times what is in it."""
+    """Dual feature extraction: queries and values, what is seen around a pixel times what is in it."""
 
     def __init__(self, n_feats: int) -> None:
         super().__init__()
@@ -88,8 +88,9 @@ class PositionBias(nn.Module):
     def forward(self) -> Tensor:
         """The bias (heads, pixels, cells) of a window.
 
-        It does not depend on an image. Without gradients a CPU makes it once for weights of the same values. (To
-        compare values on a GPU the host would wait for it, and a CUDA graph would hold the bias of old weights.)
+        It does not depend on an image. Without gradients a CPU makes it once for weights of the same values, which
+        keeps 48 MB in the published network. (To compare values on a GPU the host would wait for it, and a CUDA graph
+        would hold the bias of old weights.)
         """
         weights = [weight.flatten() for weight in self.parameters()]
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
@@ -106,14 +107,14 @@ class PositionBias(nn.Module):
         side = torch.arange(1 - self.window, self.window, dtype=weight.dtype, device=weight.device)
         offsets = torch.stack(torch.meshgrid(side, side, indexing='ij'), -1)
         table = self.pos3(self.pos2(self.pos1(self.pos_proj(offsets)))).permute(2, 0, 1)
-        means = F.avg_pool2d(table, self.cell, 1)
+        means = F.avg_pool2d(table.unsqueeze(0), self.cell, 1).squeeze(0)  # ONNX pools batches alone
         # Of a cell further right the offsets are smaller by its side.
         of_cells = means.unfold(1, self.window, self.cell).unfold(2, self.window, self.cell).flip(1, 2)
         return of_cells.permute(0, 3, 4, 1, 2).flatten(3, 4).flatten(1, 2)
 
 
 class Correlation(nn.Module):
-    """Spatial-channel correlation (figure 4a) within windows."""
+    """Spatial-channel correlation within windows."""
 
     def __init__(self, n_feats: int, n_heads: int, window: int, base: int) -> None:
         super().__init__()
@@ -143,9 +144,9 @@ class Correlation(nn.Module):
 
     def reduce(self, v: Tensor) -> Tensor:
         """Values (N, C / 2, H, W) to weighted sums of each cell, (N, C / 2, H / cell, W / cell)."""
-        weight = self.spatial_linear.weight.view(1, 1, self.cell, self.cell).expand(v.shape[1], -1, -1, -1)
-        bias = self.spatial_linear.bias.expand(v.shape[1])
-        return F.conv2d(v, weight, bias, stride=self.cell, groups=v.shape[1])
+        half = self.proj.in_features // 2  # a plain number in a trace too
+        weight = self.spatial_linear.weight.view(1, 1, self.cell, self.cell).expand(half, -1, -1, -1)
+        return F.conv2d(v, weight, self.spatial_linear.bias.expand(half), stride=self.cell, groups=half)
 
     def spatial(self, q: Tensor, cells: Tensor) -> Tensor:
         """What (q v^T / d + bias) v is for each head: queries (B, T, C / 2), cells (B, S, C / 2) to (B, T, C / 2)."""
@@ -183,7 +184,7 @@ class ResidualGroup(nn.Module):
 
 
 class Block(nn.Module):
-    """Hierarchical transformer block (figure 3): layers and a convolution, plus the input."""
+    """Hierarchical transformer block: layers and a convolution, plus the input."""
 
     def __init__(self, layers: list[Layer], n_feats: int) -> None:
         super().__init__()

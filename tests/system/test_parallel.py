@@ -16,8 +16,12 @@ from data.image import read_rgb, write_png
 from system import parallel
 from system.parallel import Batches, rank_indices
 from tests.conftest import ROOT, picture
-from tests.test_trainer import EDSR, LCOAN, arguments, equal, learned, log, metrics, state, train
+from tests.test_trainer import EDSR, LCOAN, TINY, arguments, equal, learned, log, metrics, state, train
 
+CATANET = (
+    f'{TINY} --model CATANet --n_resblocks 1 --n_feats 8 --n_heads 2 --net qk_dim=8 --net patch_sizes=8 '
+    '--net n_centres=4 --net group_sizes=16'
+)
 PROGRAM = [sys.executable, str(ROOT / 'src' / 'main.py')]
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
 
@@ -57,7 +61,7 @@ def test_every_piece_of_work_is_dealt_once(monkeypatch, count):
 
 @pytest.mark.slow
 @pytest.mark.serial
-@pytest.mark.parametrize('network', [EDSR, LCOAN], ids=['EDSR', 'LCoAN'])
+@pytest.mark.parametrize('network', [EDSR, LCOAN, CATANET], ids=['EDSR', 'LCoAN', 'CATANet'])
 def test_several_processes_learn_what_one_learns(data_folder, network):
     more = '--optimizer SGD --lr 1e-4 --batch_size 7 --test_every 3 --epochs 2 --weight_ema 0.9 --save'
     one = train(data_folder, network, more, 'one', name='one')
