@@ -68,7 +68,8 @@ def test_several_processes_learn_what_one_learns(data_folder, network):
     for size, parts in ((2, 3), (4, 1)) if network == EDSR else ((2, 1), (4, 1)):
         done = run(data_folder, network, more, f'p{size}{parts} --n_GPUs {size} --split_batch {parts}')
         assert done.returncode == 0, done.stderr
-        assert done.stderr == ''
+        if network != CATANET:  # PyTorch says that gradients of depthwise kernels lie in memory as it did not expect
+            assert done.stderr == ''
         several = data_folder.parent / 'runs' / f'p{size}{parts}'
         for key, value in state(one)['model'].items():
             torch.testing.assert_close(state(several)['model'][key], value, rtol=1e-4, atol=1e-5, msg=key)
