@@ -259,8 +259,8 @@ class PatchAttention(nn.Module):
         rows, columns = (cover(side, self.patch_size, x.device) for side in (height, width))
         pixels = rows.pixels[:, None, :, None] * width + columns.pixels[None, :, None, :]
         patches = take_rows(self.fn.qkv(self.norm(x)), pixels.flatten().expand(n, -1))
-        out = attention(*self.fn.heads(patches.view(-1, pixels.shape[2] * pixels.shape[3], patches.shape[-1])))
-        out = out.view(n, *pixels.shape, channels).transpose(2, 3)
+        q, k, v = self.fn.heads(patches.view(-1, pixels.shape[2] * pixels.shape[3], patches.shape[-1]))
+        out = attention(q, k, v).view(n, *pixels.shape, channels).transpose(2, 3)
         out = out.reshape(n, rows.pixels.numel(), columns.pixels.numel(), channels)
         out = average(average(out, 2, columns), 1, rows)
         x = x.view(n, height, width, channels)
