@@ -1,4 +1,4 @@
-"""Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet)."""
+"""Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet, IMDN, BSRN)."""
 
 import torch
 import torch.nn.functional as F
@@ -189,3 +189,23 @@ class ESA(nn.Module):
         low = self.conv3(F.max_pool2d(self.conv2(skip), 7, 3))
         low = F.interpolate(low, x.shape[2:], mode='bilinear', align_corners=False)
         return x * self.conv4(low + self.conv_f(skip)).sigmoid()
+
+
+class ContrastAttention(nn.Module):
+    """Contrast-aware channel attention (IMDN, section 3.3): each channel times a factor in (0, 1).
+
+    The factors are found from the mean plus the standard deviation (of N, not N - 1, pixels) of every channel over the
+    image. Of a constant channel, as all of a single pixel are, the deviation is 0, where the gradient of the root is
+    infinite and in the official code makes every weight NaN; here it passes no gradient.
+    """
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        hidden = max(n_feats // 16, 1)
+        squeeze, excite = conv(n_feats, hidden, 1), conv(hidden, n_feats, 1)
+        self.conv_du = nn.Sequential(squeeze, nn.ReLU(inplace=True), excite, nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(at_least_float32(x), (2, 3), correction=0, keepdim=True)
+        deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # in this order the gradient is finite
+        return x * self.conv_du(mean + deviation)
