@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.pixels import ESA, ContrastAttention, gelu
+from model.blocks.pixels import ESA, ContrastAttention, gelu, join_outputs
 from model.common import NetworkSpec, check_images, conv, zero_pad
 
 COPIES = 4  # of the image, side by side in the first channels
@@ -114,8 +114,8 @@ class BSRN(nn.Module):
             raise UserError(f'--n_feats {n_feats}: half of them is kept at every step, so choose 2 or more.')
         self.scale = scale
         self.fea_conv = BSConv(3 * COPIES, n_feats)
-        self.blocks = [f'B{i + 1}' for i in range(n_resblocks)]
-        for name in self.blocks:
+        self.names = [f'B{i + 1}' for i in range(n_resblocks)]
+        for name in self.names:
             self.add_module(name, ESDB(n_feats))
         self.c1 = conv(n_resblocks * n_feats, n_feats, 1)
         self.c2 = BSConv(n_feats, n_feats)
@@ -126,11 +126,8 @@ class BSRN(nn.Module):
         height, width = x.shape[2:]
         x = zero_pad(x, 1, ESA.AT_LEAST).contiguous(memory_format=torch.channels_last)
         first = self.fea_conv(torch.cat([x] * COPIES, 1))
-        outputs = [first]
-        for name in self.blocks:
-            outputs.append(self.get_submodule(name)(outputs[-1]))
-        x = first + self.c2(gelu(self.c1(torch.cat(outputs[1:], 1))))
-        return self.upsampler(x)[..., : self.scale * height, : self.scale * width]
+        x = join_outputs([self.get_submodule(name) for name in self.names], first, self.c1)
+        return self.upsampler(first + self.c2(gelu(x)))[..., : self.scale * height, : self.scale * width]
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:

@@ -8,13 +8,14 @@ Departure from the official code: the gradient of a deviation of 0 is 0, not NaN
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.pixels import ContrastAttention
+from model.blocks.pixels import ContrastAttention, join_outputs
 from model.common import NetworkSpec, check_images, conv, how_many, in_fast_memory
 
 
@@ -70,8 +71,8 @@ class IMDN(nn.Module):
         if n_feats < 4:
             raise UserError(f'--n_feats {n_feats}: a quarter of them is kept at every step, so choose 4 or more.')
         self.fea_conv = conv(3, n_feats, 3)
-        self.blocks = [f'IMDB{i + 1}' for i in range(n_resblocks)]
-        for name in self.blocks:
+        self.names = [f'IMDB{i + 1}' for i in range(n_resblocks)]
+        for name in self.names:
             self.add_module(name, IMDB(n_feats))
         self.c = nn.Sequential(conv(n_resblocks * n_feats, n_feats, 1), leaky_relu())
         self.LR_conv = conv(n_feats, n_feats, 3)
@@ -80,10 +81,9 @@ class IMDN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         first = self.fea_conv(in_fast_memory(x))
-        outputs = [first]
-        for name in self.blocks:
-            outputs.append(self.get_submodule(name)(outputs[-1]))
-        return self.upsampler(first + self.LR_conv(self.c(torch.cat(outputs[1:], 1))))
+        join, act = self.c
+        x = join_outputs([self.get_submodule(name) for name in self.names], first, cast(nn.Conv2d, join))
+        return self.upsampler(first + self.LR_conv(act(x)))
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
