@@ -114,6 +114,8 @@ def load(
         found = recognise(state, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
+    if scale not in (None, found.scale):
+        raise UserError(f'{path} holds weights of {found.name} x{found.scale}, not x{scale}: leave the scale out.')
     model = Model(found.name, found.scale, where, tiler, **found.settings)
     load_weights(model.net, state, str(path))
     return Upscaler(model)

@@ -37,7 +37,7 @@ SMALL = {
     'SwinIR-light': {
         'n_resgroups': 2, 'n_resblocks': 2, 'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'mlp_ratio': 1.0,
     },
-    'IMDN': {'n_resblocks': 2, 'n_feats': 18},
+    'IMDN': {'n_resblocks': 2, 'n_feats': 22},
     'PAN': {'n_resblocks': 2, 'n_feats': 9, 'n_up_feats': 6},
     'BSRN': {'n_resblocks': 2, 'n_feats': 17},
 }  # fmt: skip
