@@ -62,8 +62,8 @@ class Schedule:
 
     Args:
         lr: the highest rate.
-        kind: 'step': `lr` times `gamma` once per milestone reached; 'cosine': half a cosine from `lr` to `lr_min`, again
-            after each restart (SGDR, https://arxiv.org/abs/1608.03983, equation 5).
+        kind: 'step': `lr` times `gamma` once per milestone reached; 'cosine': half a cosine from `lr` to `lr_min`,
+            again after each restart (SGDR, https://arxiv.org/abs/1608.03983, equation 5).
         milestones: after which the rate drops, counted in `unit`.
         gamma: factor of a drop.
         unit: 'epochs' or 'steps'.

@@ -48,8 +48,8 @@ copied from their sources ([src/measure/published.py](../src/measure/published.p
 
 AUTHORS = """## The authors' weights
 
-Files of the networks' authors, tested as the recipe of their name says: PSNR in dB / SSIM as above, and the PSNR that was
-published. Measured on {where}.
+Files of the networks' authors, tested as the recipe of their name says: PSNR in dB / SSIM as above, and the PSNR that
+was published. Measured on {where}.
 """
 
 Row = dict[str, Any]

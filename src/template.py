@@ -99,14 +99,14 @@ SWINIR: Recipe = {
 }  # fmt: skip
 SWINIR_TUNED: Recipe = {**SWINIR, 'lr': 1e-4, 'test_every': 500}
 
-# https://github.com/Zheng222/IMDN, train_IMDN.py: every scale from scratch, with HR patches of one size; the rate falls as
-# the 200th, 400th, ... epoch begins
+# https://github.com/Zheng222/IMDN, train_IMDN.py: every scale from scratch, with HR patches of one size; the rate falls
+# as the 200th, 400th, ... epoch begins
 IMDN: Recipe = {
     'model': 'IMDN', **DIV2K, 'lr': 2e-4, 'patch_size': 192, **milestones(199, 399, 599, 799, 999, 1000),
 }  # fmt: skip
 
-# https://github.com/zhaohengyuan1/PAN, codes/options/train; https://github.com/xiaom233/BSRN, options/train: every scale
-# from scratch
+# https://github.com/zhaohengyuan1/PAN, codes/options/train; https://github.com/xiaom233/BSRN, options/train: every
+# scale from scratch
 COSINE: Recipe = {'schedule': 'cosine', 'decay_unit': 'steps', 'lr_min': 1e-7, 'epochs': 1000}
 PAN: Recipe = {'model': 'PAN', **DF2K, **COSINE, 'restarts': 3, 'lr': 7e-4, 'betas': [0.9, 0.99], 'batch_size': 32}
 BSRN: Recipe = {'model': 'BSRN', **DF2K, **COSINE, 'lr': 1e-3, 'batch_size': 64}

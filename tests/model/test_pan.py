@@ -69,8 +69,8 @@ def test_its_reach_ends() -> None:
     other = x.clone()
     other[..., 0] += 1
     difference = (net(x) - net(other)).abs().amax((0, 1, 2))
-    # From pixel 0 four 3x3 convolutions reach pixel 4, which becomes 8 and 9; two more reach 11, which becomes 22 and 23;
-    # three more reach 26.
+    # From pixel 0 four 3x3 convolutions reach pixel 4, which becomes 8 and 9; two more reach 11, which becomes 22 and
+    # 23; three more reach 26.
     assert difference[27:].max() == 0 < difference[26]
 
 
@@ -145,7 +145,7 @@ def test_the_library_asks(file: Path) -> None:
 
 def test_the_library_refuses_another_scale(tmp_path: Path) -> None:
     torch.save(build('PAN', 4, **SMALL).state_dict(), tmp_path / 'weights.pt')
-    with pytest.raises(UserError, match='weights.pt holds weights of PAN x4, not x2: leave the scale out'):
+    with pytest.raises(UserError, match='holds weights of PAN x4, not x2: leave the scale out'):
         api.load(tmp_path / 'weights.pt', 'cpu', scale=2)
 
 
