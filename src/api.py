@@ -87,7 +87,10 @@ class Upscaler:
 
 
 def load(
-    weights: str | Path, device: str | torch.device = 'auto', tiles: Literal['auto'] | int | None = 'auto'
+    weights: str | Path,
+    device: str | torch.device = 'auto',
+    tiles: Literal['auto'] | int | None = 'auto',
+    scale: int | None = None,
 ) -> Upscaler:
     """The network that a file of weights belongs to, recognised as by `--model auto`, with these weights.
 
@@ -96,6 +99,7 @@ def load(
         device: cpu, cuda or mps, as PyTorch names them; auto: a GPU if there is one.
         tiles: how images are cut: auto: as large as free memory allows; a number: at most so many LR pixels a side;
             None: whole images.
+        scale: for weights that do not show it, which are those of PAN at x2 and x3.
 
     Raises:
         UserError: no such file or device, a file that cannot be read, or weights of no network known here.
@@ -107,9 +111,11 @@ def load(
     path = find_weights(weights)
     state = read_weights(path)[0]
     try:
-        found = recognise(state)
+        found = recognise(state, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
+    if scale not in (None, found.scale):
+        raise UserError(f'{path} holds weights of {found.name} x{found.scale}, not x{scale}: leave the scale out.')
     model = Model(found.name, found.scale, where, tiler, **found.settings)
     load_weights(model.net, state, str(path))
     return Upscaler(model)

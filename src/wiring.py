@@ -47,7 +47,7 @@ def apply_detected_network(args: Namespace) -> None:
     """Find out which network the weights of --pre_train belong to."""
     path = weights_file(args)
     try:
-        found = recognise(read_weights(path)[0])
+        found = recognise(read_weights(path)[0], args.scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
     given = option.network_settings(args, found.name)
@@ -232,7 +232,9 @@ def check_processes(args: Namespace, loss: Loss) -> None:
 def schedule(args: Namespace) -> Schedule:
     """The learning rate over the run."""
     total = args.epochs if args.decay_unit == 'epochs' else args.epochs * args.test_every
-    return Schedule(args.lr, args.schedule, args.decay, args.gamma, args.decay_unit, total, args.lr_min, args.warmup)
+    return Schedule(
+        args.lr, args.schedule, args.decay, args.gamma, args.decay_unit, total, args.lr_min, args.restarts, args.warmup
+    )  # fmt: skip
 
 
 def autocast_dtype(args: Namespace, model: Model) -> torch.dtype:

@@ -36,6 +36,8 @@ GAIN = {
     'CATANet': {r'\.irca_attn\.': 6.0, r'^mid_convs\.': 0.35},
     'ATD': {r'\.wqkv\.': 0.35, r'\.wv\.': 0.4},
     'ATD-light': {r'\.wqkv\.': 0.5, r'\.wv\.': 0.4},
+    'IMDN': {r'\.cca\.conv_du\.': 3.0},
+    'BSRN': {r'\.cca\.conv_du\.': 6.0},
 }  # fmt: skip
 # Other parameters, by the end of their key: mean and standard deviation.
 OTHERS = {

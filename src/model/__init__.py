@@ -11,7 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import asid, atd, bicubic, catanet, dlgsanet, edsr, hitsr, lcoan, nlsn, omnisr, rcan, swinir
+from model import (
+    asid,
+    atd,
+    bicubic,
+    bsrn,
+    catanet,
+    dlgsanet,
+    edsr,
+    hitsr,
+    imdn,
+    lcoan,
+    nlsn,
+    omnisr,
+    pan,
+    rcan,
+    swinir,
+)
 from model.bicubic import Bicubic
 from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
@@ -31,6 +47,9 @@ NETWORKS: dict[str, NetworkSpec] = {
     **hitsr.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
+    **imdn.NETWORKS,
+    **pan.NETWORKS,
+    **bsrn.NETWORKS,
 }
 
 

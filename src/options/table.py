@@ -432,6 +432,13 @@ def _add_optimisation(g: Group) -> None:
         '--lr_min', metavar='X', type=number(float, 0), default=0.0, help='learning rate at the end of the cosine'
     )
     g.add_argument(
+        '--restarts',
+        metavar='N',
+        type=natural,
+        default=0,
+        help='times that the cosine begins again at the full rate, at equal distances',
+    )
+    g.add_argument(
         '--warmup', metavar='N', type=natural, default=0, help='steps over which the rate rises linearly to its value'
     )
     g.add_argument('--momentum', metavar='X', type=fraction, default=0.9, help='of SGD')

@@ -51,14 +51,17 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     return state, ', '.join(unwrapped)
 
 
-def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsampler: str | None = None) -> list[str]:
+def load_weights(
+    net: nn.Module, state: dict[str, Tensor], source: str, upsampler: str | tuple[str, ...] | None = None
+) -> list[str]:
     """Copy `state` into `net`, every key of it and every key of the network.
 
     Args:
         net: the network.
         state: its parameters and buffers by name.
         source: where `state` comes from, for messages.
-        upsampler: prefix of the keys that may differ, as they do in weights of another scale; None: no key may.
+        upsampler: prefix, or several, of the keys that may differ, as they do in weights of another scale; None: no
+            key may.
 
     Returns:
         Keys of `net` that `state` did not fill (all of them below `upsampler`).
