@@ -19,11 +19,13 @@ from data.traindata import TrainData, train_loader
 from error import UserError
 from loss import Loss
 from model import Model, type_name
-from model.loading.detect import recognise
+from model.loading.description import Description
+from model.loading.detect import nearest, recognise
 from model.loading.weights import Origin, load_weights, read_weights
 from model.ops.recompute import recompute
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
+from networks import shown
 from optimizer import Schedule, make_optimizer
 from options.table import ROOT
 from step import TrainStep
@@ -45,16 +47,16 @@ def device(args: Namespace) -> str:
 def apply_detected_network(args: Namespace) -> None:
     """Find out which network the weights of --pre_train belong to."""
     path = weights_file(args)
+    state, _, description = read_weights(path)
     try:
-        found = recognise(read_weights(path)[0])
+        given = option.network_settings(args, nearest(state, description).name)
+        found = recognise(state, description, given)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    given = option.network_settings(args, found.name)
-    assumed = [key for key in found.unseen if key not in given]
-    option.apply_detected_network(args, found.name, found.scale, found.shown, found.settings)
+    option.apply_detected_network(args, found.name, found.scale, found.settings)
     log.info('%s holds weights of %s', path, found)
-    if found.settings and assumed:
-        log.info('What weights do not show is as in the paper of %s: %s', found.name, ', '.join(assumed))
+    if found.settings and found.assumed:
+        log.info('What nothing says of them is as in %s: %s', found.like, ', '.join(found.assumed))
 
 
 def weights_file(args: Namespace) -> Path:
@@ -109,14 +111,33 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, Origin]:
         return load_run(args, model)
     if args.pre_train:
         path = weights_file(args)
-        weights, unwrapped = read_weights(path)
+        weights, unwrapped, description = read_weights(path)
         upsampler = None if args.test_only else model.network.upsampler_prefix
         new = load_weights(model.net, weights, str(path), upsampler)
+        check_description(args, model, path, description)
         inside = f' ({unwrapped})' if unwrapped else ''
         return None, Origin(f'{path}{inside}' + (f'; new: {", ".join(new)}' if new else ''))
     if args.test_only and model.net.state_dict():
         raise UserError(f'{args.model} has no weights to test: give a file with --pre_train or a run with --load.')
     return None, Origin('new weights' if model.net.state_dict() else 'no weights', read=False)
+
+
+def check_description(args: Namespace, model: Model, path: Path, description: Description | None) -> None:
+    """Refuse settings that nobody named where weights, which do not show them, come with others.
+
+    Settings that depend on the scale unless they are named are left alone.
+    """
+    given = option.network_settings(args)
+    for key, said in (description.settings if description else {}).items():
+        own = model.settings.get(key, said)
+        if own == said or None in (own, said):
+            continue
+        if key not in given:
+            raise UserError(
+                f'{path} says that the {key} of its network is {shown(said)}; that of {args.model} is {shown(own)} '
+                f'unless it is named: give --{key} {shown(said)}, or --model auto.'
+            )
+        log.info('%s says that the %s of its network is %s; here it is %s.', path, key, shown(said), shown(own))
 
 
 def load_run(args: Namespace, model: Model) -> tuple[dict[str, Any], Origin]:
