@@ -69,7 +69,7 @@ def _check_there(path: Path) -> None:
 class _Inert:
     """Stands in for a NumPy scalar and its type, whose place is beside the tensors; what it is made of is dropped.
 
-    NumPy itself is not called: of a type that was made up it would read memory that is not its own.
+    NumPy itself is not called: a type that was made up has it take the bytes of a scalar for an address, and crash.
     """
 
     def __init__(self, *_: object) -> None: ...
@@ -90,8 +90,9 @@ def read_torch(path: Path) -> object:
     """
     _check_there(path)
     try:
-        with torch.serialization.safe_globals(INERT):  # type: ignore[arg-type]
-            return torch.load(path, map_location='cpu', weights_only=True)
+        # Of the stream, since some releases of PyTorch take a name that ends in .safetensors at its word.
+        with path.open('rb') as stream, torch.serialization.safe_globals(INERT):  # type: ignore[arg-type]
+            return torch.load(stream, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error):  # the name of what the file wants to call
             raise UserError(
@@ -110,7 +111,9 @@ SAFETENSORS = {
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as one in the safetensors format does, whatever its name: a length, then a JSON object.
+    """Whether a file begins as one in the safetensors format does, a length and then a JSON object, whatever its name.
+
+    Where the beginning is neither that nor one of PyTorch's, the name decides.
 
     Raises:
         UserError: no such file.
@@ -118,7 +121,9 @@ def is_safetensors(path: Path) -> bool:
     _check_there(path)
     with path.open('rb') as stream:
         start = stream.read(9)
-    return start[8:] == b'{' and int.from_bytes(start[:8], 'little') < path.stat().st_size
+    if start[8:] == b'{' and int.from_bytes(start[:8], 'little') < path.stat().st_size:
+        return True
+    return path.suffix == '.safetensors' and not start.startswith((b'PK', b'\x80'))  # a zip archive, a pickle
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

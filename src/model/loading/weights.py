@@ -60,7 +60,7 @@ def read_weights(path: Path) -> Weights:
     Raises:
         UserError: no such file, damaged, with objects that could run code, or without a state dict.
     """
-    if is_safetensors(path) or path.suffix == '.safetensors':
+    if is_safetensors(path):
         state, metadata = read_safetensors(path)
         content: object = state
         description = from_metadata(metadata)
@@ -74,7 +74,7 @@ def read_weights(path: Path) -> Weights:
     found = content if isinstance(content, dict) else {}
     state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
-        holds = f' but {some([str(key) for key in found])}' if found else ''
+        holds = f' but {some([f"{key}: {type(value).__name__}" for key, value in found.items()])}' if found else ''
         raise UserError(f'{path} holds no state dict{holds}: give a file with the tensors of a network by name.')
     if others := [str(key) for key in found if key not in state]:
         taken.append(f'without {some(others)}')
