@@ -49,7 +49,7 @@ class Candidate:
     """A network that is known, in the sizes that weights show.
 
     Attributes:
-        label: its name, or that of the recipe that says its settings.
+        label: its name, or the recipe that says its settings.
         name: of the network.
         scale: that of the weights.
         shown: the settings that they show.
@@ -156,11 +156,13 @@ def _candidates(state: State) -> Iterator[Candidate]:
         shown = dict(seen[network.recognise] or {})
         if (scale := shown.pop('scale', None)) in network.scales:
             published = all_settings(network, scale)
-            yield Candidate(name, name, scale, shown, published)
+            known = {name: published}
             for label, recipe in TEMPLATES.items():
                 settings = {key: recipe.get(key, value) for key, value in published.items()}
-                if (recipe['model'], recipe['scale']) == (name, scale) and settings != published:
-                    yield Candidate(label, name, scale, shown, settings)
+                if recipe['model'] == name and settings not in known.values():
+                    known[f'the recipe {label}'] = settings
+            for label, settings in known.items():
+                yield Candidate(label, name, scale, shown, settings)
 
 
 def _described(state: State, description: Description) -> Candidate:
