@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import option
 from checkpoint import RunFolder
+from data.degradation import Degradation
 from data.library import Library
 from data.srdata import SRData
 from data.traindata import TrainData, train_loader
@@ -163,7 +164,14 @@ def library(args: Namespace) -> Library:
     """Where the image sets are."""
     renew = args.ext == 'sep_reset'
     benchmarks = ROOT / 'benchmark'
-    return Library(args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew)
+    return Library(
+        args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew, degradation(args)
+    )
+
+
+def degradation(args: Namespace) -> Degradation | None:
+    """What is done to LR images."""
+    return Degradation(args.degradation, args.scale, args.lr_border) if args.degradation else None
 
 
 def test_sets(args: Namespace, prepare: bool = True) -> list[SRData]:
@@ -175,7 +183,9 @@ def train_data(args: Namespace) -> TrainData:
     """Patches of the training sets."""
     skip, span, sets = args.skip_bad_images, args.data_range[0], library(args)
     images = [sets.open(name, span, cached=args.ext != 'img', skip_bad=skip) for name in args.data_train]
-    return TrainData(images, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area')
+    return TrainData(
+        images, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area', degradation(args)
+    )
 
 
 def optimizer_maker(args: Namespace) -> Callable[[Iterable[nn.Parameter]], optim.Optimizer]:

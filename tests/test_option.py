@@ -31,7 +31,7 @@ OLD = """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
-    deterministic tf32 max_time sampling
+    deterministic tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
     compare max_memory show_attention export forms net
 """
@@ -70,7 +70,7 @@ DEFAULTS = {
     'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
-    'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'compile': False,
+    'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
     'max_memory': None, 'show_attention': False, 'forms': None, 'net': [],

@@ -277,6 +277,14 @@ def _add_data(g: Group) -> None:
         help='border of the bicubic that makes missing LR: mirror as in the files of EDSR, clamp as in those of RCAN',
     )
     g.add_argument(
+        '--degradation',
+        metavar='TERMS',
+        default='',
+        help='what is done to LR images in training and tests, [chance*]KIND[range] joined by +, such as '
+        'blur0.2-1.2+0.5*noise0-6+jpeg40-95; KIND is blur, resize, noise, poisson or jpeg; photo: a choice for '
+        'photographs from cameras and the web',
+    )
+    g.add_argument(
         '--ext',
         choices=('sep', 'sep_reset', 'img'),
         default='sep',
