@@ -67,7 +67,7 @@ class Candidate:
         return sum(self.settings[key] != value for key, value in {**given, **self.shown}.items())
 
     def __str__(self) -> str:
-        return _title(self.name, self.scale, _differing(self.name, self.scale, {**self.settings, **self.shown}))
+        return _title(self.name, self.scale, _differing(self.name, self.scale, self.shown))
 
 
 def recognise(state: State, description: Description | None = None, given: Settings = MappingProxyType({})) -> Found:
@@ -101,7 +101,8 @@ def recognise(state: State, description: Description | None = None, given: Setti
     for key in unseen:
         _check_agreed(key, rivals)
     best = min(rivals, key=lambda candidate: candidate.distance(given))
-    settings = _differing(best.name, best.scale, {**best.settings, **shown, **given})
+    sure = {**shown, **given}
+    settings = _differing(best.name, best.scale, {**sure, **best.settings, **sure})  # what is sure first
     said = description.settings if description else ()
     return Found(best.name, best.scale, settings, tuple(key for key in unseen if key not in said), best.label)
 
