@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 import option
 from checkpoint import RunFolder
 from data.degradation import Degradation
+from data.download.weights import TABLE, Official, fetch_official
 from data.library import Library
 from data.srdata import SRData
 from data.traindata import TrainData, train_loader
 from error import UserError
 from loss import Loss
-from model import Model, type_name
+from model import NETWORKS, Model, all_settings, type_name
 from model.loading.description import Description
 from model.loading.detect import nearest, recognise
 from model.loading.weights import Origin, load_weights, read_weights
@@ -61,7 +62,10 @@ def apply_detected_network(args: Namespace) -> None:
 
 
 def weights_file(args: Namespace) -> Path:
-    """The file that --pre_train means: a path from here, or a name in --extend."""
+    """The file that --pre_train means: a path from here, a name in --extend, or what is there after a download."""
+    if args.pre_train == 'download':
+        with parallel.main_process_first():
+            return fetch_official(official_weights(args), args.extend, read_weights)
     path = Path(args.pre_train).expanduser()
     if not path.is_file():
         path = args.extend / path
@@ -75,6 +79,30 @@ def weights_file(args: Namespace) -> Path:
             )
         raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.')
     return path
+
+
+def official_weights(args: Namespace) -> Official:
+    """The authors' weights of the network that the options say, under whatever name of it.
+
+    Raises:
+        UserError: none are known.
+    """
+    if args.model == 'auto':
+        raise UserError('--pre_train download: name the network with --model, and the scale with --scale.')
+    network = NETWORKS[args.model]
+    settings = all_settings(network, args.scale, **option.network_settings(args))
+    same = [
+        name
+        for name, other in NETWORKS.items()
+        if other.build is network.build and settings == all_settings(other, args.scale)
+    ]
+    name = f'{(same or [args.model])[0]}_x{args.scale}'
+    if name not in TABLE:
+        raise UserError(
+            f'--pre_train download: no weights of {name} by its authors are known here; python src/prepare.py weights '
+            'list names those that are.'
+        )
+    return TABLE[name]
 
 
 def make_model(args: Namespace) -> Model:
