@@ -72,12 +72,17 @@ def weights_file(args: Namespace) -> Path:
     if not path.is_file():
         files = sorted(file.name for file in args.extend.glob('*') if file.suffix in ('.pt', '.pth', '.safetensors'))
         there = some(files) or 'none'
+        official = TABLE.get(path.stem)
+        known = official is not None and not official.by_hand and official.file == path.name
+        fetched = f", or get the authors' with python src/prepare.py weights {path.stem}" if known else ''
         if args.template and args.pre_train == TEMPLATES[args.template].get('pre_train'):
             raise UserError(
                 f'--template {args.template} starts from {args.pre_train}, which is neither here nor in {args.extend} '
-                f'(it holds {there}): train these weights first, or give a file with --pre_train.'
+                f'(it holds {there}): train these weights first{fetched}, or give a file with --pre_train.'
             )
-        raise UserError(f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}.')
+        raise UserError(
+            f'--pre_train {args.pre_train}: no such file here or in {args.extend}, which holds {there}{fetched}.'
+        )
     return path
 
 

@@ -310,7 +310,8 @@ def _add_network(g: Group) -> None:
         '--pre_train',
         default='',
         metavar='FILE',
-        help='weights to start from, or to test (default: in training those that the recipe starts from)',
+        help='weights to start from, or to test; download: those of the authors of the network, fetched into --extend '
+        '(default: in training those that the recipe starts from)',
     )
     g.add_argument(
         '--extend',
