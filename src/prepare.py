@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from error import UserError, report_error
+from error import UserError, WriteError, report_error
 from options import kinds
 from options.table import ROOT
 
@@ -124,6 +124,8 @@ def get_weights(args: Namespace) -> int:
     for official in find_official(args.names):
         try:
             fetch_official(official, args.extend, read_weights)
+        except WriteError:
+            raise
         except UserError as error:
             faults.append(str(error))
     if faults:

@@ -29,7 +29,7 @@ from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
 from networks import shown
 from optimizer import Schedule, make_optimizer
-from options.table import ROOT
+from options.table import ROOT, setting_option
 from step import TrainStep
 from system import parallel
 from system.files import some
@@ -169,7 +169,7 @@ def check_description(args: Namespace, model: Model, path: Path, description: De
         if key not in given:
             raise UserError(
                 f'{path} says that the {key} of its network is {shown(said)}; that of {args.model} is {shown(own)} '
-                f'unless it is named: give --{key} {shown(said)}, or --model auto.'
+                f'unless it is named: give {setting_option(key, said)}, or --model auto.'
             )
         log.info('%s says that the %s of its network is %s; here it is %s.', path, key, shown(said), shown(own))
 

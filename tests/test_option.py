@@ -17,6 +17,7 @@ from option import parse
 from options.config import read_config, write_config
 from options.kinds import data_range, epochs_list, names
 from options.measured import cost_models, cost_scales, several_forms
+from options.table import setting_option
 from template import TEMPLATES
 from tests.conftest import ROOT
 
@@ -528,6 +529,12 @@ def test_recognised_weights_may_show_settings_without_an_option(new_network):
     args = options('--model auto --pre_train x.pt --test_only')
     option.apply_detected_network(args, 'ASID', 2, {'depth': 4})
     assert option.network_settings(args) == {'depth': 4}
+
+
+def test_how_a_setting_is_typed(new_network):
+    for name, value in (('n_feats', 64), ('res_scale', 1.0), ('shift_mean', False), ('depth', 4), ('wide', True)):
+        typed = setting_option(name, value).split()
+        assert option.network_settings(parse(['--model', 'ASID', *typed])) == {name: value}
 
 
 def test_a_run_from_before_net_is_continued(saved):

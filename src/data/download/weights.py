@@ -86,9 +86,10 @@ COPY = 'of this copy Apache 2.0, as others report; of the original not checked'
 RESEARCH = '"for academic research use only" (README)'
 
 # Addresses. EDSR: src/model/edsr.py of EDSR-PyTorch; SwinIR: as its main_test_swinir.py makes them; CATANet: the
-# release that its README names, with files called as in its options/test; OmniSR: a copy in another format, since the
-# authors' archives lie on drives. Checksums. IMDN, PAN, BSRN: of the files at these commits; OmniSR: as that page has
-# them; the others are not known. Licences were read in November 2026.
+# release that its README names, with files called as in its options/test, which other programs fetch so; OmniSR: a copy
+# in another format, which other programs fetch so, since the authors' archives lie on drives. Checksums. IMDN, PAN,
+# BSRN: of the files at these commits; OmniSR: as that page has them; the others are not known. Licences were read in
+# November 2026.
 TABLE = {
     official.name: official
     for official in (

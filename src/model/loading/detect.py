@@ -1,6 +1,6 @@
 """Which network a state dict belongs to: what its file says of it, what keys and shapes show, what the user names."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from model.atd import recognise_v2
 from model.common import NetworkSpec
 from model.loading.description import Description
 from networks import shown as as_typed
+from options.table import setting_option
 from system.files import some
 from template import TEMPLATES
 
@@ -208,7 +209,7 @@ def _layout_fault(candidate: Candidate, state: State) -> str | None:
     return f'{len(missing)} are missing, {len(extra)} unknown and {len(reshaped)} of another shape, first {some(wrong)}'
 
 
-def _check_one_kind(rivals: Collection[Candidate]) -> None:
+def _check_one_kind(rivals: Sequence[Candidate]) -> None:
     """Refuse to choose between networks of different kinds that fit equally well."""
     kinds = {NETWORKS[candidate.name].build: candidate for candidate in rivals}
     if len(kinds) > 1:
@@ -216,15 +217,15 @@ def _check_one_kind(rivals: Collection[Candidate]) -> None:
         raise UserError(f'These weights fit {" and ".join(names)} equally well: name one, as --model {names[0]}.')
 
 
-def _check_agreed(key: str, rivals: Collection[Candidate]) -> None:
+def _check_agreed(key: str, rivals: Sequence[Candidate]) -> None:
     """Refuse to choose what a setting is that weights do not show."""
     values = {candidate.label: as_typed(candidate.settings[key]) for candidate in rivals}
     first, *others = values.values()
     if any(value != first for value in others):
         said = ', '.join(f'{value} in {label}' for label, value in values.items())
         raise UserError(
-            f'Nothing shows the {key} of these weights, which look like {next(iter(rivals))} ({said}): name it, as '
-            f'--{key} {first} or, in Python, {key}={first}.'
+            f'Nothing shows the {key} of these weights, which look like {rivals[0]} ({said}): name it, as '
+            f'{setting_option(key, rivals[0].settings[key])} or, in Python, {key}={first}.'
         )
 
 

@@ -243,6 +243,14 @@ def test_the_network_at_hand_is_fetched(edsr, server, tmp_path, network, capsys)
     assert len(server.asked) == 1
 
 
+def test_who_looks_for_them_by_name_is_told(tmp_path, capsys):
+    for name, told in (('EDSR_x2.pt', True), ('IMDN_x3.pth', True), ('IMDN_x3.pt', False), ('ATD_x2.pth', False)):
+        options = f'--export safetensors --model EDSR --scale 2 --n_resblocks 1 --pre_train {name} --extend {tmp_path}'
+        assert main.main(options.split()) == 2
+        stem = name.partition('.')[0]
+        assert (f"get the authors' with python src/prepare.py weights {stem}" in capsys.readouterr().err) == told
+
+
 @pytest.mark.parametrize(
     ('network', 'said'),
     [
