@@ -7,6 +7,7 @@
 Pixels are those of `main.py --data_test Demo`. Nothing is written, and PyTorch's own settings stay as they are.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -28,6 +29,8 @@ from options.table import ROOT
 from system.files import some
 from system.machine import best_device
 from system.numerics import exact_float32
+
+log = logging.getLogger('frugalsr')
 
 FOLDER = ROOT / 'models'
 SUFFIXES = ('.pt', '.pth', '.safetensors')
@@ -87,7 +90,11 @@ class Upscaler:
 
 
 def load(
-    weights: str | Path, device: str | torch.device = 'auto', tiles: Literal['auto'] | int | None = 'auto'
+    weights: str | Path,
+    device: str | torch.device = 'auto',
+    tiles: Literal['auto'] | int | None = 'auto',
+    scale: int | None = None,
+    **settings: object,
 ) -> Upscaler:
     """The network that a file of weights belongs to, recognised as by `--model auto`, with these weights.
 
@@ -96,22 +103,31 @@ def load(
         device: cpu, cuda or mps, as PyTorch names them; auto: a GPU if there is one.
         tiles: how images are cut: auto: as large as free memory allows; a number: at most so many LR pixels a side;
             None: whole images.
+        scale: for weights that do not show it, which are those of PAN at x2 and x3.
+        settings: of the network, such as `res_scale=1`, which neither the file says nor its weights show. Files that
+            this program writes say all of them.
 
     Raises:
-        UserError: no such file or device, a file that cannot be read, or weights of no network known here.
+        UserError: no such file or device, a file that cannot be read, weights of no network known here, or a setting
+            that nothing decides.
     """
     where = _find_device(device)
     tiler = _make_tiler(tiles, where)
     if bicubic := re.fullmatch(r'Bicubic_x(\d+)', str(weights)):
+        if settings:
+            raise UserError(f'Bicubic has no setting {next(iter(settings))!r}: leave it out.')
         return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
     path = find_weights(weights)
-    state = read_weights(path)[0]
+    state, unwrapped, description = read_weights(path)
     try:
-        found = recognise(state)
+        found = recognise(state, description, settings, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
+    if scale not in (None, found.scale):
+        raise UserError(f'{path} holds weights of {found.name} x{found.scale}, not x{scale}: leave the scale out.')
     model = Model(found.name, found.scale, where, tiler, **found.settings)
     load_weights(model.net, state, str(path))
+    log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
     return Upscaler(model)
 
 

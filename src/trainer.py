@@ -17,6 +17,7 @@ from data.traindata import Failure, Sample, WorkerDied, whole_batches
 from error import UserError
 from evaluation import table
 from metric import METRICS
+from model.loading.description import describe, described
 from optimizer import Schedule, load_optimizer
 from step import TrainStep
 from system import parallel
@@ -174,8 +175,8 @@ class Trainer:
         """Everything that the run continues from: weights, optimiser, counters and log, as saved in state.pt."""
         step = self.train_step
         return {
-            'model': self.model.net.state_dict(),
-            'average': step.ema.state if step.ema else None,
+            'model': described(self.model.net.state_dict(), describe(self.model)),
+            'average': described(step.ema.state, describe(self.model)) if step.ema else None,
             'optimizer': step.optimizer.state_dict(),
             'loss': step.loss.state_dict(),
             'scaler': step.scaler.state_dict(),

@@ -32,13 +32,13 @@ class NetworkSpec:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        upsampler_prefix: prefix of the parameters that depend on the scale; all others carry over to another scale as
-            they are, convolutions before an `nn.PixelShuffle` interpolated.
+        upsampler_prefix: prefix, or several, of the parameters that depend on the scale; all others carry over to
+            another scale as they are, convolutions before an `nn.PixelShuffle` interpolated.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.
-        recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
-            them; None for the weights of another network.
+        recognise: from a state dict of this network in any sizes, scale (several where they are alike) and settings as
+            far as keys and shapes show them; None for the weights of another network.
     """
 
     build: Callable[..., nn.Module]
@@ -46,7 +46,7 @@ class NetworkSpec:
     settings: Mapping[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
-    upsampler_prefix: str = 'tail.0.'
+    upsampler_prefix: str | tuple[str, ...] = 'tail.0.'
     autocast_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     checkpoint_blocks: tuple[type[nn.Module], ...] = ()
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
@@ -77,6 +77,20 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
         raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
 
 
+def check_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, typed with a dash between two."""
+    parts = text.split('-')
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f'--net {option}={text}: whole numbers from 1 on with a dash between two, such as 16-32.')
+    return tuple(int(part) for part in parts)
+
+
+def mirrored(length: int, size: int, device: torch.device) -> Tensor:
+    """`length` places in a row of `size` that is continued by its mirror image again and again, int64."""
+    position = torch.arange(length, device=device) % (2 * size)
+    return torch.minimum(position, 2 * size - 1 - position)
+
+
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its mirror image, the edge pixel repeated.
 
@@ -85,8 +99,7 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     for axis in (2, 3):
         size = x.shape[axis]
         if size % multiple:
-            position = torch.arange(size + -size % multiple, device=x.device) % (2 * size)
-            x = x.index_select(axis, torch.minimum(position, 2 * size - 1 - position))
+            x = x.index_select(axis, mirrored(size + -size % multiple, size, x.device))
     return x
 
 

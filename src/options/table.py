@@ -84,6 +84,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 NETWORK_SETTINGS = tuple(SETTINGS)  # left out, these are as in the network's paper
 
 
+def setting_option(name: str, value: object) -> str:
+    """What is typed for a setting of a network to have a value."""
+    return f'--{name} {networks.shown(value)}' if name in SETTINGS else f'--net {name}={networks.shown(value)}'
+
+
 def build_parser() -> Parser:
     """All options, in groups, with their defaults and units: first what to do, then with what and how."""
     parser = Parser(
@@ -151,8 +156,8 @@ def _add_test(g: Group) -> None:
     g.add_argument(
         '--show_attention',
         action='store_true',
-        help='in tests of LCoAN and ATD: save its clusters or categories as colours over the first images of each set '
-        '(and with it the enlarged ones)',
+        help='in tests of LCoAN, ATD and CATANet: save its clusters, categories or groups as colours over the first '
+        'images of each set (and with it the enlarged ones)',
     )
     g.add_argument(
         '--dir_demo', metavar='FOLDER', type=folder, help='folder of the images that --data_test Demo enlarges'
@@ -314,7 +319,8 @@ def _add_network(g: Group) -> None:
         '--pre_train',
         default='',
         metavar='FILE',
-        help='weights to start from, or to test (default: in training those that the recipe starts from)',
+        help='weights to start from, or to test; download: those of the authors of the network, fetched into --extend '
+        '(default: in training those that the recipe starts from)',
     )
     g.add_argument(
         '--extend',
@@ -434,6 +440,13 @@ def _add_optimisation(g: Group) -> None:
     g.add_argument('--gamma', metavar='X', type=positive, default=0.5, help='factor of the decay')
     g.add_argument(
         '--lr_min', metavar='X', type=number(float, 0), default=0.0, help='learning rate at the end of the cosine'
+    )
+    g.add_argument(
+        '--restarts',
+        metavar='N',
+        type=natural,
+        default=0,
+        help='times that the cosine begins again at the full rate, at equal distances',
     )
     g.add_argument(
         '--warmup', metavar='N', type=natural, default=0, help='steps over which the rate rises linearly to its value'
