@@ -86,14 +86,14 @@ def test_recognises_its_weights(scale: int, settings: dict[str, int]) -> None:
     with torch.device('meta'):
         state = build('PAN', scale, **settings).state_dict()
     sizes = {'n_resblocks': 16, 'n_feats': 40, 'n_up_feats': 24, **settings}
-    assert recognise(state) == {'scale': 4 if scale == 4 else (2, scale=3), **sizes}
+    assert recognise(state) == {'scale': 4 if scale == 4 else (2, 3), **sizes}
 
 
 def test_recognises_no_other_weights() -> None:
     with torch.device('meta'):
         for name in NETWORKS:
             if name != 'PAN':
-                assert recognise(build(name, scale=2).state_dict()) is None
+                assert recognise(build(name, 2).state_dict()) is None
         state = build('PAN', 2).state_dict()
     assert recognise({}) is None
     assert recognise({key: state[key] for key in state if not key.startswith('upconv1.')}) is None
