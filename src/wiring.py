@@ -117,7 +117,7 @@ def make_model(args: Namespace) -> Model:
     half = args.precision == 'half'
     return Model(
         args.model, args.scale, device(args), make_tiler(args), args.self_ensemble, half, args.compile,
-        args.channels_last, bool(args.graph), **settings,
+        args.channels_last, bool(args.graph), args.pad_to, **settings,
     )  # fmt: skip
 
 
@@ -308,5 +308,6 @@ def protocol(args: Namespace, model: Model) -> dict[str, Any]:
     return {
         'chop': {'size': size, 'overlap': args.chop_overlap, 'blend': blend} if args.chop else None,
         'self_ensemble': args.self_ensemble,
+        'pad_to': args.pad_to,
         'precision': type_name(model.dtype),
     }

@@ -205,16 +205,17 @@ def test_what_changes_a_score_is_recorded(data_folder, no_curves):
     plain = train(data_folder, '--load run --test_only')
     expected = {'Set5': {'channels': 'Y', 'shave': 2, 'lr_border': 'mirror'}}
     assert results(plain)['protocol'] == {
-        'chop': None, 'self_ensemble': False, 'precision': 'float32', 'sets': expected,
+        'chop': None, 'self_ensemble': False, 'pad_to': 1, 'precision': 'float32', 'sets': expected,
     }  # fmt: skip
     scores = {'plain': results(plain)['sets']['Set5']['psnr']}
-    recorded = {'chop': {'size': 16, 'overlap': 2, 'blend': 'ramp'}, 'precision': 'bfloat16'}
+    recorded = {'chop': {'size': 16, 'overlap': 2, 'blend': 'ramp'}, 'pad_to': 32, 'precision': 'bfloat16'}
     tiles = '--chop --chop_size 16 --chop_overlap 2 --chop_batch 3'
-    for what, flags in {'chop': tiles, 'self_ensemble': '--self_ensemble', 'precision': '--precision half'}.items():
+    changes = {'self_ensemble': '--self_ensemble', 'pad_to': '--pad_to 32', 'precision': '--precision half'}
+    for what, flags in {'chop': tiles, **changes}.items():
         changed = results(train(data_folder, '--load run --test_only', flags))
         assert changed['protocol'][what] == recorded.get(what, True)
         scores[what] = changed['sets']['Set5']['psnr']
-    assert len(set(scores.values())) == 4
+    assert len(set(scores.values())) == 5
     assert scores['precision'] == pytest.approx(scores['plain'], abs=0.1)
 
 

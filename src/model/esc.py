@@ -15,7 +15,7 @@ Departures from the official code:
 - The dynamic kernels are applied beside the large ones, not added to them, in ESC-FP too.
 
 The published scores are of images that were continued by reflection to multiples of 32 first, which changes the means
-too: `pad_to`.
+too: `--pad_to 32`, as in the recipes.
 """
 
 import math
@@ -184,14 +184,11 @@ class Frame(nn.Module):
         blocks: between the first and the last layers.
         ln_last: before the last convolution of the features.
         skip: how the image is enlarged, as `F.interpolate` calls it.
-        pad_to: images are continued by reflection to multiples of this.
     """
 
-    def __init__(
-        self, scale: int, n_feats: int, blocks: Sequence[Block], ln_last: nn.Module, skip: str, pad_to: int
-    ) -> None:
+    def __init__(self, scale: int, n_feats: int, blocks: Sequence[Block], ln_last: nn.Module, skip: str) -> None:
         super().__init__()
-        self.scale, self.skip, self.pad_to = scale, skip, pad_to
+        self.scale, self.skip = scale, skip
         self.proj = conv(3, n_feats, 3)
         self.blocks = nn.ModuleList(blocks)
         self.ln_last = ln_last
@@ -201,15 +198,13 @@ class Frame(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
-        height, width = x.shape[2:]
-        x = in_fast_memory(reflect_pad(x, self.pad_to))
+        x = in_fast_memory(x)
         kernels = self.kernels()
         feats = first = self.proj(x)
         for block in self.blocks:
             feats = block(feats, kernels)
         y = self.shuffle(self.to_img(first + self.last(self.ln_last(feats))))
-        y = y + F.interpolate(x, scale_factor=self.scale, mode=self.skip)
-        return y[..., : self.scale * height, : self.scale * width]
+        return y + F.interpolate(x, scale_factor=self.scale, mode=self.skip)
 
     def kernels(self) -> Sequence[Tensor]:
         """Those that all blocks share."""
@@ -229,7 +224,6 @@ class ESC(Frame):
         mlp_ratio: channels inside the feed-forward networks before the convolutions, as a multiple of n_feats.
         kernel_size: side of the large kernel, odd.
         kernel_feats: channels that pass it.
-        pad_to: images are continued by reflection to multiples of this, in the authors' tests 32.
 
     Maps (N, 3, H, W) to (N, 3, scale * H, scale * W), each image on its own; black is 0, white is 1.
 
@@ -248,7 +242,6 @@ class ESC(Frame):
         mlp_ratio: float = 1.25,
         kernel_size: int = 13,
         kernel_feats: int = 16,
-        pad_to: int = 1,
     ) -> None:
         check_sizes(n_feats, n_heads, window_size, kernel_size, kernel_feats)
 
@@ -257,7 +250,7 @@ class ESC(Frame):
             attn = WindowAttention(n_feats, n_heads, window_size)
             return Block(n_feats, attn, 2 * n_feats, hidden_width(n_feats, mlp_ratio), pconvs, ln=False)
 
-        super().__init__(scale, n_feats, [block() for _ in range(n_resgroups)], nn.Identity(), 'nearest', pad_to)
+        super().__init__(scale, n_feats, [block() for _ in range(n_resgroups)], nn.Identity(), 'nearest')
         self.plk_filter = nn.Parameter(torch.empty(kernel_feats, kernel_feats, kernel_size, kernel_size))
         nn.init.orthogonal_(self.plk_filter)
 
@@ -282,7 +275,6 @@ class ESCFP(Frame):
         mlp_ratio: float = 1.25,
         kernel_size: int = 13,
         kernel_feats: int = 16,
-        pad_to: int = 1,
     ) -> None:
         check_sizes(n_feats, n_heads, window_size, kernel_size, kernel_feats)
 
@@ -293,7 +285,7 @@ class ESCFP(Frame):
             return Block(n_feats, attn, first_hidden, hidden, pconvs, ln=True)
 
         blocks, ln_last = [block() for _ in range(n_resgroups)], LayerNorm2d(n_feats, EPS)
-        super().__init__(scale, n_feats, blocks, ln_last, 'bicubic', pad_to)
+        super().__init__(scale, n_feats, blocks, ln_last, 'bicubic')
         self.lk_channel = nn.Parameter(torch.randn(kernel_feats, kernel_feats, 1, 1))
         self.lk_spatial = nn.Parameter(torch.empty(kernel_feats, 1, kernel_size, kernel_size))
         nn.init.orthogonal_(self.lk_spatial)
@@ -332,7 +324,7 @@ def sizes(state: Mapping[str, Tensor], kernel: str) -> dict[str, object] | None:
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
-    """Scale and all settings of ESC's weights but `pad_to`; None for those of another network."""
+    """Scale and all settings of ESC's weights; None for those of another network."""
     return sizes(state, 'plk_filter')
 
 

@@ -206,16 +206,6 @@ def test_the_enlarged_image_is_added(name: str) -> None:
 
 @pytest.mark.parametrize('name', NAMES)
 @torch.no_grad()
-def test_images_are_padded_as_in_the_tests_of_the_authors(name: str) -> None:
-    bare, padded, x = small(name), small(name, pad_to=8), numbers(2, 3, 13, 16)
-    grown = F.pad(x, (0, 0, 0, 3), 'reflect')
-    torch.testing.assert_close(padded(x), bare(grown)[:, :, :26], rtol=0, atol=1e-12)
-    assert not torch.allclose(padded(x), bare(x))
-    assert torch.equal(padded(grown), bare(grown))
-
-
-@pytest.mark.parametrize('name', NAMES)
-@torch.no_grad()
 def test_nothing_is_kept_of_weights_that_change(name: str) -> None:
     """In place, as by an optimiser, and in a copy, as of a weight average."""
     net, x = small(name), numbers(1, 3, 6, 7)

@@ -51,7 +51,7 @@ SMALL = {
     },
     'ESC-FP': {
         'n_resgroups': 2, 'n_resblocks': 2, 'n_feats': 12, 'n_heads': 3, 'window_size': 4, 'mlp_ratio': 1.5,
-        'kernel_size': 5, 'kernel_feats': 8, 'pad_to': 8,
+        'kernel_size': 5, 'kernel_feats': 8,
     },
     'IMDN': {'n_resblocks': 2, 'n_feats': 22},
     'PAN': {'n_resblocks': 2, 'n_feats': 9, 'n_up_feats': 6},
