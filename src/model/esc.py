@@ -97,7 +97,7 @@ def depthwise(x: Tensor, kernels: Tensor) -> Tensor:
         taps = (padded[..., i : i + height, j : j + width] for i, j in product(range(size), repeat=2))
         return torch.stack([weight * tap for weight, tap in zip(weights, taps, strict=True)]).sum(0)
     maps, kernels = x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1).unsqueeze(1)
-    return F.conv2d(maps, kernels, padding=size // 2, groups=len(kernels)).view_as(x)
+    return F.conv2d(maps, kernels, padding=size // 2, groups=len(kernels)).reshape(x.shape)
 
 
 def average_orientations(kernel: Tensor) -> Tensor:
