@@ -20,8 +20,7 @@ from data.image import from_pillow, to_pillow
 from enlarge import enlarged
 from error import UserError
 from model import Model, type_name
-from model.loading.detect import recognise
-from model.loading.weights import load_weights, read_weights
+from model.loading.weights import load_model
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
 from options.table import ROOT
@@ -104,15 +103,7 @@ def load(
     tiler = _make_tiler(tiles, where)
     if bicubic := re.fullmatch(r'Bicubic_x(\d+)', str(weights)):
         return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
-    path = find_weights(weights)
-    state = read_weights(path)[0]
-    try:
-        found = recognise(state)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from error
-    model = Model(found.name, found.scale, where, tiler, **found.settings)
-    load_weights(model.net, state, str(path))
-    return Upscaler(model)
+    return Upscaler(load_model(find_weights(weights), where, tiler))
 
 
 def find_weights(weights: str | Path) -> Path:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
+
+Layer = TypeVar('Layer', bound=nn.Module)
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
 
@@ -118,6 +121,15 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = Tru
     """Convolution that keeps height and width (zero padding)."""
     padding = dilation * (kernel_size // 2)
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
+
+
+def stacked(parts: int, layer: Layer) -> Layer:
+    """The layer, of which it is noted that its weight is `parts` matrices on top of each other, such as q, k and v.
+
+    An optimiser that works on whole matrices takes them apart (`muon.hidden_matrices`).
+    """
+    layer.n_stacked = parts  # type: ignore[assignment]
+    return layer
 
 
 def in_fast_memory(x: Tensor) -> Tensor:

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from error import UserError
+from model import Model
 from model.loading.detect import mismatches, recognise
+from model.tiles.tiling import Tiler
 from system.files import read_safetensors, read_torch, some
 
 WRAPPERS = ('params_ema', 'params', 'average', 'model', 'state_dict')  # BasicSR's, those of a run, a common one
@@ -77,6 +80,22 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsample
     fitting = {key: value for key, value in state.items() if key in own and key not in reshaped}
     net.load_state_dict({**own, **fitting}, strict=True)
     return [*missing, *reshaped]
+
+
+def load_model(path: Path, device: torch.device | str, tiler: Tiler | None = None) -> Model:
+    """The network that a file of weights belongs to, found as by `--model auto`, with these weights.
+
+    Raises:
+        UserError: a file that cannot be read, or weights of no network known here.
+    """
+    state = read_weights(path)[0]
+    try:
+        found = recognise(state)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+    model = Model(found.name, found.scale, device, tiler, **found.settings)
+    load_weights(model.net, state, str(path))
+    return model
 
 
 def _cause(state: dict[str, Tensor]) -> str:
