@@ -2,8 +2,8 @@
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks", https://kellerjordan.github.io/posts/muon/,
 with Nesterov's momentum. The length of a step is that of Liu et al., "Muon is Scalable for LLM Training",
-https://arxiv.org/abs/2502.16982, section 2.2: with the factor 0.2 * sqrt(max(rows, columns)) the root mean square of its
-entries is 0.2, about that of Adam's steps, so that one learning rate serves both.
+https://arxiv.org/abs/2502.16982, section 2.2: by the factor 0.2 * sqrt(max(rows, columns)) its entries have a root mean
+square of 0.2, about that of Adam's steps, so that one learning rate serves both.
 """
 
 import math
@@ -24,8 +24,8 @@ def hidden_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
 
     These are the weights of linear layers (out, in) and convolutions (out, in, k, k), taken as (out, in * k * k), but
     none of depthwise or other grouped convolutions, each of whose groups is a small matrix of its own. Left out as well
-    are, by Jordan's rule for first and last layers, the convolution that takes pixels and the last layer of the
-    network, which gives them. Several matrices stand in layers that are made by `model.common.stacked`.
+    are, by Jordan's rule for first and last layers, convolutions of three channels or fewer, which take pixels, and the
+    last layer of the network, which gives them. Several matrices stand in layers that are made by `model.common.stacked`.
     """
     layers = [
         layer
@@ -33,7 +33,7 @@ def hidden_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
     ]
     trained = [layer for layer in layers if layer.weight.requires_grad]
-    hidden = [layer for layer in trained[:-1] if layer.weight.shape[1] > MOST_COLOURS]
+    hidden = [layer for layer in trained[:-1] if isinstance(layer, nn.Linear) or layer.in_channels > MOST_COLOURS]
     return {layer.get_parameter('weight'): getattr(layer, 'n_stacked', 1) for layer in hidden}
 
 

@@ -25,9 +25,9 @@ class Comparison:
 def curves(records: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """PNG files by name: losses, norm of the gradients, and scores of each test set, over the epochs of a run's log."""
     epochs = [record['epoch'] for record in records]
-    terms = list(dict.fromkeys(term for record in records for term in record['loss']))
-    if all(len(record['loss']) == 2 for record in records):
-        terms.remove('total')  # which the only term is
+    terms = list(dict.fromkeys(term for record in records for term in record['loss'] if term != 'total'))
+    if any(len(record['loss']) > 2 for record in records):  # else the only term is the total
+        terms.append('total')
     losses = {term: [record['loss'].get(term) for record in records] for term in terms}
     pictures = {'loss.png': _curve(epochs, losses, 'loss')}
     if 'gradient_norm' in records[-1]:
