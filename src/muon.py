@@ -25,7 +25,7 @@ def hidden_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
     These are the weights of linear layers (out, in) and convolutions (out, in, k, k), taken as (out, in * k * k), but
     none of depthwise or other grouped convolutions, each of whose groups is a small matrix of its own. Left out as well
     are, by Jordan's rule for first and last layers, convolutions of three channels or fewer, which take pixels, and the
-    last layer of the network, which gives them. Several matrices stand in layers that are made by `model.common.stacked`.
+    last layer of the network, which gives them. Of several matrices are layers that `model.common.stacked` was told of.
     """
     layers = [
         layer
