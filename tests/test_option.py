@@ -33,7 +33,7 @@ NEW = """
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
     deterministic tf32 max_time sampling
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention export forms net
+    compare max_memory show_attention export forms net patch_schedule loss_final final_epochs teacher distill
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -63,7 +63,7 @@ DEFAULTS = {
     'precision': 'single', 'n_clusters': None, 'window_size': None, 'ema_decay': None, 'n_hashes': None,
     'chunk_size': None, 'n_resgroups': None, 'reduction': None, 'reset': False, 'test_every': 1000, 'epochs': 300,
     'batch_size': 16, 'split_batch': 1, 'self_ensemble': False, 'test_only': False, 'gan_k': 1, 'lr': 1e-4,
-    'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': 0.9, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
+    'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': None, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
     'weight_decay': 0.0, 'gclip': 0.0, 'loss': '1*L1', 'skip_threshold': 1e8, 'load': '', 'resume': -1,
     'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
@@ -73,7 +73,8 @@ DEFAULTS = {
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [],
+    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'patch_schedule': [], 'loss_final': '',
+    'final_epochs': 1, 'teacher': '', 'distill': 0.0,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -341,7 +342,7 @@ def test_more_values():
 COUNTS = """
     scale patch_size chop_size chop_batch n_resgroups n_resblocks n_feats reduction n_clusters window_size n_hashes
     chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
-    category_size n_tokens reduced_dim
+    category_size n_tokens reduced_dim final_epochs
 """
 NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every'
 POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'

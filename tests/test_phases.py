@@ -221,7 +221,7 @@ def test_distill_by_hand():
 
 @pytest.mark.parametrize('rgb_range', [1.0, 255.0])
 def test_the_teacher_gives_what_it_gives_by_itself(data_folder, teacher, rgb_range):
-    """Between the ranges of the two networks, without gradients, in evaluation; what weights do not show is the paper's."""
+    """Between the ranges of the two, without gradients, in evaluation; what weights do not show is as in the paper."""
     args = option.parse([*LINE.split(), '--teacher', str(teacher), '--distill', '0.5', '--rgb_range', str(rgb_range)])
     model = wiring.make_model(args)
     teach = wiring.make_teacher(args, model)
