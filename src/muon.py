@@ -110,7 +110,7 @@ class Muon(optim.Optimizer):
         gradients, kept, rate = torch.stack([p.grad for p in alike]), group['momentum'], group['lr']  # type: ignore[misc]
         taken = 1 - kept
         if skipped is not None:
-            gradients = torch.where(skipped > 0, 0, gradients)  # which may be nan
+            gradients = gradients.masked_fill(skipped > 0, 0)  # they may be nan
             taken, rate = taken * (1 - skipped), rate * (1 - skipped)
         averages = torch.stack(buffers).lerp(gradients, taken)
         torch._foreach_copy_(buffers, list(averages))
