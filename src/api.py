@@ -86,7 +86,10 @@ class Upscaler:
 
 
 def load(
-    weights: str | Path, device: str | torch.device = 'auto', tiles: Literal['auto'] | int | None = 'auto'
+    weights: str | Path,
+    device: str | torch.device = 'auto',
+    tiles: Literal['auto'] | int | None = 'auto',
+    scale: int | None = None,
 ) -> Upscaler:
     """The network that a file of weights belongs to, recognised as by `--model auto`, with these weights.
 
@@ -95,6 +98,7 @@ def load(
         device: cpu, cuda or mps, as PyTorch names them; auto: a GPU if there is one.
         tiles: how images are cut: auto: as large as free memory allows; a number: at most so many LR pixels a side;
             None: whole images.
+        scale: for weights that do not show it, which are those of PAN at x2 and x3.
 
     Raises:
         UserError: no such file or device, a file that cannot be read, or weights of no network known here.
@@ -103,7 +107,11 @@ def load(
     tiler = _make_tiler(tiles, where)
     if bicubic := re.fullmatch(r'Bicubic_x(\d+)', str(weights)):
         return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
-    return Upscaler(load_model(find_weights(weights), where, tiler))
+    path = find_weights(weights)
+    model = load_model(path, where, tiler, scale)
+    if scale not in (None, model.scale):
+        raise UserError(f'{path} holds weights of {model.name} x{model.scale}, not x{scale}: leave the scale out.')
+    return Upscaler(model)
 
 
 def find_weights(weights: str | Path) -> Path:

@@ -73,12 +73,14 @@ class Schedule:
 
     Args:
         lr: the highest rate.
-        kind: 'step': `lr` times `gamma` once per milestone reached; 'cosine': half a cosine from `lr` to `lr_min`.
+        kind: 'step': `lr` times `gamma` once per milestone reached; 'cosine': half a cosine from `lr` to `lr_min`,
+            again after each restart (SGDR, https://arxiv.org/abs/1608.03983, equation 5).
         milestones: after which the rate drops, counted in `unit`.
         gamma: factor of a drop.
         unit: 'epochs' or 'steps'.
-        total: length of the cosine, counted in `unit`.
+        total: length of all cosines together, counted in `unit`.
         lr_min: end of the cosine.
+        restarts: times that it begins again at `lr`, at equal distances.
         warmup: step n of the first `warmup` steps has n / warmup of the rate.
     """
 
@@ -89,13 +91,15 @@ class Schedule:
     unit: str = 'epochs'
     total: int = 1
     lr_min: float = 0.0
+    restarts: int = 0
     warmup: int = 0
 
     def __call__(self, epochs: int, steps: int) -> float:
         """The rate of the next step."""
         done = epochs if self.unit == 'epochs' else steps
         if self.kind == 'cosine':
-            share = (1 + math.cos(math.pi * min(done / self.total, 1))) / 2
+            part = done * (self.restarts + 1) % self.total / self.total if done < self.total else 1  # of one cosine
+            share = (1 + math.cos(math.pi * part)) / 2
             rate = self.lr_min + (self.lr - self.lr_min) * share
         else:
             rate = self.lr * self.gamma ** sum(milestone <= done for milestone in self.milestones)

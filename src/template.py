@@ -99,6 +99,18 @@ SWINIR: Recipe = {
 }  # fmt: skip
 SWINIR_TUNED: Recipe = {**SWINIR, 'lr': 1e-4, 'test_every': 500}
 
+# https://github.com/Zheng222/IMDN, train_IMDN.py: every scale from scratch, with HR patches of one size; the rate falls
+# as the 200th, 400th, ... epoch begins
+IMDN: Recipe = {
+    'model': 'IMDN', **DIV2K, 'lr': 2e-4, 'patch_size': 192, **milestones(199, 399, 599, 799, 999, 1000),
+}  # fmt: skip
+
+# https://github.com/zhaohengyuan1/PAN, codes/options/train; https://github.com/xiaom233/BSRN, options/train: every
+# scale from scratch
+COSINE: Recipe = {'schedule': 'cosine', 'decay_unit': 'steps', 'lr_min': 1e-7, 'epochs': 1000}
+PAN: Recipe = {'model': 'PAN', **DF2K, **COSINE, 'restarts': 3, 'lr': 7e-4, 'betas': [0.9, 0.99], 'batch_size': 32}
+BSRN: Recipe = {'model': 'BSRN', **DF2K, **COSINE, 'lr': 1e-3, 'batch_size': 64}
+
 # Ours: sized for an hour on two CPU cores; the weights in models/
 SMALL: Recipe = {
     'model': 'LCoAN',
@@ -136,6 +148,9 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),
     **from_x2('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
+    **{f'IMDN_x{scale}': {**IMDN, 'scale': scale} for scale in (2, 3, 4)},
+    **at_scales('PAN', PAN, 64),
+    **at_scales('BSRN', BSRN, 48),
     **at_scales('LCoAN-small', {**SMALL, **milestones(10, 14, 17, 19, 20)}, 32, (2,)),
     **from_x2('LCoAN-small', {**SMALL, **milestones(6, 9, 11, 12)}, 32, (4,)),
 }

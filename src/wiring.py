@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import option
 from checkpoint import RunFolder
+from data.degradation import Degradation
 from data.library import Library
 from data.srdata import SRData
 from data.traindata import TrainData, train_loader
@@ -48,7 +49,7 @@ def apply_detected_network(args: Namespace) -> None:
     """Find out which network the weights of --pre_train belong to."""
     path = weights_file(args)
     try:
-        found = recognise(read_weights(path)[0])
+        found = recognise(read_weights(path)[0], args.scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
     given = option.network_settings(args, found.name)
@@ -145,7 +146,14 @@ def library(args: Namespace) -> Library:
     """Where the image sets are."""
     renew = args.ext == 'sep_reset'
     benchmarks = ROOT / 'benchmark'
-    return Library(args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew)
+    return Library(
+        args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew, degradation(args)
+    )
+
+
+def degradation(args: Namespace) -> Degradation | None:
+    """What is done to LR images."""
+    return Degradation(args.degradation, args.scale, args.lr_border) if args.degradation else None
 
 
 def test_sets(args: Namespace, prepare: bool = True) -> list[SRData]:
@@ -157,7 +165,9 @@ def train_data(args: Namespace) -> TrainData:
     """Patches of the training sets."""
     skip, span, sets = args.skip_bad_images, args.data_range[0], library(args)
     images = [sets.open(name, span, cached=args.ext != 'img', skip_bad=skip) for name in args.data_train]
-    return TrainData(images, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area')
+    return TrainData(
+        images, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area', degradation(args)
+    )
 
 
 def optimizer_maker(args: Namespace) -> Callable[..., optim.Optimizer]:
@@ -177,7 +187,7 @@ def make_teacher(args: Namespace, model: Model) -> Teacher | None:
     if not args.teacher:
         return None
     path = weights_file(args, 'teacher')
-    teacher = load_model(path, model.device)
+    teacher = load_model(path, model.device, scale=model.scale)
     if (teacher.scale, teacher.n_colors) != (model.scale, model.n_colors):
         raise UserError(
             f'--teacher {path} holds {teacher.name} x{teacher.scale} of {teacher.n_colors} channels, and {model.name} '
@@ -280,7 +290,9 @@ def check_processes(args: Namespace, phases: list[Phase]) -> None:
 def schedule(args: Namespace) -> Schedule:
     """The learning rate over the run."""
     total = args.epochs if args.decay_unit == 'epochs' else args.epochs * args.test_every
-    return Schedule(args.lr, args.schedule, args.decay, args.gamma, args.decay_unit, total, args.lr_min, args.warmup)
+    return Schedule(
+        args.lr, args.schedule, args.decay, args.gamma, args.decay_unit, total, args.lr_min, args.restarts, args.warmup
+    )  # fmt: skip
 
 
 def autocast_dtype(args: Namespace, model: Model) -> torch.dtype:

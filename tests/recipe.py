@@ -35,6 +35,8 @@ GAIN = {
     'DLGSANet-tiny': DYNAMIC,
     'ATD': {r'\.wqkv\.': 0.35, r'\.wv\.': 0.4},
     'ATD-light': {r'\.wqkv\.': 0.5, r'\.wv\.': 0.4},
+    'IMDN': {r'\.cca\.conv_du\.': 3.0},
+    'BSRN': {r'\.cca\.conv_du\.': 6.0},
 }  # fmt: skip
 # Other parameters, by the end of their key: mean and standard deviation.
 OTHERS = {

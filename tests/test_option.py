@@ -31,9 +31,9 @@ OLD = """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
-    deterministic tf32 max_time sampling
+    deterministic tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention export forms net patch_schedule loss_final final_epochs teacher distill
+    compare max_memory show_attention export forms net restarts patch_schedule loss_final final_epochs teacher distill
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -70,11 +70,11 @@ DEFAULTS = {
     'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
-    'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'compile': False,
+    'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'patch_schedule': [], 'loss_final': '',
-    'final_epochs': 1, 'teacher': '', 'distill': 0.0,
+    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'restarts': 0, 'patch_schedule': [],
+    'loss_final': '', 'final_epochs': 1, 'teacher': '', 'distill': 0.0,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -344,7 +344,7 @@ COUNTS = """
     chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
     category_size n_tokens reduced_dim final_epochs
 """
-NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every'
+NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every restarts'
 POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'
 BAD = [
     *[(name, text) for name in COUNTS.split() for text in ('0', '-1', '1.5', 'many', '')],

@@ -24,14 +24,19 @@ PARAMETERS = {
     'ATD-light': (753.2e3, 759.7e3, 768.8e3),
     'OmniSR': (785e3, 793e3, 805e3),
     'SwinIR-light': (910e3, 918e3, 930e3),
+    'IMDN': (694e3, 703e3, 715e3),
+    'PAN': (261e3, 261e3, 272e3),
+    'BSRN': (332e3, 340e3, 352e3),
 }
 
-# LR patch, batch, optimiser, betas, weight decay, rate, steps in all, steps at which the rate halves, warm-up steps,
-# weight average, training sets. In thousands of steps; 3.2 is the epoch of ASID.
+# LR patch, batch, optimiser, betas, weight decay, rate, steps in all, steps at which the rate halves (or the number of
+# cosines), warm-up steps, weight average, training sets. In thousands of steps; 3.2 is the epoch of ASID.
 K = 1000
 ADAM, ADAMW = ('ADAM', [0.9, 0.999], 0.0), ('ADAMW', [0.9, 0.999], 1e-4)
 DIV2K, DF2K = ['DIV2K'], ['DIV2K', 'Flickr2K']
 FIFTHS = (200, 400, 600, 800)
+IMDN = (199, 399, 599, 799, 999)
+COSINE, COSINES = 1, 4  # one, or one after the other, down to 1e-7
 DLGSANET = (48, 16, 'ADAM', [0.9, 0.99], 0.0, 5e-4, 500, (250, 400, 450, 475), 0, 0.999, DIV2K)
 ATD_TUNED = (96, 32, 'ADAMW', [0.9, 0.9], 0.0, 2e-4, 250, (150, 200, 225, 240), 10, 0.999, DF2K)
 ASID_SCRATCH = (64, 16, *ADAMW, 5e-4, 1600, (800,), 0, 0, DIV2K)
@@ -59,12 +64,16 @@ PUBLISHED = {
     'OmniSR-DF2K': (64, 64, *ADAMW, 5e-4, 3450, (862.5, 1725, 2587.5), 0, 0, DF2K),
     'SwinIR-light_x2': (64, 64, *ADAM, 2e-4, 500, (250, 400, 450, 475), 0, 0.999, DIV2K),
     'SwinIR-light': (64, 64, *ADAM, 1e-4, 250, (125, 200, 225, 237.5), 0, 0.999, DIV2K),
+    **{f'IMDN_x{scale}': (192 // scale, 16, *ADAM, 2e-4, 1000, IMDN, 0, 0, DIV2K) for scale in (2, 3, 4)},
+    'PAN': (64, 32, 'ADAM', [0.9, 0.99], 0.0, 7e-4, 1000, COSINES, 0, 0, DF2K),
+    'BSRN': (48, 64, *ADAM, 1e-3, 1000, COSINE, 0, 0, DF2K),
 }
 OFFICIAL = [name for name in TEMPLATES if not name.startswith('LCoAN-small')]
 TILES = {'chop': True, 'chop_size': 64, 'chop_overlap': 24, 'chop_blend': 'mean', 'shave': None}
 WHOLE = {'chop': False, 'shave': None}
 TESTS = {
     'ASID': TILES, 'ASIDd8': TILES, 'OmniSR': TILES, 'ATD': WHOLE, 'ATD-light': WHOLE, 'SwinIR-light': WHOLE,
+    'IMDN': WHOLE, 'PAN': WHOLE, 'BSRN': WHOLE,
     'DLGSANet': {'chop': False, 'shave': 4}, 'DLGSANet-light': {'chop': False, 'shave': 4},
     'DLGSANet-tiny': {'chop': False, 'shave': 4}, 'LCoAN': {'chop': True, 'shave': None},
     'NLSN': {'chop': True, 'shave': None},
@@ -108,6 +117,13 @@ def test_training_is_as_published(name):
         assert rate_at(0) == pytest.approx(rate / (warmup * K))
         assert rate_at(warmup * K // 2 - 1) == pytest.approx(rate / 2)
     assert rate_at(warmup * K) == pytest.approx(rate)
+    if isinstance(halved, int):
+        for n in range(halved):
+            start, length = n * steps * K // halved, steps * K // halved
+            assert rate_at(start) == pytest.approx(rate)
+            assert rate_at(start + length // 2) == pytest.approx((rate + 1e-7) / 2)
+            assert rate_at(start + length - 1) == pytest.approx(1e-7, rel=1e-2)
+        return
     for n, milestone in enumerate(halved):
         assert rate_at(int(milestone * K) - 1) == pytest.approx(rate / 2**n)
         assert rate_at(int(milestone * K)) == pytest.approx(rate / 2 ** (n + 1))

@@ -24,6 +24,9 @@ SOURCES = {
     'ATD': 'ATD, README (github.com/LabShuHangGU/Adaptive-Token-Dictionary); multiply-adds of PFT (CVPR 2025)',
     'OmniSR': "OmniSR, the paper's main table (github.com/Francis0625/Omni-SR)",
     'PFT': "PFT (CVPR 2025), table of lightweight networks, for x4; SwinIR's own table has 897K and 49.6G at x4",
+    'IMDN': 'IMDN (ACM MM 2019), as CATANet (CVPR 2025), table 2, prints it again',
+    'PAN': 'PAN (ECCVW 2020), as later tables quote it',
+    'BSRN': 'BSRN (CVPRW 2022), as later tables quote it; x4 also in the README of LKDN (CVPRW 2023)',
     'code': 'parameters and multiply-adds counted from the official code or by it, not published',
 }
 
@@ -155,5 +158,28 @@ PUBLISHED: dict[str, dict[int, Published]] = {
         (918, 110.8, 331.7, 596, (34.62, 30.54, 29.20, 28.66, 33.98)),
         (930, 63.6, 222.9, 351, (32.44, 28.77, 27.69, 26.47, 30.92)),
         unit=K,
+    ),
+    'IMDN': _rows(
+        ('IMDN',),
+        (694, 158.8, *NONE, (38.00, 33.63, 32.19, 32.17, 38.88)),
+        (703, 71.5, *NONE, (34.36, 30.32, 29.09, 28.17, 33.61)),
+        (715, 40.9, *NONE, (32.21, 28.58, 27.56, 26.04, 30.45)),
+        unit=K,
+    ),
+    'PAN': _rows(
+        ('PAN',),
+        (261, 70.5, *NONE, (38.00, 33.59, 32.18, 32.01, 38.70)),
+        (261, 39.0, *NONE, (34.40, 30.36, 29.11, 28.11, 33.61)),
+        (272, 28.2, *NONE, (32.13, 28.61, 27.59, 26.11, 30.51)),
+        unit=K,
+        data='DF2K',
+    ),
+    'BSRN': _rows(
+        ('BSRN',),
+        (332, 73.0, *NONE, (38.10, 33.74, 32.24, 32.34, 39.14)),
+        (340, 33.3, *NONE, (34.46, 30.47, 29.18, 28.39, 34.05)),
+        (352, 19.4, *NONE, (32.35, 28.73, 27.65, 26.27, 30.84)),
+        unit=K,
+        data='DF2K',
     ),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
+from model import asid, atd, bicubic, bsrn, dlgsanet, edsr, imdn, lcoan, nlsn, omnisr, pan, rcan, swinir
 from model.bicubic import Bicubic
 from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
@@ -29,6 +29,9 @@ NETWORKS: dict[str, NetworkSpec] = {
     **atd.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
+    **imdn.NETWORKS,
+    **pan.NETWORKS,
+    **bsrn.NETWORKS,
 }
 
 

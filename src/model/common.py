@@ -35,12 +35,13 @@ class NetworkSpec:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        upsampler_prefix: prefix of the parameters that depend on the scale; all others carry over to another scale.
+        upsampler_prefix: prefix, or several, of the parameters that depend on the scale; all others carry over to
+            another scale.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.
-        recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
-            them; None for the weights of another network.
+        recognise: from a state dict of this network in any sizes, scale (several where they are alike) and settings as
+            far as keys and shapes show them; None for the weights of another network.
     """
 
     build: Callable[..., nn.Module]
@@ -48,7 +49,7 @@ class NetworkSpec:
     settings: Mapping[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
-    upsampler_prefix: str = 'tail.0.'
+    upsampler_prefix: str | tuple[str, ...] = 'tail.0.'
     autocast_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     checkpoint_blocks: tuple[type[nn.Module], ...] = ()
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None

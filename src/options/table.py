@@ -287,6 +287,14 @@ def _add_data(g: Group) -> None:
         help='border of the bicubic that makes missing LR: mirror as in the files of EDSR, clamp as in those of RCAN',
     )
     g.add_argument(
+        '--degradation',
+        metavar='TERMS',
+        default='',
+        help='what is done to LR images in training and tests, [chance*]KIND[range] joined by +, such as '
+        'blur0.2-1.2+0.5*noise0-6+jpeg40-95; KIND is blur, resize, noise, poisson or jpeg; photo: a choice for '
+        'photographs from cameras and the web',
+    )
+    g.add_argument(
         '--ext',
         choices=('sep', 'sep_reset', 'img'),
         default='sep',
@@ -459,6 +467,13 @@ def _add_optimisation(g: Group) -> None:
     g.add_argument('--gamma', metavar='X', type=positive, default=0.5, help='factor of the decay')
     g.add_argument(
         '--lr_min', metavar='X', type=number(float, 0), default=0.0, help='learning rate at the end of the cosine'
+    )
+    g.add_argument(
+        '--restarts',
+        metavar='N',
+        type=natural,
+        default=0,
+        help='times that the cosine begins again at the full rate, at equal distances',
     )
     g.add_argument(
         '--warmup', metavar='N', type=natural, default=0, help='steps over which the rate rises linearly to its value'

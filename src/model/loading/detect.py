@@ -40,20 +40,26 @@ class Found:
         return f'{self.name} x{self.scale}' + (f' ({sizes})' if sizes else '')
 
 
-def recognise(state: State) -> Found:
+def recognise(state: State, scale: int | None = None) -> Found:
     """The network whose state dict this is.
 
     Of several names for one network in different sizes, it is the one that differs in the fewest settings.
 
+    Args:
+        state: weights by name.
+        scale: the factor as far as it is known from elsewhere, for weights that are alike at several.
+
     Raises:
-        UserError: the weights of no network that is known here, or not all of them.
+        UserError: the weights of no network that is known here, or not all of them; weights that are alike at several
+            scales, and none is given.
     """
     if recognise_v2(state):
         raise UserError(
             'These are weights of the second ATD (TPAMI, arXiv 2603.02581), another network than the ATD of CVPR 2024 '
             'that --model ATD and ATD-light are: get the weights of the first one.'
         )
-    found = min(_candidates(state), key=lambda candidate: len(candidate.settings), default=None)
+    candidates = _candidates(state)
+    found = min(candidates, key=lambda candidate: len(candidate.settings), default=None)
     own = _layout(found) if found else None
     if found is None or own is None:
         raise UserError(f'No network known here has such weights: {len(state)} tensors, {some(list(state))}.')
@@ -63,7 +69,15 @@ def recognise(state: State) -> Found:
             f'These weights look like {found}, but {len(missing)} are missing, {len(extra)} unknown and '
             f'{len(reshaped)} of another shape, first {some(wrong)}: get the whole file, or the code it belongs to.'
         )
-    return found
+    alike = {candidate.scale: candidate for candidate in candidates if candidate.name == found.name}
+    if len(alike) == 1:
+        return found
+    if scale not in alike:
+        raise UserError(
+            f'These are weights of {found.name} at x{" or x".join(map(str, alike))}, which look the same: give the '
+            f'scale (--scale {" or ".join(map(str, alike))}).'
+        )
+    return alike[scale]
 
 
 def mismatches(own: State, state: State) -> tuple[list[str], list[str], list[str]]:
@@ -77,10 +91,17 @@ def mismatches(own: State, state: State) -> tuple[list[str], list[str], list[str
 def _candidates(state: State) -> list[Found]:
     seen = {network.recognise: _read(network, state) for network in NETWORKS.values()}
     return [
-        _compare(name, network, dict(shown))
+        _compare(name, network, scale, shown)
         for name, network in NETWORKS.items()
-        if (shown := seen[network.recognise]) is not None and shown['scale'] in network.scales
+        if (shown := dict(seen[network.recognise] or {}))
+        for scale in as_tuple(shown.pop('scale'))
+        if scale in network.scales
     ]
+
+
+def as_tuple(scale: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The scales that weights may be of, of a single one too."""
+    return scale if isinstance(scale, tuple) else (scale,)
 
 
 def _read(network: NetworkSpec, state: State) -> dict[str, Any] | None:
@@ -100,8 +121,7 @@ def _layout(found: Found) -> State | None:
         return None
 
 
-def _compare(name: str, network: NetworkSpec, shown: dict[str, Any]) -> Found:
-    scale = shown.pop('scale')
+def _compare(name: str, network: NetworkSpec, scale: int, shown: dict[str, Any]) -> Found:
     published = all_settings(network, scale)
     differing = {key: value for key, value in shown.items() if published[key] != value}
     unseen = tuple(key for key in published if key not in shown)

@@ -54,14 +54,17 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     return state, ', '.join(unwrapped)
 
 
-def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsampler: str | None = None) -> list[str]:
+def load_weights(
+    net: nn.Module, state: dict[str, Tensor], source: str, upsampler: str | tuple[str, ...] | None = None
+) -> list[str]:
     """Copy `state` into `net`, every key of it and every key of the network.
 
     Args:
         net: the network.
         state: its parameters and buffers by name.
         source: where `state` comes from, for messages.
-        upsampler: prefix of the keys that may differ, as they do in weights of another scale; None: no key may.
+        upsampler: prefix, or several, of the keys that may differ, as they do in weights of another scale; None: no
+            key may.
 
     Returns:
         Keys of `net` that `state` did not fill (all of them below `upsampler`).
@@ -82,15 +85,17 @@ def load_weights(net: nn.Module, state: dict[str, Tensor], source: str, upsample
     return [*missing, *reshaped]
 
 
-def load_model(path: Path, device: torch.device | str, tiler: Tiler | None = None) -> Model:
+def load_model(path: Path, device: torch.device | str, tiler: Tiler | None = None, scale: int | None = None) -> Model:
     """The network that a file of weights belongs to, found as by `--model auto`, with these weights.
+
+    `scale` counts for weights that are alike at several.
 
     Raises:
         UserError: a file that cannot be read, or weights of no network known here.
     """
     state = read_weights(path)[0]
     try:
-        found = recognise(state)
+        found = recognise(state, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
     model = Model(found.name, found.scale, device, tiler, **found.settings)
