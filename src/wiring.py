@@ -193,7 +193,7 @@ def make_teacher(args: Namespace, model: Model) -> Teacher | None:
             f'--teacher {path} holds {teacher.name} x{teacher.scale} of {teacher.n_colors} channels, and {model.name} '
             f'x{model.scale} has {model.n_colors}: give weights of the same scale and number of channels.'
         )
-    log.info('--teacher %s holds weights of %s', path, teacher.name)
+    log.info('--teacher %s holds weights of %s; what they do not show is as in its paper', path, teacher.name)
     net, own, others = teacher.net.eval().requires_grad_(False), model.range, teacher.range
 
     def teach(lr: Tensor) -> Tensor:
