@@ -24,9 +24,9 @@ def hidden_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
 
     These are the weights of linear layers (out, in) and convolutions (out, in, k, k), taken as (out, in * k * k), but
     none of depthwise or other grouped convolutions, each of whose groups is a small matrix of its own. Left out as well
-    are, by Jordan's rule for first and last layers, convolutions of three channels or fewer, which take pixels, and the
-    layer that stands last in the network, which gives them. Of several matrices are layers that `model.common.stacked`
-    was told of.
+    are, by Jordan's rule for first and last layers, those that take or give three channels or fewer, such as pixels or
+    positions, and the one that stands last in the network, which gives pixels too. Of several matrices are layers that
+    `model.common.stacked` was told of.
     """
     layers = [
         layer
@@ -34,7 +34,7 @@ def hidden_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
         if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
         and layer.weight.requires_grad
     ]
-    hidden = [layer for layer in layers[:-1] if isinstance(layer, nn.Linear) or layer.in_channels > MOST_COLOURS]
+    hidden = [layer for layer in layers[:-1] if min(layer.weight.shape[:2]) > MOST_COLOURS]
     return {layer.get_parameter('weight'): getattr(layer, 'n_stacked', 1) for layer in hidden}
 
 
