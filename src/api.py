@@ -90,6 +90,7 @@ def load(
     device: str | torch.device = 'auto',
     tiles: Literal['auto'] | int | None = 'auto',
     scale: int | None = None,
+    **settings: object,
 ) -> Upscaler:
     """The network that a file of weights belongs to, recognised as by `--model auto`, with these weights.
 
@@ -99,16 +100,21 @@ def load(
         tiles: how images are cut: auto: as large as free memory allows; a number: at most so many LR pixels a side;
             None: whole images.
         scale: for weights that do not show it, which are those of PAN at x2 and x3.
+        settings: of the network, such as `res_scale=1`, which neither the file says nor its weights show. Files that
+            this program writes say all of them.
 
     Raises:
-        UserError: no such file or device, a file that cannot be read, or weights of no network known here.
+        UserError: no such file or device, a file that cannot be read, weights of no network known here, or a setting
+            that nothing decides.
     """
     where = _find_device(device)
     tiler = _make_tiler(tiles, where)
     if bicubic := re.fullmatch(r'Bicubic_x(\d+)', str(weights)):
+        if settings:
+            raise UserError(f'Bicubic has no setting {next(iter(settings))!r}: leave it out.')
         return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
     path = find_weights(weights)
-    model = load_model(path, where, tiler, scale)
+    model = load_model(path, where, tiler, settings, scale)
     if scale not in (None, model.scale):
         raise UserError(f'{path} holds weights of {model.name} x{model.scale}, not x{scale}: leave the scale out.')
     return Upscaler(model)

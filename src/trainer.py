@@ -18,6 +18,7 @@ from error import UserError
 from evaluation import table
 from loss import Loss
 from metric import METRICS
+from model.loading.description import describe, described
 from optimizer import Schedule, load_optimizer
 from step import TrainStep
 from system import parallel
@@ -183,7 +184,7 @@ class Trainer:
         self._enter_phase()
         step.loss.load_state_dict(state['loss'])
         self.log = state['log']
-        fresh, self.partial = self.partial.totals, EpochStats(**state['partial'])
+        fresh, self.partial = self._fresh().totals, EpochStats(**state['partial'])
         if self.partial.totals.keys() != fresh.keys():  # the terms of the loss have changed
             self.partial.totals, self.partial.learned = fresh, 0
         self.saved = self._place()
@@ -198,8 +199,8 @@ class Trainer:
         """Everything that the run continues from: weights, optimiser, counters and log, as saved in state.pt."""
         step = self.train_step
         return {
-            'model': self.model.net.state_dict(),
-            'average': step.ema.state if step.ema else None,
+            'model': described(self.model.net.state_dict(), describe(self.model)),
+            'average': described(step.ema.state, describe(self.model)) if step.ema else None,
             'optimizer': step.optimizer.state_dict(),
             'loss': step.loss.state_dict(),
             'scaler': step.scaler.state_dict(),

@@ -14,21 +14,24 @@ from torch.utils.data import DataLoader
 import option
 from checkpoint import RunFolder
 from data.degradation import Degradation
+from data.download.weights import TABLE, Official, fetch_official
 from data.library import Library
 from data.srdata import SRData
 from data.traindata import TrainData, train_loader
 from error import UserError
 from loss import Loss
 from loss.distill import Teacher
-from model import Model, type_name
-from model.loading.detect import recognise
+from model import NETWORKS, Model, all_settings, type_name
+from model.loading.description import Description
+from model.loading.detect import nearest, recognise
 from model.loading.weights import Origin, load_model, load_weights, read_weights
 from model.ops.recompute import recompute
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
 from muon import hidden_matrices
+from networks import shown
 from optimizer import Schedule, make_optimizer
-from options.table import ROOT
+from options.table import ROOT, setting_option
 from step import TrainStep
 from system import parallel
 from system.files import some
@@ -48,34 +51,64 @@ def device(args: Namespace) -> str:
 def apply_detected_network(args: Namespace) -> None:
     """Find out which network the weights of --pre_train belong to."""
     path = weights_file(args)
+    state, _, description = read_weights(path)
     try:
-        found = recognise(read_weights(path)[0], args.scale)
+        given = option.network_settings(args, nearest(state, description).name)
+        found = recognise(state, description, given, args.scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    given = option.network_settings(args, found.name)
-    assumed = [key for key in found.unseen if key not in given]
-    option.apply_detected_network(args, found.name, found.scale, found.shown, found.settings)
+    option.apply_detected_network(args, found.name, found.scale, found.settings)
     log.info('%s holds weights of %s', path, found)
-    if found.settings and assumed:
-        log.info('What weights do not show is as in the paper of %s: %s', found.name, ', '.join(assumed))
+    if found.settings and found.assumed:
+        log.info('What nothing says of them is as in %s: %s', found.like, ', '.join(found.assumed))
 
 
 def weights_file(args: Namespace, option: str = 'pre_train') -> Path:
-    """The file that --pre_train or --teacher means: a path from here, or a name in --extend."""
+    """The file that --pre_train or --teacher means: a path from here, a name in --extend, or what a download has."""
     given = getattr(args, option)
+    if given == 'download':
+        with parallel.main_process_first():
+            return fetch_official(official_weights(args), args.extend, read_weights)
     path = Path(given).expanduser()
     if not path.is_file():
         path = args.extend / path
     if not path.is_file():
         files = sorted(file.name for file in args.extend.glob('*') if file.suffix in ('.pt', '.pth', '.safetensors'))
         there = some(files) or 'none'
+        official = TABLE.get(path.stem)
+        known = official is not None and not official.by_hand and official.file == path.name
+        fetched = f", or get the authors' with python src/prepare.py weights {path.stem}" if known else ''
         if args.template and given == TEMPLATES[args.template].get(option):
             raise UserError(
                 f'--template {args.template} starts from {given}, which is neither here nor in {args.extend} '
-                f'(it holds {there}): train these weights first, or give a file with --pre_train.'
+                f'(it holds {there}): train these weights first{fetched}, or give a file with --pre_train.'
             )
-        raise UserError(f'--{option} {given}: no such file here or in {args.extend}, which holds {there}.')
+        raise UserError(f'--{option} {given}: no such file here or in {args.extend}, which holds {there}{fetched}.')
     return path
+
+
+def official_weights(args: Namespace) -> Official:
+    """The authors' weights of the network that the options say, under whatever name of it.
+
+    Raises:
+        UserError: none are known.
+    """
+    if args.model == 'auto':
+        raise UserError('--pre_train download: name the network with --model, and the scale with --scale.')
+    network = NETWORKS[args.model]
+    settings = all_settings(network, args.scale, **option.network_settings(args))
+    same = [
+        name
+        for name, other in NETWORKS.items()
+        if other.build is network.build and settings == all_settings(other, args.scale)
+    ]
+    name = f'{(same or [args.model])[0]}_x{args.scale}'
+    if name not in TABLE:
+        raise UserError(
+            f'--pre_train download: no weights of {name} by its authors are known here; python src/prepare.py weights '
+            'list names those that are.'
+        )
+    return TABLE[name]
 
 
 def make_model(args: Namespace) -> Model:
@@ -113,14 +146,33 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, Origin]:
         return load_run(args, model)
     if args.pre_train:
         path = weights_file(args)
-        weights, unwrapped = read_weights(path)
+        weights, unwrapped, description = read_weights(path)
         upsampler = None if args.test_only else model.network.upsampler_prefix
         new = load_weights(model.net, weights, str(path), upsampler)
+        check_description(args, model, path, description)
         inside = f' ({unwrapped})' if unwrapped else ''
         return None, Origin(f'{path}{inside}' + (f'; new: {", ".join(new)}' if new else ''))
     if args.test_only and model.net.state_dict():
         raise UserError(f'{args.model} has no weights to test: give a file with --pre_train or a run with --load.')
     return None, Origin('new weights' if model.net.state_dict() else 'no weights', read=False)
+
+
+def check_description(args: Namespace, model: Model, path: Path, description: Description | None) -> None:
+    """Refuse settings that nobody named where weights, which do not show them, come with others.
+
+    Settings that depend on the scale unless they are named are left alone.
+    """
+    given = option.network_settings(args)
+    for key, said in (description.settings if description else {}).items():
+        own = model.settings.get(key, said)
+        if own == said or None in (own, said):
+            continue
+        if key not in given:
+            raise UserError(
+                f'{path} says that the {key} of its network is {shown(said)}; that of {args.model} is {shown(own)} '
+                f'unless it is named: give {setting_option(key, said)}, or --model auto.'
+            )
+        log.info('%s says that the %s of its network is %s; here it is %s.', path, key, shown(said), shown(own))
 
 
 def load_run(args: Namespace, model: Model) -> tuple[dict[str, Any], Origin]:
@@ -193,7 +245,6 @@ def make_teacher(args: Namespace, model: Model) -> Teacher | None:
             f'--teacher {path} holds {teacher.name} x{teacher.scale} of {teacher.n_colors} channels, and {model.name} '
             f'x{model.scale} has {model.n_colors}: give weights of the same scale and number of channels.'
         )
-    log.info('--teacher %s holds weights of %s; what they do not show is as in its paper', path, teacher.name)
     net, own, others = teacher.net.eval().requires_grad_(False), model.range, teacher.range
 
     def teach(lr: Tensor) -> Tensor:

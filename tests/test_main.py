@@ -258,8 +258,8 @@ def test_auto_finds_the_network_in_its_weights(data_folder, no_curves, capsys):
     assert results(found)['model'] == 'LCoAN'
     assert results(found)['settings'] == results(run)['settings']
     said = capsys.readouterr().out
-    assert 'holds weights of LCoAN x2 (n_feats 8, n_resgroups 2, n_resblocks 1, n_clusters 4)' in said
-    assert 'What weights do not show is as in the paper of LCoAN: ema_decay, res_scale, act, dilation' in said
+    assert 'holds weights of LCoAN x2 (n_feats 8, n_resgroups 2, n_resblocks 1, n_clusters 4, window_size 16)' in said
+    assert 'What nothing says of them is as in LCoAN: ema_decay, res_scale, act, dilation' in said
     assert "(params_ema, without the prefix 'module.')" in said
 
 

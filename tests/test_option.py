@@ -17,6 +17,7 @@ from option import parse
 from options.config import read_config, write_config
 from options.kinds import data_range, epochs_list, names
 from options.measured import cost_models, cost_scales, several_forms
+from options.table import setting_option
 from template import TEMPLATES
 from tests.conftest import ROOT
 
@@ -268,13 +269,13 @@ def test_profile_of_several():
 def test_recognised_network_settles_the_options():
     args = options('--model auto --pre_train x.pt --test_only --res_scale 0.5')
     assert (args.scale, args.save) == (None, '')
-    option.apply_detected_network(args, 'EDSR', 3, {'n_feats': 8, 'n_colors': 3}, {'n_feats': 8})
+    option.apply_detected_network(args, 'EDSR', 3, {'n_feats': 8})
     assert (args.model, args.scale, args.n_feats, args.res_scale, args.save) == ('EDSR', 3, 8, 0.5, 'EDSR_x3_x_test')
 
 
 def test_training_takes_weights_to_another_scale():
     args = options('--model auto --pre_train x.pt --scale 4')
-    option.apply_detected_network(args, 'EDSR', 2, {}, {})
+    option.apply_detected_network(args, 'EDSR', 2, {})
     assert (args.model, args.scale) == ('EDSR', 4)
 
 
@@ -309,11 +310,9 @@ def auto(command: str) -> Namespace:
 
 def test_recognised_network_meets_the_checks_of_any_other():
     with pytest.raises(UserError, match=r'--scale 2: x\.pt holds weights of EDSR x3; leave it out'):
-        option.apply_detected_network(auto('--scale 2 --test_only'), 'EDSR', 3, {}, {})
-    with pytest.raises(UserError, match=r'--n_feats 4: x\.pt holds weights of EDSR with 8; leave it out'):
-        option.apply_detected_network(auto('--n_feats 4'), 'EDSR', 3, {'n_feats': 8}, {})
+        option.apply_detected_network(auto('--scale 2 --test_only'), 'EDSR', 3, {})
     with pytest.raises(UserError, match='--patch_size 100 is not a multiple of --scale 3'):
-        option.apply_detected_network(auto('--patch_size 100'), 'EDSR', 3, {}, {})
+        option.apply_detected_network(auto('--patch_size 100'), 'EDSR', 3, {})
 
 
 @pytest.mark.parametrize(
@@ -529,10 +528,14 @@ def test_what_is_no_value_of_a_setting(new_network, text):
 
 def test_recognised_weights_may_show_settings_without_an_option(new_network):
     args = options('--model auto --pre_train x.pt --test_only')
-    option.apply_detected_network(args, 'ASID', 2, {'depth': 4}, {'depth': 4})
+    option.apply_detected_network(args, 'ASID', 2, {'depth': 4})
     assert option.network_settings(args) == {'depth': 4}
-    with pytest.raises(UserError, match=r'--depth 5: .*holds weights of ASID with 4'):
-        option.apply_detected_network(auto('--net depth=5'), 'ASID', 2, {'depth': 4}, {'depth': 4})
+
+
+def test_how_a_setting_is_typed(new_network):
+    for name, value in (('n_feats', 64), ('res_scale', 1.0), ('shift_mean', False), ('depth', 4), ('wide', True)):
+        typed = setting_option(name, value).split()
+        assert option.network_settings(parse(['--model', 'ASID', *typed])) == {name: value}
 
 
 def test_a_run_from_before_net_is_continued(saved):

@@ -82,6 +82,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 NETWORK_SETTINGS = tuple(SETTINGS)  # left out, these are as in the network's paper
 
 
+def setting_option(name: str, value: object) -> str:
+    """What is typed for a setting of a network to have a value."""
+    return f'--{name} {networks.shown(value)}' if name in SETTINGS else f'--net {name}={networks.shown(value)}'
+
+
 def build_parser() -> Parser:
     """All options, in groups, with their defaults and units: first what to do, then with what and how."""
     parser = Parser(
@@ -320,7 +325,8 @@ def _add_network(g: Group) -> None:
         '--pre_train',
         default='',
         metavar='FILE',
-        help='weights to start from, or to test (default: in training those that the recipe starts from)',
+        help='weights to start from, or to test; download: those of the authors of the network, fetched into --extend '
+        '(default: in training those that the recipe starts from)',
     )
     g.add_argument(
         '--extend',

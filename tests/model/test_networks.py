@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import NETWORKS, build
+from model import NETWORKS, all_settings, build
+from model.loading.description import Description
 from model.loading.detect import recognise
 from model.loading.weights import load_weights
 from tests.conftest import slow
@@ -254,22 +255,21 @@ def test_official_weights_are_recognised(key: str) -> None:
     if 'sub_mean.bias' in values:
         black = {'EDSR': 255, 'RCAN': 255}.get(CASES[key]['name'].partition('-')[0], 1)
         values['sub_mean.bias'] = -black * torch.tensor([0.4488, 0.4371, 0.4040])
-    found = recognise(values, CASES[key]['scale'] if CASES[key]['name'] in ALIKE else None)
+    found = recognise(values, scale=CASES[key]['scale'] if CASES[key]['name'] in ALIKE else None)
     assert (found.name, found.scale, found.settings) == (CASES[key]['name'], CASES[key]['scale'], {})
 
 
 @small_networks
 @pytest.mark.parametrize('scale', [2, *slow(3, 4)])
 def test_other_sizes_are_recognised(name: str, scale: int) -> None:
-    found = recognise(small(name, scale).state_dict(), scale if name in ALIKE else None)
-    assert NETWORKS[found.name].build is NETWORKS[name].build
-    assert found.scale == scale
-    # What keys and shapes show is right; the rest is named.
-    full = defaults(found.name) | found.settings
-    wrong = {key for key, value in SMALL[name].items() if full[key] != value}
-    assert wrong <= set(found.unseen)
-    with torch.device('meta'):
-        assert layout(build(found.name, scale, **found.settings)) == layout(build(name, scale, **SMALL[name]))
+    state = small(name, scale).state_dict()
+    full = all_settings(NETWORKS[name], scale, **SMALL[name])
+    # With what weights do not show named by the user, or by the file.
+    given_scale = scale if name in ALIKE else None
+    for found in (recognise(state, None, full, given_scale), recognise(state, Description(name, scale, full))):
+        assert NETWORKS[found.name].build is NETWORKS[name].build
+        assert found.scale == scale
+        assert all_settings(NETWORKS[found.name], scale, **found.settings) == full
 
 
 @small_networks

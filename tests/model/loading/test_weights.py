@@ -2,8 +2,10 @@ import json
 import os
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -39,38 +41,79 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_reads_what_torch_saves(tmp_path: Path, modern: bool) -> None:
     state = network('LCoAN', 2).state_dict()
     torch.save(state, tmp_path / 'x.pt', _use_new_zipfile_serialization=modern)
-    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+    assert same(read_weights(tmp_path / 'x.pt').state, state)
 
 
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f'{prefix}{key}': value for key, value in state.items()}
+
+
+PREFIXES = ['module.', 'model.', 'net.', '_orig_mod.', 'module._orig_mod.', 'netG.', 'generator.']
 WRAPPED = [
     (lambda right, wrong: right, ''),
+    *((partial(lambda name, right, wrong: {name: right, 'epoch': 3}, name), name) for name in (
+        'model_state_dict', 'net', 'netG', 'generator', 'ema', 'weights', 'state_dict_ema', 'some_name_of_theirs',
+    )),
+    *((partial(lambda prefix, right, wrong: prefixed(prefix, right), prefix), f"without the prefix '{prefix}'")
+      for prefix in PREFIXES),
+    (lambda right, wrong: {'netG': right, 'netD': wrong, 'step': 5}, 'netG'),
+    (lambda right, wrong: {'state_dict': wrong, 'state_dict_ema': right}, 'state_dict_ema'),
+    (lambda right, wrong: {'model': wrong, 'ema': {'decay': 0.999, 'shadow': right}}, 'ema, shadow'),
+    (lambda right, wrong: {'state_dict': right, 'lr': right['v'], 'optimizer': {'state': {0: wrong}}}, 'state_dict'),
+    (lambda right, wrong: {'checkpoint': {'state_dict': prefixed('model.', right)}},
+     "checkpoint, state_dict, without the prefix 'model.'"),
+    (lambda right, wrong: {**right, 'epoch': 3, 'loss': None}, 'without epoch, loss'),
     (lambda right, wrong: {'params': right}, 'params'),
-    (lambda right, wrong: {'params_ema': right}, 'params_ema'),
     (lambda right, wrong: {'params': wrong, 'params_ema': right}, 'params_ema'),
     (lambda right, wrong: {'model': right, 'average': None, 'epoch': 3}, 'model'),
     (lambda right, wrong: {'model': wrong, 'average': right, 'epoch': 3}, 'average'),
     (lambda right, wrong: {'state_dict': right, 'epoch': 3}, 'state_dict'),
-    (lambda right, wrong: {f'module.{key}': value for key, value in right.items()}, "without the prefix 'module.'"),
-    (
-        lambda right, wrong: {'params': {f'module.{key}': value for key, value in right.items()}},
-        "params, without the prefix 'module.'",
-    ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('wrap, said', WRAPPED)
 def test_reads_the_wrappers_that_are_in_use_and_says_so(tmp_path: Path, wrap, said: str) -> None:
     right, wrong = {'w': torch.tensor([1.0, 2.0]), 'v': torch.ones(1)}, {'w': torch.tensor([0.0, 0.0])}
     torch.save(wrap(right, wrong), tmp_path / 'x.pt')
-    found, unwrapped = read_weights(tmp_path / 'x.pt')
-    assert same(found, right)
-    assert unwrapped == said
+    found = read_weights(tmp_path / 'x.pt')
+    assert same(found.state, right)
+    assert found.unwrapped == said
 
 
 def test_a_prefix_of_some_names_only_stays(tmp_path: Path) -> None:
-    state = {'module.w': torch.ones(2), 'v': torch.ones(1)}
+    state = {'module.w': torch.ones(2), 'v': torch.ones(1), 'module.u': torch.ones(1)}
     torch.save(state, tmp_path / 'x.pt')
-    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+    assert same(read_weights(tmp_path / 'x.pt').state, state)
+
+
+@pytest.mark.parametrize(
+    ('number', 'outdated'), [(np.float64(37.5), False), (np.int64(3), False), (np.float32(1), True)]
+)
+def test_a_scalar_of_numpy_beside_the_tensors_is_let_be(tmp_path: Path, number: np.generic, outdated: bool) -> None:
+    state = {'w': torch.ones(2), 'v': torch.zeros(1)}
+    path = tmp_path / 'x.pt'
+    torch.save({'best': number, 'state_dict': state}, path, _use_new_zipfile_serialization=False)
+    if outdated:  # NumPy before its second version has it elsewhere
+        path.write_bytes(path.read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray'))
+    assert same(read_weights(path).state, state)
+    torch.save({**state, 'best': number}, path)
+    assert same(read_weights(path).state, state)
+    with pytest.raises(pickle.UnpicklingError):  # they are allowed here alone
+        torch.load(path, weights_only=True)
+
+
+def test_nothing_of_numpy_is_called(tmp_path: Path) -> None:
+    """A type of objects without the flag that says so has NumPy take the bytes of a scalar for an address."""
+    code = (
+        b'\x80\x02}q\x00X\x01\x00\x00\x00wcnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00O8K\x00K\x01\x87R'
+        b'(K\x03X\x01\x00\x00\x00|NNNK\x08K\x08K\x00tbX\x08\x00\x00\x00AAAAAAAA\x86Rs.'
+    )
+    torch.save({'w': torch.ones(1)}, tmp_path / 'x.pt')
+    with zipfile.ZipFile(tmp_path / 'x.pt') as old, zipfile.ZipFile(tmp_path / 'y.pt', 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, code if name.endswith('data.pkl') else old.read(name))
+    with pytest.raises(UserError, match=r'y\.pt holds no state dict but w:'):
+        read_weights(tmp_path / 'y.pt')
 
 
 TYPES = [
@@ -86,7 +129,7 @@ def of_all_types() -> dict[str, torch.Tensor]:
 
 def test_safetensors_reads_what_is_written_here() -> None:
     state = of_all_types() | {'turned': torch.arange(6.0).view(2, 3).t()}
-    found = safetensors.torch.load(files.safetensors(state))
+    found = safetensors.torch.load(files.safetensors(state, {'about': 'weights'}))
     assert found.keys() == state.keys()
     for key, value in state.items():
         assert found[key].dtype == value.dtype
@@ -96,12 +139,30 @@ def test_safetensors_reads_what_is_written_here() -> None:
 def test_reads_what_safetensors_saves(tmp_path: Path) -> None:
     state = of_all_types()
     safetensors.torch.save_file(state, tmp_path / 'x.safetensors', metadata={'format': 'pt'})
-    found, _ = read_weights(tmp_path / 'x.safetensors')
+    found = read_weights(tmp_path / 'x.safetensors').state
     assert found.keys() == state.keys()
     for key, value in state.items():
         assert found[key].dtype == value.dtype
         assert torch.equal(found[key], value)
     found['scalar'] += 1  # its own memory
+
+
+@pytest.mark.parametrize('modern', [True, False])
+def test_a_file_of_pytorch_is_one_whatever_its_name(tmp_path: Path, modern: bool) -> None:
+    state = {'w': torch.ones(2), 'v': torch.zeros(1)}
+    torch.save(state, tmp_path / 'x.safetensors', _use_new_zipfile_serialization=modern)
+    assert same(read_weights(tmp_path / 'x.safetensors').state, state)
+
+
+def test_a_file_of_safetensors_is_one_whatever_its_name(tmp_path: Path) -> None:
+    state = {'v': torch.ones(2), 'w': torch.zeros(1)}
+    firsts = set()
+    for size in range(0, 256, 8):  # one begins with the byte that begins a pickle
+        content = safetensors.torch.save(state, {'about': 'x' * size})
+        (tmp_path / 'x.pth').write_bytes(content)
+        assert same(read_weights(tmp_path / 'x.pth').state, state)
+        firsts.add(content[0])
+    assert 0x80 in firsts
 
 
 @pytest.mark.parametrize('where', [0, 4, 8, 9, 30, -1])
@@ -137,13 +198,27 @@ def test_safetensors_with_an_impossible_header(tmp_path: Path, entry: object) ->
 
 @pytest.mark.parametrize(
     'content',
-    [{}, [torch.zeros(2)], torch.zeros(2), 7, {'w': 1.0}, {'w': torch.zeros(2), 'epoch': 3}, {0: torch.zeros(2)}],
+    [{}, [torch.zeros(2)], torch.zeros(2), 7, {'w': 1.0}, {0: torch.zeros(2)}, {'a': [torch.zeros(2)], 'b': {}}],
     ids=str,
 )
 def test_what_is_not_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / 'x.pt')
     with pytest.raises(UserError, match=r'x\.pt holds no state dict'):
         read_weights(tmp_path / 'x.pt')
+
+
+def test_what_was_found_instead_is_named(tmp_path: Path) -> None:
+    state = {'w': torch.zeros(2)}
+    torch.save({'encoder': state, 'decoder': state, 'epoch': 3}, tmp_path / 'x.pt')
+    with pytest.raises(UserError, match=r'x\.pt holds no state dict but encoder: .*, decoder: .*, epoch: int'):
+        read_weights(tmp_path / 'x.pt')
+
+
+def test_a_file_that_holds_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, object] = {'w': torch.zeros(2)}
+    content['model'] = content
+    torch.save(content, tmp_path / 'x.pt')
+    assert list(read_weights(tmp_path / 'x.pt').state) == ['w']
 
 
 class Trap:
