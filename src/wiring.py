@@ -148,10 +148,10 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, Origin]:
         path = weights_file(args)
         weights, unwrapped, description = read_weights(path)
         upsampler = None if args.test_only else model.network.upsampler_prefix
-        new = load_weights(model.net, weights, str(path), upsampler)
+        left = load_weights(model.net, weights, str(path), upsampler)
         check_description(args, model, path, description)
         inside = f' ({unwrapped})' if unwrapped else ''
-        return None, Origin(f'{path}{inside}' + (f'; new: {", ".join(new)}' if new else ''))
+        return None, Origin(f'{path}{inside}{left}')
     if args.test_only and model.net.state_dict():
         raise UserError(f'{args.model} has no weights to test: give a file with --pre_train or a run with --load.')
     return None, Origin('new weights' if model.net.state_dict() else 'no weights', read=False)

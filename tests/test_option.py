@@ -31,8 +31,8 @@ OLD = """
 """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
-    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
-    deterministic tf32 max_time sampling degradation
+    kernel_size pad_to group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
+    graph deterministic tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
     compare max_memory show_attention export forms net restarts patch_schedule loss_final final_epochs teacher distill
 """
@@ -69,8 +69,8 @@ DEFAULTS = {
     'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
     'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
-    'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
-    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
+    'kernel_size': None, 'pad_to': None, 'group_channels': None, 'tlc_size': None, 'category_size': None,
+    'n_tokens': None, 'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
@@ -341,7 +341,7 @@ def test_more_values():
 COUNTS = """
     scale patch_size chop_size chop_batch n_resgroups n_resblocks n_feats reduction n_clusters window_size n_hashes
     chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
-    category_size n_tokens reduced_dim final_epochs
+    category_size n_tokens reduced_dim final_epochs pad_to
 """
 NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every restarts'
 POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'

@@ -36,7 +36,7 @@ class NetworkSpec:
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
         upsampler_prefix: prefix, or several, of the parameters that depend on the scale; all others carry over to
-            another scale.
+            another scale as they are, convolutions before an `nn.PixelShuffle` interpolated.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.

@@ -67,7 +67,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         'channels inside the feed-forward networks, times n_feats',
         {'metavar': 'X', 'type': number(float, 0, 100, open_low=True)},
     ),
-    'kernel_size': ('side of the dynamic or depthwise kernels', COUNT),
+    'kernel_size': ('side of the dynamic, depthwise or large kernels', COUNT),
+    'pad_to': (
+        'first continue images by reflection to multiples of so many pixels, as the authors of ESC do in tests',
+        COUNT,
+    ),
     'group_channels': ('channels that share a dynamic kernel', COUNT),
     'tlc_size': ('window of the channel attention in tests, pixels a side; 96 / 72 / 48 at x2 / x3 / x4', COUNT),
     'category_size': ('pixels a group of one category', COUNT),

@@ -45,6 +45,14 @@ SMALL = {
     'SwinIR-light': {
         'n_resgroups': 2, 'n_resblocks': 2, 'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'mlp_ratio': 1.0,
     },
+    'ESC': {
+        'n_resgroups': 2, 'n_resblocks': 2, 'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'mlp_ratio': 1.5,
+        'kernel_size': 5, 'kernel_feats': 8,
+    },
+    'ESC-FP': {
+        'n_resgroups': 2, 'n_resblocks': 2, 'n_feats': 12, 'n_heads': 3, 'window_size': 4, 'mlp_ratio': 1.5,
+        'kernel_size': 5, 'kernel_feats': 8, 'pad_to': 8,
+    },
     'IMDN': {'n_resblocks': 2, 'n_feats': 22},
     'PAN': {'n_resblocks': 2, 'n_feats': 9, 'n_up_feats': 6},
     'BSRN': {'n_resblocks': 2, 'n_feats': 17},
@@ -174,7 +182,8 @@ def test_state_carries_over(name: str) -> None:
 def test_weights_carry_over_to_another_scale_but_for_the_upsampler(name: str, old: int, new: int) -> None:
     source, net = small(name, old), small(name, new, seed=1)
     prefix = NETWORKS[name].upsampler_prefix
-    left = load_weights(net, source.state_dict(), 'x.pt', prefix)
+    interpolated, new = load_weights(net, source.state_dict(), 'x.pt', prefix)
+    left = [*interpolated, *new]
     assert all(key.startswith(prefix) for key in left)
     kept = source.state_dict()
     assert all(torch.equal(value, kept[key]) for key, value in net.state_dict().items() if key not in left)
@@ -291,7 +300,7 @@ def test_weights_of_impossible_shapes_are_not_recognised(name: str) -> None:
             recognise({**state, key: torch.zeros(shapes[i % len(shapes)])})
 
 
-@pytest.mark.parametrize('name', ['ATD', 'SwinIR-light', 'ASID', 'OmniSR'])
+@pytest.mark.parametrize('name', ['ATD', 'SwinIR-light', 'ASID', 'OmniSR', 'ESC', 'ESC-FP'])
 def test_windows_that_would_fill_the_memory_are_refused(name: str) -> None:
     with pytest.raises(UserError, match='--window_size 65 makes windows of 65x65 pixels: choose 64 or less'):
         build(name, 2, window_size=65)
