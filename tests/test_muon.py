@@ -114,6 +114,7 @@ ENDS = {
     **dict.fromkeys(('ATD', 'PAN'), ('conv_first', 'conv_last')),
     **dict.fromkeys(('ATD-light', 'SwinIR-light', 'HiT-SRF'), ('conv_first', 'upsample.0')),
     'CATANet': ('first_conv', 'last_conv'),
+    **dict.fromkeys(('ESC', 'ESC-FP'), ('proj', 'to_img')),
     'DLGSANet': ('overlap_embed.0.proj', 'upsample.0'),
     'IMDN': ('fea_conv', 'upsampler.0'),
     'BSRN': ('upsampler.upsampleOneStep.0',),  # its first layer takes twelve channels, four copies of the image
