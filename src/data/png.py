@@ -5,7 +5,7 @@ Follows the PNG specification, third edition (https://www.w3.org/TR/png-3/): chu
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -50,16 +50,14 @@ def read_png16(data: bytes) -> np.ndarray:
             packed.append(body)
     height, width, channels, interlaced = _shape(header)
     passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
-    shapes = [(len(range(y, height, down)), len(range(x, width, right))) for y, x, down, right in passes]
-    sizes = [rows * (1 + 2 * channels * columns) if columns else 0 for rows, columns in shapes]
-    data = _inflate(b''.join(packed), sum(sizes))
-    image, start = np.empty((height, width, channels), np.uint16), 0
-    for (y, x, down, right), (rows, columns), size in zip(passes, shapes, sizes, strict=True):
-        if size:  # a pass without columns has no rows either
-            lines = data[start : start + size].reshape(rows, -1)
-            pixels = _unfilter(lines[:, 0], lines[:, 1:].reshape(rows, columns, 2 * channels))
-            image[y::down, x::right] = pixels.view('>u2')
-            start += size
+    shapes = [(len(range(y, height, down)), len(range(x, width, right)), channels) for y, x, down, right in passes]
+    parts = list(_reduced_images(b''.join(packed), shapes))
+    if not interlaced:
+        image = parts[0].astype(np.uint16)
+    else:
+        image = np.empty((height, width, channels), np.uint16)
+        for (y, x, down, right), part in zip(passes, parts, strict=True):
+            image[y::down, x::right] = part
     return image if key is None else _with_alpha(image, key)
 
 
@@ -173,6 +171,19 @@ def _shape(header: bytes) -> tuple[int, int, int, bool]:
     if not (0 < width < 2**31 and 0 < height < 2**31):
         raise ValueError(f'the PNG header declares {width} x {height} pixels')
     return height, width, CHANNELS[color_type], interlace == 1
+
+
+def _reduced_images(packed: bytes, shapes: Sequence[tuple[int, int, int]]) -> Iterator[np.ndarray]:
+    """Images of these shapes (H, W, C), one behind the other in the packed data, big-endian uint16."""
+    sizes = [h * (1 + 2 * c * w) if w else 0 for h, w, c in shapes]  # without columns there are no rows either
+    data, end = _inflate(packed, sum(sizes)), 0
+    for (height, width, channels), size in zip(shapes, sizes, strict=True):
+        start, end = end, end + size
+        if not size:
+            yield np.empty((height, width, channels), '>u2')
+            continue
+        rows = data[start:end].reshape(height, -1)
+        yield _unfilter(rows[:, 0], rows[:, 1:].reshape(height, width, 2 * channels)).view('>u2')
 
 
 def _inflate(packed: bytes, size: int) -> np.ndarray:
