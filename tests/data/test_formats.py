@@ -84,15 +84,6 @@ def test_orientation_in_xmp_alone(tmp_path, name):
         np.testing.assert_array_equal(found, np.rot90(DEEP if name == 'deep.tif' else RGB, -1))
 
 
-def test_a_damaged_end_of_a_png_file_does_not_matter(tmp_path):
-    write_png(tmp_path / 'x.png', RGB)
-    whole = (tmp_path / 'x.png').read_bytes()
-    for tail in (chunk(b'iCCP', b'junk'), chunk(b'zTXt', b'a\0\0junk')):
-        (tmp_path / 'x.png').write_bytes(whole[:-12] + tail)
-        assert read_size(tmp_path / 'x.png') == (5, 7)
-        np.testing.assert_array_equal(read_photo(tmp_path / 'x.png').color, RGB)
-
-
 @pytest.mark.parametrize('block', [b'II', b'no exif at all', b'MM\0*\0\0\0\xff'])
 def test_damaged_exif_is_named_with_its_file_and_ignored(tmp_path, capsys, block):
     said = logging_to(capsys)
