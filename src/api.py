@@ -24,7 +24,7 @@ from model.loading.detect import recognise
 from model.loading.weights import load_weights, read_weights
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
-from option import ROOT
+from options.table import ROOT
 from system.files import some
 from system.machine import best_device
 from system.numerics import exact_float32

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import option
 from error import UserError, report_error
+from options.kinds import Parser, count, folder, natural
+from options.table import ROOT
 from system.allocator import tune_malloc
 
 log = logging.getLogger('frugalsr')
@@ -35,22 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> option.Parser:
+def build_parser() -> Parser:
     """The options."""
-    parser = option.Parser(
+    parser = Parser(
         prog='app.py',
         description='Serve a page in the browser that enlarges images.',
     )
     parser.add_argument(
         '--host', metavar='NAME', default='127.0.0.1', help='address to listen on; 0.0.0.0: every one of this machine'
     )
-    parser.add_argument('--port', metavar='N', type=option.natural, default=7860, help='0: one that is free')
-    parser.add_argument('--max_upload', metavar='N', type=option.count, default=50, help='size of an image file, MB')
+    parser.add_argument('--port', metavar='N', type=natural, default=7860, help='0: one that is free')
+    parser.add_argument('--max_upload', metavar='N', type=count, default=50, help='size of an image file, MB')
     parser.add_argument(
-        '--max_pixels', metavar='N', type=option.count, default=100, help='pixels of an enlarged image, millions'
+        '--max_pixels', metavar='N', type=count, default=100, help='pixels of an enlarged image, millions'
     )
     parser.add_argument(
-        '--extend', metavar='FOLDER', type=option.folder, default=option.ROOT / 'models', help='weights to choose from'
+        '--extend', metavar='FOLDER', type=folder, default=ROOT / 'models', help='weights to choose from'
     )
     parser.add_argument('--cpu', action='store_true', help='leave the GPU alone')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
@@ -71,7 +72,7 @@ def run(args: Namespace) -> None:
             from web.page import site
         except ModuleNotFoundError as error:
             raise UserError(
-                f"{error.name} is missing in {sys.executable}: pip install -r requirements.txt 'gradio>=6.31,<7'."
+                f"{error.name} is missing in {sys.executable}: pip install -r requirements.txt 'gradio>=6.31'."
             ) from error
         start_screen()
         work = partial(enlarge, max_pixels=args.max_pixels, cpu=args.cpu)

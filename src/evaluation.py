@@ -70,10 +70,7 @@ class Evaluation:
 
     def protocol(self) -> dict[str, dict[str, Any]]:
         """What each set's scores are measured on."""
-        return {
-            s.name: {'channels': s.channels, 'shave': s.shave, 'lr_made': s.lr_made, 'lr_border': s.lr_border}
-            for s in self.sets
-        }
+        return {s.name: s.protocol() for s in self.sets}
 
     def saved(self) -> dict[str, list[Saved]]:
         """The images that it saves, by set."""

@@ -1,15 +1,25 @@
-"""The loss language of EDSR, as in '5*VGG54+0.15*GAN', for all that reads it without torch."""
+"""The loss language of EDSR, as in '5*VGG54+0.15*GAN', for all that reads it without torch.
 
+The terms come from loss/terms.json, which `python src/tables.py` writes from the table of terms in loss/__init__.py.
+"""
+
+import json
 from collections.abc import Collection
+from functools import cache
+from pathlib import Path
 
 from error import UserError
 
-# In the order of `loss.TERMS`, which has their classes.
-NAMES = ('L1', 'MSE', 'Charbonnier', 'FFT', 'VGG22', 'VGG54', 'GAN', 'WGAN_GP', 'RGAN')
-WHOLE_BATCHES = ('GAN', 'WGAN_GP', 'RGAN')  # as their classes say
+FILE = Path(__file__).resolve().parent / 'loss' / 'terms.json'
 
 
-def list_names(names: Collection[str] = NAMES) -> str:
+@cache
+def known_terms() -> dict[str, bool]:
+    """The names of the terms, and whether each needs whole batches."""
+    return json.loads(FILE.read_text(encoding='utf-8'))
+
+
+def list_names(names: Collection[str]) -> str:
     """'L1, MSE or GAN'."""
     *most, last = names
     return f'{", ".join(most)} or {last}'
@@ -21,7 +31,8 @@ def find_whole_batches(text: str) -> list[str]:
     Raises:
         UserError: as in `parse`.
     """
-    return [name for name in parse(text, NAMES) if name in WHOLE_BATCHES]
+    known = known_terms()
+    return [name for name in parse(text, known) if known[name]]
 
 
 def parse(text: str, known: Collection[str]) -> dict[str, float]:

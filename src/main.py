@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import option
 from error import UserError, report_error
+from options.config import changes, write_config
+from options.measured import cost_models, cost_scales, several_forms
 from system.allocator import tune_malloc
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
 
 
 def run_here(args: Namespace) -> None:
-    """Do what the options say in this process."""
+    """Do what the options say with this process alone, or with it as one of several that share the run."""
     from checkpoint import RunFolder, start_screen
     from system import parallel
     from wiring import apply_detected_network
@@ -108,7 +110,7 @@ def costs(args: Namespace, folder: RunFolder) -> None:
     from report.picture import scatter
     from wiring import device
 
-    pairs = find_pairs(option.cost_models(args), option.cost_scales(args))
+    pairs = find_pairs(cost_models(args), cost_scales(args))
     folder.start_log()
     rows = measure_all(pairs, device(args), log.info)
     for line in table(rows).splitlines():
@@ -132,8 +134,8 @@ def profile(args: Namespace, folder: RunFolder) -> None:
 
     old = read_report(args.compare) if args.compare else None
     if args.profile:
-        pairs, where = find_pairs(option.cost_models(args), option.cost_scales(args)), device(args)
-        several = option.several_forms(args, where)
+        pairs, where = find_pairs(cost_models(args), cost_scales(args)), device(args)
+        several = several_forms(args, where)
         forms = parse_forms(args.forms or DEFAULT, where) if several else {}
         folder.start_log()
         if (before := folder.folder / 'profile.json').is_file():
@@ -204,7 +206,7 @@ def test(args: Namespace, folder: RunFolder) -> None:
     folder.start_log()
     describe(model, folder, origin)
     if not folder.holds_training():
-        folder.write('config.txt', option.write_config(args, model.settings))
+        folder.write('config.txt', write_config(args, model.settings))
     if evaluation.sets:
         results = evaluation(timed(model), label(args))
         log.info('%s', table(results))
@@ -250,7 +252,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'{args.model} has nothing to train: use it with --test_only.')
     loss = make_loss(args, model)
-    folder.config = option.write_config(args, model.settings)
+    folder.config = write_config(args, model.settings)
     state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
     evaluation = make_evaluation(args, sets, folder, save=args.save_results, ssim=args.ssim)
@@ -296,7 +298,7 @@ def check_is_free(args: Namespace, folder: RunFolder) -> None:
 
 def resume(args: Namespace, folder: RunFolder, trainer: Trainer, state: dict[str, Any]) -> None:
     """Go on from a state, or from the epoch that --resume names."""
-    for change in option.changes(state['options'], folder.config):
+    for change in changes(state['options'], folder.config):
         log.info('Changed: %s', change)
     if args.resume > 0:
         trainer.rewind(args.resume, state['log'])
@@ -341,7 +343,7 @@ def write_report(
     from report import run
 
     title = f'{args.score.name if args.score else label(args)} x{args.scale}'
-    saved, config = saved_images(args, folder, evaluation), option.write_config(args, settings)
+    saved, config = saved_images(args, folder, evaluation), write_config(args, settings)
     run.write_report(folder, title, about, evaluation.results, saved, config, option.changed(args))
 
 

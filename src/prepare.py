@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import option
 from error import UserError, report_error
+from options import kinds
+from options.table import ROOT
 
 if TYPE_CHECKING:
     from data.download.archive import Archive
@@ -45,16 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> option.Parser:
+def build_parser() -> kinds.Parser:
     """The options."""
-    parser = option.Parser(
+    parser = kinds.Parser(
         prog='prepare.py',
         usage='DIV2K|Flickr2K|benchmark [options]',
         description='Get a set of images: what is missing is downloaded, and LR that no archive has is made.',
     )
     parser.add_argument('set', choices=('DIV2K', 'Flickr2K', 'benchmark'), help='which; benchmark: Set5, Set14, ...')
     parser.add_argument(
-        '--dir_data', metavar='FOLDER', type=option.folder, default=option.ROOT / 'dataset', help='where the sets go'
+        '--dir_data', metavar='FOLDER', type=kinds.folder, default=ROOT / 'dataset', help='where the sets go'
     )
     parser.add_argument('--scale', metavar='N+N', type=scales, default='2+3+4', help='factors of the LR images')
     parser.add_argument(
@@ -69,7 +70,7 @@ def build_parser() -> option.Parser:
     parser.add_argument(
         '--n_threads',
         metavar='N',
-        type=option.count,
+        type=kinds.count,
         default=min(6, os.cpu_count() or 1),
         help='images worked on at once',
     )
@@ -79,7 +80,7 @@ def build_parser() -> option.Parser:
 
 def scales(text: str) -> list[int]:
     """Factors joined by '+'."""
-    found = option.scales(text)
+    found = kinds.scales(text)
     return sorted(set(found)) if isinstance(found, list) else [found]
 
 

@@ -15,6 +15,8 @@ import option
 from error import UserError, report_error
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 from metric import METRICS
+from options.kinds import Parser, folder
+from options.table import ROOT
 from system.allocator import tune_malloc
 from system.files import write_atomic
 
@@ -37,7 +39,7 @@ Written by `python src/results.py --dir_data DATA` from the `results.json` of it
 
 PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the recipe of each network says
 ([docs/PROTOCOLS.md](PROTOCOLS.md)). The weights are those of [models/](../models), tested as the recipe of their name
-says; their cards say how they were trained: short runs on SR291, 291 small images. Published figures stand in tables of
+says. Their cards say how they were trained: in short runs on few images. Published figures stand in tables of
 their own: they are of networks trained for long on DIV2K (800 images), DF2K (3,450 images) or SR291, and are
 copied from their sources ([src/measure/published.py](../src/measure/published.py)), not measured.
 """
@@ -59,20 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> option.Parser:
+def build_parser() -> Parser:
     """The options of results.py."""
-    parser = option.Parser(
+    parser = Parser(
         prog='results.py',
         description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are kept.',
     )
-    root = option.ROOT
+    root = ROOT
     for name, place, what in (
         ('dir_data', root / 'dataset', 'folder of the image sets'),
         ('extend', root / 'models', 'folder of the weights'),
         ('save_dir', root / 'experiment' / 'results', 'folder of the runs'),
         ('out', root / 'docs' / 'RESULTS.md', 'file to write'),
     ):
-        parser.add_argument(f'--{name}', metavar='PATH', type=option.folder, default=place, help=what)
+        parser.add_argument(f'--{name}', metavar='PATH', type=folder, default=place, help=what)
     parser.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser

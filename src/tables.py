@@ -1,24 +1,27 @@
-"""Writes what is derived from the program itself: src/model/networks.json, and from that docs/OPTIONS.md."""
+"""Writes what follows from the program itself: tables of its networks and loss terms, and from them docs/OPTIONS.md."""
 
 import json
 import sys
 from pathlib import Path
 
+from loss import TERMS
 from model import NETWORKS, all_settings
 from system.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / 'src' / 'model' / 'networks.json'
+LOSSES = ROOT / 'src' / 'loss' / 'terms.json'
 OPTIONS = ROOT / 'docs' / 'OPTIONS.md'
 
 
 def main() -> int:
-    """Write both files; returns the exit status, 0."""
+    """Write all of them; returns the exit status, 0."""
     write_atomic(TABLE, networks_table().encode())
-    import option  # which reads the table
+    write_atomic(LOSSES, losses_table().encode())
+    from options import table  # which reads the tables
 
-    write_atomic(OPTIONS, option.page().encode())
-    print(f'Written: {TABLE}, {OPTIONS}')
+    write_atomic(OPTIONS, table.page().encode())
+    print(f'Written: {TABLE}, {LOSSES}, {OPTIONS}')
     return 0
 
 
@@ -30,6 +33,11 @@ def networks_table() -> str:
         for settings in [all_settings(network, network.scales[0])]
     )
     return '{\n' + ',\n'.join(lines) + '\n}\n'
+
+
+def losses_table() -> str:
+    """The terms of the loss, and whether each needs whole batches, as JSON."""
+    return json.dumps({name: term.whole_batches for name, term in TERMS.items()}, indent=1) + '\n'
 
 
 if __name__ == '__main__':

@@ -81,7 +81,7 @@ class TrainConfig:
 
     Attributes:
         batch_size: samples a step.
-        steps: steps an epoch.
+        steps: steps in an epoch.
         schedule: learning rate of the next step, after numbers of finished epochs and finished steps.
         skip_threshold: a batch is skipped if its loss exceeds this times that of the last epoch.
         print_every: steps between lines in the log; on a GPU also between looks at what the steps came to.
@@ -105,36 +105,43 @@ class Trainer:
 
     Args:
         config: how the run is trained.
-        step: trains the model on a batch.
+        train_step: trains the model on a batch.
         loader: gives the batches of the sample numbers of a range.
         name_of: gives the name of the image that a sample number is cut from.
         evaluate: given the number of an epoch, scores the model after it.
         run: the folder that log, weights and state are written to.
         on_epoch_end: called with the record of each epoch, after it is saved.
+
+    Attributes:
+        epoch, step, samples: how many epochs, steps and samples are done.
+        batch: how many batches of the epoch under way are done.
+        partial: what these batches came to.
+        saved: what the latest state on the disk is of, as text for messages; empty if there is none.
+        log: a record of each epoch that is done.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        step: TrainStep,
+        train_step: TrainStep,
         loader: Callable[[range], Iterable[Sample | Failure]],
         name_of: Callable[[int], str],
         evaluate: Callable[[int], dict[str, Any]],
         run: RunFolder,
         on_epoch_end: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
-        self.config, self.train_step, self.model = config, step, step.model
+        self.config, self.train_step, self.model = config, train_step, train_step.model
         self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
         self.on_epoch_end = on_epoch_end
         self.epoch = self.step = self.samples = 0
-        self.batch = 0  # batches done in the epoch that is under way
-        self.partial = self._fresh()  # and what they came to
-        self.unread: list[tuple[range, Tensor, Tensor]] = []  # of the last batches: numbers, replaced ones, values
-        self.not_finite = 0  # batches in a row whose loss was not
-        self.unusable: set[str] = set()  # images that others took the place of
-        self.saved = self.saved_before = ''  # what the states on the disk are of: the latest, and the one before it
-        self.proven = True  # a finite loss has followed the latest
-        self.rewound = False
+        self.batch = 0
+        self.partial = self._fresh()
+        self.unread: list[tuple[range, Tensor, Tensor]] = []  # sample numbers, replaced, values of the last batches
+        self.not_finite = 0  # how many batches in a row had a loss that is not finite
+        self.unusable: set[str] = set()  # names of images that could not be read, each warned of once
+        self.saved = self.saved_before = ''
+        self.proven = True  # whether a finite loss has followed the latest state
+        self.rewound = False  # whether --resume went back, and nothing is saved yet
         self.log: list[dict[str, Any]] = []
 
     def resume(self, state: dict[str, Any]) -> None:

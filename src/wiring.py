@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import option
 from checkpoint import RunFolder
+from data.degradation import Degradation
 from data.library import Library
 from data.srdata import SRData
 from data.traindata import TrainData, train_loader
@@ -25,6 +26,7 @@ from model.ops.recompute import recompute
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
 from optimizer import Schedule, make_optimizer
+from options.table import ROOT
 from step import TrainStep
 from system import parallel
 from system.files import some
@@ -140,8 +142,15 @@ def load_run(args: Namespace, model: Model) -> tuple[dict[str, Any], Origin]:
 def library(args: Namespace) -> Library:
     """Where the image sets are."""
     renew = args.ext == 'sep_reset'
-    benchmarks = option.ROOT / 'benchmark'
-    return Library(args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew)
+    benchmarks = ROOT / 'benchmark'
+    return Library(
+        args.dir_data, benchmarks, args.scale, args.lr_border, args.shave, args.n_threads, renew, degradation(args)
+    )
+
+
+def degradation(args: Namespace) -> Degradation | None:
+    """What is done to LR images."""
+    return Degradation(args.degradation, args.scale, args.lr_border) if args.degradation else None
 
 
 def test_sets(args: Namespace, prepare: bool = True) -> list[SRData]:
@@ -153,7 +162,9 @@ def train_data(args: Namespace) -> TrainData:
     """Patches of the training sets."""
     skip, span, sets = args.skip_bad_images, args.data_range[0], library(args)
     images = [sets.open(name, span, cached=args.ext != 'img', skip_bad=skip) for name in args.data_train]
-    return TrainData(images, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area')
+    return TrainData(
+        images, args.patch_size, args.seed, not args.no_augment, skip, args.sampling == 'area', degradation(args)
+    )
 
 
 def optimizer_maker(args: Namespace) -> Callable[[Iterable[nn.Parameter]], optim.Optimizer]:
@@ -184,7 +195,7 @@ def make_trainer(
     Raises:
         UserError: too many processes for the batch or for the loss.
     """
-    step = TrainStep(
+    train_step = TrainStep(
         model, loss.to(model.device), optimizer_maker(args)(model.parameters()), args.batch_size, args.split_batch,
         args.gclip, args.clip_norm, autocast_dtype(args, model), args.weight_ema, graph=args.graph is not False,
     )  # fmt: skip
@@ -197,7 +208,7 @@ def make_trainer(
         args.batch_size, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
         args.seed, args.save_every,
     )  # fmt: skip
-    trainer = Trainer(config, step, loader, data.name, evaluate, folder, on_epoch_end)
+    trainer = Trainer(config, train_step, loader, data.name, evaluate, folder, on_epoch_end)
     if args.checkpointing:
         recompute(model.net, model.network.checkpoint_blocks)
     check_processes(args, loss)

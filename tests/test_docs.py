@@ -11,6 +11,7 @@ from PIL import Image
 
 import app
 import main
+import networks
 import option
 import prepare
 import results
@@ -211,7 +212,7 @@ def test_every_module_is_on_the_map():
 def test_every_network_has_its_rows():
     text = (ROOT / 'docs' / 'NETWORKS.md').read_text()
     where, what = (part.split('\n\n')[0] for part in text.split('| `--model` |')[1:])
-    for name in option.MODELS:
+    for name in networks.MODELS:
         assert f'`{name}`' in where, name
         assert f'\n| `{name}` |' in what, name
 

@@ -20,7 +20,7 @@ ORDER = (
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
-    ('option', 'networks', 'system'),
+    ('option', 'options', 'networks', 'system'),
     ('error', 'template', 'metric', 'optimizer', 'loss_language'),
 )
 APART = ('data', 'model', 'loss')  # none of them imports another

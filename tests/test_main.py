@@ -19,9 +19,11 @@ from torch.utils.data import default_collate
 import main
 import metric
 import model
+import networks
 import option
 import wiring
 from data.image import read_rgb, write_png
+from options.config import read_config
 from report import picture as pictures
 from tests.conftest import ROOT, picture, slow
 from tests.test_checkpoint import Malice, full_disk, strict
@@ -115,7 +117,7 @@ def test_what_a_run_leaves(data_folder):
     for path in run.rglob('*.png'):
         with Image.open(path) as image:
             image.load()
-    assert option.read_config(run / 'config.txt')['n_clusters'] == 4
+    assert read_config(run / 'config.txt')['n_clusters'] == 4
 
 
 def test_from_the_root_and_from_src(data_folder):
@@ -687,14 +689,14 @@ def test_debug_shows_the_traceback(capsys):
     assert main.main(['--model', 'Foo', '--debug']) == 2
     message = capsys.readouterr().err
     assert message.startswith('Traceback')
-    assert message.endswith(f'choose one of {", ".join(option.MODELS)}.\n')
+    assert message.endswith(f'choose one of {", ".join(networks.MODELS)}.\n')
 
 
 def test_the_status_of_the_process(tmp_path):
     command = [sys.executable, str(ROOT / 'src' / 'main.py'), '--model', 'Foo']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr == f"Error: Unknown network 'Foo': choose one of {', '.join(option.MODELS)}.\n"
+    assert done.stderr == f"Error: Unknown network 'Foo': choose one of {', '.join(networks.MODELS)}.\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,11 @@ import model
 import networks
 import option
 from error import UserError
-from option import data_range, epochs_list, names, parse, read_config, write_config
+from networks import MODELS
+from option import parse
+from options.config import read_config, write_config
+from options.kinds import data_range, epochs_list, names
+from options.measured import cost_models, cost_scales, several_forms
 from template import TEMPLATES
 from tests.conftest import ROOT
 
@@ -27,7 +31,7 @@ OLD = """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
     kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
-    deterministic tf32 max_time sampling
+    deterministic tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
     compare max_memory show_attention export forms net
 """
@@ -66,7 +70,7 @@ DEFAULTS = {
     'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
     'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
     'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
-    'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'compile': False,
+    'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
     'max_memory': None, 'show_attention': False, 'forms': None, 'net': [],
@@ -135,7 +139,7 @@ def test_every_option_has_its_old_name():
 
 
 def test_networks():
-    assert tuple(model.NETWORKS) == option.MODELS
+    assert tuple(model.NETWORKS) == MODELS
 
 
 def test_help():
@@ -239,9 +243,9 @@ def test_tests_of_two_files_have_two_names():
 
 def test_costs_of_several():
     args = options('--costs --model EDSR+ATD-light --scale 2+4')
-    assert (option.cost_models(args), args.scale, args.save) == (['EDSR', 'ATD-light'], [2, 4], 'costs')
+    assert (cost_models(args), args.scale, args.save) == (['EDSR', 'ATD-light'], [2, 4], 'costs')
     args = options('--costs --model all')
-    assert (option.cost_models(args), args.scale) == (list(option.MODELS[1:]), 4)
+    assert (cost_models(args), args.scale) == (list(MODELS[1:]), 4)
 
 
 def test_forms_are_for_a_gpu_or_asked_for():
@@ -249,15 +253,15 @@ def test_forms_are_for_a_gpu_or_asked_for():
     asked = {'': False, '--forms bf16': True, '--amp bf16': False, '--growth': False, '--compile': False}
     for text, on_cpu in asked.items():
         args = options(f'--profile {text}')
-        assert option.several_forms(args, 'cpu') == on_cpu
-        assert option.several_forms(args, 'cuda') == (text in ('', '--forms bf16'))
+        assert several_forms(args, 'cpu') == on_cpu
+        assert several_forms(args, 'cuda') == (text in ('', '--forms bf16'))
 
 
 def test_profile_of_several():
     args = options('--profile --growth --model EDSR+ATD-light --scale 2+4 --amp bf16 --compile --channels_last')
-    assert (option.cost_models(args), option.cost_scales(args), args.save) == (['EDSR', 'ATD-light'], [2, 4], 'profile')
+    assert (cost_models(args), cost_scales(args), args.save) == (['EDSR', 'ATD-light'], [2, 4], 'profile')
     args = options('--compare old.json --save mine')
-    assert (args.compare, args.save, option.cost_scales(args)) == (Path('old.json').absolute(), 'mine', [4])
+    assert (args.compare, args.save, cost_scales(args)) == (Path('old.json').absolute(), 'mine', [4])
 
 
 def test_recognised_network_settles_the_options():
@@ -374,7 +378,7 @@ def test_out_of_range(name, text):
 @pytest.mark.parametrize(
     'command, words',
     [
-        ('--model Foo', ['Foo', *option.MODELS]),
+        ('--model Foo', ['Foo', *MODELS]),
         ('--nonsense 3', ['--nonsense', '--help']),
         ('--n_feat 3', ['--n_feat', '--n_feats', '--help']),  # no guessing from a beginning, only an offer
         ('--batchsize=3', ['--batchsize', '--batch_size']),
@@ -406,9 +410,9 @@ def test_out_of_range(name, text):
         ('--save a/b', ['a/b', '--save_dir']),
         ('--save ..', ['..', '--save_dir']),
         ('--scale 2+4', ['--scale 2+4', '--costs']),
-        ('--model all', ["'all'", *option.MODELS]),
+        ('--model all', ["'all'", *MODELS]),
         ('--model auto', ['--model auto', '--pre_train']),
-        ('--costs --model LCoAN+Foo', ["'Foo'", *option.MODELS]),
+        ('--costs --model LCoAN+Foo', ["'Foo'", *MODELS]),
         ('--costs --test_only', ['--test_only', '--costs']),
         ('--costs --pre_train x.pt', ['--pre_train', '--costs']),
         ('--costs --template ASID_x4', ['--template', '--costs']),
@@ -423,7 +427,7 @@ def test_out_of_range(name, text):
         ('--export onnx --reset', ['--reset', '--export']),
         ('--export onnx --self_ensemble', ['--self_ensemble', '--export']),
         ('--export tflite', ['--export', 'tflite', 'onnx', 'torchscript', 'safetensors']),
-        ('--profile --model Foo', ["'Foo'", *option.MODELS]),
+        ('--profile --model Foo', ["'Foo'", *MODELS]),
         ('--profile --pre_train x.pt', ['--pre_train', '--profile']),
         ('--profile --n_feats 8', ['--n_feats', '--profile']),
         ('--compare x.json --test_only', ['--test_only', '--compare']),

@@ -3,8 +3,8 @@
 import json
 
 import networks
-import option
 import tables
+from options import table
 from template import TEMPLATES
 
 
@@ -13,16 +13,20 @@ def test_the_table_of_networks_is_up_to_date():
     assert json.loads(tables.networks_table()) == networks.TABLE
 
 
+def test_the_table_of_losses_is_up_to_date():
+    assert tables.LOSSES.read_text() == tables.losses_table(), 'run python src/tables.py'
+
+
 def test_the_page_of_options_is_up_to_date():
-    assert tables.OPTIONS.read_text() == option.page(), 'run python src/tables.py'
+    assert tables.OPTIONS.read_text() == table.page(), 'run python src/tables.py'
 
 
 def test_the_page_depends_on_nothing_of_this_machine(monkeypatch):
-    page = option.page()
-    assert str(option.ROOT) not in page
+    page = table.page()
+    assert str(table.ROOT) not in page
     monkeypatch.setattr('os.cpu_count', lambda: 1)
     monkeypatch.setenv('COLUMNS', '30')
-    assert option.page() == page
+    assert table.page() == page
 
 
 def test_settings_are_shown_as_in_the_papers():
@@ -44,4 +48,4 @@ def test_every_network_has_a_recipe_at_its_papers_scales():
 
 def test_every_setting_with_an_option_is_one_of_a_network():
     known = {name for model in networks.MODELS for name in networks.settings_of(model)}
-    assert set(option.SETTINGS) <= known
+    assert set(table.SETTINGS) <= known

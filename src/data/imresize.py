@@ -6,6 +6,7 @@ rounded to uint8 after each of the two passes, first along the height, then alon
 Kernel: R. G. Keys, "Cubic convolution interpolation for digital image processing", IEEE TASSP 1981, with a = -0.5.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,40 @@ def upscale_bicubic(image: np.ndarray, scale: int, border: Border = 'mirror') ->
     Returns uint8 (H * scale, W * scale) or (H * scale, W * scale, C). Raises ValueError if the image is not uint8.
     """
     return _resize(image, scale, 1, border)
+
+
+def blur_and_shrink(
+    image: np.ndarray, scale: int, deviation: float, border: Border, top: int, bottom: int, left: int, right: int
+) -> np.ndarray:
+    """A window of what `shrink` gives of an image after a Gaussian blur.
+
+    Blur and bicubic are one kernel, so that nothing is rounded between them. It is computed in float32: without blur
+    the window is that of `shrink`, except where a value lies so near to a half that this decides.
+
+    image: uint8 (H, W, C), its sides multiples of `scale`; deviation: standard deviation of the Gaussian in pixels of
+    the image, cut off at 4 of them; border: as for `shrink`; top, bottom, left, right: the window in pixels of the
+    result, the last row and column excluded.
+    Returns uint8 (bottom - top, right - left, C).
+    """
+    first, weights = _weights(1, scale)
+    reach = math.ceil(4 * deviation)
+    gaussian = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(deviation, 1e-9)) ** 2)
+    kernel = np.convolve(weights[0], gaussian / gaussian.sum()).astype(np.float32)
+
+    def sources(start: int, stop: int, size: int) -> np.ndarray:
+        begin = first - reach + start * scale
+        return _outside(np.arange(begin, begin + (stop - start - 1) * scale + len(kernel)), size, border)
+
+    def shrink_rows(rows: np.ndarray) -> np.ndarray:
+        count = (len(rows) - len(kernel)) // scale + 1
+        band = np.zeros((count, len(rows)), np.float32)
+        for i in range(count):
+            band[i, i * scale : i * scale + len(kernel)] = kernel
+        values = band @ rows.reshape(len(rows), -1).astype(np.float32)
+        return np.floor(values.clip(0, 255) + 0.5).astype(np.uint8).reshape(count, *rows.shape[1:])
+
+    part = image[sources(top, bottom, image.shape[0])[:, None], sources(left, right, image.shape[1])]
+    return np.ascontiguousarray(shrink_rows(shrink_rows(part).swapaxes(0, 1)).swapaxes(0, 1))
 
 
 def _resize(image: np.ndarray, up: int, down: int, border: Border) -> np.ndarray:

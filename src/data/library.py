@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.degradation import Degradation
 from data.imresize import Border
 from data.sets import Range, find_set
 from data.srdata import SRData
@@ -23,6 +24,7 @@ class Library:
         shave: pixels left out of the scores at each border; None: as is usual for a set.
         workers: threads that prepare a set.
         renew: make decoded copies anew.
+        degradation: what is done to the LR images of test sets.
     """
 
     folder: Path
@@ -32,9 +34,16 @@ class Library:
     shave: int | None = None
     workers: int = 0
     renew: bool = False
+    degradation: Degradation | None = None
 
     def open(
-        self, name: str, span: Range | None = None, prepare: bool = True, cached: bool = False, skip_bad: bool = False
+        self,
+        name: str,
+        span: Range | None = None,
+        prepare: bool = True,
+        cached: bool = False,
+        skip_bad: bool = False,
+        degradation: Degradation | None = None,
     ) -> SRData:
         """Find one set and make what it lacks, in one process for all.
 
@@ -44,12 +53,13 @@ class Library:
             prepare: without it only the HR images are to be read.
             cached: keep decoded copies.
             skip_bad: images that cannot be used are no error.
+            degradation: what is done to LR whenever it is read.
 
         Raises:
             UserError: no such set, or an image that cannot be used.
         """
         images = find_set(name, self.folder, self.benchmarks, span)
-        data = SRData(images, self.scale, self.lr_border, cached, self.shave, skip_bad)
+        data = SRData(images, self.scale, self.lr_border, cached, self.shave, skip_bad, degradation)
         if prepare:
             with parallel.main_process_first():  # it makes what is missing
                 data.prepare(self.workers, renew_cache=self.renew and parallel.rank() == 0)
@@ -61,7 +71,7 @@ class Library:
         Raises:
             UserError: as `open`, or two sets of one name.
         """
-        sets = [self.open(name, span, prepare) for name in names if name != 'Demo']
+        sets = [self.open(name, span, prepare, degradation=self.degradation) for name in names if name != 'Demo']
         twice = {images.name for images in sets if [other.name for other in sets].count(images.name) > 1}
         if twice:
             raise UserError(

@@ -1,7 +1,9 @@
 """Training patches: which image, where, and how it is turned, as a pure function of (seed, sample number)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +23,26 @@ class Draw:
     y: float
     x: float
     flips: tuple[bool, bool, bool]
+
+
+class Window(NamedTuple):
+    """A rectangle of an LR image: rows top to bottom, columns left to right, the last ones excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    def grown(self, margin: int, multiple: int, height: int, width: int) -> 'Window':
+        """At least `margin` pixels larger, to multiples of `multiple`, and within an image of height and width."""
+        top, left = (max(0, place - margin) // multiple * multiple for place in (self.top, self.left))
+        bottom, right = (-(-(place + margin) // multiple) * multiple for place in (self.bottom, self.right))
+        return Window(top, min(bottom, height), left, min(right, width))
+
+    def of(self, image: np.ndarray, origin: 'Window | None' = None) -> np.ndarray:
+        """This part of an image, which may be the part `origin` of a larger one."""
+        top, left = (origin.top, origin.left) if origin else (0, 0)
+        return image[self.top - top : self.bottom - top, self.left - left : self.right - left]
 
 
 @lru_cache(maxsize=4)
@@ -48,7 +70,19 @@ def draw(seed: int, number: int, length: int, area_ends: np.ndarray | None = Non
     return Draw(image, float(y), float(x), (left, up, turned))
 
 
-def cut(lr: np.ndarray, hr: np.ndarray, scale: int, side: int, choice: Draw) -> tuple[np.ndarray, np.ndarray]:
+def plain(lr: np.ndarray, hr: np.ndarray, window: Window) -> np.ndarray:
+    """A window of the LR image as it is."""
+    return window.of(lr)
+
+
+def cut(
+    lr: np.ndarray,
+    hr: np.ndarray,
+    scale: int,
+    side: int,
+    choice: Draw,
+    view: Callable[[np.ndarray, np.ndarray, Window], np.ndarray] = plain,
+) -> tuple[np.ndarray, np.ndarray]:
     """The patches of a draw, not yet flipped.
 
     Args:
@@ -58,6 +92,7 @@ def cut(lr: np.ndarray, hr: np.ndarray, scale: int, side: int, choice: Draw) -> 
         side: of the LR patch, in pixels. An image that is smaller is continued by its mirror image, which is what the
             bicubic with mirrored borders assumes beyond the edge.
         choice: where to cut.
+        view: gives a window of the LR image from both images, as a degradation does.
 
     Returns:
         (side, side, C) and (scale * side, scale * side, C).
@@ -67,7 +102,7 @@ def cut(lr: np.ndarray, hr: np.ndarray, scale: int, side: int, choice: Draw) -> 
     y = int(choice.y * (lr.shape[0] - side + 1))
     x = int(choice.x * (lr.shape[1] - side + 1))
     top, left, hr_side = scale * y, scale * x, scale * side
-    return lr[y : y + side, x : x + side], hr[top : top + hr_side, left : left + hr_side]
+    return view(lr, hr, Window(y, y + side, x, x + side)), hr[top : top + hr_side, left : left + hr_side]
 
 
 def mirrored(image: np.ndarray, side: int) -> np.ndarray:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data.cache import DecodedCache
+from data.degradation import Degradation
 from data.image import read_rgb, read_size, write_png
 from data.imresize import Border, shrink
 from data.lr import Origin, find_lr, read_origin
@@ -32,6 +34,7 @@ class SRData:
         cached: keep decoded copies beside the images (EDSR's `--ext sep`).
         shave: pixels at each border that no score counts; None: the scale, and by EDSR's convention for RGB 6 more.
         skip_bad: `prepare` passes over images that cannot be used; reading them raises `UserError`.
+        degradation: what is done to the LR images that `lr` gives, each always alike.
 
     Attributes:
         lr_made: how many LR images were made by this program, now or earlier; None: not known before `prepare`.
@@ -46,8 +49,9 @@ class SRData:
         cached: bool = False,
         shave: int | None = None,
         skip_bad: bool = False,
+        degradation: Degradation | None = None,
     ) -> None:
-        self.skip_bad = skip_bad
+        self.skip_bad, self.degradation = skip_bad, degradation
         self.name, self.channels, self.names = images.name, images.channels, images.names
         self.scale, self.border = scale, border
         self.shave = scale + (6 if self.channels == 'RGB' else 0) if shave is None else shave
@@ -75,13 +79,17 @@ class SRData:
         """(H / scale, W / scale, 3) uint8."""
         self._check_usable(index)
         path = self._lr[index]
-        if index in self._made or path is None:
-            return self._in_memory(index)
-        return self._read(path)
+        lr = self._in_memory(index) if index in self._made or path is None else self._read(path)
+        return self.degradation.of_image(lr, self.hr(index), self.names[index]) if self.degradation else lr
 
     def areas(self) -> list[int]:
         """Pixels of each HR image; 0 for those that cannot be used."""
         return [0 if index in self._bad else math.prod(read_size(path)) for index, path in enumerate(self._hr)]
+
+    def protocol(self) -> dict[str, Any]:
+        """What scores are measured on: channels, pixels left out at each border, how LR was made."""
+        found = {'channels': self.channels, 'shave': self.shave, 'lr_made': self.lr_made, 'lr_border': self.lr_border}
+        return found | ({'degradation': self.degradation.text} if self.degradation else {})
 
     def _check_usable(self, index: int) -> None:
         if index in self._bad:

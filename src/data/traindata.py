@@ -2,8 +2,9 @@
 
 import signal
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data.patch import Draw, cut, draw
+from data.degradation import Degradation
+from data.patch import Draw, Window, cut, draw, plain
 from data.srdata import SRData
 from error import UserError
 
@@ -65,6 +67,7 @@ class TrainData(Dataset):
         augment: flip and transpose each patch at random.
         skip_bad: the next image takes the place of one that cannot be used.
         by_area: images are as likely as they have pixels, instead of all equally.
+        degradation: what is done to the LR patches, drawn for each sample.
     """
 
     def __init__(
@@ -75,9 +78,10 @@ class TrainData(Dataset):
         augment: bool = True,
         skip_bad: bool = False,
         by_area: bool = False,
+        degradation: Degradation | None = None,
     ) -> None:
         self.sets, self.patch_size, self.seed, self.augment = sets, patch_size, seed, augment
-        self.scale, self.skip_bad = sets[0].scale, skip_bad
+        self.scale, self.skip_bad, self.degradation = sets[0].scale, skip_bad, degradation
         self.images = [(images, index) for images in sets for index in range(len(images))]
         self.area_ends = np.cumsum([area for images in sets for area in images.areas()]) if by_area else None
 
@@ -89,7 +93,7 @@ class TrainData(Dataset):
         """
         choice = self._draw(number)
         lr, hr, image = self._read(choice.image)
-        lr, hr = cut(lr, hr, self.scale, self.patch_size // self.scale, choice)
+        lr, hr = cut(lr, hr, self.scale, self.patch_size // self.scale, choice, self._view(number))
         flips = choice.flips if self.augment else (False, False, False)
         return Sample(to_tensor(lr), to_tensor(hr), torch.tensor(flips), torch.tensor(image != choice.image))
 
@@ -99,6 +103,12 @@ class TrainData(Dataset):
             return [self[number] for number in numbers]
         except UserError as error:
             return Failure(str(error), traceback.format_exc())
+
+    def _view(self, number: int) -> Callable[[np.ndarray, np.ndarray, Window], np.ndarray]:
+        """How sample `number` sees its LR image."""
+        if self.degradation is None:
+            return plain
+        return partial(self.degradation.of_window, rng=np.random.default_rng((self.seed, 2, number)))
 
     def _draw(self, number: int) -> Draw:
         return draw(self.seed, number, len(self.images), self.area_ends)

@@ -1,8 +1,8 @@
 """The loss: weighted terms, as in '5*VGG54+0.15*GAN'.
 
-A term is a module in a file of its own, and a row of `TERMS`; `loss_language` has its name for what does without torch.
-Its `forward(sr, hr)` takes output and target, both (N, C, H, W) float32 in the network's range, and gives a mean over
-the batch. It may ask for more by keyword, and is given what it asks for:
+A term is a module in a file of its own, and a row of `TERMS`; `python src/tables.py` writes what options and help read
+of the table into terms.json. A term's `forward(sr, hr)` takes output and target, both (N, C, H, W) float32 in the
+network's range, and gives a mean over the batch. It may ask for more by keyword, and is given what it asks for:
 
 - `lr`: the images that the output was made from, (N, C, h, w) float32 in the network's range;
 - `step`: the number of steps that were made before this one, int64 () on the device.
@@ -45,21 +45,34 @@ class Setup:
         """A new one, for patches of this size."""
         return Discriminator(self.n_colors, self.patch_size)
 
-    def perceptual(self, name: str) -> VGG:
-        """VGG22 or VGG54."""
-        return VGG(name, self.value_range, self.n_colors, self.patch_size, self.vgg)
+    def perceptual(self, name: str) -> tuple[Any, ...]:
+        """The arguments of `VGG`, whose `name` is VGG22 or VGG54."""
+        return name, self.value_range, self.n_colors, self.patch_size, self.vgg
 
 
-TERMS: dict[str, Callable[[Setup], nn.Module]] = {
-    'L1': lambda setup: nn.L1Loss(),
-    'MSE': lambda setup: nn.MSELoss(),
-    'Charbonnier': lambda setup: Charbonnier(setup.value_range),
-    'FFT': lambda setup: Frequency(),
-    'VGG22': lambda setup: setup.perceptual('VGG22'),
-    'VGG54': lambda setup: setup.perceptual('VGG54'),
-    'GAN': lambda setup: GAN(setup.discriminator(), setup.make_optimizer, setup.gan_k),
-    'WGAN_GP': lambda setup: WGANGP(setup.discriminator(), make_wgan_optimizer, setup.gan_k),
-    'RGAN': lambda setup: RGAN(setup.discriminator(), setup.make_optimizer, setup.gan_k),
+@dataclass(frozen=True)
+class Term:
+    """A term of the loss: its class, and the arguments that it is made with."""
+
+    kind: type[nn.Module]
+    arguments: Callable[[Setup], tuple[Any, ...]] = lambda setup: ()
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether it is of use on whole batches only."""
+        return getattr(self.kind, 'whole_batches', False)
+
+
+TERMS: dict[str, Term] = {
+    'L1': Term(nn.L1Loss),
+    'MSE': Term(nn.MSELoss),
+    'Charbonnier': Term(Charbonnier, lambda setup: (setup.value_range,)),
+    'FFT': Term(Frequency),
+    'VGG22': Term(VGG, lambda setup: setup.perceptual('VGG22')),
+    'VGG54': Term(VGG, lambda setup: setup.perceptual('VGG54')),
+    'GAN': Term(GAN, lambda setup: (setup.discriminator(), setup.make_optimizer, setup.gan_k)),
+    'WGAN_GP': Term(WGANGP, lambda setup: (setup.discriminator(), make_wgan_optimizer, setup.gan_k)),
+    'RGAN': Term(RGAN, lambda setup: (setup.discriminator(), setup.make_optimizer, setup.gan_k)),
 }
 
 
@@ -101,9 +114,9 @@ class Loss(nn.Module):
         super().__init__()
         setup = Setup(value_range, n_colors, patch_size, gan_k, make_optimizer, vgg)
         self.weights = parse(text, TERMS)
-        self.terms = nn.ModuleDict({name: TERMS[name](setup) for name in self.weights})
+        self.terms = nn.ModuleDict({name: TERMS[name].kind(*TERMS[name].arguments(setup)) for name in self.weights})
         self.asked = {name: wishes(term) for name, term in self.terms.items()}
-        self.whole_batches = [name for name, term in self.terms.items() if getattr(term, 'whole_batches', False)]
+        self.whole_batches = [name for name in self.terms if TERMS[name].whole_batches]
         self.adversaries = [term for term in self.terms.values() if isinstance(term, GAN)]
         self.names = [*self.terms, *(['discriminator'] if self.adversaries else [])]
 

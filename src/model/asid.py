@@ -52,8 +52,8 @@ def mix(tokens: Tensor, attention_map: Tensor, to_v: Tensor, to_out: Tensor) -> 
     return torch.bmm(attention_map, F.linear(tokens, to_out @ to_v))
 
 
-class OwnMap(nn.Module):
-    """Single-head attention between the pixels of a window; also gives its map."""
+class WindowAttention(nn.Module):
+    """Single-head attention between the pixels of a window; gives its attention map too, for later blocks to share."""
 
     def __init__(self, n_feats: int, window_size: int) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class OwnMap(nn.Module):
         return mix(tokens, attention_map, values, self.to_out.get_parameter('0.weight')), attention_map
 
 
-class SharedMap(nn.Module):
-    """The same with a map that is given."""
+class SharedAttention(nn.Module):
+    """Attention with the map of an earlier block: values and a projection, no queries and keys."""
 
     def __init__(self, n_feats: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.window_size, self.strided = window_size, strided
         self.norm = LayerNorm2d(n_feats, 1e-5)
-        self.attn = OwnMap(n_feats, window_size) if first else SharedMap(n_feats)
+        self.attn = WindowAttention(n_feats, window_size) if first else SharedAttention(n_feats)
         self.cnorm = LayerNorm2d(n_feats, 1e-6)
         self.gfn = GatedFFN(n_feats, n_feats)
 

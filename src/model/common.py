@@ -57,7 +57,7 @@ def shape_of(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
 
 
 def how_many(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of modules in the list at `prefix` (which ends in the dot before their index)."""
+    """How many modules the list at `prefix` has, such as 2 at 'body.' for the keys body.0.weight and body.1.weight."""
     return len({key.removeprefix(prefix).split('.')[0] for key in state if key.startswith(prefix)})
 
 

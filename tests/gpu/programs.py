@@ -98,9 +98,9 @@ def last_object(text: str) -> dict[str, Any]:
 
 def has(option: str) -> bool:
     """Whether main.py has an option."""
-    import option as options
+    from options.table import build_parser
 
-    return any(option in action.option_strings for action in options.build_parser()._actions)
+    return any(option in action.option_strings for action in build_parser()._actions)
 
 
 def either(option: str) -> list[str]:

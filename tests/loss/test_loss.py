@@ -3,11 +3,10 @@ import torch
 from torch import Tensor, nn, optim
 
 from error import UserError
-from loss import TERMS, Loss
+from loss import TERMS, Loss, Term
 from loss.adversarial import GAN, RGAN, WGANGP
-from loss.vgg import VGG
-from loss_language import NAMES, WHOLE_BATCHES
-from option import build_parser
+from loss_language import find_whole_batches, known_terms
+from options.table import build_parser
 from report import picture as pictures
 from tests.test_trainer import EDSR, equal, learned, metrics, state, train
 
@@ -82,11 +81,10 @@ def test_the_help_names_every_term():
     assert named in loss.help
 
 
-def test_the_names_that_do_without_torch_are_those_of_the_table():
-    assert list(NAMES) == list(TERMS)
-    without_files = [name for name in NAMES if not name.startswith('VGG')]
-    assert Loss('+'.join(without_files), patch_size=16).whole_batches == list(WHOLE_BATCHES)
-    assert not hasattr(VGG, 'whole_batches')
+def test_terms_that_need_whole_batches_are_known_with_torch_and_without():
+    text = 'L1+MSE+Charbonnier+FFT+GAN+WGAN_GP+RGAN'
+    assert Loss(text, patch_size=16).whole_batches == ['GAN', 'WGAN_GP', 'RGAN']
+    assert find_whole_batches(f'{text}+VGG22+VGG54') == ['GAN', 'WGAN_GP', 'RGAN']
 
 
 class Watching(nn.L1Loss):
@@ -107,8 +105,8 @@ class Counting(nn.L1Loss):
 
 
 def test_a_term_is_given_what_it_asks_for(monkeypatch):
-    monkeypatch.setitem(TERMS, 'Watching', lambda setup: Watching())
-    monkeypatch.setitem(TERMS, 'Counting', lambda setup: Counting())
+    monkeypatch.setitem(TERMS, 'Watching', Term(Watching))
+    monkeypatch.setitem(TERMS, 'Counting', Term(Counting))
     loss, lr = Loss('L1+Watching+2*Counting'), torch.rand(1, 1, 1, 1, dtype=torch.bfloat16)
     found = loss(SR, HR, lr=lr, step=torch.tensor(3))
     assert {name: value.item() for name, value in found.items()} == {'L1': L1, 'Watching': L1, 'Counting': 6 * L1}
@@ -123,8 +121,8 @@ def test_a_term_is_given_what_it_asks_for(monkeypatch):
 def test_a_continued_run_tells_a_term_how_many_steps_were_made(data_folder, monkeypatch):
     terms = []
     monkeypatch.setattr(pictures, 'curves', lambda records: {})
-    monkeypatch.setattr('loss_language.NAMES', (*NAMES, 'Watching'))
-    monkeypatch.setitem(TERMS, 'Watching', lambda setup: terms.append(Watching()) or terms[-1])
+    monkeypatch.setitem(known_terms(), 'Watching', False)
+    monkeypatch.setitem(TERMS, 'Watching', Term(lambda: terms.append(Watching()) or terms[-1]))
     train(data_folder, EDSR, '--loss 1*Watching --split_batch 2 --batch_size 3 --test_every 2 --rgb_range 100')
     train(data_folder, '--load run --epochs 2')
     assert [[step for _, step in term.seen] for term in terms] == [[0, 0, 1, 1], [2, 2, 3, 3]]

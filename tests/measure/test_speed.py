@@ -19,7 +19,7 @@ from measure.speed import KINDS, Form, attempt, by_kind, clocked, kind, lr_patch
 from measure.speed_report import compare, exponent, growths, judged, parts, ratio, read_report, scaled, table
 from model import NETWORKS
 from model.common import NetworkSpec
-from option import MODELS
+from networks import MODELS
 from report.picture import bars, growth
 
 CPU = ('cpu', Form())

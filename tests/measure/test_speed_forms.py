@@ -32,7 +32,7 @@ from measure.speed_forms import (
 from measure.speed_report import compare, parts, per_second, read_report, table
 from model import NETWORKS
 from model.common import NetworkSpec
-from option import MODELS
+from networks import MODELS
 from system.numerics import precision
 from tests.measure.test_speed import made, run, tiny  # noqa: F401  a fixture
 

@@ -48,9 +48,10 @@ def attention(
 ) -> Tensor:
     """Multi-head softmax attention within windows.
 
-    PyTorch's own kernel for a CPU is slow with the few channels of a head, and has no gradient by the mask: there it is
-    for traces, which must not fix how many windows there are, and for maps beyond the cache. The memory-efficient
-    kernels of CUDA want rows of whole 16 bytes, so heads of other sizes are filled up by zeros there.
+    On a CPU it is computed by `cached_attention`, since PyTorch's kernel there is slow with the few channels of a head
+    and gives no gradient by the mask. PyTorch's kernel takes over in traces, which must not fix the number of windows,
+    and where the map of a window is too large for the cache. On CUDA the channels of a head are filled up by zeros to
+    whole 16 bytes, which its memory-efficient kernels want.
 
     Args:
         q, k, v: (B, T, heads, d).
