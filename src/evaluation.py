@@ -105,8 +105,10 @@ class Evaluation:
             lacking = [name for name, found in zip(images.names, scores, strict=True) if math.isnan(found[each.name])]
             if lacking and (images.name, each.name) not in self._named:
                 self._named.add((images.name, each.name))
-                mean_of = f'{len(scores) - len(lacking)} of {len(scores)} images'
-                log.warning('%s: %s is the mean of %s; too small for it: %s', images.name, each.title, mean_of, some(lacking))
+                log.warning(
+                    '%s: %s is the mean of %d of %d images; too small for it: %s',
+                    images.name, each.title, len(scores) - len(lacking), len(scores), some(lacking),
+                )  # fmt: skip
 
     def _finish(
         self, images: SRData, index: int, sr: np.ndarray, seconds: float, label: str

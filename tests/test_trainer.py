@@ -804,7 +804,8 @@ def test_protocol_and_shaved_border(tmp_path, channels, border):
         return upscale
 
     evaluation = Evaluation([pair], METRICS[:1])
-    assert evaluation.protocol() == {'Some': {'channels': channels, 'shave': border, 'lr_made': 3, 'lr_border': 'mirror'}}
+    expected = {'channels': channels, 'shave': border, 'lr_made': 3, 'lr_border': 'mirror'}
+    assert evaluation.protocol() == {'Some': expected}
     assert evaluation(wrong_border(border), 'x')['Some']['images']['a']['psnr'] == math.inf
     assert evaluation(wrong_border(border + 1), 'x')['Some']['images']['a']['psnr'] < 60
 

@@ -37,13 +37,15 @@ def open_image(path: Path) -> Iterator[Source]:
     with reading(path), path.open('rb') as file:
         head = file.read(HEAD_BYTES)
         try:
-            image = Image.open(file, formats=FORMATS)  # seeks to the start itself
+            image: ImageFile | None = Image.open(file, formats=FORMATS)  # seeks to the start itself
         except UnidentifiedImageError:
             if not head.startswith(tiff.SIGNATURES):
                 raise
+            image = None
+        if image is None or _is_deep_tiff(image):
             source = tiff.open_tiff(path, file)
         else:
-            source = tiff.open_tiff(path, file) if _is_deep_tiff(image) else _open_with_pillow(image, file, is_png16(head))
+            source = _open_with_pillow(image, file, is_png16(head))
         if source.width * source.height > MAX_PIXELS:
             raise ValueError(f'{source.width} x {source.height} pixels, at most {MAX_PIXELS} are allowed')
         yield source

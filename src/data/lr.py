@@ -7,7 +7,7 @@ it was. An image without it was given by the user.
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ def find_lr(images: ImageSet, scale: int) -> list[Path | None]:
     upper or lower case.
 
     Raises:
-        UserError: several files belong to one image, or an image has none, while there are some that belong to no image.
+        UserError: several files belong to one image; or an image has none, and there are some that belong to no image.
     """
     found: dict[Path, Path | None] = {}
     for folder in dict.fromkeys(images.lr):
@@ -83,7 +83,7 @@ def find_lr(images: ImageSet, scale: int) -> list[Path | None]:
     return [found[path] for path in images.hr]
 
 
-def _find_in(folder: Path, hr: Collection[Path], scale: int) -> dict[Path, Path]:
+def _find_in(folder: Path, hr: Sequence[Path], scale: int) -> dict[Path, Path]:
     """The LR images of one LR folder."""
     above = _any_case(folder)
     below = [path for parent in above for path in _any_case(parent / f'X{scale}')]
@@ -95,24 +95,25 @@ def _find_in(folder: Path, hr: Collection[Path], scale: int) -> dict[Path, Path]
             named[file.stem[: -len(ending)]].append(file)
     for path in hr:
         if len(several := named[path.stem]) > 1:
-            names = some([str(file) for file in several])
-            raise UserError(f'{path} has {len(several)} LR images ({names}): leave the one that it is to be paired with.')
-    if lacking := [path for path in hr if not named[path.stem]]:
-        files += [file for path in above for file in find_images(path)]
-        known = {file.stem for path in {path.parent for path in hr} for file in find_images(path)}
-        own = {file for stem in known for file in named[stem]}
-        if strange := [file for file in files if file not in own and read_origin(file) is None]:
-            raise UserError(
-                f'{some([str(path) for path in strange])} belong to no HR image, and {len(lacking)} of {len(hr)} HR images '
-                f'have no LR: call the LR of {lacking[0].name} {home / lacking[0].stem}{ending}.png (or jpg, bmp, tif, '
-                'webp), and the others alike; or move away what is no LR, and LR is made.'
-            )
-    return {path: named[path.stem][0] if named[path.stem] else home / f'{path.stem}{ending}.png' for path in hr}
+            raise UserError(f'{path} has several LR images ({some([*map(str, several)])}): leave the right one.')
+    found = {path: named[path.stem][0] if named[path.stem] else home / f'{path.stem}{ending}.png' for path in hr}
+    names, own = {path.stem for path in hr}, set(found.values())
+    doubtful = [file for file in files if file.stem in names and file not in own]
+    if any(not named[path.stem] for path in hr):
+        names |= {file.stem for parent in {path.parent for path in hr} for file in find_images(parent)}
+        own |= {file for name in names for file in named[name]}
+        doubtful = [file for path in (*above, *below) for file in find_images(path) if file not in own]
+    if strange := [str(file) for file in doubtful if read_origin(file) is None]:
+        raise UserError(
+            f'{some(strange)} belong to no HR image by their names: the LR of {hr[0].name} is called '
+            f'{home / hr[0].stem}{ending}.png (or jpg, bmp, tif, webp); rename them, or move away what is no LR.'
+        )
+    return found
 
 
 def _any_case(path: Path) -> list[Path]:
     """Folders of this name, in upper or lower case, the exact one first."""
     if not path.parent.is_dir():
         return []
-    found: Iterable[Path] = (other for other in path.parent.iterdir() if other.name.lower() == path.name.lower())
-    return sorted((other for other in found if other.is_dir()), key=lambda other: (other != path, other.name))
+    found = [other for other in path.parent.iterdir() if other.name.lower() == path.name.lower() and other.is_dir()]
+    return sorted(found, key=lambda other: (other != path, other.name))

@@ -174,7 +174,8 @@ class SRData:
                 )
             if origin is None and self.border != 'mirror' and path.parent in incomplete:
                 raise UserError(
-                    f'{path.parent} holds LR images of unknown border, but not all: complete it, or leave out --lr_border.'
+                    f'{path.parent} holds LR images of unknown border, but not all: complete it, or leave out '
+                    '--lr_border.'
                 )
 
     def _fill_caches(self, pool: ThreadPoolExecutor, renew: bool) -> None:

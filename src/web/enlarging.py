@@ -115,5 +115,6 @@ def preview(photo: Photo, sr: np.ndarray, folder: Path) -> tuple[Path, Path]:
     before, after = folder / 'before.png', folder / 'after.png'
     for file, pixels in ((before, lr), (after, sr)):
         eight = pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8)
-        write_png(file, np.asarray(Image.fromarray(eight).resize(size, Image.Resampling.BICUBIC)), photo.icc, photo.chunks)
+        shown = np.asarray(Image.fromarray(eight).resize(size, Image.Resampling.BICUBIC))
+        write_png(file, shown, photo.icc, photo.chunks)
     return before, after

@@ -1,4 +1,4 @@
-"""CMYK images, by a colour profile that is made up here and whose colours are worked out with the formulae of CIELAB."""
+"""CMYK images, by a colour profile made up here, whose colours are worked out with the formulae of CIELAB."""
 
 import struct
 from itertools import product

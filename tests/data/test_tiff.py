@@ -81,7 +81,7 @@ def test_what_is_not_read_is_refused_with_its_reason(tmp_path, dtype, options, r
     image = {'minisblack': RGBA16[..., 0], 'separated': RGBA16}.get(kind, RGBA16[..., :3])
     tifffile.imwrite(path, image.astype(dtype), planarconfig=None if image.ndim == 2 else 'contig', **options)
     assert read_size(path) == (5, 7)
-    with pytest.raises(UserError, match=rf'x\.tif cannot be read \(.*{reason}.*\): restore it, or save it again as PNG'):
+    with pytest.raises(UserError, match=rf'x\.tif cannot be read \(.*{reason}.*\): restore it, or save it again'):
         read_photo(path)
 
 
