@@ -21,7 +21,7 @@ FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
 MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # of Pillow, that convert to 8 bits
 ANIMATED = ('PNG', 'TIFF', 'WEBP')  # the other images of a JPEG file are none of its own: thumbnails, gain maps
 MAX_PIXELS = 2**28
-OPAQUE, CONVERTED, WEBP, CLEAR, DEEP = 8, 13, 22, 40, 46  # bytes a pixel while an image is read, measured
+OPAQUE, CONVERTED, PROFILED, WEBP, CLEAR, DEEP = 8, 13, 18, 22, 40, 46  # bytes a pixel while an image is read, measured
 
 # Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -91,6 +91,8 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
 def _pixel_bytes(image: ImageFile) -> int:
     if image.has_transparency_data:
         return CLEAR
+    if image.mode == 'CMYK' and 'icc_profile' in image.info:
+        return PROFILED
     return WEBP if image.format == 'WEBP' else OPAQUE if image.mode in ('L', 'RGB') else CONVERTED
 
 

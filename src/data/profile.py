@@ -20,14 +20,15 @@ def cmyk_to_rgb(image: Image.Image) -> Image.Image:
     from PIL import ImageCms  # rarely needed
 
     try:
-        return ImageCms.profileToProfile(
-            image,
+        change = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(BytesIO(icc)),
             ImageCms.createProfile('sRGB'),
-            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            'CMYK',
             'RGB',
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
+        return change.apply(image)
     except (ImageCms.PyCMSError, OSError) as error:
         note(f'its colour profile cannot be used ({error}); CMYK becomes RGB without it')
         return image.convert('RGB')

@@ -107,7 +107,7 @@ def name_warnings() -> None:
 _show_elsewhere = warnings.showwarning
 
 
-def _show_warning(message: Warning | str, *about, **more) -> None:  # type: ignore[no-untyped-def]
+def _show_warning(message: Warning | str, *about, **more) -> None:
     if _being_read.get() is None:
         _show_elsewhere(message, *about, **more)
     else:
