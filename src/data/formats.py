@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -42,7 +42,7 @@ def open_image(path: Path) -> Iterator[Source]:
             if not head.startswith(tiff.SIGNATURES):
                 raise
             image = None
-        if image is None or _is_deep_tiff(image):
+        if image is None or _is_beyond_pillow(image):
             source = tiff.open_tiff(path, file)
         else:
             source = _open_with_pillow(image, file, is_png16(head))
@@ -51,10 +51,19 @@ def open_image(path: Path) -> Iterator[Source]:
         yield source
 
 
-def _is_deep_tiff(image: ImageFile) -> bool:
-    """Whether Pillow would not read all bits of a TIFF file."""
-    return isinstance(image, TiffImageFile) and (
-        image.mode not in MODES or 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ())
+def _is_beyond_pillow(image: ImageFile) -> bool:
+    """Whether it is a TIFF file of which Pillow would not read all bits, or read wrong ones."""
+    if not isinstance(image, TiffImageFile):
+        return False
+    tags = image.tag_v2
+    return (
+        image.mode not in MODES
+        or 16 in tags.get(TiffImagePlugin.BITSPERSAMPLE, ())
+        or not {*tags.get(TiffImagePlugin.SAMPLEFORMAT, ())} <= tiff.UNSIGNED  # taken as unsigned
+        or (
+            image.mode in ('LA', 'RGBA') and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == tiff.PLANES
+        )  # wrong alpha
+        or tags.get(TiffImagePlugin.COMPRESSION) == tiff.WEBP  # which its libtiff does not unpack
     )
 
 
