@@ -91,6 +91,20 @@ ATD_LIGHT: Recipe = {
 }  # fmt: skip
 ATD_LIGHT_TUNED: Recipe = {**ATD_LIGHT, 'lr': 2e-4, 'warmup': 10000, **milestones(150, 200, 225, 240, 250)}
 
+# https://github.com/EquationWalker/CATANet, options; x3 and x4 start from x2 (in epochs of 500, since a milestone is at
+# step 237,500); tested on whole images
+CATANET: Recipe = {
+    'model': 'CATANet', **DIV2K, 'lr': 2e-4, 'betas': [0.9, 0.99], 'batch_size': 64,
+    **milestones(300, 500, 650, 700, 750, 800),
+}  # fmt: skip
+CATANET_TUNED: Recipe = {**CATANET, 'test_every': 500, **milestones(250, 400, 450, 475, 500)}
+
+# https://github.com/XiangZ-0/HiT-SR, options; x3 and x4 start from x2; tested on whole images
+HITSRF: Recipe = {
+    'model': 'HiT-SRF', **DIV2K, 'lr': 5e-4, 'betas': [0.9, 0.99], 'batch_size': 64,
+    **milestones(250, 400, 450, 475, 500),
+}  # fmt: skip
+
 # https://github.com/cszn/KAIR, options/swinir/train_swinir_sr_lightweight.json; x3 and x4 start from x2, with half the
 # rate and half the steps (there in epochs of 500, since a milestone is at step 237,500)
 SWINIR: Recipe = {
@@ -144,6 +158,9 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('ATD', {**ATD_TUNED, 'pre_train': 'ATD-finetune_x2.pt'}, 96, (3, 4)),
     **at_scales('ATD-light', ATD_LIGHT, 64, (2,)),
     **from_x2('ATD-light', ATD_LIGHT_TUNED, 64, (3, 4)),
+    **at_scales('CATANet', CATANET, 64, (2,)),
+    **from_x2('CATANet', CATANET_TUNED, 64, (3, 4)),
+    **from_x2('HiT-SRF', HITSRF, 64),
     **at_scales('OmniSR', OMNISR, 64),
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),

@@ -33,6 +33,7 @@ GAIN = {
     'DLGSANet': DYNAMIC,
     'DLGSANet-light': DYNAMIC,
     'DLGSANet-tiny': DYNAMIC,
+    'CATANet': {r'\.irca_attn\.': 6.0, r'^mid_convs\.': 0.35},
     'ATD': {r'\.wqkv\.': 0.35, r'\.wv\.': 0.4},
     'ATD-light': {r'\.wqkv\.': 0.5, r'\.wv\.': 0.4},
     'IMDN': {r'\.cca\.conv_du\.': 3.0},
@@ -56,7 +57,8 @@ def weight(name: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
     """The tensor at `key` of network `name`."""
     noise = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape)
     if key.endswith('.means'):
-        return noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+        length = 0.8 + 0.1 * noise[..., :1] if name == 'CATANet' else 1  # means of unit vectors are shorter
+        return length * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
     for end, (mean, deviation) in OTHERS.items():
         if key.endswith(end):
             return mean + deviation * noise

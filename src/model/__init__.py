@@ -11,7 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import asid, atd, bicubic, bsrn, dlgsanet, edsr, imdn, lcoan, nlsn, omnisr, pan, rcan, swinir
+from model import (
+    asid,
+    atd,
+    bicubic,
+    bsrn,
+    catanet,
+    dlgsanet,
+    edsr,
+    hitsr,
+    imdn,
+    lcoan,
+    nlsn,
+    omnisr,
+    pan,
+    rcan,
+    swinir,
+)
 from model.bicubic import Bicubic
 from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
@@ -27,6 +43,8 @@ NETWORKS: dict[str, NetworkSpec] = {
     **asid.NETWORKS,
     **dlgsanet.NETWORKS,
     **atd.NETWORKS,
+    **catanet.NETWORKS,
+    **hitsr.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
     **imdn.NETWORKS,

@@ -29,8 +29,15 @@ from torch.utils.checkpoint import checkpoint
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler, Upsampler
-from model.blocks.pixels import GELU
-from model.blocks.tokens import TokenLinear, TokenNorm, flatten_image, inverse_of, take_rows, unflatten_image
+from model.blocks.tokens import (
+    ConvFFN,
+    TokenLinear,
+    TokenNorm,
+    flatten_image,
+    inverse_of,
+    take_rows,
+    unflatten_image,
+)
 from model.blocks.windows import (
     Windows,
     attention,
@@ -117,21 +124,6 @@ class WindowAttention(nn.Module):
     def forward(self, qkv: Tensor, positions: Tensor, windows: Windows) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, positions)
         return self.proj(window_attention(qkv, bias, windows))
-
-
-class ConvFFN(nn.Module):
-    """Feed-forward network with a depthwise convolution between its layers."""
-
-    def __init__(self, n_feats: int, hidden: int, kernel_size: int) -> None:
-        super().__init__()
-        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
-        self.fc1 = TokenLinear(n_feats, hidden)
-        self.dwconv = nn.Sequential(OrderedDict(depthwise_conv=nn.Sequential(depthwise, GELU())))
-        self.fc2 = TokenLinear(hidden, n_feats)
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = F.gelu(self.fc1(x))
-        return self.fc2(x + flatten_image(self.dwconv(unflatten_image(x, height, width))))
 
 
 class Layer(nn.Module):

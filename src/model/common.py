@@ -77,6 +77,20 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
         raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
 
 
+def check_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, typed with a dash between two."""
+    parts = text.split('-')
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f'--net {option}={text}: whole numbers from 1 on with a dash between two, such as 16-32.')
+    return tuple(int(part) for part in parts)
+
+
+def mirrored(length: int, size: int, device: torch.device) -> Tensor:
+    """`length` places in a row of `size` that is continued by its mirror image again and again, int64."""
+    position = torch.arange(length, device=device) % (2 * size)
+    return torch.minimum(position, 2 * size - 1 - position)
+
+
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its mirror image, the edge pixel repeated.
 
@@ -85,8 +99,20 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     for axis in (2, 3):
         size = x.shape[axis]
         if size % multiple:
-            position = torch.arange(size + -size % multiple, device=x.device) % (2 * size)
-            x = x.index_select(axis, torch.minimum(position, 2 * size - 1 - position))
+            x = x.index_select(axis, mirrored(size + -size % multiple, size, x.device))
+    return x
+
+
+def reflect_pad(x: Tensor, multiple: int) -> Tensor:
+    """(N, C, H, W) grown right and below to multiples of `multiple` by its reflection, the edge pixel not repeated.
+
+    An image smaller than its padding is reflected again and again, a single pixel repeated.
+    """
+    for axis in (2, 3):
+        size = x.shape[axis]
+        if size % multiple:
+            position = torch.arange(size + -size % multiple, device=x.device) % max(2 * size - 2, 1)
+            x = x.index_select(axis, torch.minimum(position, 2 * size - 2 - position))
     return x
 
 

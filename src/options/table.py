@@ -147,8 +147,8 @@ def _add_test(g: Group) -> None:
     g.add_argument(
         '--show_attention',
         action='store_true',
-        help='in tests of LCoAN and ATD: save its clusters or categories as colours over the first images of each set '
-        '(and with it the enlarged ones)',
+        help='in tests of LCoAN, ATD and CATANet: save its clusters, categories or groups as colours over the first '
+        'images of each set (and with it the enlarged ones)',
     )
     g.add_argument(
         '--dir_demo', metavar='FOLDER', type=folder, help='folder of the images that --data_test Demo enlarges'

@@ -18,6 +18,8 @@ GRAPHS = {
     'OmniSR': '--optimizer ADAMW --split_batch 2 --clip_norm 0.1 --lr 5e-4',
     'EDSR-baseline': '--optimizer SGD --lr 1e-4',
     'SwinIR-light': '--drop_path 0 --lr 2e-4',
+    'CATANet': '--betas 0.9 0.99 --lr 2e-4',
+    'HiT-SRF': '--betas 0.9 0.99 --lr 5e-4',
 }
 LOW = {
     'ASID': '--amp bf16 --optimizer ADAMW --lr 5e-4',

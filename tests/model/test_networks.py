@@ -34,6 +34,13 @@ SMALL = {
         'n_resgroups': 1, 'n_resblocks': 3, 'n_feats': 8, 'n_heads': 4, 'window_size': 4, 'category_size': 8,
         'n_tokens': 5, 'reduced_dim': 3, 'kernel_size': 5, 'mlp_ratio': 2.0,
     },
+    'CATANet': {
+        'n_feats': 8, 'n_resblocks': 2, 'qk_dim': 12, 'n_heads': 2, 'mlp_ratio': 1.5, 'patch_sizes': '4-5',
+        'n_centres': '3-4', 'group_sizes': '8-6',
+    },
+    'HiT-SRF': {
+        'n_feats': 20, 'n_resgroups': 2, 'n_resblocks': 2, 'n_heads': 2, 'window_sizes': '8-16', 'mlp_ratio': 1.5,
+    },
     'SwinIR-light': {
         'n_resgroups': 2, 'n_resblocks': 2, 'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'mlp_ratio': 1.0,
     },
