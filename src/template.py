@@ -113,6 +113,13 @@ SWINIR: Recipe = {
 }  # fmt: skip
 SWINIR_TUNED: Recipe = {**SWINIR, 'lr': 1e-4, 'test_every': 500}
 
+# https://github.com/dslisleedh/ESC, options: 4 x 16 patches; x3 and x4 start from x2 and are trained as long; tests
+# continue images to whole windows
+ESC: Recipe = {
+    'model': 'ESC', **DIV2K, **ATD_COMMON, 'lr': 5e-4, 'batch_size': 64, 'warmup': 20000, 'pad_to': 32,
+    **milestones(250, 400, 450, 475, 490, 500),
+}  # fmt: skip
+
 # https://github.com/Zheng222/IMDN, train_IMDN.py: every scale from scratch, with HR patches of one size; the rate falls
 # as the 200th, 400th, ... epoch begins
 IMDN: Recipe = {
@@ -165,6 +172,9 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),
     **from_x2('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
+    **from_x2('ESC', ESC, 64),
+    **from_x2('ESC-light', {**ESC, 'model': 'ESC-light'}, 64),
+    **from_x2('ESC-FP', {**ESC, 'model': 'ESC-FP'}, 64),
     **{f'IMDN_x{scale}': {**IMDN, 'scale': scale} for scale in (2, 3, 4)},
     **at_scales('PAN', PAN, 64),
     **at_scales('BSRN', BSRN, 48),

@@ -109,14 +109,14 @@ def test_weights_that_do_not_show_their_scale_are_asked_about(scale: int) -> Non
     state = build('PAN', scale, **SMALL).state_dict()
     for unknown in (None, 4):
         with pytest.raises(UserError) as error:
-            detect.recognise(state, unknown)
+            detect.recognise(state, scale=unknown)
         assert str(error.value) == ASKED
-    found = detect.recognise(state, scale)
+    found = detect.recognise(state, scale=scale)
     assert (found.name, found.scale, found.settings) == ('PAN', scale, SMALL)
 
 
 def test_what_shows_its_scale_needs_none() -> None:
-    found = detect.recognise(build('PAN', 4, **SMALL).state_dict(), 2)
+    found = detect.recognise(build('PAN', 4, **SMALL).state_dict(), scale=2)
     assert (found.name, found.scale) == ('PAN', 4)
 
 

@@ -11,6 +11,7 @@ from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
 from model.ops.cached_attention import CACHED_LOGITS, cached_attention
+from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
 
@@ -79,6 +80,32 @@ def attention(
     parts = zip(*([x] if counts is None else x.split(counts) for x in (q, k, v)), mask_of, strict=True)
     out = [F.scaled_dot_product_attention(q, k, v, mask, scale=scale) for q, k, v, mask in parts]
     return (out[0] if len(out) == 1 else torch.cat(out))[..., :e].transpose(1, 2).flatten(2)
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Multi-head softmax attention within square windows, with a bias by the position of the key to the query.
+
+    With the keys in reverse order the biases of a query at (y, x) are a window of the reversed table, which begins at
+    (y, x): a view, for which no index is needed.
+
+    Args:
+        q, k, v: (B, T, heads, d), of windows of T = size^2 pixels.
+        table: (heads, 2 * size - 1, 2 * size - 1), its middle for the query itself, below and to the right of it keys
+            that are there.
+
+    Returns:
+        (B, T, heads * d).
+    """
+    t, heads, d = q.shape[1:]
+    size = (table.shape[-1] + 1) // 2
+    k, v = k.flip(1), v.flip(1)
+    bias = table.flip(1, 2).unfold(1, size, 1).unfold(2, size, 1)
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if not q.is_cpu or traced or torch.is_grad_enabled() or heads * t**2 <= CACHED_LOGITS:
+        return attention(q, k, v, bias.reshape(heads, 1, t, t).to(q.dtype))
+    with full_precision(q):
+        queries, keys, values, bias = (at_least_float32(x) for x in (q, k, v, bias))
+        return table_attention(queries, keys, values, bias, d**-0.5).to(v.dtype).flatten(2)
 
 
 def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
