@@ -7,7 +7,6 @@
 Pixels are those of `main.py --data_test Demo`. Nothing is written, and PyTorch's own settings stay as they are.
 """
 
-import logging
 import re
 from pathlib import Path
 from typing import Literal, TypeVar, cast
@@ -21,16 +20,13 @@ from data.image import from_pillow, to_pillow
 from enlarge import enlarged
 from error import UserError
 from model import Model, type_name
-from model.loading.detect import recognise
-from model.loading.weights import load_weights, read_weights
+from model.loading.weights import load_model
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
 from options.table import ROOT
 from system.files import some
 from system.machine import best_device
 from system.numerics import exact_float32
-
-log = logging.getLogger('frugalsr')
 
 FOLDER = ROOT / 'models'
 SUFFIXES = ('.pt', '.pth', '.safetensors')
@@ -61,14 +57,15 @@ class Upscaler:
         Args:
             image: one of
                 - a numpy array (H, W, 3), RGB, uint8 in [0, 255] or uint16 in [0, 65535];
-                - an image of Pillow, 8 bits a channel or 16 bits of grey; the result is L, RGB, RGBA or I;16, upright
-                  as the EXIF orientation says, and keeps the colour profile if that fits;
+                - an image of Pillow, 8 bits a channel or 16 bits of grey, of several frames the one that it is at; the
+                  result is L, LA, RGB, RGBA or I;16, upright as the EXIF orientation says, and keeps the colour profile
+                  if that fits; CMYK becomes sRGB;
                 - a tensor (3, H, W) or (N, 3, H, W), RGB, of floats in [0, 1]; the result is on the same device and of
                   the same type, clipped to [0, 1], computed in float32 and without gradients.
 
         Raises:
             UserError: anything else, such as a numpy array of floats or a tensor with values outside [0, 1]: no range
-                is guessed.
+                is guessed; or a result that is not finite.
         """
         with exact_float32(self.model.device):
             if isinstance(image, np.ndarray):
@@ -118,16 +115,9 @@ def load(
             raise UserError(f'Bicubic has no setting {next(iter(settings))!r}: leave it out.')
         return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
     path = find_weights(weights)
-    state, unwrapped, description = read_weights(path)
-    try:
-        found = recognise(state, description, settings, scale)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from error
-    if scale not in (None, found.scale):
-        raise UserError(f'{path} holds weights of {found.name} x{found.scale}, not x{scale}: leave the scale out.')
-    model = Model(found.name, found.scale, where, tiler, **found.settings)
-    load_weights(model.net, state, str(path))
-    log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
+    model = load_model(path, where, tiler, settings, scale)
+    if scale not in (None, model.scale):
+        raise UserError(f'{path} holds weights of {model.name} x{model.scale}, not x{scale}: leave the scale out.')
     return Upscaler(model)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from error import UserError, WriteError, report_error
+from error import UserError, WriteError, report_error, run_program
 from options import kinds
 from options.table import ROOT
 
@@ -220,8 +220,14 @@ def find_sets(name: str, dir_data: Path) -> list[ImageSet]:
 
 
 def lr_files(images: ImageSet, scale: int) -> list[Path]:
-    """Where the LR image of each image is, or would be."""
-    return [path for path in images.lr_files(scale) if path is not None]
+    """Where the LR image of each image is, or would be.
+
+    Raises:
+        UserError: as `find_lr`.
+    """
+    from data.lr import find_lr
+
+    return [path for path in find_lr(images, scale) if path is not None]
 
 
 def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:
@@ -231,14 +237,12 @@ def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:
         UserError: an image is damaged, an LR image has the wrong size, or the folder cannot be written.
     """
     from data.srdata import SRData
+    from system.files import is_there
 
-    lacking = sum(not path.is_file() for path in lr_files(images, scale))
     SRData(images, scale, args.lr_border).prepare(args.n_threads)
-    left = [path for path in lr_files(images, scale) if not path.is_file()]
+    left = [path for path in lr_files(images, scale) if not is_there(path)]
     if left:
         raise UserError(f'{left[0]} could not be written: make its folder writable, or name another --dir_data.')
-    if lacking:
-        log.info('%s x%d: %d LR images made', images.name, scale, lacking)
 
 
 def check(args: Namespace) -> int:
@@ -247,10 +251,12 @@ def check(args: Namespace) -> int:
     Raises:
         UserError: no LR files, or an image that cannot be read.
     """
+    from system.files import is_there
+
     checked, equal = 0, True
     for images in find_sets(args.set, args.dir_data):
         for scale in args.scale:
-            pairs = [pair for pair in zip(images.hr, lr_files(images, scale), strict=True) if pair[1].is_file()]
+            pairs = [pair for pair in zip(images.hr, lr_files(images, scale), strict=True) if is_there(pair[1])]
             title = f'{images.name} x{scale}: {len(pairs)} of {len(images.hr)} LR files there'
             checked += len(pairs)
             if pairs:
@@ -319,4 +325,4 @@ def report(found: Sequence[Difference], border: str) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

@@ -88,6 +88,7 @@ NOT_CHECKED = {
     'bash test.sh full': 'runs this test',
     'bash tests/gpu/run.sh OUT': 'wants a GPU; tests/test_gpu_rehearsal.py rehearses it',
     'bash tests/gpu/pack.sh': 'wants the reference data',
+    'bash tests/speedrun.sh DATA': 'trains for an hour; tests/test_speedrun.py has it',
     'PYTHONPATH=src python tests/gpu/measure_step.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
     'python tests/gpu/measure_attention.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
 }
@@ -150,11 +151,9 @@ def test_commands_that_run(places, monkeypatch, capsys):
         _, _, *arguments = words(command, places)
         status = main.main([*arguments, *words(more, places), '--save_dir', places['runs']])
         assert status == 0, f'{command}: {capsys.readouterr().err}'
-    assert sorted(path.name for path in Path(places['runs']).glob('ASID_x4_test/results-Demo/*')) == [
-        '0001_x4_SR.png',
-        '0002_x4_SR.png',
-    ]
-    with Image.open(Path(places['runs']) / 'ASID_x4_test' / 'results-Demo' / '0001_x4_SR.png') as image:
+    folder = Path(places['runs']) / 'ASID_x4_images_demo' / 'results-Demo'
+    assert sorted(path.name for path in folder.glob('*.png')) == ['0001_x4_SR.png', '0002_x4_SR.png']
+    with Image.open(folder / '0001_x4_SR.png') as image:
         assert image.size == (4 * 64, 4 * 72)
 
 

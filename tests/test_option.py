@@ -34,7 +34,7 @@ NEW = """
     kernel_size pad_to group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
     graph deterministic tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention export forms net restarts
+    compare max_memory show_attention export forms net restarts patch_schedule loss_final final_epochs teacher distill
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -64,7 +64,7 @@ DEFAULTS = {
     'precision': 'single', 'n_clusters': None, 'window_size': None, 'ema_decay': None, 'n_hashes': None,
     'chunk_size': None, 'n_resgroups': None, 'reduction': None, 'reset': False, 'test_every': 1000, 'epochs': 300,
     'batch_size': 16, 'split_batch': 1, 'self_ensemble': False, 'test_only': False, 'gan_k': 1, 'lr': 1e-4,
-    'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': 0.9, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
+    'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': None, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
     'weight_decay': 0.0, 'gclip': 0.0, 'loss': '1*L1', 'skip_threshold': 1e8, 'load': '', 'resume': -1,
     'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
@@ -74,7 +74,8 @@ DEFAULTS = {
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'restarts': 0,
+    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'restarts': 0, 'patch_schedule': [],
+    'loss_final': '', 'final_epochs': 1, 'teacher': '', 'distill': 0.0,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -193,7 +194,7 @@ def test_reset_and_load_exclude_each_other(saved):
 
 def test_a_loaded_run_is_tested_under_another_name(saved):
     assert options(f'--save_dir {saved} --load old --test_only').save == 'old_test'
-    with pytest.raises(UserError, match='--save old: a test leaves the folder of the run as it is'):
+    with pytest.raises(UserError, match='--save old: tests and exports leave the folder of the run as it is'):
         options(f'--save_dir {saved} --load old --test_only --save old')
     assert options(f'--save_dir {saved} --load old --test_only --save new').save == 'new'
 
@@ -239,7 +240,29 @@ def test_tests_of_two_files_have_two_names():
     assert options('--test_only --template ASID_x4 --pre_train models/ASID_x4.pt').save == 'ASID_x4_test'
     names = [options(f'--test_only --pre_train runs/{run}/model/model_best.pt').save for run in 'ab']
     assert names == ['LCoAN_x4_a_model_best_test', 'LCoAN_x4_b_model_best_test']
-    assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_export'
+    assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_one_export'
+
+
+def test_photographs_of_two_folders_and_a_benchmark_have_three_names():
+    demo = '--test_only --template ASID_x4 --pre_train ASID_x4.pt --data_test Demo --dir_demo'
+    assert [options(f'{demo} {folder}').save for folder in ('a/summer', 'winter')] == [
+        'ASID_x4_summer_demo',
+        'ASID_x4_winter_demo',
+    ]
+    assert options(f'{demo} summer --pre_train one.pt').save == 'ASID_x4_one_summer_demo'
+    assert options('--test_only --template ASID_x4 --data_test Set5').save == 'ASID_x4_test'
+
+
+def test_an_export_of_a_run_has_a_folder_of_its_own(saved):
+    assert options(f'--save_dir {saved} --load old --export safetensors').save == 'old_export'
+    with pytest.raises(UserError, match='--save old: tests and exports leave the folder of the run as it is'):
+        options(f'--save_dir {saved} --load old --export safetensors --save old')
+
+
+def test_reset_is_for_photographs_too(saved):
+    demo = f'--save_dir {saved} --test_only --data_test Demo --dir_demo x --reset'
+    assert options(demo).reset
+    assert options(f'{demo} --load old').reset
 
 
 def test_costs_of_several():
@@ -340,7 +363,7 @@ def test_more_values():
 COUNTS = """
     scale patch_size chop_size chop_batch n_resgroups n_resblocks n_feats reduction n_clusters window_size n_hashes
     chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
-    category_size n_tokens reduced_dim pad_to
+    category_size n_tokens reduced_dim final_epochs pad_to
 """
 NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every restarts'
 POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'

@@ -38,6 +38,7 @@ from model.common import (
     how_many,
     in_fast_memory,
     reflect_pad,
+    stacked,
 )
 
 EPS = 1e-6  # of all norms
@@ -65,7 +66,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.n_heads, self.window_size = n_heads, window_size
         self.relative_position_bias = nn.Parameter(0.001 * torch.randn(n_heads, (2 * window_size - 1) ** 2))
-        self.to_qkv = conv(n_feats, 3 * n_feats, 1)
+        self.to_qkv = stacked(3, conv(n_feats, 3 * n_feats, 1))
         self.to_out = conv(n_feats, n_feats, 1)
 
     def forward(self, x: Tensor) -> Tensor:

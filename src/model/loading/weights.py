@@ -1,20 +1,27 @@
 """Weights from files: read without running anything they contain, and matched to a network key by key."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
+from model import Model
 from model.common import at_least_float32
 from model.loading.description import Description, from_metadata, from_options, from_state
-from model.loading.detect import mismatches, nearest
+from model.loading.detect import mismatches, nearest, recognise
+from model.tiles.tiling import Tiler
 from system.files import is_safetensors, read_safetensors, read_torch, some
+
+log = logging.getLogger('frugalsr')
 
 # What state dicts are wrapped in, the first choice first: averages of weights before the weights themselves. BasicSR
 # has 'params_ema' and 'params', a state of this program 'average' and 'model'.
@@ -204,6 +211,37 @@ def interpolate_rows(old: Tensor, own: Tensor, factor: int) -> Tensor | None:
     grids = old.reshape(channels, side**2, -1).mT.unflatten(2, (side, side))
     rows = F.interpolate(at_least_float32(grids), (factor, factor), mode='bilinear').flatten(2).mT
     return rows.reshape(own.shape).to(own.dtype)
+
+
+def load_model(
+    path: Path,
+    device: torch.device | str,
+    tiler: Tiler | None = None,
+    settings: Mapping[str, object] = MappingProxyType({}),
+    scale: int | None = None,
+) -> Model:
+    """The network that a file of weights belongs to, found as by `--model auto`, with these weights.
+
+    Args:
+        path: the file.
+        device: where the network runs.
+        tiler: cuts large images into tiles.
+        settings: of the network, which neither the file says nor its weights show.
+        scale: for weights that are alike at several.
+
+    Raises:
+        UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
+    """
+    state, unwrapped, description = read_weights(path)
+    try:
+        found = recognise(state, description, settings, scale)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+    model = Model(found.name, found.scale, device, tiler, **found.settings)
+    load_weights(model.net, state, str(path))
+    model.weights = f'weights from {path}'
+    log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
+    return model
 
 
 def _cause(state: dict[str, Tensor]) -> str:
