@@ -92,7 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, t
     if before is None:
         logits, keys = products(q, k).add_(bias.unsqueeze(1)), None
     else:
-        logits, keys = kept_logits(q, k, bias, before.keys).add_(before.logits), before.keys
+        logits, keys = before.logits + kept_logits(q, k, bias, before.keys), before.keys
     weights = logits.softmax(-1)
     if topk < logits.shape[-1]:
         places = best(logits.detach(), topk)

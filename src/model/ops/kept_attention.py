@@ -4,6 +4,7 @@ Queries, keys and values are (B, T, heads, d), of B windows with T tokens; `keys
 and head which K of the T keys were kept, none of them twice.
 """
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from math import gcd
 from typing import Any
@@ -16,9 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.fast import by_triton, is_for_triton
 
-LANES = 16  # channels that oneDNN takes at once
+warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta state')
+
+LANES = 16  # channels that a CPU takes at once
 IMAGES = 16  # of fewer a 1x1 convolution goes to PyTorch's own code when there is one thread
-QUERIES = 256  # whose products are made at once on a CPU
 ROWS = 512  # whose best are chosen at once, in a CPU's cache
 
 
@@ -39,13 +41,13 @@ def as_convolution(x: Tensor, kernels: Tensor, groups: int) -> Tensor:
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:
-    """Products of queries and all keys of a window: (B, I, heads, d) and (B, T, heads, d) to (B, I, heads, T)."""
+    """Products of all queries and keys of a window: (B, T, heads, d) twice to (B, T, heads, T)."""
     if is_plain(q) or torch.is_grad_enabled():
         return torch.einsum('bihd,bjhd->bihj', q, k)
-    b, i, heads, d = q.shape
+    b, t, heads, d = q.shape
     q, k = (F.pad(x, (0, -d % LANES)) for x in (q, k))
-    found = as_convolution(q.transpose(0, 1).reshape(i, -1), k.transpose(1, 2).flatten(0, 2), b * heads)
-    return found.view(i, b, heads, -1).transpose(0, 1)
+    found = as_convolution(q.transpose(0, 1).reshape(t, -1), k.transpose(1, 2).flatten(0, 2), b * heads)
+    return found.view(t, b, heads, t).transpose(0, 1)
 
 
 def read(weights: Tensor, v: Tensor) -> Tensor:
@@ -62,18 +64,27 @@ def spread(values: Tensor, keys: Tensor) -> Tensor:
     return values.new_zeros(*keys.shape[:-1], keys.shape[1]).scatter_(-1, keys.long(), values)
 
 
+def rows_of(keys: Tensor) -> Tensor:
+    """Where the kept keys are among the rows (B * T * heads, d) of a contiguous (B, T, heads, d), int32."""
+    b, t, heads, _ = keys.shape
+    first = torch.arange(b, dtype=torch.int32).view(-1, 1, 1, 1) * (t * heads)
+    return torch.add(first + torch.arange(heads, dtype=torch.int32).view(-1, 1), keys, alpha=heads)
+
+
 def logits_at(q: Tensor, k: Tensor, bias: Tensor | None, keys: Tensor) -> Tensor:
-    """See `kept_logits`."""
+    """See `kept_logits`. On a CPU a product that is sampled at the entries of a sparse matrix."""
+    b, t, heads, kept = keys.shape
     if is_plain(q):
         logits = products(q, k).gather(-1, keys.long())
     else:
-        logits = q.new_empty(keys.shape)
-        for i in range(0, q.shape[1], QUERIES):
-            of = slice(i, i + QUERIES)
-            logits[:, of] = products(q[:, of], k).gather(-1, keys[:, of].long())
+        q, k = (F.pad(x, (0, -x.shape[-1] % LANES)).reshape(b * t * heads, -1) for x in (q, k))
+        first = torch.arange(0, keys.numel() + 1, kept, dtype=torch.int32)
+        where = torch.sparse_csr_tensor(
+            first, rows_of(keys).flatten(), q.new_zeros(keys.numel()), (len(q), len(k)), check_invariants=False
+        )
+        logits = torch.sparse.sampled_addmm(where, q, k.T, beta=0.0).values().view(keys.shape)
     if bias is None:
         return logits
-    b, _, heads, _ = keys.shape
     return logits.add_(bias.unsqueeze(1).expand(b, -1, heads, -1).gather(-1, keys.long()))
 
 
@@ -81,11 +92,8 @@ def values_at(weights: Tensor, v: Tensor, keys: Tensor) -> Tensor:
     """See `kept_values`. On a CPU an embedding bag: the table has a row for each key and head, a bag is a query's."""
     if is_plain(v):
         return read(spread(weights, keys), v)
-    b, t, heads, kept = keys.shape
-    first = torch.arange(b).view(-1, 1, 1, 1) * (t * heads) + torch.arange(heads).view(-1, 1)
-    rows = torch.add(first.int(), keys, alpha=heads).view(-1, kept)
-    table = v.reshape(b * t * heads, -1)
-    return F.embedding_bag(rows, table, mode='sum', per_sample_weights=weights.reshape(-1, kept)).view(v.shape)
+    table, bags = v.reshape(-1, v.shape[-1]), rows_of(keys).flatten(0, 2)
+    return F.embedding_bag(bags, table, mode='sum', per_sample_weights=weights.reshape(bags.shape)).view(v.shape)
 
 
 # torch.compile leaves these two as they are, and on the meta device their multiply-adds are those that Triton makes.
@@ -188,9 +196,14 @@ def best(x: Tensor, count: int) -> Tensor:
     if is_plain(x):
         return x.topk(count, -1, sorted=False)[1]
     rows = x.reshape(-1, x.shape[-1]).numpy()
+    found = np.empty((len(rows), count), np.int64)
+
+    def choose(i: int) -> None:
+        found[i : i + ROWS] = best_of_rows(rows[i : i + ROWS], count)
+
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        found = pool.map(lambda i: best_of_rows(rows[i : i + ROWS], count), range(0, len(rows), ROWS))
-        return torch.from_numpy(np.concatenate(list(found))).view(*x.shape[:-1], count)
+        list(pool.map(choose, range(0, len(rows), ROWS)))
+    return torch.from_numpy(found).view(*x.shape[:-1], count)
 
 
 def best_of_rows(rows: np.ndarray, count: int) -> np.ndarray:
