@@ -245,13 +245,13 @@ def train(args: Namespace, folder: RunFolder) -> None:
     from report.run import describe, facts
     from system import parallel
     from system.stopping import Stop
-    from wiring import autocast_dtype, load, make_loss, make_model, make_trainer, test_sets, train_data
+    from wiring import autocast_dtype, load, make_model, make_phases, make_trainer, test_sets, train_data
 
     check_is_free(args, folder)
     model = make_model(args)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'{args.model} has nothing to train: use it with --test_only.')
-    loss = make_loss(args, model)
+    phases = make_phases(args, model)
     folder.config = write_config(args, model.settings)
     state, origin = load(args, model)
     data, sets = train_data(args), test_sets(args)
@@ -268,13 +268,15 @@ def train(args: Namespace, folder: RunFolder) -> None:
             board.write(record, evaluation.shown)
             write_report(args, folder, evaluation, facts(model, f'epoch {record["epoch"]}'), model.settings)
 
-    trainer = make_trainer(args, model, loss, data, evaluate, folder, on_epoch_end)
+    trainer = make_trainer(args, model, phases, data, evaluate, folder, on_epoch_end)
     if args.reset:
         folder.clear()
     folder.start_log()
     describe(model, folder, origin)
     if args.amp != 'off':
         log.info('--amp %s: %s computes in %s.', args.amp, args.model, type_name(autocast_dtype(args, model)))
+    for phase in phases if len(phases) > 1 else ():
+        log.info('From epoch %d on: %s', phase.begin + 1, phase)
     if state is None:
         if not args.template:
             log.info('%s', option.recipe_note(args))

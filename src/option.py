@@ -65,27 +65,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def apply_detected_network(
-    args: argparse.Namespace, name: str, scale: int, shown: Mapping[str, object], settings: Mapping[str, object]
-) -> None:
+def apply_detected_network(args: argparse.Namespace, name: str, scale: int, settings: Mapping[str, object]) -> None:
     """Put the network that --model auto found into the options.
 
     Args:
-        args: what was typed; settings that weights do not show stay, and in training so does the scale.
+        args: what was typed; in training the scale stays.
         name: of the network.
         scale: of the weights.
-        shown: settings that the weights show.
-        settings: those of them that are not as in the paper.
+        settings: those that are not as in the paper.
 
     Raises:
         UserError: the options do not go with it.
     """
     if args.test_only and args.scale not in (None, scale):
         raise UserError(f'--scale {args.scale}: {args.pre_train} holds weights of {name} x{scale}; leave it out.')
-    given = network_settings(args, name)
-    for key, value in shown.items():
-        if (typed := given.get(key)) not in (None, value):
-            raise UserError(f'--{key} {typed}: {args.pre_train} holds weights of {name} with {value}; leave it out.')
     args.model, args.scale = name, args.scale or scale
     for key, value in settings.items():
         if key in SETTINGS:

@@ -1,4 +1,7 @@
-"""Get the image sets: download, unpack into EDSR's folders, make the LR images that are missing, check those given."""
+"""Get the image sets: download, unpack into EDSR's folders, make the LR images that are missing, check those given.
+
+And the weights of the authors: python src/prepare.py weights list.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from error import UserError, report_error
+from error import UserError, WriteError, report_error
 from options import kinds
 from options.table import ROOT
 
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if --check found a difference, 2 for an error the user can fix, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ['weights']:
+            return get_weights(build_weights_parser().parse_args(argv[1:]))
         return run(build_parser().parse_args(argv))
     except UserError as error:
         return report_error(error, '--debug' in argv)
@@ -51,7 +56,8 @@ def build_parser() -> kinds.Parser:
     parser = kinds.Parser(
         prog='prepare.py',
         usage='DIV2K|Flickr2K|benchmark [options]',
-        description='Get a set of images: what is missing is downloaded, and LR that no archive has is made.',
+        description='Get a set of images: what is missing is downloaded, and LR that no archive has is made. The '
+        'weights of the authors of networks: prepare.py weights --help.',
     )
     parser.add_argument('set', choices=('DIV2K', 'Flickr2K', 'benchmark'), help='which; benchmark: Set5, Set14, ...')
     parser.add_argument(
@@ -76,6 +82,55 @@ def build_parser() -> kinds.Parser:
     )
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
+
+
+def build_weights_parser() -> kinds.Parser:
+    """The options of `prepare.py weights`."""
+    parser = kinds.Parser(
+        prog='prepare.py weights',
+        usage='list|NAME ... [options]',
+        description="Get the authors' own weights of networks, as they are, each with a card beside it; list: which "
+        'there are, where, and under which licence.',
+    )
+    parser.add_argument(
+        'names', metavar='NAME', nargs='+', help='such as IMDN_x2; a network alone: at every scale; list: all names'
+    )
+    parser.add_argument(
+        '--extend',
+        metavar='FOLDER',
+        type=kinds.folder,
+        default=ROOT / 'models',
+        help='where they go, and are looked up',
+    )
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+def get_weights(args: Namespace) -> int:
+    """List the weights of authors, or get some of them; returns the exit status.
+
+    Raises:
+        UserError: unknown names, or some that could not be had, after the others are there.
+    """
+    from checkpoint import start_screen
+    from data.download.weights import fetch_official, find_official, listing
+    from model.loading.weights import read_weights
+
+    if args.names == ['list']:
+        print(listing(args.extend))
+        return 0
+    start_screen()
+    faults = []
+    for official in find_official(args.names):
+        try:
+            fetch_official(official, args.extend, read_weights)
+        except WriteError:
+            raise
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(' '.join(faults))
+    return 0
 
 
 def scales(text: str) -> list[int]:

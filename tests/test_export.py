@@ -18,6 +18,7 @@ import export
 import main
 from error import UserError
 from model import Model
+from model.loading.description import describe, described
 from tests.conftest import picture, slow
 from tests.model.test_networks import SMALL
 
@@ -69,6 +70,7 @@ def assert_enlarges(kind: str, content: bytes, model: Model, n: int, height: int
         ('LCoAN', SMALL['LCoAN']),
         *slow(('OmniSR', {**SMALL['OmniSR'], 'n_resgroups': 1})),
         *slow(('SwinIR-light', {**SMALL['SwinIR-light'], 'n_resgroups': 1})),
+        *slow(('ESC', {**SMALL['ESC'], 'n_resgroups': 1}), ('ESC-FP', {**SMALL['ESC-FP'], 'n_resgroups': 1})),
     ],
 )
 def test_a_network_of_free_sizes(kind: str, name: str, settings: dict) -> None:
@@ -129,7 +131,8 @@ NAME = 'EDSR_x2'  # what --model auto finds in the file
 def weights(tmp_path: Path) -> Path:
     """A file of weights of a small EDSR x2."""
     path = tmp_path / 'weights.pt'
-    torch.save(make('EDSR', **SMALL['EDSR']).net.state_dict(), path)
+    model = make('EDSR', **SMALL['EDSR'])
+    torch.save(described(model.net.state_dict(), describe(model)), path)
     return path
 
 

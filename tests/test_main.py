@@ -76,9 +76,9 @@ def test_published_commands(data_folder):
     x4 = weights(runs / 'LCoAN_x4')
     new = sorted(set(x4) - set(x2))
     assert new == ['tail.0.2.bias', 'tail.0.2.weight']
-    assert set(re.search(r'weights from \S*model_1\.pt; new: (.*); run', log(runs / 'LCoAN_x4'))[1].split(', ')) == set(
-        new
-    )
+    said = re.search(r'weights from \S*model_1\.pt; interpolated from another scale: (.*); run', log(runs / 'LCoAN_x4'))
+    assert sorted(said[1].split(', ')) == new
+    assert all(torch.allclose(x4[key], x2[key.replace('2', '0')]) for key in new)
     moving = {key for key in x2 if key.endswith('kmeans.means')}  # follow the images whatever the learning rate
     assert [key for key in set(x2) - moving if not torch.equal(x2[key], x4[key])] == []
     for key in moving:
@@ -258,8 +258,8 @@ def test_auto_finds_the_network_in_its_weights(data_folder, no_curves, capsys):
     assert results(found)['model'] == 'LCoAN'
     assert results(found)['settings'] == results(run)['settings']
     said = capsys.readouterr().out
-    assert 'holds weights of LCoAN x2 (n_feats 8, n_resgroups 2, n_resblocks 1, n_clusters 4)' in said
-    assert 'What weights do not show is as in the paper of LCoAN: ema_decay, res_scale, act, dilation' in said
+    assert 'holds weights of LCoAN x2 (n_feats 8, n_resgroups 2, n_resblocks 1, n_clusters 4, window_size 16)' in said
+    assert 'What nothing says of them is as in LCoAN: ema_decay, res_scale, act, dilation' in said
     assert "(params_ema, without the prefix 'module.')" in said
 
 
@@ -320,7 +320,7 @@ def test_a_recipe_starts_from_its_weights(data_folder, no_curves):
     x2 = train(data_folder, f'--template LCoAN-small_x2 {TINY_LCOAN}', name='x2')
     (data_folder / 'LCoAN-small_x2.pt').write_bytes((x2 / 'model' / 'model_latest.pt').read_bytes())
     x4 = train(data_folder, f'--template LCoAN-small_x4 {TINY_LCOAN} --lr 1e-25 --extend {data_folder}', name='x4')
-    assert f'weights from {data_folder}/LCoAN-small_x2.pt; new: tail.0.2.' in log(x4)
+    assert f'weights from {data_folder}/LCoAN-small_x2.pt; interpolated from another scale: tail.0.2.' in log(x4)
     assert torch.equal(weights(x2)['head.0.weight'], weights(x4)['head.0.weight'])
 
 

@@ -93,7 +93,9 @@ def no_curves(monkeypatch):
 
 
 @NETWORKS
-@pytest.mark.parametrize('optimizer', ['SGD --lr 1e-6', 'ADAM', 'ADAMW', 'RMSprop', 'ADAM --weight_ema 0.9 --warmup 5'])
+@pytest.mark.parametrize(
+    'optimizer', ['SGD --lr 1e-6', 'ADAM', 'ADAMW', 'RMSprop', 'MUON', 'ADAM --weight_ema 0.9 --warmup 5']
+)
 def test_a_continued_run_equals_an_unbroken_one(data_folder, network, optimizer):
     more = f'--optimizer {optimizer} --decay 2 --weight_decay 0.01'
     whole = train(data_folder, network, more, '--epochs 3', name='whole')

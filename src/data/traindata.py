@@ -3,6 +3,7 @@
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -103,6 +104,12 @@ class TrainData(Dataset):
             return [self[number] for number in numbers]
         except UserError as error:
             return Failure(str(error), traceback.format_exc())
+
+    def with_patches(self, patch_size: int) -> 'TrainData':
+        """The same samples in another size: of the same image, around the same place, turned alike."""
+        other = copy(self)
+        other.patch_size = patch_size
+        return other
 
     def _view(self, number: int) -> Callable[[np.ndarray, np.ndarray, Window], np.ndarray]:
         """How sample `number` sees its LR image."""

@@ -11,7 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import asid, atd, bicubic, dlgsanet, edsr, lcoan, nlsn, omnisr, rcan, swinir
+from model import (
+    asid,
+    atd,
+    bicubic,
+    bsrn,
+    catanet,
+    dlgsanet,
+    edsr,
+    esc,
+    hitsr,
+    imdn,
+    lcoan,
+    nlsn,
+    omnisr,
+    pan,
+    rcan,
+    swinir,
+)
 from model.bicubic import Bicubic
 from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
@@ -27,8 +44,14 @@ NETWORKS: dict[str, NetworkSpec] = {
     **asid.NETWORKS,
     **dlgsanet.NETWORKS,
     **atd.NETWORKS,
+    **catanet.NETWORKS,
+    **hitsr.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
+    **esc.NETWORKS,
+    **imdn.NETWORKS,
+    **pan.NETWORKS,
+    **bsrn.NETWORKS,
 }
 
 

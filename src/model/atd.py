@@ -29,8 +29,15 @@ from torch.utils.checkpoint import checkpoint
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler, Upsampler
-from model.blocks.pixels import GELU
-from model.blocks.tokens import TokenLinear, TokenNorm, flatten_image, inverse_of, take_rows, unflatten_image
+from model.blocks.tokens import (
+    ConvFFN,
+    TokenLinear,
+    TokenNorm,
+    flatten_image,
+    inverse_of,
+    take_rows,
+    unflatten_image,
+)
 from model.blocks.windows import (
     Windows,
     attention,
@@ -54,6 +61,7 @@ from model.common import (
     full_precision,
     how_many,
     mirror_pad,
+    stacked,
 )
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -119,21 +127,6 @@ class WindowAttention(nn.Module):
         return self.proj(window_attention(qkv, bias, windows))
 
 
-class ConvFFN(nn.Module):
-    """Feed-forward network with a depthwise convolution between its layers."""
-
-    def __init__(self, n_feats: int, hidden: int, kernel_size: int) -> None:
-        super().__init__()
-        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
-        self.fc1 = TokenLinear(n_feats, hidden)
-        self.dwconv = nn.Sequential(OrderedDict(depthwise_conv=nn.Sequential(depthwise, GELU())))
-        self.fc2 = TokenLinear(hidden, n_feats)
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = F.gelu(self.fc1(x))
-        return self.fc2(x + flatten_image(self.dwconv(unflatten_image(x, height, width))))
-
-
 class Layer(nn.Module):
     """Three attentions that share queries, keys and values, the feed-forward network, and the tokens' refinement.
 
@@ -160,7 +153,7 @@ class Layer(nn.Module):
         self.norm2 = TokenNorm(n_feats)
         if refines:
             self.norm3 = nn.InstanceNorm1d(n_tokens, affine=True)
-        self.wqkv = TokenLinear(n_feats, 3 * n_feats)
+        self.wqkv = stacked(3, TokenLinear(n_feats, 3 * n_feats))
         self.attn_win = WindowAttention(n_feats, n_heads, window_size)
         self.attn_atd = DictionaryAttention(n_feats, n_tokens, reduced_dim)
         self.attn_aca = CategoryAttention(n_feats, n_heads, category_size)

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
+
+Layer = TypeVar('Layer', bound=nn.Module)
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
 
@@ -32,12 +35,13 @@ class NetworkSpec:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        upsampler_prefix: prefix of the parameters that depend on the scale; all others carry over to another scale.
+        upsampler_prefix: prefix, or several, of the parameters that depend on the scale; all others carry over to
+            another scale as they are, convolutions before an `nn.PixelShuffle` interpolated.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.
-        recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
-            them; None for the weights of another network.
+        recognise: from a state dict of this network in any sizes, scale (several where they are alike) and settings as
+            far as keys and shapes show them; None for the weights of another network.
     """
 
     build: Callable[..., nn.Module]
@@ -45,7 +49,7 @@ class NetworkSpec:
     settings: Mapping[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
-    upsampler_prefix: str = 'tail.0.'
+    upsampler_prefix: str | tuple[str, ...] = 'tail.0.'
     autocast_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     checkpoint_blocks: tuple[type[nn.Module], ...] = ()
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
@@ -76,6 +80,20 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
         raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
 
 
+def check_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, typed with a dash between two."""
+    parts = text.split('-')
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f'--net {option}={text}: whole numbers from 1 on with a dash between two, such as 16-32.')
+    return tuple(int(part) for part in parts)
+
+
+def mirrored(length: int, size: int, device: torch.device) -> Tensor:
+    """`length` places in a row of `size` that is continued by its mirror image again and again, int64."""
+    position = torch.arange(length, device=device) % (2 * size)
+    return torch.minimum(position, 2 * size - 1 - position)
+
+
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its mirror image, the edge pixel repeated.
 
@@ -84,8 +102,20 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     for axis in (2, 3):
         size = x.shape[axis]
         if size % multiple:
-            position = torch.arange(size + -size % multiple, device=x.device) % (2 * size)
-            x = x.index_select(axis, torch.minimum(position, 2 * size - 1 - position))
+            x = x.index_select(axis, mirrored(size + -size % multiple, size, x.device))
+    return x
+
+
+def reflect_pad(x: Tensor, multiple: int) -> Tensor:
+    """(N, C, H, W) grown right and below to multiples of `multiple` by its reflection, the edge pixel not repeated.
+
+    An image smaller than its padding is reflected again and again, a single pixel repeated.
+    """
+    for axis in (2, 3):
+        size = x.shape[axis]
+        if size % multiple:
+            position = torch.arange(size + -size % multiple, device=x.device) % max(2 * size - 2, 1)
+            x = x.index_select(axis, torch.minimum(position, 2 * size - 2 - position))
     return x
 
 
@@ -118,6 +148,15 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = Tru
     """Convolution that keeps height and width (zero padding)."""
     padding = dilation * (kernel_size // 2)
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
+
+
+def stacked(parts: int, layer: Layer) -> Layer:
+    """The layer, of which it is noted that its weight is `parts` matrices on top of each other, such as q, k and v.
+
+    An optimiser that works on whole matrices takes them apart (`muon.hidden_matrices`).
+    """
+    layer.n_stacked = parts  # type: ignore[assignment]
+    return layer
 
 
 def in_fast_memory(x: Tensor) -> Tensor:

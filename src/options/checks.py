@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from error import UserError
-from loss_language import find_whole_batches
+from loss_language import find_whole_batches, known_terms, parse
 from networks import MODELS
 from options.measured import ONE_FORM, cost_models
 from options.table import NETWORK_SETTINGS
@@ -48,10 +48,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
     if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
-    if training and args.split_batch > 1 and (names := find_whole_batches(args.loss)):
-        raise UserError(
-            f'--split_batch {args.split_batch}: {names[0]} of --loss {args.loss} sees whole batches; leave one out.'
-        )
+    if training:
+        check_losses(args)
+        if len(args.patch_schedule) > args.epochs:
+            raise UserError(
+                f'--patch_schedule has {len(args.patch_schedule)} sizes, and --epochs {args.epochs} not one for each: '
+                'give fewer sizes, or more epochs.'
+            )
     if args.chop_overlap >= args.chop_size:
         raise UserError(
             f'--chop_overlap {args.chop_overlap} is not below --chop_size {args.chop_size}: choose larger tiles.'
@@ -90,6 +93,26 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, option)
         if Path(value).name != value or value == '..':
             raise UserError(f'--{option} {value}: give a name without folders; --save_dir is the folder of the runs.')
+
+
+def check_losses(args: argparse.Namespace) -> None:
+    """Refuse losses that do not go with each other or with the batches, and a teacher that has none."""
+    losses = [args.loss, *([args.loss_final] if args.loss_final else [])]
+    for text in losses:
+        if (names := find_whole_batches(text)) and args.split_batch > 1:
+            raise UserError(
+                f'--split_batch {args.split_batch}: {names[0]} of the loss {text} sees whole batches; leave one out.'
+            )
+    if args.loss_final and args.final_epochs >= args.epochs:
+        raise UserError(
+            f'--final_epochs {args.final_epochs}: of --epochs {args.epochs} none would be left for --loss {args.loss}; '
+            'give fewer.'
+        )
+    learns = bool(args.distill) or any('Distill' in parse(text, known_terms()) for text in losses)
+    if learns and not args.teacher:
+        raise UserError('--distill, or a loss with Distill: name the weights of the network to learn from, --teacher.')
+    if args.teacher and not learns:
+        raise UserError(f'--teacher {args.teacher}: say with --distill how much its output counts, or leave it out.')
 
 
 def check_recipe(args: argparse.Namespace) -> None:

@@ -25,8 +25,9 @@ class Comparison:
 def curves(records: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """PNG files by name: losses, norm of the gradients, and scores of each test set, over the epochs of a run's log."""
     epochs = [record['epoch'] for record in records]
-    terms = list(records[-1]['loss'])
-    terms = terms[:1] if len(terms) == 2 else terms  # the only term is the total
+    terms = list(dict.fromkeys(term for record in records for term in record['loss'] if term != 'total'))
+    if any(len(record['loss']) > 2 for record in records):  # else the only term is the total
+        terms.append('total')
     losses = {term: [record['loss'].get(term) for record in records] for term in terms}
     pictures = {'loss.png': _curve(epochs, losses, 'loss')}
     if 'gradient_norm' in records[-1]:

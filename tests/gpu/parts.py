@@ -24,9 +24,12 @@ REHEARSE = not CUDA and os.environ.get('FRUGALSR_REHEARSE') == '1'
 DEVICE = 'cuda' if CUDA else 'cpu'
 
 ALL = [name for name in NETWORKS if name != 'Bicubic']
-LIGHT = ['EDSR-baseline', 'ASID', 'ASIDd8', 'DLGSANet-tiny', 'DLGSANet-light', 'ATD-light', 'OmniSR', 'SwinIR-light']
+LIGHT = [
+    'EDSR-baseline', 'ASID', 'ASIDd8', 'DLGSANet-tiny', 'DLGSANet-light', 'ATD-light', 'CATANet', 'HiT-SRF', 'OmniSR',
+    'SwinIR-light', 'ESC', 'ESC-light', 'ESC-FP', 'IMDN', 'PAN', 'BSRN',
+]  # fmt: skip
 # What sorts pixels by an argmax: of two that are equal up to rounding, another device may find the other one larger.
-SORTING = ['NLSN', 'LCoAN', 'ATD', 'ATD-light']
+SORTING = ['NLSN', 'LCoAN', 'ATD', 'ATD-light', 'CATANet']
 REHEARSED = ['ASID', 'DLGSANet-tiny', 'EDSR-baseline', 'LCoAN']
 
 

@@ -3,12 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
 from model import NETWORKS, build
-from model.atd import ATD, CategoryAttention, ConvFFN, DictionaryAttention, Layer, recognise, recognise_v2
+from model.atd import ATD, CategoryAttention, DictionaryAttention, Layer, recognise, recognise_v2
 from tests.conftest import kept_for_gradients
 
 SMALL = {
@@ -138,18 +137,6 @@ def test_refinement_equals_plain_loops() -> None:
             keep = 1 / (1 + math.exp(-layer.sigma[token].item()))
             refined = keep * tokens[image, token].numpy() + (1 - keep) * softmax(norm) @ x[image].numpy()
             assert np.abs(out[image, token].numpy() - refined).max() < 1e-12
-
-
-@torch.no_grad()
-def test_feed_forward_network_by_plain_layers() -> None:
-    network = random_(ConvFFN(6, 9, 5))
-    x = torch.randn(2, 12, 6, dtype=torch.float64)
-    conv = network.dwconv.depthwise_conv[0]
-    hidden = F.gelu(F.linear(x, network.fc1.weight, network.fc1.bias))
-    image = hidden.reshape(2, 3, 4, 9).permute(0, 3, 1, 2).contiguous()
-    image = image + F.gelu(F.conv2d(image, conv.weight, conv.bias, padding=2, groups=9))
-    plain = F.linear(image.permute(0, 2, 3, 1).reshape(2, 12, 9), network.fc2.weight, network.fc2.bias)
-    assert torch.allclose(network(x, 3, 4), plain, rtol=0, atol=1e-12)
 
 
 # The network.

@@ -72,6 +72,12 @@ def test_curves_show_the_log(figures, monkeypatch):
     assert [figure.axes[0].get_ylabel() for figure in figures] == ['loss', 'PSNR (dB)', 'PSNR (dB)']
 
 
+def test_the_curve_of_a_loss_that_another_one_followed_stays(figures):
+    pictures.curves([LOG[0], record(2, {'MSE': 0.1, 'total': 0.1}, {'Set5': 31.0})])
+    lines = {line.get_label(): line.get_ydata().tolist() for line in figures[0].axes[0].lines}
+    assert repr(lines) == repr({'L1': [0.3, math.nan], 'MSE': [math.nan, 0.1]})
+
+
 def test_the_norm_of_the_gradients_is_a_curve(figures):
     """Older records of a run may be without it."""
     log = [LOG[0], LOG[1] | {'gradient_norm': 0.5}, LOG[2] | {'gradient_norm': math.nan}]

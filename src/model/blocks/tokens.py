@@ -1,9 +1,12 @@
-"""Images as rows of tokens: there and back, rows by their index, linear layers."""
+"""Images as rows of tokens: there and back, rows by their index, layers."""
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks.pixels import GELU
 from model.ops.layer_norm import layer_norm
 
 
@@ -31,14 +34,19 @@ def unflatten_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-class TokenLinear(nn.Linear):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer (N, L, C) to (N, L, C'). A CPU is faster, by up to two, at the same as a 1x1 convolution."""
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
+    pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
+    return F.conv2d(pixels, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+
+
+class TokenLinear(nn.Linear):
+    """See `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:
-            return super().forward(x)
-        pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
-        return F.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
+        return linear(x, self.weight, self.bias)
 
 
 class TokenNorm(nn.LayerNorm):
@@ -46,3 +54,18 @@ class TokenNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward network with a depthwise convolution between its layers."""
+
+    def __init__(self, n_feats: int, hidden: int, kernel_size: int) -> None:
+        super().__init__()
+        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
+        self.fc1 = TokenLinear(n_feats, hidden)
+        self.dwconv = nn.Sequential(OrderedDict(depthwise_conv=nn.Sequential(depthwise, GELU())))
+        self.fc2 = TokenLinear(hidden, n_feats)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x + flatten_image(self.dwconv(unflatten_image(x, height, width))))

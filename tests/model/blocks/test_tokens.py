@@ -1,7 +1,8 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model.blocks.tokens import TokenLinear
+from model.blocks.tokens import ConvFFN, TokenLinear
 from tests.conftest import numbers
 
 
@@ -11,3 +12,15 @@ def test_linear_layer_of_tokens(n: int) -> None:
     out = layer(x)
     torch.testing.assert_close(out, x @ layer.weight.t() + layer.bias, rtol=0, atol=1e-12)
     assert out.is_contiguous()
+
+
+@torch.no_grad()
+def test_feed_forward_network_by_plain_layers() -> None:
+    network = ConvFFN(6, 9, 5).double()
+    x = torch.randn(2, 12, 6, dtype=torch.float64)
+    conv = network.dwconv.depthwise_conv[0]
+    hidden = F.gelu(F.linear(x, network.fc1.weight, network.fc1.bias))
+    image = hidden.reshape(2, 3, 4, 9).permute(0, 3, 1, 2).contiguous()
+    image = image + F.gelu(F.conv2d(image, conv.weight, conv.bias, padding=2, groups=9))
+    plain = F.linear(image.permute(0, 2, 3, 1).reshape(2, 12, 9), network.fc2.weight, network.fc2.bias)
+    assert torch.allclose(network(x, 3, 4), plain, rtol=0, atol=1e-12)
