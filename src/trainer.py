@@ -277,7 +277,8 @@ class Trainer:
             except WorkerDied as error:
                 if self.samples == died_at:
                     raise UserError(
-                        f'A loading process died again ({error}): if memory ran out, give a smaller --n_threads.'
+                        f'A loading process died again ({error}): if memory ran out, or shared memory (/dev/shm), give '
+                        'a smaller --n_threads.'
                     ) from error
                 died_at = self.samples
                 log.warning('A loading process died (%s): loading starts again after batch %d.', error, self.batch)
@@ -411,7 +412,10 @@ class Trainer:
             raise UserError(f'The loss is {loss} {where}, the {self.not_finite}th time in a row; {self._advice()}')
         if values['applied']:
             return True
-        log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names(numbers))
+        if loss <= self._limit():  # as in the first steps, until the factor of the loss fits
+            log.info('Batch skipped, since its gradients exceed float16.')
+        else:
+            log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names(numbers))
         return False
 
     def _advice(self) -> str:

@@ -15,8 +15,10 @@ from typing import cast
 
 from PIL import Image
 
+from data.formats import MAX_PIXELS
 from data.image import find_images
 from data.imresize import Border
+from data.limit import pillow_allows
 from data.sets import ImageSet
 from error import UserError
 from system.files import some
@@ -59,7 +61,11 @@ class Origin:
 
 def read_origin(lr: Path) -> Origin | None:
     """What an LR image was made from; None: it was not made here."""
-    with suppress(Exception), Image.open(lr, formats=('PNG',)) as image:  # damage is noticed when it is read
+    with (
+        suppress(Exception),
+        pillow_allows(MAX_PIXELS),
+        Image.open(lr, formats=('PNG',)) as image,
+    ):  # damage is noticed when it is read
         said = json.loads(image.info[KEY])
         return Origin(said['border'], tuple(said['hr']))
     with suppress(OSError):

@@ -19,7 +19,7 @@ from data.lr import Origin, find_lr, read_origin
 from data.sets import ImageSet
 from data.source import reading
 from error import UserError, WriteError
-from system.files import some
+from system.files import is_there, some, sweep
 
 log = logging.getLogger('frugalsr')
 
@@ -133,7 +133,7 @@ class SRData:
 
     def _prepare_lr(self, pool: ThreadPoolExecutor) -> None:
         """Make the LR images that are missing, and those made here from an HR image that is another one now."""
-        there = [index for index, lr in enumerate(self._lr) if lr and (lr.is_file() or lr.is_symlink())]
+        there = [index for index, lr in enumerate(self._lr) if lr and is_there(lr)]
         missing = sorted(set(range(len(self))) - set(there))
         found = dict(zip(there, self._each(pool, self._inspect, there, f'Checking LR of {self.name}'), strict=True))
         changed = [index for index, (_, is_old) in found.items() if is_old]
@@ -143,6 +143,8 @@ class SRData:
             names = some([self.names[index] for index in changed])
             log.info('%s x%d: LR is made anew where its HR has changed: %s', self.name, self.scale, names)
         todo = sorted([*missing, *changed])
+        for folder in {path.parent for index in todo if (path := self._lr[index])}:
+            sweep(folder)
         errors = [error for error in self._each(pool, self._make_lr, todo, f'Making LR of {self.name}') if error]
         if errors:
             self._unwritten['LR images are kept in memory'] = errors[0]
@@ -183,7 +185,7 @@ class SRData:
             (index, path)
             for paths in (self._hr, self._lr)
             for index, path in enumerate(paths)
-            if path and path.parent in self._caches and path.is_file() and index not in self._bad
+            if path and path.parent in self._caches and is_there(path) and index not in self._bad
         ]
 
         def decode(item: tuple[int, Path]) -> None:
@@ -194,7 +196,9 @@ class SRData:
             if renew:
                 for _, path in files:
                     self._caches[path.parent].remove(path)
-            todo = [item for item in files if not self._caches[item[1].parent].path(item[1]).exists()]
+            todo = [item for item in files if not is_there(self._caches[item[1].parent].path(item[1]))]
+            for folder in {self._caches[path.parent].folder for _, path in todo}:
+                sweep(folder)
             self._each(pool, decode, todo, f'Decoding {self.name}')
         except WriteError as error:
             self._unwritten['images are decoded whenever they are read'] = error
