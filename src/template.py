@@ -104,6 +104,9 @@ HITSRF: Recipe = {
     'model': 'HiT-SRF', **DIV2K, 'lr': 5e-4, 'betas': [0.9, 0.99], 'batch_size': 64,
     **milestones(250, 400, 450, 475, 500),
 }  # fmt: skip
+# https://github.com/LabShuHangGU/PFT-SR, options; x3 and x4 start from x2; tested on whole images
+PFT_LIGHT: Recipe = {**ATD_LIGHT, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
+PFT_LIGHT_TUNED: Recipe = {**ATD_LIGHT_TUNED, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
 
 # https://github.com/cszn/KAIR, options/swinir/train_swinir_sr_lightweight.json; x3 and x4 start from x2, with half the
 # rate and half the steps (there in epochs of 500, since a milestone is at step 237,500)
@@ -168,6 +171,8 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('CATANet', CATANET, 64, (2,)),
     **from_x2('CATANet', CATANET_TUNED, 64, (3, 4)),
     **from_x2('HiT-SRF', HITSRF, 64),
+    **at_scales('PFT-light', PFT_LIGHT, 64, (2,)),
+    **from_x2('PFT-light', PFT_LIGHT_TUNED, 64, (3, 4)),
     **at_scales('OmniSR', OMNISR, 64),
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),

@@ -44,6 +44,7 @@ GAIN = {
     'ESC-FP': {r'relative_position_bias$': 94.5, r'\.plk\.proj\.3\.': 0.5},
     'IMDN': {r'\.cca\.conv_du\.': 3.0},
     'BSRN': {r'\.cca\.conv_du\.': 6.0},
+    'PFT-light': {r'\.attn_win\.proj\.': 0.1, r'\.wqkv\.': 0.5},  # a key chosen otherwise stays unseen
 }  # fmt: skip
 # Other parameters, by the end of their key: mean and standard deviation.
 OTHERS = {

@@ -593,7 +593,7 @@ def test_a_name_that_the_screen_cannot_show_is_told_all_the_same(data_folder, ph
     command = [sys.executable, ROOT / 'src' / 'main.py', *arguments(data_folder, BICUBIC)]
     more = f'--scale 3 --data_test Demo --dir_demo {photos} --save demo'.split()
     done = subprocess.run([*command, *more], capture_output=True, check=True)
-    line = rb'Left out, no images of a known kind: \udcff\udcfe.txt'
+    line = rb'Left out, no image files of a known kind: \udcff\udcfe.txt'
     assert line in done.stdout
     assert line in (data_folder.parent / 'runs' / 'demo' / 'log.txt').read_bytes()
 

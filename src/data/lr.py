@@ -111,8 +111,8 @@ def _find_in(folder: Path, hr: Sequence[Path], scale: int) -> dict[Path, Path]:
         doubtful = [file for path in (*above, *below) for file in find_images(path) if file not in own]
     if strange := [str(file) for file in doubtful if read_origin(file) is None]:
         raise UserError(
-            f'{some(strange)} belong to no HR image by their names: the LR of {hr[0].name} is called '
-            f'{home / hr[0].stem}{ending}.png (or jpg, bmp, tif, webp); rename them, or move away what is no LR.'
+            f'No HR image goes by the name of {some(strange)}: the LR of {hr[0].name} is called '
+            f'{home / hr[0].stem}{ending}.png (or jpg, bmp, tif, webp); rename LR, and move away what is none.'
         )
     return found
 

@@ -212,17 +212,19 @@ class SRData:
         return read_rgb(path) if cache is None else cache.read(path)
 
     def _make_lr(self, index: int) -> WriteError | None:
-        path = self._lr[index]
+        hr, path = self._hr[index], self._lr[index]
         with self._excused(index):
-            with reading(self._hr[index]):
-                origin = Origin.of(self._hr[index], self.border)
+            if path is None:
+                self._in_memory(index)
+                return None
+            with reading(hr):
+                origin = Origin.of(hr, self.border)  # before its pixels are read, in case it is just being replaced
             image = self._in_memory(index)
-            if path is not None:
-                try:
-                    write_png(path, image, chunks=origin.chunks())
-                except WriteError as error:
-                    return error
-                del self._made[index]
+            try:
+                write_png(path, image, chunks=origin.chunks())
+            except WriteError as error:
+                return error
+            del self._made[index]
         return None
 
     def _in_memory(self, index: int) -> np.ndarray:

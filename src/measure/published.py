@@ -29,6 +29,7 @@ SOURCES = {
     'IMDN': 'IMDN (ACM MM 2019), as CATANet (CVPR 2025), table 2, prints it again',
     'PAN': 'PAN (ECCVW 2020), as later tables quote it',
     'BSRN': 'BSRN (CVPRW 2022), as later tables quote it; x4 also in the README of LKDN (CVPRW 2023)',
+    'PFT-light': 'PFT (CVPR 2025), table of lightweight networks; IET (ECCV 2026) prints 29.43 for Urban100 at x3',
     'code': 'parameters and multiply-adds counted from the official code or by it, not published',
 }
 
@@ -159,6 +160,13 @@ PUBLISHED: dict[str, dict[int, Published]] = {
         (847, 226.5, 268.1, None, (38.26, 34.01, 32.37, 33.13, 39.47)),
         (855, 101.6, 124.9, None, (34.75, 30.61, 29.29, 28.99, 34.53)),
         (866, 58.0, 82.1, None, (32.55, 28.87, 27.75, 26.80, 31.26)),
+        unit=K,
+    ),
+    'PFT-light': _rows(
+        ('PFT-light',),
+        (776, 278.3, *NONE, (38.36, 34.20, 32.43, 33.67, 39.55)),
+        (783, 123.5, *NONE, (34.82, 30.75, 29.33, 29.46, 34.61)),
+        (792, 69.6, *NONE, (32.63, 28.97, 27.78, 27.20, 31.51)),
         unit=K,
     ),
     'OmniSR': _rows(

@@ -26,6 +26,7 @@ from model import (
     nlsn,
     omnisr,
     pan,
+    pft,
     rcan,
     swinir,
 )
@@ -46,6 +47,7 @@ NETWORKS: dict[str, NetworkSpec] = {
     **atd.NETWORKS,
     **catanet.NETWORKS,
     **hitsr.NETWORKS,
+    **pft.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
     **esc.NETWORKS,

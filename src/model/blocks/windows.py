@@ -124,17 +124,18 @@ def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
-def shift_masks(size: int, shift: int, like: Tensor) -> Tensor:
-    """What to add to the logits of a window after a cyclic shift, (4, T, T): -100 between what was apart, else 0.
+def shift_masks(size: int, shift: int, like: Tensor, kinds: Sequence[int] = range(4)) -> Tensor:
+    """What to add to the logits of a window after a cyclic shift, (kinds, T, T): -100 between what was apart, else 0.
 
-    Only the last windows of a row or column hold pixels from opposite borders. The four are a window inside, the last
-    of its row, the last of its column, and both.
+    Only the last windows of a row or column hold pixels from opposite borders. The kinds are 0, a window inside, 1, the
+    last of its row, 2, the last of its column, and 3, both.
     """
     far = (torch.arange(size, device=like.device) >= size - shift).long()  # torch.compile fails to compare booleans
     down, right = far.repeat_interleave(size), far.repeat(size)
     down, right = down[:, None] != down, right[:, None] != right
-    apart = torch.stack((torch.zeros_like(down), right, down, down | right))
-    return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
+    apart = torch.zeros_like(down), right, down, down | right
+    mask = torch.stack([apart[kind] for kind in kinds])
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(mask, -100.0)
 
 
 class Windows(NamedTuple):
@@ -161,8 +162,7 @@ def window_partition(like: Tensor, size: int, shift: int) -> Windows:
     rows, columns = height // size, width // size
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
     used = [i for i, count in enumerate(counts) if count]
-    masks = shift_masks(size, shift, like)
-    masks = torch.stack([masks[i] for i in used])  # an index by a list would be copied to a GPU, which waits for it
+    masks = shift_masks(size, shift, like, used)
     return Windows(order, inverse_of(order), [n * counts[i] for i in used], masks)
 
 
