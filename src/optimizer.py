@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+
+from muon import Muon
 
 
 def make_optimizer(
@@ -17,9 +20,13 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
-    momentum: float = 0.9,
+    momentum: float | None = None,
+    matrices: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> optim.Optimizer:
-    """`SGD` (with momentum), `ADAM`, `ADAMW` or `RMSprop` over the parameters that take gradients.
+    """`SGD` (with momentum), `ADAM`, `ADAMW`, `RMSprop` or `MUON` over the parameters that take gradients.
+
+    `momentum` is that of SGD, without a value 0.9, and of MUON, without a value 0.95; `matrices` are what MUON
+    orthogonalises (see `Muon`), for other parameters it is AdamW.
 
     Of parameters on CUDA all but RMSprop are fused: one kernel, which leaves out a step by a flag on the device, and
     whose learning rate is a tensor there, so that a CUDA graph can hold it.
@@ -29,7 +36,11 @@ def make_optimizer(
         return optim.RMSprop(trainable, lr, eps=epsilon, weight_decay=weight_decay)
     fused = bool(trainable) and all(p.is_cuda for p in trainable)
     if name == 'SGD':
-        optimizer: optim.Optimizer = optim.SGD(trainable, lr, momentum, weight_decay=weight_decay, fused=fused)
+        kept = 0.9 if momentum is None else momentum
+        optimizer: optim.Optimizer = optim.SGD(trainable, lr, kept, weight_decay=weight_decay, fused=fused)
+    elif name == 'MUON':
+        kept = 0.95 if momentum is None else momentum
+        optimizer = Muon(trainable, matrices, lr, weight_decay, betas, epsilon, kept)
     else:
         adam = {'ADAM': optim.Adam, 'ADAMW': optim.AdamW}[name]
         optimizer = adam(trainable, lr, betas, epsilon, weight_decay, fused=fused, capturable=fused)
@@ -62,12 +73,14 @@ class Schedule:
 
     Args:
         lr: the highest rate.
-        kind: 'step': `lr` times `gamma` once per milestone reached; 'cosine': half a cosine from `lr` to `lr_min`.
+        kind: 'step': `lr` times `gamma` once per milestone reached; 'cosine': half a cosine from `lr` to `lr_min`,
+            again after each restart (SGDR, https://arxiv.org/abs/1608.03983, equation 5).
         milestones: after which the rate drops, counted in `unit`.
         gamma: factor of a drop.
         unit: 'epochs' or 'steps'.
-        total: length of the cosine, counted in `unit`.
+        total: length of all cosines together, counted in `unit`.
         lr_min: end of the cosine.
+        restarts: times that it begins again at `lr`, at equal distances.
         warmup: step n of the first `warmup` steps has n / warmup of the rate.
     """
 
@@ -78,13 +91,15 @@ class Schedule:
     unit: str = 'epochs'
     total: int = 1
     lr_min: float = 0.0
+    restarts: int = 0
     warmup: int = 0
 
     def __call__(self, epochs: int, steps: int) -> float:
         """The rate of the next step."""
         done = epochs if self.unit == 'epochs' else steps
         if self.kind == 'cosine':
-            share = (1 + math.cos(math.pi * min(done / self.total, 1))) / 2
+            part = done * (self.restarts + 1) % self.total / self.total if done < self.total else 1  # of one cosine
+            share = (1 + math.cos(math.pi * part)) / 2
             rate = self.lr_min + (self.lr - self.lr_min) * share
         else:
             rate = self.lr * self.gamma ** sum(milestone <= done for milestone in self.milestones)

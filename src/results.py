@@ -8,11 +8,12 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import main as program
 import option
-from error import UserError, report_error
+from error import UserError, report_error, run_program
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 from metric import METRICS
 from options.kinds import Parser, folder
@@ -23,7 +24,8 @@ from system.files import write_atomic
 log = logging.getLogger('frugalsr')
 
 MEASURED = SETS[:4]  # for Manga109 there are no images here
-STUDIED = 'Set5'
+WHOLE_SETS = SETS[:3]  # of which all images are here
+STUDIED = ('Set5',)
 WHOLE = '--no_chop'
 STUDIES = {
     'whole images': WHOLE,
@@ -42,6 +44,12 @@ PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the reci
 says. Their cards say how they were trained: in short runs on few images. Published figures stand in tables of
 their own: they are of networks trained for long on DIV2K (800 images), DF2K (3,450 images) or SR291, and are
 copied from their sources ([src/measure/published.py](../src/measure/published.py)), not measured.
+"""
+
+AUTHORS = """## The authors' weights
+
+Files of the networks' authors, tested as the recipe of their name says: PSNR in dB / SSIM as above, and the PSNR that
+was published. Measured on {where}.
 """
 
 Row = dict[str, Any]
@@ -75,6 +83,12 @@ def build_parser() -> Parser:
         ('out', root / 'docs' / 'RESULTS.md', 'file to write'),
     ):
         parser.add_argument(f'--{name}', metavar='PATH', type=folder, default=place, help=what)
+    parser.add_argument(
+        '--authors',
+        metavar='PATH',
+        type=folder,
+        help="folder of weights of the networks' authors, each file named after its recipe, such as IMDN_x2.pth",
+    )
     parser.add_argument('--cpu', action='store_true', help='use the CPU even if there is a GPU')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
@@ -82,21 +96,29 @@ def build_parser() -> Parser:
 
 def run(args: Namespace) -> None:
     """Measure what is missing, and write the page."""
-    weights = sorted(path.stem for path in args.extend.glob('*.pt'))
-    if not weights:
-        raise UserError(f'{args.extend} holds no weights (*.pt): give their folder with --extend.')
+    weights = {path.stem: network(path) for path in files(args.extend, '*.pt', '--extend')}
     scales = sorted({scale_of(name) for name in weights})
+    theirs = {path.stem: network(path) for path in files(args.authors, '*.pth', '--authors')} if args.authors else {}
     found = {
         f'Bicubic_x{s}': measured(args, f'Bicubic_x{s}', ['--model', 'Bicubic', '--scale', str(s)]) for s in scales
     }
-    found |= {name: measured(args, name, network(args, name)) for name in weights}
+    found |= {name: measured(args, name, options) for name, options in weights.items()}
     studied = {
-        (name, what): measured(args, f'{name} {what}', [*network(args, name), *options.split()], STUDIED)
-        for name in weights
-        for what, options in STUDIES.items()
+        (name, what): measured(args, f'{name} {what}', [*options, *more.split()], STUDIED)
+        for name, options in weights.items()
+        for what, more in STUDIES.items()
     }
-    write_atomic(args.out, page(found, studied).encode())
+    authors = {name: measured(args, f'authors {name}', options, WHOLE_SETS) for name, options in theirs.items()}
+    write_atomic(args.out, page(found, studied, authors).encode())
     print(f'Written: {args.out}')
+
+
+def files(place: Path, pattern: str, told: str) -> list[Path]:
+    """The weights in a folder, which option `told` names."""
+    found = sorted(place.glob(pattern))
+    if not found:
+        raise UserError(f'{place} holds no weights ({pattern}): give their folder with {told}.')
+    return found
 
 
 def scale_of(name: str) -> int:
@@ -107,32 +129,38 @@ def scale_of(name: str) -> int:
     return int(scale)
 
 
-def network(args: Namespace, name: str) -> list[str]:
+def network(file: Path) -> list[str]:
     """Options that test weights by the recipe of their name."""
-    return ['--template', name, '--pre_train', f'{args.extend / name}.pt']
+    return ['--template', file.stem, '--pre_train', str(file)]
 
 
-def measured(args: Namespace, name: str, options: Sequence[str], sets: str = '+'.join(MEASURED)) -> Row:
+def measured(args: Namespace, name: str, options: Sequence[str], sets: Sequence[str] = MEASURED) -> Row:
     """The results.json of a run, which is done if it is not there."""
     folder = args.save_dir / name.replace(' ', '_')
     if not (folder / 'results.json').is_file():
         where = ['--dir_data', str(args.dir_data), '--save_dir', str(args.save_dir), '--save', folder.name]
-        line = [*options, '--test_only', '--data_test', sets, *where, *(['--cpu'] if args.cpu else [])]
+        line = [*options, '--test_only', '--data_test', '+'.join(sets), *where, *(['--cpu'] if args.cpu else [])]
         parsed = option.parse(line)
         program.run(parsed, line)
     return json.loads((folder / 'results.json').read_text())
 
 
-def page(found: dict[str, Row], studied: dict[tuple[str, str], Row]) -> str:
+def page(found: dict[str, Row], studied: dict[tuple[str, str], Row], authors: dict[str, Row]) -> str:
     """The whole of RESULTS.md."""
-    machines = [row['machine'] for row in (*found.values(), *studied.values())]
-    where = '; '.join(dict.fromkeys(f'{m["device"]}, torch {m["torch"]}, {m["date"]}' for m in machines))
-    parts = [NOTE.format(where=where)]
+    parts = [NOTE.format(where=machines((*found.values(), *studied.values())))]
     for scale in sorted({row['scale'] for row in found.values()}):
         ours = {name: row for name, row in found.items() if row['scale'] == scale}
         parts += [f'## x{scale}\n', *measured_table(ours), '', *published_table(scale), '']
     parts += ['## Self-ensemble, tiles, bfloat16\n', *study_table(studied), '']
+    if authors:
+        parts += [AUTHORS.format(where=machines(authors.values())), *authors_table(authors), '']
     return '\n'.join(parts)
+
+
+def machines(rows: Iterable[Row]) -> str:
+    """Where and when runs were made."""
+    found = (row['machine'] for row in rows)
+    return '; '.join(dict.fromkeys(f'{m["device"]}, torch {m["torch"]}, {m["date"]}' for m in found))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -174,6 +202,18 @@ def published_table(scale: int) -> list[str]:
     return table(['Published PSNR', 'Trained on', *SETS], rows)
 
 
+def authors_table(rows: dict[str, Row]) -> list[str]:
+    """The scores of the authors' weights by set, each beside the published PSNR."""
+    sets = next(iter(rows.values()))['sets']
+    head = (title(name, len(result['images'])) for name, result in sets.items())
+    cells = []
+    for name, row in rows.items():
+        known = PUBLISHED[row['model']][row['scale']].psnr or {}
+        pairs = ((scores(result), number(known.get(data))) for data, result in row['sets'].items())
+        cells.append([name, *(cell for pair in pairs for cell in pair)])
+    return table(['Weights', *(cell for data in head for cell in (data, 'published'))], cells)
+
+
 def number(value: float | None) -> str:
     """A published PSNR with two digits; - if none was found."""
     return '-' if value is None else f'{value:.2f}'
@@ -206,4 +246,4 @@ def study_table(studied: dict[tuple[str, str], Row]) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

@@ -91,6 +91,19 @@ ATD_LIGHT: Recipe = {
 }  # fmt: skip
 ATD_LIGHT_TUNED: Recipe = {**ATD_LIGHT, 'lr': 2e-4, 'warmup': 10000, **milestones(150, 200, 225, 240, 250)}
 
+# https://github.com/EquationWalker/CATANet, options; x3 and x4 start from x2 (in epochs of 500, since a milestone is at
+# step 237,500); tested on whole images
+CATANET: Recipe = {
+    'model': 'CATANet', **DIV2K, 'lr': 2e-4, 'betas': [0.9, 0.99], 'batch_size': 64,
+    **milestones(300, 500, 650, 700, 750, 800),
+}  # fmt: skip
+CATANET_TUNED: Recipe = {**CATANET, 'test_every': 500, **milestones(250, 400, 450, 475, 500)}
+
+# https://github.com/XiangZ-0/HiT-SR, options; x3 and x4 start from x2; tested on whole images
+HITSRF: Recipe = {
+    'model': 'HiT-SRF', **DIV2K, 'lr': 5e-4, 'betas': [0.9, 0.99], 'batch_size': 64,
+    **milestones(250, 400, 450, 475, 500),
+}  # fmt: skip
 # https://github.com/LabShuHangGU/PFT-SR, options; x3 and x4 start from x2; tested on whole images
 PFT_LIGHT: Recipe = {**ATD_LIGHT, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
 PFT_LIGHT_TUNED: Recipe = {**ATD_LIGHT_TUNED, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
@@ -102,6 +115,25 @@ SWINIR: Recipe = {
     **milestones(250, 400, 450, 475, 500),
 }  # fmt: skip
 SWINIR_TUNED: Recipe = {**SWINIR, 'lr': 1e-4, 'test_every': 500}
+
+# https://github.com/dslisleedh/ESC, options: 4 x 16 patches; x3 and x4 start from x2 and are trained as long; tests
+# continue images to whole windows
+ESC: Recipe = {
+    'model': 'ESC', **DIV2K, **ATD_COMMON, 'lr': 5e-4, 'batch_size': 64, 'warmup': 20000, 'pad_to': 32,
+    **milestones(250, 400, 450, 475, 490, 500),
+}  # fmt: skip
+
+# https://github.com/Zheng222/IMDN, train_IMDN.py: every scale from scratch, with HR patches of one size; the rate falls
+# as the 200th, 400th, ... epoch begins
+IMDN: Recipe = {
+    'model': 'IMDN', **DIV2K, 'lr': 2e-4, 'patch_size': 192, **milestones(199, 399, 599, 799, 999, 1000),
+}  # fmt: skip
+
+# https://github.com/zhaohengyuan1/PAN, codes/options/train; https://github.com/xiaom233/BSRN, options/train: every
+# scale from scratch
+COSINE: Recipe = {'schedule': 'cosine', 'decay_unit': 'steps', 'lr_min': 1e-7, 'epochs': 1000}
+PAN: Recipe = {'model': 'PAN', **DF2K, **COSINE, 'restarts': 3, 'lr': 7e-4, 'betas': [0.9, 0.99], 'batch_size': 32}
+BSRN: Recipe = {'model': 'BSRN', **DF2K, **COSINE, 'lr': 1e-3, 'batch_size': 64}
 
 # Ours: sized for an hour on two CPU cores; the weights in models/
 SMALL: Recipe = {
@@ -136,12 +168,21 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('ATD', {**ATD_TUNED, 'pre_train': 'ATD-finetune_x2.pt'}, 96, (3, 4)),
     **at_scales('ATD-light', ATD_LIGHT, 64, (2,)),
     **from_x2('ATD-light', ATD_LIGHT_TUNED, 64, (3, 4)),
+    **at_scales('CATANet', CATANET, 64, (2,)),
+    **from_x2('CATANet', CATANET_TUNED, 64, (3, 4)),
+    **from_x2('HiT-SRF', HITSRF, 64),
     **at_scales('PFT-light', PFT_LIGHT, 64, (2,)),
     **from_x2('PFT-light', PFT_LIGHT_TUNED, 64, (3, 4)),
     **at_scales('OmniSR', OMNISR, 64),
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),
     **from_x2('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
+    **from_x2('ESC', ESC, 64),
+    **from_x2('ESC-light', {**ESC, 'model': 'ESC-light'}, 64),
+    **from_x2('ESC-FP', {**ESC, 'model': 'ESC-FP'}, 64),
+    **{f'IMDN_x{scale}': {**IMDN, 'scale': scale} for scale in (2, 3, 4)},
+    **at_scales('PAN', PAN, 64),
+    **at_scales('BSRN', BSRN, 48),
     **at_scales('LCoAN-small', {**SMALL, **milestones(10, 14, 17, 19, 20)}, 32, (2,)),
     **from_x2('LCoAN-small', {**SMALL, **milestones(6, 9, 11, 12)}, 32, (4,)),
 }

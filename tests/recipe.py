@@ -21,6 +21,9 @@ CASES: dict[str, dict[str, Any]] = REFERENCE['networks']
 
 BIAS = {'EDSR': 10.0, 'EDSR-baseline': 10.0, 'RCAN': 10.0}  # these work in [0, 255]; the others 0.1
 # Of the weights relative to 1 / sqrt(fan in): the first that is found in the key, otherwise 1.
+ESC = {
+    r'relative_position_bias$': 94.5, r'^plk_filter$': 2.8, r'\.dwc_proj\.3\.': 0.3, r'\.pconvs\.\d+\.aggr\.': 0.4,
+}  # fmt: skip
 DYNAMIC = {r'IDynamicDWConv\.conv\.conv2': 0.15}
 GAIN = {
     'EDSR': {r'^body\.\d+\.body': 2.0},
@@ -33,8 +36,14 @@ GAIN = {
     'DLGSANet': DYNAMIC,
     'DLGSANet-light': DYNAMIC,
     'DLGSANet-tiny': DYNAMIC,
+    'CATANet': {r'\.irca_attn\.': 6.0, r'^mid_convs\.': 0.35},
     'ATD': {r'\.wqkv\.': 0.35, r'\.wv\.': 0.4},
     'ATD-light': {r'\.wqkv\.': 0.5, r'\.wv\.': 0.4},
+    'ESC': ESC,
+    'ESC-light': ESC,
+    'ESC-FP': {r'relative_position_bias$': 94.5, r'\.plk\.proj\.3\.': 0.5},
+    'IMDN': {r'\.cca\.conv_du\.': 3.0},
+    'BSRN': {r'\.cca\.conv_du\.': 6.0},
     'PFT-light': {r'\.attn_win\.proj\.': 0.1, r'\.wqkv\.': 0.5},  # a key chosen otherwise stays unseen
 }  # fmt: skip
 # Other parameters, by the end of their key: mean and standard deviation.
@@ -55,7 +64,8 @@ def weight(name: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
     """The tensor at `key` of network `name`."""
     noise = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(shape)
     if key.endswith('.means'):
-        return noise / np.linalg.norm(noise, axis=-1, keepdims=True)
+        length = 0.8 + 0.1 * noise[..., :1] if name == 'CATANet' else 1  # means of unit vectors are shorter
+        return length * noise / np.linalg.norm(noise, axis=-1, keepdims=True)
     for end, (mean, deviation) in OTHERS.items():
         if key.endswith(end):
             return mean + deviation * noise

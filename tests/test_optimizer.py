@@ -66,6 +66,19 @@ def test_cosine_schedule_is_that_of_pytorch(unit):
     assert ours(9, 9) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize('unit', ['epochs', 'steps'])
+def test_restarts_of_the_cosine_are_those_of_pytorch(unit):
+    optimizer = optim.SGD([nn.Parameter(torch.ones(1))], 0.03)
+    theirs = optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5, eta_min=0.01)
+    ours = Schedule(0.03, 'cosine', unit=unit, total=20, lr_min=0.01, restarts=3)
+    for done in range(20):
+        place = (done, 7 * done) if unit == 'epochs' else (done // 3, done)
+        assert ours(*place) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+    assert ours(20, 20) == ours(99, 99) == pytest.approx(0.01)
+
+
 def test_set_learning_rate():
     optimizer = optim.SGD([{'params': [p]} for p in parameters()], 0.1)
     set_learning_rate(optimizer, 0.5)

@@ -21,12 +21,16 @@ def folder(tmp_path_factory) -> Path:
     (tmp_path / 'models').mkdir()
     torch.manual_seed(0)
     torch.save(build('ASID', 4).state_dict(), tmp_path / 'models' / 'ASID_x4.pt')
+    (tmp_path / 'authors').mkdir()
+    torch.save(build('PAN', 3).state_dict(), tmp_path / 'authors' / 'PAN_x3.pth')
     assert results.main(options(tmp_path)) == 0
     return tmp_path
 
 
 def options(folder: Path) -> list[str]:
-    paths = {'dir_data': 'data', 'extend': 'models', 'save_dir': 'runs', 'out': 'docs/RESULTS.md'}
+    paths = {
+        'dir_data': 'data', 'extend': 'models', 'save_dir': 'runs', 'out': 'docs/RESULTS.md', 'authors': 'authors'
+    }  # fmt: skip
     return ['--cpu', *(word for key, name in paths.items() for word in (f'--{key}', str(folder / name)))]
 
 
@@ -48,6 +52,24 @@ def test_the_page_has_what_was_measured_and_what_was_published(folder):
     assert cells(page, 'ATD-light')[1:] == ['DIV2K', *(f'{PUBLISHED["ATD-light"][4].psnr[name]:.2f}' for name in SETS)]
     assert cells(page, 'IDN')[1:3] == ['SR291', '31.82']
     assert f'torch {torch.__version__}' in page
+
+
+def test_the_weights_of_authors_stand_beside_what_they_published(folder):
+    _, section = (folder / 'docs' / 'RESULTS.md').read_text().split("## The authors' weights\n")
+    found = json.loads((folder / 'runs' / 'authors_PAN_x3' / 'results.json').read_text())
+    assert found['protocol']['chop'] is None
+    expected = []
+    for name, published in {'Set5': '34.40', 'Set14': '30.36', 'B100': '29.11'}.items():
+        expected += [f'{found["sets"][name]["psnr"]:.2f} / {found["sets"][name]["ssim"]:.4f}', published]
+    assert cells(section, 'PAN_x3')[1:] == [cell.replace('/ 0.', '/ .') for cell in expected]
+
+
+def test_without_a_folder_of_theirs_there_is_no_such_section(folder, tmp_path):
+    line = options(folder)
+    del line[line.index('--authors') : line.index('--authors') + 2]
+    assert results.main([*line, '--out', str(tmp_path / 'page.md')]) == 0
+    page = (folder / 'docs' / 'RESULTS.md').read_text()
+    assert (tmp_path / 'page.md').read_text() == page.partition("\n## The authors' weights\n")[0]
 
 
 def test_each_way_of_running_is_compared_with_whole_images(folder):
@@ -82,3 +104,8 @@ def test_what_is_missing_is_told(tmp_path, capsys):
     (tmp_path / 'models' / 'mine.pt').touch()
     assert results.main(options(tmp_path)) == 2
     assert 'mine.pt' in capsys.readouterr().err
+
+
+def test_a_folder_of_theirs_without_weights_is_told(folder, tmp_path, capsys):
+    assert results.main([*options(folder), '--authors', str(tmp_path)]) == 2
+    assert f'{tmp_path} holds no weights (*.pth): give their folder with --authors' in capsys.readouterr().err

@@ -45,7 +45,7 @@ def multiply_adds(name: str, scale: int, height: int, width: int, **settings: ob
     Counted operator by operator as they run, padding included; nothing is computed.
     """
     with torch.device('meta'):
-        net = build(name, scale, **settings).eval()
+        net = build(name, scale, **settings).eval().requires_grad_(False)
         image = torch.empty(1, 3, height, width)
     with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
         net(image)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from error import UserError
 
+Layer = TypeVar('Layer', bound=nn.Module)
+
+AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, ('cpu', 'cuda', 'mps', 'xpu')))
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -32,12 +36,13 @@ class NetworkSpec:
         value_range: the pixel values it was made for, as (black, white). A network with an `rgb_range` setting is fed
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
-        upsampler_prefix: prefix of the parameters that depend on the scale; all others carry over to another scale.
+        upsampler_prefix: prefix, or several, of the parameters that depend on the scale; all others carry over to
+            another scale as they are, convolutions before an `nn.PixelShuffle` interpolated.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.
-        recognise: from a state dict of this network in any sizes, scale and settings as far as keys and shapes show
-            them; None for the weights of another network.
+        recognise: from a state dict of this network in any sizes, scale (several where they are alike) and settings as
+            far as keys and shapes show them; None for the weights of another network.
     """
 
     build: Callable[..., nn.Module]
@@ -45,7 +50,7 @@ class NetworkSpec:
     settings: Mapping[str, object] = field(default_factory=dict)
     value_range: tuple[float, float] = (0.0, 1.0)
     tiling_exact: bool = True
-    upsampler_prefix: str = 'tail.0.'
+    upsampler_prefix: str | tuple[str, ...] = 'tail.0.'
     autocast_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     checkpoint_blocks: tuple[type[nn.Module], ...] = ()
     recognise: Callable[[Mapping[str, Tensor]], dict[str, object] | None] = lambda state: None
@@ -76,6 +81,20 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
         raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
 
 
+def check_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, typed with a dash between two."""
+    parts = text.split('-')
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f'--net {option}={text}: whole numbers from 1 on with a dash between two, such as 16-32.')
+    return tuple(int(part) for part in parts)
+
+
+def mirrored(length: int, size: int, device: torch.device) -> Tensor:
+    """`length` places in a row of `size` that is continued by its mirror image again and again, int64."""
+    position = torch.arange(length, device=device) % (2 * size)
+    return torch.minimum(position, 2 * size - 1 - position)
+
+
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its mirror image, the edge pixel repeated.
 
@@ -84,14 +103,28 @@ def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     for axis in (2, 3):
         size = x.shape[axis]
         if size % multiple:
-            position = torch.arange(size + -size % multiple, device=x.device) % (2 * size)
-            x = x.index_select(axis, torch.minimum(position, 2 * size - 1 - position))
+            x = x.index_select(axis, mirrored(size + -size % multiple, size, x.device))
+    return x
+
+
+def reflect_pad(x: Tensor, multiple: int) -> Tensor:
+    """(N, C, H, W) grown right and below to multiples of `multiple` by its reflection, the edge pixel not repeated.
+
+    An image smaller than its padding is reflected again and again, a single pixel repeated.
+    """
+    for axis in (2, 3):
+        size = x.shape[axis]
+        if size % multiple:
+            position = torch.arange(size + -size % multiple, device=x.device) % max(2 * size - 2, 1)
+            x = x.index_select(axis, torch.minimum(position, 2 * size - 2 - position))
     return x
 
 
 def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
     """(N, C, H, W) grown right and below by zeros to multiples of `multiple` that are not below `at_least`."""
-    height, width = ((max(size, at_least) + multiple - 1) // multiple * multiple for size in x.shape[2:])
+    # The maximum, in a form that a trace follows to smaller images than its own.
+    sides = ((size + at_least + abs(size - at_least)) // 2 for size in x.shape[2:])
+    height, width = ((side + multiple - 1) // multiple * multiple for side in sides)
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
@@ -120,15 +153,33 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = Tru
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
 
 
+def stacked(parts: int, layer: Layer) -> Layer:
+    """The layer, of which it is noted that its weight is `parts` matrices on top of each other, such as q, k and v.
+
+    An optimiser that works on whole matrices takes them apart (`muon.hidden_matrices`).
+    """
+    layer.n_stacked = parts  # type: ignore[assignment]
+    return layer
+
+
 def in_fast_memory(x: Tensor) -> Tensor:
     """On a CPU in channels_last memory, where convolutions are up to a tenth faster; elsewhere as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
 
 
+def is_exporting() -> bool:
+    """Whether the network is traced for a file, by TorchScript or torch.export, and not to be run."""
+    if torch.jit.is_tracing():
+        return True
+    if hasattr(torch.compiler, 'is_exporting'):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # PyTorch 2.6
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 

@@ -20,13 +20,12 @@ Departures from the official code:
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from error import UserError
+from model.blocks.centroids import Centroids, moved
 from model.blocks.edsr import ResBlock, Tail, mean_shifts, recognise_ends
 from model.blocks.sorted_attention import Pattern, attend, find_pattern
 from model.blocks.tokens import flatten_image, unflatten_image
@@ -45,13 +44,6 @@ from model.common import (
 LLOYD_STEPS = 10
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """`x` added up over all processes of a distributed run; `x` itself in a single one."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(x)
-    return x
-
-
 def of_all_ranks(rows: Tensor) -> Tensor:
     """`rows` of all processes of a distributed run, one after the other; `rows` itself in a single one."""
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -61,33 +53,14 @@ def of_all_ranks(rows: Tensor) -> Tensor:
     return torch.cat(found).to(rows.device)
 
 
-class KMeans(nn.Module):
+class KMeans(Centroids):
     """Spherical k-means, `rounds` independent clusterings of one embedding.
 
-    The centroids are buffers. In training the first batch initialises them and each batch moves them:
-    means <- decay * means + (1 - decay) * centroids of the batch.
+    The first training batch initialises the centroids, and each batch moves them.
     """
 
-    means: Tensor
-    initted: Tensor
-
     def __init__(self, rounds: int, n_clusters: int, dim: int, decay: float) -> None:
-        super().__init__()
-        self.decay = decay
-        self.register_buffer('means', torch.randn(rounds, n_clusters, dim))
-        self.register_buffer('initted', torch.tensor(False))
-        self._seen = -1  # how often `initted` was changed when it was read from the device as true
-
-    def _initialised(self) -> bool:
-        """`initted`, for which the device is asked after a change alone; a network made for inference has none."""
-        changes = 0 if self.initted.is_inference() else self.initted._version
-        if self._seen != changes and bool(self.initted):
-            self._seen = changes
-        return self._seen == changes
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._seen = -1
+        super().__init__(rounds, n_clusters, dim, decay=decay)
 
     @torch.no_grad()
     def forward(self, embedding: Tensor) -> Tensor:
@@ -95,33 +68,18 @@ class KMeans(nn.Module):
         embedding = at_least_float32(embedding)
         with full_precision(embedding):
             if self.training:
-                if not self._initialised():
+                if not self.initialised():
                     self._initialise(embedding)
-            elif not (torch.compiler.is_compiling() or self.initted.is_meta or self._initialised()):
-                raise UserError(
-                    'The k-means centroids of LCoAN were never initialised: train it, or load trained weights.'
-                )
+            else:
+                self.check_initialised('LCoAN')
             unit = F.normalize(embedding, dim=-1)
             codes = self._assign(unit)
             if self.training:
-                self.means.lerp_(self._centroids(unit, codes), 1 - self.decay)
+                self.means.lerp_(moved(self.means, unit, codes), 1 - self.decay)
         return codes
 
     def _assign(self, x: Tensor) -> Tensor:
         return torch.einsum('nld,rkd->nrlk', x, self.means.to(x.dtype)).argmax(-1)
-
-    def _centroids(self, x: Tensor, codes: Tensor) -> Tensor:
-        """Normalised sums of the members over the batch and all ranks.
-
-        A cluster that is empty keeps its centroid, as all do where the embedding is not finite.
-        """
-        clusters = torch.arange(self.means.shape[1], device=codes.device)
-        members = (codes.unsqueeze(-1) == clusters).to(x.dtype)  # F.one_hot would look at the largest code
-        sums = torch.einsum('nrlk,nld->rkd', members, x).to(self.means.dtype)
-        sizes = members.sum((0, 2))
-        sums, sizes = sum_over_ranks(sums), sum_over_ranks(sizes)
-        known = (sizes.unsqueeze(-1) > 0) & sums.isfinite().all(-1, keepdim=True)
-        return torch.where(known, F.normalize(sums, dim=-1), self.means)
 
     def _initialise(self, x: Tensor) -> None:
         """Random pixels of the batch (of all ranks, chosen by the first), then Lloyd steps on the raw embedding."""
@@ -136,7 +94,7 @@ class KMeans(nn.Module):
         if distributed.is_available() and distributed.is_initialized():
             distributed.broadcast(self.means, 0)
         for _ in range(LLOYD_STEPS):
-            self.means.copy_(self._centroids(x, self._assign(x)))
+            self.means.copy_(moved(self.means, x, self._assign(x)))
         self.initted.fill_(True)
 
 

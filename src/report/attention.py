@@ -1,12 +1,13 @@
 """--show_attention: what a network takes together, as colours over the image.
 
-LCoAN attends within clusters of pixels, ATD within categories: the token of its dictionary that a pixel is most similar
-to. Colours follow the papers' figures in that they tell clusters apart and mean nothing else.
+LCoAN attends within clusters of pixels, CATANet within groups of those that are most similar to the same centre, ATD
+within categories: the token of its dictionary that a pixel is most similar to. Colours follow the papers' figures in
+that they tell clusters apart and mean nothing else.
 """
 
 import colorsys
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from error import UserError
 from metric import luma
 from model import Model
 from model.atd import ATD, DictionaryAttention
+from model.catanet import CATANet, IntraGroupAttention
 from model.lcoan import KMeans, LCoAN
 from report.picture import centre
 
@@ -37,17 +39,19 @@ class Source:
 
     Attributes:
         modules: that decide, by a name for their map.
-        read: their output to an index a pixel, (N, L) int64.
+        read: their inputs and their output to an index a pixel, (N, L) int64.
         multiple: what height and width of the image are padded to.
     """
 
     modules: Mapping[str, nn.Module]
-    read: Callable[[Any], Tensor]
+    read: Callable[[tuple[Any, ...], Any], Tensor]
     multiple: int
 
 
 def source(model: Model) -> Source:
-    """Where a network decides: LCoAN in its first attention, which the others share, ATD at the end of three blocks.
+    """Where a network decides: LCoAN in its first attention, which the others share, the others in three blocks.
+
+    They are the first, the middle one and the last; of ATD's their last layers.
 
     Raises:
         UserError: the network decides no such thing.
@@ -55,16 +59,24 @@ def source(model: Model) -> Source:
     net = model.net
     if isinstance(net, LCoAN):
         first = next(module for module in net.modules() if isinstance(module, KMeans))
-        return Source({'clusters': first}, lambda codes: codes[:, 0], 1)
+        return Source({'clusters': first}, lambda _, codes: codes[:, 0], 1)
+    if isinstance(net, CATANet):
+        groups = [module for module in net.modules() if isinstance(module, IntraGroupAttention)]
+        return Source(three_of(groups), lambda given, _: given[1], 1)
     if isinstance(net, ATD):
         layers = [[m for m in block.modules() if isinstance(m, DictionaryAttention)] for block in net.layers]
-        last = len(layers) - 1
-        modules = {f'block {i + 1}': layers[i][-1] for i in sorted({0, last // 2, last})}
-        return Source(modules, lambda found: found[1].argmax(-1), net.window_size)
+        modules = three_of([of_block[-1] for of_block in layers])
+        return Source(modules, lambda _, found: found[1].argmax(-1), net.window_size)
     raise UserError(
-        f'--show_attention: {model.name} has neither clusters nor categories to show, which LCoAN, ATD and ATD-light '
-        'have; leave it out.'
+        f'--show_attention: {model.name} has neither clusters nor categories to show, which LCoAN, ATD, ATD-light '
+        'and CATANet have; leave it out.'
     )
+
+
+def three_of(blocks: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The first, the middle one and the last by the names of their maps."""
+    last = len(blocks) - 1
+    return {f'block {i + 1}': blocks[i] for i in sorted({0, last // 2, last})}
 
 
 @torch.inference_mode()
@@ -75,8 +87,8 @@ def maps(model: Model, image: np.ndarray) -> dict[str, np.ndarray]:
     """
     at, found = source(model), {}
 
-    def note(name: str, _module: nn.Module, _inputs: object, output: Any) -> None:
-        found[name] = at.read(output)[0].cpu().numpy()
+    def note(name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        found[name] = at.read(inputs, output)[0].cpu().numpy()
 
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in at.modules.items()]
     try:

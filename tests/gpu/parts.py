@@ -25,18 +25,11 @@ DEVICE = 'cuda' if CUDA else 'cpu'
 
 ALL = [name for name in NETWORKS if name != 'Bicubic']
 LIGHT = [
-    'EDSR-baseline',
-    'ASID',
-    'ASIDd8',
-    'DLGSANet-tiny',
-    'DLGSANet-light',
-    'ATD-light',
-    'PFT-light',
-    'OmniSR',
-    'SwinIR-light',
-]
+    'EDSR-baseline', 'ASID', 'ASIDd8', 'DLGSANet-tiny', 'DLGSANet-light', 'ATD-light', 'CATANet', 'HiT-SRF',
+    'PFT-light', 'OmniSR', 'SwinIR-light', 'ESC', 'ESC-light', 'ESC-FP', 'IMDN', 'PAN', 'BSRN',
+]  # fmt: skip
 # What sorts pixels by an argmax: of two that are equal up to rounding, another device may find the other one larger.
-SORTING = ['NLSN', 'LCoAN', 'ATD', 'ATD-light']
+SORTING = ['NLSN', 'LCoAN', 'ATD', 'ATD-light', 'CATANet']
 REHEARSED = ['ASID', 'DLGSANet-tiny', 'EDSR-baseline', 'LCoAN']
 
 

@@ -72,6 +72,16 @@ def test_multiply_adds_are_those_of_the_official_networks(name, scale, shared):
         height, width = input_size(scale)
         groups = 8 if name == 'ASIDd8' else 3
         expected -= (2 + groups - 1) * 2 * (12**2 + 24**2 + 36**2) * height * width
+    if name == 'CATANet':  # linear layers of the 16 / 20 / 24 / 28 pixels of a patch, once for each pixel of the image
+        sides = [[math.ceil((side - size) / (size - 2)) + 1 for side in input_size(scale)] for size in (16, 20, 24, 28)]
+        pixels = [math.prod(counts) * size**2 for counts, size in zip(sides, (16, 20, 24, 28), strict=True)]
+        expected -= 2 * sum(count - math.prod(input_size(scale)) for count in pixels) * (40 * 112 + 40 * 40)
+    if name == 'HiT-SRF':  # q (v^T v) in place of (q v^T) v, and no projection of the padding
+        for window, cells in ((4, 16), (8, 64), (16, 64), (32, 64), (48, 64), (64, 64)):
+            windows = math.prod(math.ceil(side / window) for side in input_size(scale))
+            padded = windows * window**2
+            expected -= 4 * (padded * cells * 30 - 900 * (padded + windows * cells))
+            expected -= 4 * 60**2 * (padded - math.prod(input_size(scale)))
     if name == 'PFT-light':  # products of queries and keys of layers 0 and 1 are made again for layers 2 and 3
         expected += 2 * 1024 * 52 * math.prod(-(-side // 32) * 32 for side in input_size(scale))
     assert found == pytest.approx(expected, rel=5e-3)

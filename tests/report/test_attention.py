@@ -75,13 +75,35 @@ def test_categories_are_the_most_similar_tokens(size):
     assert size == (1, 3) or len(np.unique(found['block 1'])) > 1
 
 
+@SIZES
+@torch.no_grad()
+def test_groups_are_those_of_the_most_similar_centres(size):
+    """Of the first block: the centres are unit vectors as they start, and all are as long here."""
+    model = small('CATANet', n_resblocks=1, n_centres='5')
+    image, net = picture(0, *size), model.net
+    tab = net.blocks[0][0]
+    tab.means.div_(tab.means.norm(dim=-1, keepdim=True))
+    pixels = F.layer_norm(net.first_conv(tensor(image)).permute(0, 2, 3, 1), (8,)).permute(0, 3, 1, 2)
+    found = maps(model, image)
+    assert list(found) == ['block 1']
+    assert (found['block 1'] == nearest(pixels, tab.means)).all()
+    assert size == (1, 3) or len(np.unique(found['block 1'])) > 1
+
+
 @pytest.mark.parametrize('blocks, shown', [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 3, 6])])
 def test_three_blocks_are_shown(blocks, shown):
-    assert list(maps(small('ATD-light', n_resgroups=blocks), picture(0, 5, 9))) == [f'block {i}' for i in shown]
+    names = [f'block {i}' for i in shown]
+    assert list(maps(small('ATD-light', n_resgroups=blocks), picture(0, 5, 9))) == names
+    assert list(maps(small('CATANet', n_resblocks=blocks), picture(0, 5, 9))) == names
 
 
 @pytest.mark.parametrize(
-    'name, settings', [('LCoAN', {'n_resgroups': 1}), ('ATD', {'n_resgroups': 1, 'n_resblocks': 1})]
+    'name, settings',
+    [
+        ('LCoAN', {'n_resgroups': 1}),
+        ('ATD', {'n_resgroups': 1, 'n_resblocks': 1}),
+        ('CATANet', {'n_resblocks': 1}),
+    ],
 )
 def test_equal_pixels_are_taken_together(name, settings):
     """Away from the border, which the convolutions see."""
@@ -159,7 +181,7 @@ def test_maps_are_of_whole_images(data_folder, lcoan):
 
 @pytest.mark.parametrize('name', ['Bicubic', 'EDSR', 'SwinIR-light', 'NLSN'])
 def test_networks_without_clusters(name):
-    with pytest.raises(UserError, match=f'{name} has neither .* LCoAN, ATD and ATD-light have; leave it out'):
+    with pytest.raises(UserError, match=f'{name} has neither .* LCoAN, ATD, ATD-light and CATANet have; leave it out'):
         source(Model(name, 2, **SMALL.get(name, {})))
 
 

@@ -1,10 +1,10 @@
-"""Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet)."""
+"""Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet, IMDN, BSRN)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.common import at_least_float32, conv
+from model.common import at_least_float32, conv, stacked
 from model.ops.layer_norm import layer_norm
 
 
@@ -25,7 +25,7 @@ class GatedFFN(nn.Module):
 
     def __init__(self, n_feats: int, hidden: int) -> None:
         super().__init__()
-        self.project_in = conv(n_feats, 2 * hidden, 1, bias=False)
+        self.project_in = stacked(2, conv(n_feats, 2 * hidden, 1, bias=False))
         self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
         self.project_out = conv(hidden, n_feats, 1, bias=False)
 
@@ -51,7 +51,7 @@ class TransposedAttention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.temperature = nn.Parameter(torch.ones(n_heads, 1, 1))
-        self.qkv = conv(n_feats, 3 * n_feats, 1, bias=False)
+        self.qkv = stacked(3, conv(n_feats, 3 * n_feats, 1, bias=False))
         self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
         self.project_out = conv(n_feats, n_feats, 1, bias=False)
 
@@ -189,3 +189,39 @@ class ESA(nn.Module):
         low = self.conv3(F.max_pool2d(self.conv2(skip), 7, 3))
         low = F.interpolate(low, x.shape[2:], mode='bilinear', align_corners=False)
         return x * self.conv4(low + self.conv_f(skip)).sigmoid()
+
+
+class ContrastAttention(nn.Module):
+    """Contrast-aware channel attention (IMDN, section 3.3): each channel times a factor in (0, 1).
+
+    The factors are found from the mean plus the standard deviation (of N, not N - 1, pixels) of every channel over the
+    image. Of a constant channel, as all of a single pixel are, the deviation is 0, where the gradient of the root is
+    infinite and in the official code makes every weight NaN; here it passes no gradient.
+    """
+
+    def __init__(self, n_feats: int) -> None:
+        super().__init__()
+        hidden = max(n_feats // 16, 1)
+        squeeze, excite = conv(n_feats, hidden, 1), conv(hidden, n_feats, 1)
+        self.conv_du = nn.Sequential(squeeze, nn.ReLU(inplace=True), excite, nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = at_least_float32(x)
+        mean = full.mean((2, 3), keepdim=True)
+        variance = (full - mean).square().mean((2, 3), keepdim=True)  # a CPU takes 30 times as long to torch.var
+        deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # in this order the gradient is finite
+        return x * self.conv_du(mean + deviation)
+
+
+def join_outputs(blocks: list[nn.Module], x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution of the outputs of all `blocks`, each the input of the next, side by side.
+
+    It is summed up block by block, so that evaluation keeps none of the outputs.
+    """
+    first, *others = layer.weight.chunk(len(blocks), 1)
+    x = blocks[0](x)
+    joined = F.conv2d(x, first, layer.bias)
+    for block, weight in zip(blocks[1:], others, strict=True):
+        x = block(x)
+        joined = joined + F.conv2d(x, weight)
+    return joined

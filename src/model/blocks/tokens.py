@@ -34,14 +34,19 @@ def unflatten_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-class TokenLinear(nn.Linear):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer (N, L, C) to (N, L, C'). A CPU is faster, by up to two, at the same as a 1x1 convolution."""
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
+    pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
+    return F.conv2d(pixels, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+
+
+class TokenLinear(nn.Linear):
+    """See `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cpu:
-            return super().forward(x)
-        pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
-        return F.conv2d(pixels, self.weight[:, :, None, None], self.bias).squeeze(2).transpose(1, 2)
+        return linear(x, self.weight, self.bias)
 
 
 class TokenNorm(nn.LayerNorm):

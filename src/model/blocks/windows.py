@@ -11,6 +11,7 @@ from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
 from model.ops.cached_attention import CACHED_LOGITS, cached_attention
+from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
 
@@ -30,7 +31,8 @@ def init_linear(module: nn.Module) -> None:
     """Linear layers as transformers start: normal weights of deviation 0.02 (truncated at 2), no bias."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def relative_position_bias_table(size: int, n_heads: int) -> nn.Parameter:
@@ -54,29 +56,56 @@ def attention(
     whole 16 bytes, which its memory-efficient kernels want.
 
     Args:
-        q, k, v: (B, T, heads, d).
-        masks: what to add to the logits, (heads, kinds, T, T), by kind of window.
+        q, k, v: (B, T, heads, d), (B, S, heads, d) and (B, S, heads, e).
+        masks: what to add to the logits, (heads, kinds, T, S), by kind of window.
         counts: windows of each kind, which stand together; all are of the only kind if None.
         scale: factor of the logits before a mask is added, d^-0.5 if None.
 
     Returns:
-        (B, T, heads * d).
+        (B, T, heads * e).
     """
-    d = int(q.shape[-1])  # a plain number in a trace too
+    d, e = int(q.shape[-1]), int(v.shape[-1])  # plain numbers in a trace too
     scale = d**-0.5 if scale is None else scale
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if q.is_cpu and not traced and q.shape[1] ** 2 <= CACHED_LOGITS:
+    if q.is_cpu and not traced and q.shape[1] * k.shape[1] <= CACHED_LOGITS:
         with full_precision(q):
             masks = masks if masks is None else at_least_float32(masks)
             kinds = torch.repeat_interleave(torch.tensor(counts)) if counts else torch.zeros(len(q), dtype=torch.int64)
             q, k, values = (at_least_float32(x) for x in (q, k, v))
             return cached_attention(q, k, values, masks, kinds, scale).to(v.dtype).flatten(2)
-    missing = -d % (16 // q.element_size()) if q.is_cuda else 0
-    q, k, v = (F.pad(x, (0, missing)).transpose(1, 2) if missing else x.transpose(1, 2) for x in (q, k, v))
+    whole = 16 // q.element_size() if q.is_cuda else 1
+    q, k, v = (F.pad(x, (0, -n % whole)) if n % whole else x for x, n in ((q, d), (k, d), (v, e)))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask_of: list[Tensor | None] = [None] if masks is None else [mask.unsqueeze(0) for mask in masks.unbind(1)]
     parts = zip(*([x] if counts is None else x.split(counts) for x in (q, k, v)), mask_of, strict=True)
     out = [F.scaled_dot_product_attention(q, k, v, mask, scale=scale) for q, k, v, mask in parts]
-    return (out[0] if len(out) == 1 else torch.cat(out))[..., :d].transpose(1, 2).flatten(2)
+    return (out[0] if len(out) == 1 else torch.cat(out))[..., :e].transpose(1, 2).flatten(2)
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Multi-head softmax attention within square windows, with a bias by the position of the key to the query.
+
+    With the keys in reverse order the biases of a query at (y, x) are a window of the reversed table, which begins at
+    (y, x): a view, for which no index is needed.
+
+    Args:
+        q, k, v: (B, T, heads, d), of windows of T = size^2 pixels.
+        table: (heads, 2 * size - 1, 2 * size - 1), its middle for the query itself, below and to the right of it keys
+            that are there.
+
+    Returns:
+        (B, T, heads * d).
+    """
+    t, heads, d = q.shape[1:]
+    size = (table.shape[-1] + 1) // 2
+    k, v = k.flip(1), v.flip(1)
+    bias = table.flip(1, 2).unfold(1, size, 1).unfold(2, size, 1)
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if not q.is_cpu or traced or torch.is_grad_enabled() or heads * t**2 <= CACHED_LOGITS:
+        return attention(q, k, v, bias.reshape(heads, 1, t, t).to(q.dtype))
+    with full_precision(q):
+        queries, keys, values, bias = (at_least_float32(x) for x in (q, k, v, bias))
+        return table_attention(queries, keys, values, bias, d**-0.5).to(v.dtype).flatten(2)
 
 
 def relative_positions(size: int, device: torch.device | None = None) -> Tensor:

@@ -12,28 +12,27 @@ CACHED_LOGITS = 2**20  # that a CPU's cache holds: 4 MB in float32, twice that i
 LOG2_E = 1 / math.log(2)
 
 
-def at_once(q: Tensor) -> int:
-    """How many of the windows of `q` (B, T, heads, d) have maps that the cache holds."""
-    b, t, _, _ = q.shape
-    return min(b, CACHED_LOGITS // t**2)
+def at_once(q: Tensor, k: Tensor) -> int:
+    """How many of the windows of `q` (B, T, heads, d) and `k` (B, S, heads, d) have maps that the cache holds."""
+    return min(len(q), CACHED_LOGITS // (q.shape[1] * k.shape[1]))
 
 
-def heads_of(kinds: Tensor, *tensors: Tensor) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
-    """Head by head the parts (b, T, d) of tensors (B, T, heads, d), of b windows at once, and the kinds of these."""
-    b = at_once(tensors[0])
+def heads_of(kinds: Tensor, q: Tensor, k: Tensor, *others: Tensor) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
+    """Head by head the parts (b, ., .) of tensors (B, ., heads, .), of b windows at once, and the kinds of these."""
+    b, tensors = at_once(q, k), (q, k, *others)
     for part, *parts in zip(kinds.split(b), *(x.split(b) for x in tensors), strict=True):
         for head, of_head in enumerate(zip(*(x.unbind(2) for x in parts), strict=True)):
             yield head, part, of_head
 
 
 class Logits:
-    """Logits (b, T, T) to base 2 of parts of the queries (B, T, heads, d), by turns in the same memory.
+    """Logits (b, T, S) to base 2 of parts of queries and keys (B, ., heads, d), by turns in the same memory.
 
     PyTorch finds powers of 2 faster than those of e.
     """
 
-    def __init__(self, q: Tensor, masks: Tensor | None, scale: float) -> None:
-        self.memory = q.new_empty(at_once(q), q.shape[1], q.shape[1])
+    def __init__(self, q: Tensor, k: Tensor, masks: Tensor | None, scale: float) -> None:
+        self.memory = q.new_empty(at_once(q, k), q.shape[1], k.shape[1])
         self.masks = None if masks is None else (masks * LOG2_E).unbind()
         self.scale = scale * LOG2_E
 
@@ -58,7 +57,7 @@ def forward(
 
     The greatest logit of a row is subtracted only after powers without that have been out of range.
     """
-    logits_of, out = Logits(q, masks, scale), torch.empty_like(q)
+    logits_of, out = Logits(q, k, masks, scale), q.new_empty(*q.shape[:3], v.shape[3])
     sums, greatest = (q.new_zeros(*q.shape[:3], 1) for _ in range(2))
     subtract = False
     for head, part, (query, key, value, result, total, most) in heads_of(kinds, q, k, v, out, sums, greatest):
@@ -76,7 +75,7 @@ def forward(
 class CachedAttention(torch.autograd.Function):
     """See `cached_attention`. The backward pass makes the maps again.
 
-    Products are written with the T x T matrix on the right, where they are wide and fast.
+    Products are written with the T x S matrix on the right, where they are wide and fast.
     """
 
     @staticmethod
@@ -90,7 +89,7 @@ class CachedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, masks, kinds, sums, greatest = ctx.saved_tensors
-        logits_of, grads = Logits(q, masks, ctx.scale), [torch.empty_like(x) for x in (q, k, v)]
+        logits_of, grads = Logits(q, k, masks, ctx.scale), [torch.empty_like(x) for x in (q, k, v)]
         memory = torch.empty_like(logits_of.memory)
         grad_masks = None if masks is None else torch.zeros_like(masks)
         parts = heads_of(kinds, q, k, v, sums, greatest, grad / sums, *grads)
@@ -107,11 +106,12 @@ class CachedAttention(torch.autograd.Function):
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T + mask) v for each window and head: (B, T, heads, d). It can be differentiated once.
+    """softmax(scale * q k^T + mask) v for each window and head: (B, T, heads, e). It can be differentiated once.
 
     Args:
-        q, k, v: (B, T, heads, d), float32 or float64, with B of 1 or more and T^2 of at most `CACHED_LOGITS`.
-        masks: (heads, kinds, T, T) or None.
+        q, k, v: (B, T, heads, d), (B, S, heads, d) and (B, S, heads, e), float32 or float64, with B of 1 or more and
+            T * S of at most `CACHED_LOGITS`.
+        masks: (heads, kinds, T, S) or None.
         kinds: (B,) int64, which of the masks is a window's.
         scale: factor of the products.
     """

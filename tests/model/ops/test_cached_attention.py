@@ -42,6 +42,22 @@ def test_results_and_gradients(at_once: int, masked: bool, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('at_once', [1, 2, 9])
+def test_keys_and_values_of_other_sizes(at_once: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four keys for six queries, the same ones for all windows, and values of five channels."""
+    monkeypatch.setattr(cached_attention, 'CACHED_LOGITS', at_once * TOKENS * 4)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(WINDOWS, TOKENS, HEADS, 3), (1, 4, HEADS, 3), (1, 4, HEADS, 5)] + [(HEADS, 3, TOKENS, 4)] * masked
+    tensors = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+    q, k, v, *masks = tensors
+    arguments = (q, k.expand(WINDOWS, -1, -1, -1), v.expand(WINDOWS, -1, -1, -1), *(masks or [None]), KINDS, 0.7)
+    found, truth = attend(*arguments), plain(*arguments)
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(found.square().sum(), tensors)
+    torch.testing.assert_close(gradients, torch.autograd.grad(truth.square().sum(), tensors), rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize('kind', [0, 1, 2])
 @pytest.mark.parametrize('offset', [-1e5, -1e3, -95.0, -60.0, 60.0, 95.0, 1e3, 1e5])
 def test_logits_that_are_all_large_or_small(offset: float, kind: int) -> None:
