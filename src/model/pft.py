@@ -82,7 +82,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, t
     Args:
         q, k: (B, T, heads, D), `q` with its factor.
         v: (B, T, heads, d).
-        bias: (T, T).
+        bias: (T, T), without `before` also (B, T, T).
         before: what was kept of the maps before; None: all, and q, k and bias hold what these followed from.
         topk: how many entries of a row are kept, if it has more.
 
@@ -90,7 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, t
         (B, T, heads, d), and what is kept; None: all.
     """
     if before is None:
-        logits, keys = products(q, k).add_(bias.unsqueeze(1)), None
+        logits, keys = products(q, k).add_(bias.unsqueeze(-2)), None
     else:
         logits, keys = before.logits + kept_logits(q, k, bias, before.keys), before.keys
     weights = logits.softmax(-1)
@@ -109,12 +109,18 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
 
 
 def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:
-    """How many windows are attended at once, all with the same shift mask, and the masks (T, T)."""
+    """How many windows are attended at once, all with the same shift mask, and the masks (T, T).
+
+    A trace does not follow how many these are: there it is all of them, with masks (B, T, T).
+    """
     masks = windows.masks
+    if torch.jit.is_tracing():
+        by_window = torch.cat([mask.expand(n, -1, -1) for n, mask in zip(windows.counts, masks.unbind(), strict=True)])
+        return [by_window.shape[0]], [by_window]
     at_once = max(1, (AT_ONCE_CPU if masks.is_cpu else AT_ONCE) // (n_heads * masks[0].numel()))
     sizes, of_group = [], []
     for count, mask in zip(windows.counts, masks.unbind(), strict=True):
-        parts = [count] if torch.jit.is_tracing() else [min(at_once, count - i) for i in range(0, count, at_once)]
+        parts = [min(at_once, count - i) for i in range(0, count, at_once)]
         sizes += parts
         of_group += [mask] * len(parts)
     return sizes, of_group

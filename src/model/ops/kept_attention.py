@@ -6,6 +6,7 @@ and head which K of the T keys were kept, none of them twice.
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -201,9 +202,14 @@ def best(x: Tensor, count: int) -> Tensor:
     def choose(i: int) -> None:
         found[i : i + ROWS] = best_of_rows(rows[i : i + ROWS], count)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(choose, range(0, len(rows), ROWS)))
+    list(pool(torch.get_num_threads()).map(choose, range(0, len(rows), ROWS)))
     return torch.from_numpy(found).view(*x.shape[:-1], count)
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    """The threads for what PyTorch does not share out among its own."""
+    return ThreadPoolExecutor(threads)
 
 
 def best_of_rows(rows: np.ndarray, count: int) -> np.ndarray:
