@@ -51,6 +51,7 @@ from model.common import (
     full_precision,
     how_many,
     mirror_pad,
+    stacked,
 )
 from model.ops.kept_attention import best, kept_logits, kept_values, products, read
 
@@ -194,7 +195,7 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1 = TokenNorm(n_feats)
         self.norm2 = TokenNorm(n_feats)
-        self.wqkv = TokenLinear(n_feats, 3 * n_feats)
+        self.wqkv = stacked(3, TokenLinear(n_feats, 3 * n_feats))
         self.v_LePE = PositionalEncoding(n_feats, kernel_size)
         self.attn_win = WindowAttention(n_feats, n_heads, window_size, topk)
         self.convffn = ConvFFN(n_feats, hidden, kernel_size)
