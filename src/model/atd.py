@@ -18,7 +18,6 @@ Restoration" (https://arxiv.org/abs/2603.02581), has other layers; `recognise_v2
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 
@@ -27,16 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from error import UserError
 from model.blocks.edsr import DirectUpsampler, Upsampler
+from model.blocks.swin import Frame
 from model.blocks.tokens import (
     ConvFFN,
     TokenLinear,
     TokenNorm,
-    flatten_image,
     inverse_of,
     take_rows,
-    unflatten_image,
 )
 from model.blocks.windows import (
     Windows,
@@ -45,22 +42,20 @@ from model.blocks.windows import (
     hidden_width,
     init_linear,
     look_up_bias,
+    plain_and_shifted,
     relative_position_bias_table,
     relative_positions,
     window_attention,
-    window_partition,
 )
 from model.common import (
-    RGB_MEAN,
     Float32Conv,
     NetworkSpec,
     at_least_float32,
     check_divides,
-    check_images,
+    check_odd,
     conv,
     full_precision,
     how_many,
-    mirror_pad,
     stacked,
 )
 
@@ -198,23 +193,15 @@ class ResidualGroup(nn.Module):
         self.td = nn.Parameter(torch.randn(n_tokens, n_feats))
         self.layers = nn.ModuleList(layers)
 
-
-class Block(nn.Module):
-    """ATD block: layers, every second one with shifted windows, and a convolution, plus the input."""
-
-    def __init__(self, group: ResidualGroup, n_feats: int) -> None:
-        super().__init__()
-        self.residual_group = group
-        self.conv = conv(n_feats, n_feats, 3)
-
     def forward(self, x: Tensor, height: int, width: int, positions: Tensor, windows: list[Windows]) -> Tensor:
-        y, tokens = x, self.residual_group.td.expand(x.shape[0], -1, -1)
-        for i, layer in enumerate(self.residual_group.layers):
-            y, tokens = layer(y, tokens, height, width, positions, windows[i % 2])
-        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
+        """Pixels (N, H * W, C); every second layer has shifted windows."""
+        tokens = self.td.expand(x.shape[0], -1, -1)
+        for i, layer in enumerate(self.layers):
+            x, tokens = layer(x, tokens, height, width, positions, windows[i % 2])
+        return x
 
 
-class ATD(nn.Module):
+class ATD(Frame):
     """ATD, without settings the large one of the paper.
 
     Args:
@@ -237,7 +224,6 @@ class ATD(nn.Module):
         UserError: heads do not divide the channels, an even kernel.
     """
 
-    mean: Tensor
     relative_position_index_SA: Tensor
 
     def __init__(
@@ -255,18 +241,11 @@ class ATD(nn.Module):
         mlp_ratio: float = 2.0,
         direct_upsampler: bool = False,
     ) -> None:
-        super().__init__()
         check_divides('n_heads', n_heads, n_feats)
-        if kernel_size % 2 == 0:
-            raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
+        check_odd('kernel_size', kernel_size)
         check_window(window_size)
-        self.scale, self.window_size = scale, window_size
-        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer('relative_position_index_SA', relative_positions(window_size))
-        self.conv_first = conv(3, n_feats, 3)
-        self.patch_embed = nn.Sequential(OrderedDict(norm=TokenNorm(n_feats)))
-        self.layers = nn.ModuleList()
-        for _ in range(n_resgroups):
+
+        def group() -> ResidualGroup:
             layers = [
                 Layer(
                     n_feats,
@@ -281,9 +260,10 @@ class ATD(nn.Module):
                 )
                 for i in range(n_resblocks)
             ]
-            self.layers.append(Block(ResidualGroup(layers, n_tokens, n_feats), n_feats))
-        self.norm = TokenNorm(n_feats)
-        self.conv_after_body = conv(n_feats, n_feats, 3)
+            return ResidualGroup(layers, n_tokens, n_feats)
+
+        super().__init__(scale, n_feats, window_size, (group() for _ in range(n_resgroups)))
+        self.register_buffer('relative_position_index_SA', relative_positions(window_size))
         before: nn.Module
         upsample: nn.Module
         last: nn.Module
@@ -295,21 +275,11 @@ class ATD(nn.Module):
         self.conv_before_upsample, self.upsample, self.conv_last = before, upsample, last
         self.apply(init_linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x)
-        out_height, out_width = (self.scale * side for side in x.shape[2:])
-        x = self.conv_first(mirror_pad(x, self.window_size) - self.mean)
-        x = x + self.conv_after_body(self.body(x))
-        x = self.conv_last(self.upsample(self.conv_before_upsample(x)))
-        return x[..., :out_height, :out_width] + self.mean
+    def shared(self, x: Tensor) -> tuple[object, ...]:
+        return self.relative_position_index_SA, plain_and_shifted(x, self.multiple)
 
-    def body(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        windows = [window_partition(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(at_least_float32(flatten_image(x)))
-        for block in self.layers:
-            x = block(x, height, width, self.relative_position_index_SA, windows)
-        return unflatten_image(self.norm(x), height, width)
+    def enlarge(self, x: Tensor) -> Tensor:
+        return self.conv_last(self.upsample(self.conv_before_upsample(x)))
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:

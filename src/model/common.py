@@ -81,6 +81,12 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
         raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
 
 
+def check_odd(option: str, side: int) -> None:
+    """Refuse a kernel of an even number of pixels along its side."""
+    if side % 2 == 0:
+        raise UserError(f'--{option} {side} has no pixel in its middle: choose an odd number.')
+
+
 def check_numbers(option: str, text: str) -> tuple[int, ...]:
     """Whole numbers from 1 on, typed with a dash between two."""
     parts = text.split('-')
@@ -95,16 +101,18 @@ def mirrored(length: int, size: int, device: torch.device) -> Tensor:
     return torch.minimum(position, 2 * size - 1 - position)
 
 
+def reflected(length: int, size: int, device: torch.device) -> Tensor:
+    """As `mirrored`, but the pixels at the ends are not repeated, except a single one."""
+    position = torch.arange(length, device=device) % max(2 * size - 2, 1)
+    return torch.minimum(position, 2 * size - 2 - position)
+
+
 def mirror_pad(x: Tensor, multiple: int) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its mirror image, the edge pixel repeated.
 
     An image smaller than its padding is mirrored again and again.
     """
-    for axis in (2, 3):
-        size = x.shape[axis]
-        if size % multiple:
-            x = x.index_select(axis, mirrored(size + -size % multiple, size, x.device))
-    return x
+    return _continue(x, multiple, mirrored)
 
 
 def reflect_pad(x: Tensor, multiple: int) -> Tensor:
@@ -112,11 +120,15 @@ def reflect_pad(x: Tensor, multiple: int) -> Tensor:
 
     An image smaller than its padding is reflected again and again, a single pixel repeated.
     """
+    return _continue(x, multiple, reflected)
+
+
+def _continue(x: Tensor, multiple: int, places: Callable[[int, int, torch.device], Tensor]) -> Tensor:
+    """(N, C, H, W) grown right and below to multiples of `multiple` by its own pixels, at `places` as of `mirrored`."""
     for axis in (2, 3):
         size = x.shape[axis]
         if size % multiple:
-            position = torch.arange(size + -size % multiple, device=x.device) % max(2 * size - 2, 1)
-            x = x.index_select(axis, torch.minimum(position, 2 * size - 2 - position))
+            x = x.index_select(axis, places(size + -size % multiple, size, x.device))
     return x
 
 

@@ -34,6 +34,7 @@ from model.common import (
     NetworkSpec,
     check_divides,
     check_images,
+    check_odd,
     conv,
     how_many,
     in_fast_memory,
@@ -299,8 +300,7 @@ def check_sizes(n_feats: int, n_heads: int, window_size: int, kernel_size: int, 
     """Refuse settings that do not fit one another."""
     check_divides('n_heads', n_heads, n_feats)
     check_window(window_size)
-    if kernel_size % 2 == 0:
-        raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
+    check_odd('kernel_size', kernel_size)
     if not 4 <= kernel_feats <= n_feats:
         raise UserError(f'--net kernel_feats={kernel_feats}: choose from 4 to the {n_feats} channels of --n_feats.')
 

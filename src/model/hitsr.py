@@ -20,7 +20,6 @@ Departures from the official code:
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import cycle, islice
 
@@ -31,14 +30,13 @@ from torch import Tensor, nn
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import to_map, to_tokens
+from model.blocks.swin import Frame
 from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, unflatten_image
 from model.blocks.windows import MOST_WINDOW, hidden_width, init_linear
 from model.common import (
-    RGB_MEAN,
     NetworkSpec,
     at_least_float32,
     check_divides,
-    check_images,
     check_numbers,
     conv,
     full_precision,
@@ -177,29 +175,19 @@ class Layer(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """The layers of a block."""
+    """The layers of a hierarchical transformer block."""
 
     def __init__(self, layers: list[Layer]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(layers)
 
-
-class Block(nn.Module):
-    """Hierarchical transformer block: layers and a convolution, plus the input."""
-
-    def __init__(self, layers: list[Layer], n_feats: int) -> None:
-        super().__init__()
-        self.residual_group = ResidualGroup(layers)
-        self.conv = conv(n_feats, n_feats, 3)
-
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        y = x
-        for layer in self.residual_group.blocks:
-            y = layer(y, height, width)
-        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
+        for layer in self.blocks:
+            x = layer(x, height, width)
+        return x
 
 
-class HiTSRF(nn.Module):
+class HiTSRF(Frame):
     """HiT-SRF, without settings the one of the paper.
 
     Args:
@@ -219,8 +207,6 @@ class HiTSRF(nn.Module):
         UserError: heads do not divide half of the channels, windows that are no multiple of the cells or too large.
     """
 
-    mean: Tensor
-
     def __init__(
         self,
         scale: int,
@@ -232,34 +218,17 @@ class HiTSRF(nn.Module):
         window_sizes: str = '4-8-16-32-48-64',
         mlp_ratio: float = 2.0,
     ) -> None:
-        super().__init__()
         check_divides('n_heads', 2 * n_heads, n_feats)
         windows = check_windows(window_sizes, n_cells)
         hidden = hidden_width(n_feats, mlp_ratio)
-        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
-        self.conv_first = conv(3, n_feats, 3)
-        self.patch_embed = nn.Sequential(OrderedDict(norm=TokenNorm(n_feats)))
-        self.layers = nn.ModuleList()
-        for _ in range(n_resgroups):
-            sides = islice(cycle(windows), n_resblocks)
-            layers = [Layer(n_feats, n_heads, window, n_cells, hidden) for window in sides]
-            self.layers.append(Block(layers, n_feats))
-        self.norm = TokenNorm(n_feats)
-        self.conv_after_body = conv(n_feats, n_feats, 3)
+        sides = list(islice(cycle(windows), n_resblocks))
+        groups = (
+            ResidualGroup([Layer(n_feats, n_heads, window, n_cells, hidden) for window in sides])
+            for _ in range(n_resgroups)
+        )
+        super().__init__(scale, n_feats, 1, groups)
         self.upsample = DirectUpsampler(scale, n_feats)
         self.apply(init_linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x)
-        x = self.conv_first(x - self.mean)
-        return self.upsample(x + self.conv_after_body(self.body(x))) + self.mean
-
-    def body(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        x = self.patch_embed(at_least_float32(flatten_image(x)))
-        for block in self.layers:
-            x = block(x, height, width)
-        return unflatten_image(self.norm(x), height, width)
 
 
 def check_windows(text: str, cells: int) -> tuple[int, ...]:

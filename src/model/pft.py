@@ -18,7 +18,6 @@ Departures from the official code:
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -30,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import GELU
+from model.blocks.swin import Frame
 from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, unflatten_image
 from model.blocks.windows import (
     Windows,
@@ -37,20 +37,17 @@ from model.blocks.windows import (
     hidden_width,
     init_linear,
     look_up_bias,
+    plain_and_shifted,
     relative_position_bias_table,
     relative_positions,
-    window_partition,
 )
 from model.common import (
-    RGB_MEAN,
     NetworkSpec,
     at_least_float32,
     check_divides,
-    check_images,
-    conv,
+    check_odd,
     full_precision,
     how_many,
-    mirror_pad,
     stacked,
 )
 from model.ops.kept_attention import best, kept_logits, kept_values, products, read
@@ -216,32 +213,22 @@ class Layer(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """The layers of a block."""
+    """The layers of a block, every second one with shifted windows."""
 
     def __init__(self, layers: list[Layer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-
-class Block(nn.Module):
-    """Layers, every second one with shifted windows, and a convolution, plus the input."""
-
-    def __init__(self, layers: list[Layer], n_feats: int) -> None:
-        super().__init__()
-        self.residual_group = ResidualGroup(layers)
-        self.conv = conv(n_feats, n_feats, 3)
-
     def forward(
         self, x: Tensor, height: int, width: int, positions: Tensor, windows: list[Windows], focus: list[Focus]
     ) -> Tensor:
         """Pixels (N, H * W, C); `focus` of the layers with windows as they are and shifted, which changes."""
-        y = x
-        for i, layer in enumerate(self.residual_group.layers):
-            y, focus[i % 2] = layer(y, height, width, positions, windows[i % 2], focus[i % 2])
-        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
+        for i, layer in enumerate(self.layers):
+            x, focus[i % 2] = layer(x, height, width, positions, windows[i % 2], focus[i % 2])
+        return x
 
 
-class PFT(nn.Module):
+class PFT(Frame):
     """PFT, without settings the lightweight one of the paper.
 
     Args:
@@ -261,7 +248,6 @@ class PFT(nn.Module):
         UserError: heads do not divide the channels, an even kernel, no blocks, or blocks without layers or keys.
     """
 
-    mean: Tensor
     relative_position_index_SA: Tensor
 
     def __init__(
@@ -275,44 +261,25 @@ class PFT(nn.Module):
         kernel_size: int = 7,
         mlp_ratio: float = 1.0,
     ) -> None:
-        super().__init__()
         check_divides('n_heads', n_heads, n_feats)
-        if kernel_size % 2 == 0:
-            raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
+        check_odd('kernel_size', kernel_size)
         check_window(window_size)
         check_numbers('depths', depths)
         check_numbers('topk', topk)
-        self.scale, self.window_size = scale, window_size
-        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer('relative_position_index_SA', relative_positions(window_size))
         hidden = hidden_width(n_feats, mlp_ratio)
-        self.conv_first = conv(3, n_feats, 3)
-        self.patch_embed = nn.Sequential(OrderedDict(norm=TokenNorm(n_feats)))
-        self.layers = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            kept = topk[min(i, len(topk) - 1)]
-            layers = [Layer(n_feats, n_heads, window_size, kept, kernel_size, hidden) for _ in range(depth)]
-            self.layers.append(Block(layers, n_feats))
-        self.norm = TokenNorm(n_feats)
-        self.conv_after_body = conv(n_feats, n_feats, 3)
+        kept = [*topk, *[topk[-1]] * (len(depths) - len(topk))]
+        groups = (
+            ResidualGroup([Layer(n_feats, n_heads, window_size, most, kernel_size, hidden) for _ in range(depth)])
+            for depth, most in zip(depths, kept, strict=False)
+        )
+        super().__init__(scale, n_feats, window_size, groups)
+        self.register_buffer('relative_position_index_SA', relative_positions(window_size))
         self.upsample = DirectUpsampler(scale, n_feats)
         self.apply(init_linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x)
-        out_height, out_width = (self.scale * side for side in x.shape[2:])
-        x = self.conv_first(mirror_pad(x, self.window_size) - self.mean)
-        x = self.upsample(x + self.conv_after_body(self.body(x)))
-        return x[..., :out_height, :out_width] + self.mean
-
-    def body(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        windows = [window_partition(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
+    def shared(self, x: Tensor) -> tuple[object, ...]:
         focus: list[Focus] = [None, None]
-        x = self.patch_embed(at_least_float32(flatten_image(x)))
-        for block in self.layers:
-            x = block(x, height, width, self.relative_position_index_SA, windows, focus)
-        return unflatten_image(self.norm(x), height, width)
+        return self.relative_position_index_SA, plain_and_shifted(x, self.multiple), focus
 
 
 def check_numbers(setting: str, numbers: Sequence[int]) -> None:

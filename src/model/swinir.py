@@ -14,7 +14,6 @@ Departures from the official code:
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -23,28 +22,24 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.tokens import TokenLinear, TokenNorm, flatten_image, unflatten_image
+from model.blocks.swin import Frame
+from model.blocks.tokens import TokenLinear, TokenNorm
 from model.blocks.windows import (
     Windows,
     check_window,
     hidden_width,
     init_linear,
     look_up_bias,
+    plain_and_shifted,
     relative_position_bias_table,
     relative_positions,
     shift_masks,
     window_attention,
-    window_partition,
 )
 from model.common import (
-    RGB_MEAN,
     NetworkSpec,
-    at_least_float32,
     check_divides,
-    check_images,
-    conv,
     how_many,
-    mirror_pad,
     stacked,
 )
 
@@ -119,29 +114,19 @@ def nominal_masks(window_size: int) -> Tensor:
 
 
 class ResidualGroup(nn.Module):
-    """The layers of a block."""
+    """The layers of a residual Swin transformer block (RSTB), every second one with shifted windows."""
 
     def __init__(self, layers: list[Layer]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(layers)
 
-
-class Block(nn.Module):
-    """Residual Swin transformer block (RSTB): layers and a convolution, plus the input."""
-
-    def __init__(self, layers: list[Layer], n_feats: int) -> None:
-        super().__init__()
-        self.residual_group = ResidualGroup(layers)
-        self.conv = conv(n_feats, n_feats, 3)
-
     def forward(self, x: Tensor, height: int, width: int, windows: list[Windows]) -> Tensor:
-        y = x
-        for i, layer in enumerate(self.residual_group.blocks):
-            y = layer(y, windows[i % 2])
-        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
+        for i, layer in enumerate(self.blocks):
+            x = layer(x, windows[i % 2])
+        return x
 
 
-class SwinIR(nn.Module):
+class SwinIR(Frame):
     """SwinIR, without settings the lightweight one of the paper.
 
     Args:
@@ -160,8 +145,6 @@ class SwinIR(nn.Module):
         UserError: heads do not divide the channels, a probability that is none.
     """
 
-    mean: Tensor
-
     def __init__(
         self,
         scale: int,
@@ -173,43 +156,25 @@ class SwinIR(nn.Module):
         mlp_ratio: float = 2.0,
         drop_path: float = 0.1,
     ) -> None:
-        super().__init__()
         check_divides('n_heads', n_heads, n_feats)
         if not 0 <= drop_path < 1:
             raise UserError(f'--drop_path {drop_path} is a probability: choose 0 or more and less than 1.')
         check_window(window_size)
-        self.scale, self.window_size = scale, window_size
-        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
         hidden = hidden_width(n_feats, mlp_ratio)
         rates = torch.linspace(0, drop_path, n_resgroups * n_resblocks, device='cpu').tolist()
-        self.conv_first = conv(3, n_feats, 3)
-        self.patch_embed = nn.Sequential(OrderedDict(norm=TokenNorm(n_feats)))
-        self.layers = nn.ModuleList()
-        for i in range(n_resgroups):
-            layers = [
-                Layer(n_feats, n_heads, window_size, hidden, rates[i * n_resblocks + j], shifted=j % 2 == 1)
-                for j in range(n_resblocks)
-            ]
-            self.layers.append(Block(layers, n_feats))
-        self.norm = TokenNorm(n_feats)
-        self.conv_after_body = conv(n_feats, n_feats, 3)
+
+        def group(rates: list[float]) -> ResidualGroup:
+            shifts = (i % 2 == 1 for i in range(n_resblocks))
+            layers = zip(rates, shifts, strict=True)
+            return ResidualGroup([Layer(n_feats, n_heads, window_size, hidden, *about) for about in layers])
+
+        groups = (group(rates[i * n_resblocks : (i + 1) * n_resblocks]) for i in range(n_resgroups))
+        super().__init__(scale, n_feats, window_size, groups)
         self.upsample = DirectUpsampler(scale, n_feats)
         self.apply(init_linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x)
-        out_height, out_width = (self.scale * side for side in x.shape[2:])
-        x = self.conv_first(mirror_pad(x, self.window_size) - self.mean)
-        x = self.upsample(x + self.conv_after_body(self.body(x)))
-        return x[..., :out_height, :out_width] + self.mean
-
-    def body(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        windows = [window_partition(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
-        x = self.patch_embed(at_least_float32(flatten_image(x)))
-        for block in self.layers:
-            x = block(x, height, width, windows)
-        return unflatten_image(self.norm(x), height, width)
+    def shared(self, x: Tensor) -> tuple[object, ...]:
+        return (plain_and_shifted(x, self.multiple),)
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:

@@ -166,6 +166,11 @@ def window_partition(like: Tensor, size: int, shift: int) -> Windows:
     return Windows(order, inverse_of(order), [n * counts[i] for i in used], masks)
 
 
+def plain_and_shifted(like: Tensor, size: int) -> list[Windows]:
+    """The windows of `window_partition` as they are, and shifted by half a window."""
+    return [window_partition(like, size, shift) for shift in (0, size // 2)]
+
+
 def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C)."""
     n, length, channels = qkv.shape
