@@ -86,7 +86,8 @@ def most_detail(gap: np.ndarray, width: int, height: int) -> tuple[int, int, int
     wide, high = min(width, DETAIL[0]), min(height, DETAIL[1])
     across, down = max(1, round(columns * wide / width)), max(1, round(rows * high / height))
     total = sums[down:, across:] - sums[:-down, across:] - sums[down:, :-across] + sums[:-down, :-across]
-    row, column = np.unravel_index(total.argmax(), total.shape)
+    best = np.argwhere(total >= 0.99 * total.max())
+    row, column = best[np.abs(best - best.mean(0)).sum(1).argmin()]  # so that it is not at the border of the part
     left, top = (
         min(round(cell * length / count), length - part)
         for cell, length, count, part in ((column, width, columns, wide), (row, height, rows, high))
@@ -98,11 +99,8 @@ def most_different_column(gap: np.ndarray) -> float:
     """Where the columns around differ most, share of the width; the middle if nothing differs."""
     around = max(1, gap.shape[1] // 10)
     sums = np.convolve(gap.mean(0), np.ones(around), 'same')
-    low, high = int(gap.shape[1] * MARGIN), -int(-gap.shape[1] * (1 - MARGIN))
-    inner = sums[low:high]
-    if not inner.size or inner.max() == inner.min():
-        return 0.5
-    return float((low + inner.argmax() + 0.5) / gap.shape[1])
+    most = np.flatnonzero(sums >= 0.99 * sums.max())
+    return float(np.clip((np.median(most) + 0.5) / len(sums), MARGIN, 1 - MARGIN)) if sums.any() else 0.5
 
 
 def eight_bits(pixels: np.ndarray) -> np.ndarray:

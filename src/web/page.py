@@ -32,7 +32,7 @@ KINDS = {
     'photo': 'Photo: from a camera or the web, with noise, blur or traces of JPEG, which are taken away.',
 }
 KEPT = 3600  # seconds
-WAITING = 20  # images of all visitors in line, at most
+WAITING = 20  # visitors in line, at most
 MOST = 20  # images at once
 PREVIEWED = 50  # million pixels of an image that a preview is made of, at most
 MB = 2**20
@@ -61,10 +61,21 @@ def site(choices: Sequence[Choice], enlarge: Enlarge, folder: Path, max_upload: 
     gr.mount_gradio_app(
         app, page(choices, enlarge, visitors, folder), '/', show_error=False, ssr_mode=False, enable_monitoring=False,
         max_file_size=max_upload * MB, footer_links=[], run_history=False, mcp_server=False,
-        theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
+        theme=theme(),
         css=STYLE + pair.STYLE, head=f'<script>{pair.SCRIPT}{SCRIPT}</script>',
     )  # fmt: skip
     return visitors
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's with fonts of the visitor's machine, and more contrast where it has less than 4.5 to 1 (WCAG 2.2)."""
+    return gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']).set(
+        button_primary_background_fill='*primary_700',
+        button_primary_background_fill_dark='*primary_700',
+        button_primary_background_fill_hover='*primary_800',
+        button_primary_background_fill_hover_dark='*primary_800',
+        link_text_color_dark='*secondary_300',
+    )
 
 
 def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder: Path) -> gr.Blocks:
@@ -85,14 +96,8 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
         images: list[str] | None, scale: int, kind: str, weights: str, format: str, visit: Visit, request: gr.Request
     ) -> Iterator[dict]:
         chosen = [choice for choice in fitting(choices, scale, kind) if choice.weights == weights]
-        if not images:
-            yield {told: markup.refusal('No image: drop one first.')}
-            return
-        if len(images) > MOST:
-            yield {told: markup.refusal(f'{len(images)} images; at most {MOST} are enlarged at once: leave some out.')}
-            return
-        if not chosen:
-            yield {told: markup.refusal('This network is not of that scale: choose again.')}
+        if problem := reason_against(images or [], chosen):
+            yield {told: markup.refusal(problem)}
             return
         own, visit.stop = folder / secrets.token_hex(16), Event()
         said, known = '', 0
@@ -101,7 +106,7 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
             return enlarge(image, chosen[0], folder, format, progress, stop)
 
         yield {shown: '', download: gr.DownloadButton('Download', interactive=False), stop: gr.Button(interactive=True)}
-        for state in work([Path(image) for image in images], one, own, line, visit.stop):
+        for state in work([Path(image) for image in images or []], one, own, line, visit.stop):
             update: dict = {progress: markup.bar(state)}
             if (text := markup.status(state)) != said:
                 said = update[told] = text  # only what is new, since it is read aloud
@@ -112,9 +117,13 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
             if state.ended:
                 update[stop] = gr.Button(interactive=False)
                 if state.results:
-                    file = pack(state, own)
-                    visitors.grant(request.cookies[COOKIE], [file])
-                    update[download] = gr.DownloadButton(f'Download {file.name}', value=str(file), interactive=True)
+                    try:
+                        file = pack(state, own)
+                    except WriteError as error:
+                        update[told] = said + markup.refusal(str(error))
+                    else:
+                        visitors.grant(request.cookies[COOKIE], [file])
+                        update[download] = gr.DownloadButton(f'Download {file.name}', str(file), interactive=True)
             yield update
 
     def end(visit: Visit) -> gr.Button:
@@ -137,7 +146,9 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
                     [(text, kind) for kind, text in KINDS.items()],
                     value='clean', label='Kind of image', visible=len(kinds_at(choices, first)) > 1,
                 )  # fmt: skip
-                network = gr.Dropdown(names, value=names[0][1], label='Network', filterable=False)
+                network = gr.Dropdown(
+                    names, value=names[0][1], label='Network', info='Best PSNR on Set5 first.', filterable=False
+                )
                 format = gr.Radio(list(FORMATS), value='PNG', label='Format')
                 with gr.Row():
                     button = gr.Button('Enlarge', variant='primary', min_width=120)
@@ -154,7 +165,7 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
         asked = [images, scale, kind, network, format, visit]
         button.click(click, asked, [told, progress, shown, download, stop], **quick)
         stop.click(end, visit, stop, **quick)
-    return blocks.queue(max_size=None)
+    return blocks.queue(max_size=WAITING)
 
 
 def html(name: str) -> gr.Markdown:
@@ -165,9 +176,19 @@ def html(name: str) -> gr.Markdown:
 def label(choice: Choice) -> str:
     """What a visitor sees of a choice."""
     if choice.file is None:
-        return f'{choice.network}, without a network'
-    score = '' if choice.psnr is None else f', {choice.psnr:.2f} dB on Set5'
-    return f'{choice.network}, {choice.weights}{score}'
+        return choice.network
+    name = choice.file.stem
+    name = name if name.startswith(choice.network) else f'{name} ({choice.network})'
+    return name if choice.psnr is None else f'{name}, {choice.psnr:.2f} dB'
+
+
+def reason_against(images: Sequence[str], chosen: Sequence[Choice]) -> str:
+    """Why this is not enlarged; nothing if it is."""
+    if not images:
+        return 'No image: drop one first.'
+    if len(images) > MOST:
+        return f'{len(images)} images; at most {MOST} are enlarged at once: leave some out.'
+    return '' if chosen else 'This network is not of that scale and kind: choose again.'
 
 
 def shown_files(state: State) -> list[Path]:
@@ -200,11 +221,12 @@ def pack(state: State, folder: Path) -> Path:
 STYLE = """
 #live { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 #told p { margin: 0 0 .4rem; }
-#told .failure, .previews .failure { color: var(--error-text-color); }
-#progress { display: flex; flex-wrap: wrap; gap: .25rem 1rem; }
-#progress progress { width: 100%; height: 1rem; accent-color: var(--color-accent); }
+.failure { color: #b91c1c; }
+.dark .failure { color: #fca5a5; }
+#progress progress { display: block; width: 100%; height: 1rem; accent-color: var(--color-accent); }
 .previews { display: flex; flex-wrap: wrap; gap: .75rem; list-style: none; margin: 0; padding: 0; }
 .previews li { display: grid; gap: .1rem; max-width: 160px; font-size: .85rem; overflow-wrap: anywhere; }
+.previews li:has(.failure) { max-width: none; }
 .previews img { max-width: 100%; border-radius: .4rem; }
 #shown figure { margin: 0 0 1.5rem; }
 #shown .pair { max-width: 100%; border-radius: .4rem; }
@@ -221,6 +243,9 @@ addEventListener('DOMContentLoaded', () => {
   new MutationObserver(() => {
     const said = document.getElementById('told')?.innerText.trim() ?? '';
     if (live.textContent !== said) live.textContent = said;
+    for (const button of document.querySelectorAll('[aria-label="common.upload"]')) {
+      button.ariaLabel = button.title = 'Add images';  // Gradio 6.31 has no words for it
+    }
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
 });
 """

@@ -28,7 +28,7 @@ class Line:
     """Those who wait for their turn, one image each, the first one at work.
 
     Args:
-        most: images in line.
+        most: who may wait.
     """
 
     def __init__(self, most: int) -> None:
@@ -44,7 +44,7 @@ class Line:
         """
         with self._lock:
             if len(self._waiting) >= self.most:
-                raise UserError(f'{self.most} images wait already: try again later.')
+                raise UserError(f'At most {self.most} visitors can wait: try again later.')
             self._waiting.append(one)
 
     def ahead(self, one: object) -> int:
