@@ -237,7 +237,7 @@ STYLE = """
 """
 # What `told` says is read aloud from an element that stays; Gradio makes its own anew, which is not noticed.
 SCRIPT = """
-addEventListener('DOMContentLoaded', () => {
+{
   const live = Object.assign(document.createElement('div'), { id: 'live', role: 'status' });
   document.body.append(live);
   new MutationObserver(() => {
@@ -247,5 +247,5 @@ addEventListener('DOMContentLoaded', () => {
       button.ariaLabel = button.title = 'Add images';  // Gradio 6.31 has no words for it
     }
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
-});
+}
 """
