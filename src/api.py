@@ -20,8 +20,7 @@ from data.image import from_pillow, to_pillow
 from enlarge import enlarged
 from error import UserError
 from model import Model, type_name
-from model.loading.detect import recognise
-from model.loading.weights import load_weights, read_weights
+from model.loading.weights import load_model
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
 from options.table import ROOT
@@ -58,14 +57,15 @@ class Upscaler:
         Args:
             image: one of
                 - a numpy array (H, W, 3), RGB, uint8 in [0, 255] or uint16 in [0, 65535];
-                - an image of Pillow, 8 bits a channel or 16 bits of grey; the result is L, RGB, RGBA or I;16, upright
-                  as the EXIF orientation says, and keeps the colour profile if that fits;
+                - an image of Pillow, 8 bits a channel or 16 bits of grey, of several frames the one that it is at; the
+                  result is L, LA, RGB, RGBA or I;16, upright as the EXIF orientation says, and keeps the colour profile
+                  if that fits; CMYK becomes sRGB;
                 - a tensor (3, H, W) or (N, 3, H, W), RGB, of floats in [0, 1]; the result is on the same device and of
                   the same type, clipped to [0, 1], computed in float32 and without gradients.
 
         Raises:
             UserError: anything else, such as a numpy array of floats or a tensor with values outside [0, 1]: no range
-                is guessed.
+                is guessed; or a result that is not finite.
         """
         with exact_float32(self.model.device):
             if isinstance(image, np.ndarray):
@@ -91,6 +91,7 @@ def load(
     device: str | torch.device = 'auto',
     tiles: Literal['auto'] | int | None = 'auto',
     scale: int | None = None,
+    **settings: object,
 ) -> Upscaler:
     """The network that a file of weights belongs to, recognised as by `--model auto`, with these weights.
 
@@ -100,24 +101,23 @@ def load(
         tiles: how images are cut: auto: as large as free memory allows; a number: at most so many LR pixels a side;
             None: whole images.
         scale: for weights that do not show it, which are those of PAN at x2 and x3.
+        settings: of the network, such as `res_scale=1`, which neither the file says nor its weights show. Files that
+            this program writes say all of them.
 
     Raises:
-        UserError: no such file or device, a file that cannot be read, or weights of no network known here.
+        UserError: no such file or device, a file that cannot be read, weights of no network known here, or a setting
+            that nothing decides.
     """
     where = _find_device(device)
     tiler = _make_tiler(tiles, where)
     if bicubic := re.fullmatch(r'Bicubic_x(\d+)', str(weights)):
+        if settings:
+            raise UserError(f'Bicubic has no setting {next(iter(settings))!r}: leave it out.')
         return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
     path = find_weights(weights)
-    state = read_weights(path)[0]
-    try:
-        found = recognise(state, scale)
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from error
-    if scale not in (None, found.scale):
-        raise UserError(f'{path} holds weights of {found.name} x{found.scale}, not x{scale}: leave the scale out.')
-    model = Model(found.name, found.scale, where, tiler, **found.settings)
-    load_weights(model.net, state, str(path))
+    model = load_model(path, where, tiler, settings, scale)
+    if scale not in (None, model.scale):
+        raise UserError(f'{path} holds weights of {model.name} x{model.scale}, not x{scale}: leave the scale out.')
     return Upscaler(model)
 
 

@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
+
+from muon import Muon
 
 
 def make_optimizer(
@@ -17,9 +20,13 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
-    momentum: float = 0.9,
+    momentum: float | None = None,
+    matrices: Mapping[nn.Parameter, int] = MappingProxyType({}),
 ) -> optim.Optimizer:
-    """`SGD` (with momentum), `ADAM`, `ADAMW` or `RMSprop` over the parameters that take gradients.
+    """`SGD` (with momentum), `ADAM`, `ADAMW`, `RMSprop` or `MUON` over the parameters that take gradients.
+
+    `momentum` is that of SGD, without a value 0.9, and of MUON, without a value 0.95; `matrices` are what MUON
+    orthogonalises (see `Muon`), for other parameters it is AdamW.
 
     Of parameters on CUDA all but RMSprop are fused: one kernel, which leaves out a step by a flag on the device, and
     whose learning rate is a tensor there, so that a CUDA graph can hold it.
@@ -29,7 +36,11 @@ def make_optimizer(
         return optim.RMSprop(trainable, lr, eps=epsilon, weight_decay=weight_decay)
     fused = bool(trainable) and all(p.is_cuda for p in trainable)
     if name == 'SGD':
-        optimizer: optim.Optimizer = optim.SGD(trainable, lr, momentum, weight_decay=weight_decay, fused=fused)
+        kept = 0.9 if momentum is None else momentum
+        optimizer: optim.Optimizer = optim.SGD(trainable, lr, kept, weight_decay=weight_decay, fused=fused)
+    elif name == 'MUON':
+        kept = 0.95 if momentum is None else momentum
+        optimizer = Muon(trainable, matrices, lr, weight_decay, betas, epsilon, kept)
     else:
         adam = {'ADAM': optim.Adam, 'ADAMW': optim.AdamW}[name]
         optimizer = adam(trainable, lr, betas, epsilon, weight_decay, fused=fused, capturable=fused)

@@ -65,27 +65,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def apply_detected_network(
-    args: argparse.Namespace, name: str, scale: int, shown: Mapping[str, object], settings: Mapping[str, object]
-) -> None:
+def apply_detected_network(args: argparse.Namespace, name: str, scale: int, settings: Mapping[str, object]) -> None:
     """Put the network that --model auto found into the options.
 
     Args:
-        args: what was typed; settings that weights do not show stay, and in training so does the scale.
+        args: what was typed; in training the scale stays.
         name: of the network.
         scale: of the weights.
-        shown: settings that the weights show.
-        settings: those of them that are not as in the paper.
+        settings: those that are not as in the paper.
 
     Raises:
         UserError: the options do not go with it.
     """
     if args.test_only and args.scale not in (None, scale):
         raise UserError(f'--scale {args.scale}: {args.pre_train} holds weights of {name} x{scale}; leave it out.')
-    given = network_settings(args, name)
-    for key, value in shown.items():
-        if (typed := given.get(key)) not in (None, value):
-            raise UserError(f'--{key} {typed}: {args.pre_train} holds weights of {name} with {value}; leave it out.')
     args.model, args.scale = name, args.scale or scale
     for key, value in settings.items():
         if key in SETTINGS:
@@ -102,7 +95,7 @@ def continue_run(args: argparse.Namespace) -> None:
 
 
 def _default_name(args: argparse.Namespace) -> str:
-    """Name of a run that was given none; a test never writes into the folder of a training run."""
+    """Name of a run that was given none; tests and exports never write into the folder of a training run."""
     if args.score:
         return f'{args.score.name}_score'
     if args.costs:
@@ -110,12 +103,11 @@ def _default_name(args: argparse.Namespace) -> str:
     if args.profile or args.compare:
         return 'profile'
     name = args.load or args.template or f'{args.model}_x{args.scale}'
-    if args.export:
-        return args.load or f'{name}_export'
     if not args.test_only:
         return name
-    weights = _weights_name(Path(args.pre_train))
-    return f'{name}_test' if weights in ('', name) else f'{name}_{weights}_test'
+    weights, demo = _weights_name(Path(args.pre_train)), 'Demo' in args.data_test
+    parts = [name, '' if weights == name else weights, args.dir_demo.name if demo else '']
+    return '_'.join([*filter(None, parts), 'export' if args.export else 'demo' if demo else 'test'])
 
 
 def _weights_name(path: Path) -> str:

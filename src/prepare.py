@@ -1,4 +1,7 @@
-"""Get the image sets: download, unpack into EDSR's folders, make the LR images that are missing, check those given."""
+"""Get the image sets: download, unpack into EDSR's folders, make the LR images that are missing, check those given.
+
+And the weights of the authors: python src/prepare.py weights list.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from error import UserError, report_error
+from error import UserError, WriteError, report_error, run_program
 from options import kinds
 from options.table import ROOT
 
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if --check found a difference, 2 for an error the user can fix, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ['weights']:
+            return get_weights(build_weights_parser().parse_args(argv[1:]))
         return run(build_parser().parse_args(argv))
     except UserError as error:
         return report_error(error, '--debug' in argv)
@@ -51,7 +56,8 @@ def build_parser() -> kinds.Parser:
     parser = kinds.Parser(
         prog='prepare.py',
         usage='DIV2K|Flickr2K|benchmark [options]',
-        description='Get a set of images: what is missing is downloaded, and LR that no archive has is made.',
+        description='Get a set of images: what is missing is downloaded, and LR that no archive has is made. The '
+        'weights of the authors of networks: prepare.py weights --help.',
     )
     parser.add_argument('set', choices=('DIV2K', 'Flickr2K', 'benchmark'), help='which; benchmark: Set5, Set14, ...')
     parser.add_argument(
@@ -76,6 +82,55 @@ def build_parser() -> kinds.Parser:
     )
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
+
+
+def build_weights_parser() -> kinds.Parser:
+    """The options of `prepare.py weights`."""
+    parser = kinds.Parser(
+        prog='prepare.py weights',
+        usage='list|NAME ... [options]',
+        description="Get the authors' own weights of networks, as they are, each with a card beside it; list: which "
+        'there are, where, and under which licence.',
+    )
+    parser.add_argument(
+        'names', metavar='NAME', nargs='+', help='such as IMDN_x2; a network alone: at every scale; list: all names'
+    )
+    parser.add_argument(
+        '--extend',
+        metavar='FOLDER',
+        type=kinds.folder,
+        default=ROOT / 'models',
+        help='where they go, and are looked up',
+    )
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+def get_weights(args: Namespace) -> int:
+    """List the weights of authors, or get some of them; returns the exit status.
+
+    Raises:
+        UserError: unknown names, or some that could not be had, after the others are there.
+    """
+    from checkpoint import start_screen
+    from data.download.weights import fetch_official, find_official, listing
+    from model.loading.weights import read_weights
+
+    if args.names == ['list']:
+        print(listing(args.extend))
+        return 0
+    start_screen()
+    faults = []
+    for official in find_official(args.names):
+        try:
+            fetch_official(official, args.extend, read_weights)
+        except WriteError:
+            raise
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(' '.join(faults))
+    return 0
 
 
 def scales(text: str) -> list[int]:
@@ -165,8 +220,14 @@ def find_sets(name: str, dir_data: Path) -> list[ImageSet]:
 
 
 def lr_files(images: ImageSet, scale: int) -> list[Path]:
-    """Where the LR image of each image is, or would be."""
-    return [path for path in images.lr_files(scale) if path is not None]
+    """Where the LR image of each image is, or would be.
+
+    Raises:
+        UserError: as `find_lr`.
+    """
+    from data.lr import find_lr
+
+    return [path for path in find_lr(images, scale) if path is not None]
 
 
 def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:
@@ -176,14 +237,12 @@ def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:
         UserError: an image is damaged, an LR image has the wrong size, or the folder cannot be written.
     """
     from data.srdata import SRData
+    from system.files import is_there
 
-    lacking = sum(not path.is_file() for path in lr_files(images, scale))
     SRData(images, scale, args.lr_border).prepare(args.n_threads)
-    left = [path for path in lr_files(images, scale) if not path.is_file()]
+    left = [path for path in lr_files(images, scale) if not is_there(path)]
     if left:
         raise UserError(f'{left[0]} could not be written: make its folder writable, or name another --dir_data.')
-    if lacking:
-        log.info('%s x%d: %d LR images made', images.name, scale, lacking)
 
 
 def check(args: Namespace) -> int:
@@ -192,10 +251,12 @@ def check(args: Namespace) -> int:
     Raises:
         UserError: no LR files, or an image that cannot be read.
     """
+    from system.files import is_there
+
     checked, equal = 0, True
     for images in find_sets(args.set, args.dir_data):
         for scale in args.scale:
-            pairs = [pair for pair in zip(images.hr, lr_files(images, scale), strict=True) if pair[1].is_file()]
+            pairs = [pair for pair in zip(images.hr, lr_files(images, scale), strict=True) if is_there(pair[1])]
             title = f'{images.name} x{scale}: {len(pairs)} of {len(images.hr)} LR files there'
             checked += len(pairs)
             if pairs:
@@ -264,4 +325,4 @@ def report(found: Sequence[Difference], border: str) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

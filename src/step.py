@@ -57,18 +57,27 @@ class TrainStep:
         ema_decay: float = 0.0,
         graph: bool = False,
     ) -> None:
-        self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.batch_size, self.accumulation = batch_size, accumulation
-        self.clip, self.clip_norm, self.dtype = clip, clip_norm, dtype
+        self.model, self.loss, self.optimizer, self.accumulation = model, loss, optimizer, accumulation
+        self.clip, self.clip_norm, self.dtype, self.wants_graph = clip, clip_norm, dtype, graph
         self.device = model.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.ema = ModelEMA(model.net, ema_decay) if ema_decay else None
-        self.names = [*loss.names, 'total', 'gradient_norm', 'replaced', 'applied']
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)
         self.limit = torch.full((), torch.inf, dtype=self._wide, device=self.device)
         self.decides_itself = bool(optimizer.defaults.get('fused')) and not self.scaler.is_enabled()
+        self.change(loss, batch_size)
+
+    def change(self, loss: Loss, batch_size: int) -> None:
+        """Go on with another loss, or with batches of another size or shape, for which a graph is captured anew.
+
+        What the terms of the loss so far have learned, those of the new one know.
+        """
+        if loss is not self.loss:
+            loss.load_state_dict(self.loss.state_dict())
+        self.loss, self.batch_size = loss, batch_size
+        self.names = [*loss.names, 'total', 'gradient_norm', 'replaced', 'applied']
         possible = self.device.type == 'cuda' and parallel.world_size() == 1 and not loss.adversaries
-        self.graph = _StepGraph(self) if graph and possible and self.decides_itself else None
+        self.graph = _StepGraph(self) if self.wants_graph and possible and self.decides_itself else None
 
     @property
     def _wide(self) -> torch.dtype:
@@ -80,7 +89,7 @@ class TrainStep:
 
         They are the loss terms and their sum, averaged over the batch; the Euclidean norm of all gradients before they
         were clipped; the number of samples in whose place others were taken; 1 if the step was made, 0 if it was
-        skipped since its loss is not finite or above `limit`.
+        skipped since its loss is not finite or above `limit`, or in float16 since its gradients are not finite.
         """
         set_learning_rate(self.optimizer, rate)
         self.number.fill_(number)
@@ -103,6 +112,8 @@ class TrainStep:
         total = sum(sums[: len(self.loss.terms)], sums.new_zeros(()))
         applied = total.isfinite() & (total <= self.limit)
         norm = self._update(applied)
+        if self.scaler.is_enabled():
+            applied = applied & norm.isfinite()  # else the scaler makes no step, but its next ones are smaller
         return torch.cat((sums[:-1], torch.stack([total, norm.to(self._wide), sums[-1], applied.to(self._wide)])))
 
     def _gradients(self, lr: Tensor, hr: Tensor) -> Tensor:
@@ -132,7 +143,7 @@ class TrainStep:
             self.optimizer.found_inf = applied.logical_not().float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.ema:
+        if self.ema and (not self.scaler.is_enabled() or norm.isfinite()):
             self.ema.update(applied if self.decides_itself else None)
         return norm
 

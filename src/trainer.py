@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,9 @@ from checkpoint import RunFolder
 from data.traindata import Failure, Sample, WorkerDied, whole_batches
 from error import UserError
 from evaluation import table
+from loss import Loss
 from metric import METRICS
+from model.loading.description import describe, described
 from optimizer import Schedule, load_optimizer
 from step import TrainStep
 from system import parallel
@@ -76,11 +78,31 @@ class EpochStats:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What a run is trained with from one epoch on, until the next phase begins.
+
+    Attributes:
+        begin: number of finished epochs with which it begins.
+        patch_size: side of the HR patches in pixels.
+        batch_size: samples a step, in all processes together.
+        loss: between output and target.
+    """
+
+    begin: int
+    patch_size: int
+    batch_size: int
+    loss: Loss
+
+    def __str__(self) -> str:
+        return f'{self.batch_size} HR patches of {self.patch_size} pixels a step, loss {"+".join(self.loss.terms)}'
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a run is trained.
 
     Attributes:
-        batch_size: samples a step.
+        phases: in their order; the first begins with the run.
         steps: steps in an epoch.
         schedule: learning rate of the next step, after numbers of finished epochs and finished steps.
         skip_threshold: a batch is skipped if its loss exceeds this times that of the last epoch.
@@ -90,7 +112,7 @@ class TrainConfig:
         save_every: batches between states saved within an epoch; 0: only after each epoch.
     """
 
-    batch_size: int
+    phases: Sequence[Phase]
     steps: int
     schedule: Schedule
     skip_threshold: float = 1e8
@@ -105,14 +127,15 @@ class Trainer:
 
     Args:
         config: how the run is trained.
-        train_step: trains the model on a batch.
-        loader: gives the batches of the sample numbers of a range.
+        train_step: trains the model on a batch, made for the first phase.
+        loader: gives the batches of a phase, of the sample numbers of a range.
         name_of: gives the name of the image that a sample number is cut from.
         evaluate: given the number of an epoch, scores the model after it.
         run: the folder that log, weights and state are written to.
         on_epoch_end: called with the record of each epoch, after it is saved.
 
     Attributes:
+        phase: that the epoch under way belongs to.
         epoch, step, samples: how many epochs, steps and samples are done.
         batch: how many batches of the epoch under way are done.
         partial: what these batches came to.
@@ -124,7 +147,7 @@ class Trainer:
         self,
         config: TrainConfig,
         train_step: TrainStep,
-        loader: Callable[[range], Iterable[Sample | Failure]],
+        loader: Callable[[Phase, range], Iterable[Sample | Failure]],
         name_of: Callable[[int], str],
         evaluate: Callable[[int], dict[str, Any]],
         run: RunFolder,
@@ -133,6 +156,7 @@ class Trainer:
         self.config, self.train_step, self.model = config, train_step, train_step.model
         self.loader, self.name_of, self.evaluate, self.run = loader, name_of, evaluate, run
         self.on_epoch_end = on_epoch_end
+        self.phase = config.phases[0]
         self.epoch = self.step = self.samples = 0
         self.batch = 0
         self.partial = self._fresh()
@@ -153,13 +177,14 @@ class Trainer:
             raise UserError(f'The optimiser of {self.run.folder} does not fit ({error}): start another run.') from error
         if step.ema and state['average']:
             step.ema.load(state['average'])
-        step.loss.load_state_dict(state['loss'])
         if state['scaler']:
             step.scaler.load_state_dict(state['scaler'])
         for key in COUNTERS:
             setattr(self, key, state[key])
+        self._enter_phase()
+        step.loss.load_state_dict(state['loss'])
         self.log = state['log']
-        fresh, self.partial = self.partial.totals, EpochStats(**state['partial'])
+        fresh, self.partial = self._fresh().totals, EpochStats(**state['partial'])
         if self.partial.totals.keys() != fresh.keys():  # the terms of the loss have changed
             self.partial.totals, self.partial.learned = fresh, 0
         self.saved = self._place()
@@ -174,8 +199,8 @@ class Trainer:
         """Everything that the run continues from: weights, optimiser, counters and log, as saved in state.pt."""
         step = self.train_step
         return {
-            'model': self.model.net.state_dict(),
-            'average': step.ema.state if step.ema else None,
+            'model': described(self.model.net.state_dict(), describe(self.model)),
+            'average': described(step.ema.state, describe(self.model)) if step.ema else None,
             'optimizer': step.optimizer.state_dict(),
             'loss': step.loss.state_dict(),
             'scaler': step.scaler.state_dict(),
@@ -194,10 +219,9 @@ class Trainer:
             if not self.rewound:
                 self.run.write_log(self.log)
             return True
-        size, in_epoch = self.config.batch_size, self.config.steps
-        steps = (epochs - self.epoch) * in_epoch - min(self.batch, in_epoch)
-        batches = self._batches(self.samples + steps * size)
+        batches = self._batches(epochs)
         while self.epoch < epochs:
+            self._enter_phase()
             try:
                 self._train_epoch(batches, epochs, stop)
                 results = self._evaluate(epochs)
@@ -231,17 +255,30 @@ class Trainer:
             self.run.write_log(self.log)
             self.rewound = False
 
-    def _batches(self, end: int) -> Iterator[Sample]:
-        """Batches up to sample number `end`; a loading process that died is replaced, once at one place."""
-        died_at = -1
+    def _enter_phase(self) -> None:
+        """Go on as the epoch under way asks for."""
+        phase = [phase for phase in self.config.phases if phase.begin <= self.epoch][-1]
+        if phase is self.phase:
+            return
+        self.phase = phase
+        self.train_step.change(phase.loss, phase.batch_size)
+        if self.batch == 0:
+            self.partial = self._fresh()
+
+    def _batches(self, epochs: int) -> Iterator[Sample]:
+        """Batches, phase after phase; a loading process that died is replaced, once at one place."""
+        died_at, in_epoch = -1, self.config.steps
         while True:
+            end = min([epochs, *(phase.begin for phase in self.config.phases if phase.begin > self.epoch)])
+            steps = (end - self.epoch) * in_epoch - min(self.batch, in_epoch)
             try:
-                yield from whole_batches(self.loader(range(self.samples, end)))
-                return
+                numbers = range(self.samples, self.samples + steps * self.phase.batch_size)
+                yield from whole_batches(self.loader(self.phase, numbers))
             except WorkerDied as error:
                 if self.samples == died_at:
                     raise UserError(
-                        f'A loading process died again ({error}): if memory ran out, give a smaller --n_threads.'
+                        f'A loading process died again ({error}): if memory ran out, or shared memory (/dev/shm), give '
+                        'a smaller --n_threads.'
                     ) from error
                 died_at = self.samples
                 log.warning('A loading process died (%s): loading starts again after batch %d.', error, self.batch)
@@ -268,7 +305,7 @@ class Trainer:
         for _ in bar:
             rate = self._next_step(batches)
             done, means = self.partial, self.partial.means()
-            speed, wait = self.batch * config.batch_size / done.seconds, done.waited / done.seconds
+            speed, wait = self.batch * self.phase.batch_size / done.seconds, done.waited / done.seconds
             bar.set_postfix_str(f'loss {means["total"]:.4g}, {speed:.1f} images/s, {wait:.0%} waiting', refresh=False)
             if self.batch % config.print_every == 0:
                 losses = ', '.join(f'{name} {means[name]:.5g}' for name in self.train_step.loss.names)
@@ -289,11 +326,11 @@ class Trainer:
         self.partial.waited += time.perf_counter() - start
         rate = self.config.schedule(self.epoch, self.step)
         torch.manual_seed(draw_seed(self.config.seed, self.step, parallel.rank()))
-        numbers = range(self.samples, self.samples + self.config.batch_size)
+        numbers = range(self.samples, self.samples + self.phase.batch_size)
         self.unread.append((numbers, sample.replaced, self.train_step(sample, rate, self.step)))
         self.batch += 1
         self.step += 1
-        self.samples += self.config.batch_size
+        self.samples += self.phase.batch_size
         last = self.batch == self.config.steps
         if self.model.device.type != 'cuda' or last or self.batch % self.config.print_every == 0:
             self._read()
@@ -343,7 +380,7 @@ class Trainer:
             'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate,
             'gradient_norm': loss.pop('gradient_norm'), 'loss': loss,
             'skipped': done.skipped, 'replaced': done.replaced, 'seconds': done.seconds,
-            'images_per_second': self.batch * self.config.batch_size / done.seconds, 'wait': done.waited / done.seconds,
+            'images_per_second': self.batch * self.phase.batch_size / done.seconds, 'wait': done.waited / done.seconds,
             'test': {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()},
         })  # fmt: skip
         self.batch, self.partial = 0, self._fresh()
@@ -352,8 +389,9 @@ class Trainer:
         return all(bool(value.isfinite().all()) for value in self.model.net.state_dict().values())
 
     def _limit(self) -> float:
-        """The loss above which a batch of this epoch is skipped."""
-        totals = [record['loss']['total'] for record in self.log]
+        """The loss above which a batch of this epoch is skipped, by epochs with the same terms of the loss."""
+        terms = {*self.train_step.loss.names, 'total'}
+        totals = [record['loss']['total'] for record in self.log if record['loss'].keys() == terms]
         learned = [total for total in totals if math.isfinite(total)]
         last = abs(learned[-1]) if learned else math.inf  # that of a GAN may be below 0
         return self.config.skip_threshold * last
@@ -374,7 +412,10 @@ class Trainer:
             raise UserError(f'The loss is {loss} {where}, the {self.not_finite}th time in a row; {self._advice()}')
         if values['applied']:
             return True
-        log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names(numbers))
+        if math.isfinite(loss) and loss <= self._limit():  # as in the first steps, until the factor fits
+            log.info('Batch skipped, since its gradients exceed float16.')
+        else:
+            log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names(numbers))
         return False
 
     def _advice(self) -> str:

@@ -262,6 +262,16 @@ def test_log_goes_to_screen_and_file_and_is_continued(run, capsys):
     assert capsys.readouterr().out == 'first message\nsecond message\n'
 
 
+def test_what_was_said_before_the_log_is_in_it(run, capsys):
+    log = logging.getLogger('frugalsr')
+    start_screen()
+    log.info('LR made: 5 of 5')
+    run.start_log()
+    log.info('second message')
+    assert (run.folder / 'log.txt').read_text() == 'LR made: 5 of 5\nsecond message\n'
+    assert capsys.readouterr().out == 'LR made: 5 of 5\nsecond message\n'
+
+
 def test_a_log_on_a_full_disk_says_nothing(run, capsys):
     run.folder.mkdir()
     (run.folder / 'log.txt').symlink_to('/dev/full')
@@ -269,6 +279,14 @@ def test_a_log_on_a_full_disk_says_nothing(run, capsys):
     run.start_log()
     logging.getLogger('frugalsr').info('message')
     assert capsys.readouterr() == ('message\n', '')
+
+
+def test_what_a_killed_run_left_aside_goes_when_the_run_goes_on(run):
+    for place in ('', 'model/', 'results-Set5/'):
+        run.write(f'{place}.frugalsr-0123abcd.tmp', 'half of a file')
+    run.write('notes.tmp', 'of a stranger')
+    run.start_log()
+    assert sorted(files(run.folder)) == ['log.txt', 'notes.tmp']
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

@@ -60,6 +60,10 @@ READ = {
     'python src/prepare.py DIV2K --dir_data DATA --scale 2+3+4': 'downloads',
     'python src/prepare.py DIV2K --dir_data DATA --check': 'wants DIV2K',
     'python src/prepare.py benchmark --dir_data DATA': 'downloads',
+    'python src/prepare.py weights list': 'tests/data/download has it',
+    'python src/prepare.py weights IMDN_x2 PAN': 'downloads',
+    'python src/main.py --model EDSR --scale 4 --pre_train download --test_only --data_test Set5': 'downloads',
+    'python src/main.py --export safetensors --model auto --pre_train FILE --res_scale 1': 'wants such a FILE',
     'python src/results.py --dir_data DATA': 'measures for an hour',
     'python src/app.py': 'serves until it is ended; tests/web has it',
     'python src/app.py --host 0.0.0.0': 'serves until it is ended',
@@ -84,6 +88,7 @@ NOT_CHECKED = {
     'bash test.sh full': 'runs this test',
     'bash tests/gpu/run.sh OUT': 'wants a GPU; tests/test_gpu_rehearsal.py rehearses it',
     'bash tests/gpu/pack.sh': 'wants the reference data',
+    'bash tests/speedrun.sh DATA': 'trains for an hour; tests/test_speedrun.py has it',
     'PYTHONPATH=src python tests/gpu/measure_step.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
     'python tests/gpu/measure_attention.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
 }
@@ -146,11 +151,9 @@ def test_commands_that_run(places, monkeypatch, capsys):
         _, _, *arguments = words(command, places)
         status = main.main([*arguments, *words(more, places), '--save_dir', places['runs']])
         assert status == 0, f'{command}: {capsys.readouterr().err}'
-    assert sorted(path.name for path in Path(places['runs']).glob('ASID_x4_test/results-Demo/*')) == [
-        '0001_x4_SR.png',
-        '0002_x4_SR.png',
-    ]
-    with Image.open(Path(places['runs']) / 'ASID_x4_test' / 'results-Demo' / '0001_x4_SR.png') as image:
+    folder = Path(places['runs']) / 'ASID_x4_images_demo' / 'results-Demo'
+    assert sorted(path.name for path in folder.glob('*.png')) == ['0001_x4_SR.png', '0002_x4_SR.png']
+    with Image.open(folder / '0001_x4_SR.png') as image:
         assert image.size == (4 * 64, 4 * 72)
 
 
@@ -160,6 +163,8 @@ def test_commands_that_are_read(command, places):
     parsers = {'prepare.py': prepare, 'results.py': results, 'app.py': app}
     if Path(program).name == 'main.py':
         option.parse(arguments)
+    elif arguments[:1] == ['weights']:
+        prepare.build_weights_parser().parse_args(arguments[1:])
     else:
         parsers[Path(program).name].build_parser().parse_args(arguments)
 

@@ -21,7 +21,7 @@ ORDER = (
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
     ('option', 'options', 'networks', 'system'),
-    ('error', 'template', 'metric', 'optimizer', 'loss_language'),
+    ('error', 'template', 'metric', 'optimizer', 'muon', 'loss_language'),
 )
 APART = ('data', 'model', 'loss')  # none of them imports another
 # What the parts of a network are made of: these and network files import nothing else of the project.

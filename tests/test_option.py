@@ -17,6 +17,7 @@ from option import parse
 from options.config import read_config, write_config
 from options.kinds import data_range, epochs_list, names
 from options.measured import cost_models, cost_scales, several_forms
+from options.table import setting_option
 from template import TEMPLATES
 from tests.conftest import ROOT
 
@@ -30,10 +31,10 @@ OLD = """
 """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
-    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
-    deterministic tf32 max_time sampling degradation
+    kernel_size pad_to group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
+    graph deterministic tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention export forms net restarts
+    compare max_memory show_attention export forms net restarts patch_schedule loss_final final_epochs teacher distill
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -63,17 +64,18 @@ DEFAULTS = {
     'precision': 'single', 'n_clusters': None, 'window_size': None, 'ema_decay': None, 'n_hashes': None,
     'chunk_size': None, 'n_resgroups': None, 'reduction': None, 'reset': False, 'test_every': 1000, 'epochs': 300,
     'batch_size': 16, 'split_batch': 1, 'self_ensemble': False, 'test_only': False, 'gan_k': 1, 'lr': 1e-4,
-    'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': 0.9, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
+    'decay': [200], 'gamma': 0.5, 'optimizer': 'ADAM', 'momentum': None, 'betas': [0.9, 0.999], 'epsilon': 1e-8,
     'weight_decay': 0.0, 'gclip': 0.0, 'loss': '1*L1', 'skip_threshold': 1e8, 'load': '', 'resume': -1,
     'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
     'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
-    'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
-    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
+    'kernel_size': None, 'pad_to': 1, 'group_channels': None, 'tlc_size': None, 'category_size': None,
+    'n_tokens': None, 'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'restarts': 0,
+    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'restarts': 0, 'patch_schedule': [],
+    'loss_final': '', 'final_epochs': 1, 'teacher': '', 'distill': 0.0,
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,
@@ -192,7 +194,7 @@ def test_reset_and_load_exclude_each_other(saved):
 
 def test_a_loaded_run_is_tested_under_another_name(saved):
     assert options(f'--save_dir {saved} --load old --test_only').save == 'old_test'
-    with pytest.raises(UserError, match='--save old: a test leaves the folder of the run as it is'):
+    with pytest.raises(UserError, match='--save old: tests and exports leave the folder of the run as it is'):
         options(f'--save_dir {saved} --load old --test_only --save old')
     assert options(f'--save_dir {saved} --load old --test_only --save new').save == 'new'
 
@@ -238,7 +240,29 @@ def test_tests_of_two_files_have_two_names():
     assert options('--test_only --template ASID_x4 --pre_train models/ASID_x4.pt').save == 'ASID_x4_test'
     names = [options(f'--test_only --pre_train runs/{run}/model/model_best.pt').save for run in 'ab']
     assert names == ['LCoAN_x4_a_model_best_test', 'LCoAN_x4_b_model_best_test']
-    assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_export'
+    assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_one_export'
+
+
+def test_photographs_of_two_folders_and_a_benchmark_have_three_names():
+    demo = '--test_only --template ASID_x4 --pre_train ASID_x4.pt --data_test Demo --dir_demo'
+    assert [options(f'{demo} {folder}').save for folder in ('a/summer', 'winter')] == [
+        'ASID_x4_summer_demo',
+        'ASID_x4_winter_demo',
+    ]
+    assert options(f'{demo} summer --pre_train one.pt').save == 'ASID_x4_one_summer_demo'
+    assert options('--test_only --template ASID_x4 --data_test Set5').save == 'ASID_x4_test'
+
+
+def test_an_export_of_a_run_has_a_folder_of_its_own(saved):
+    assert options(f'--save_dir {saved} --load old --export safetensors').save == 'old_export'
+    with pytest.raises(UserError, match='--save old: tests and exports leave the folder of the run as it is'):
+        options(f'--save_dir {saved} --load old --export safetensors --save old')
+
+
+def test_reset_is_for_photographs_too(saved):
+    demo = f'--save_dir {saved} --test_only --data_test Demo --dir_demo x --reset'
+    assert options(demo).reset
+    assert options(f'{demo} --load old').reset
 
 
 def test_costs_of_several():
@@ -267,13 +291,13 @@ def test_profile_of_several():
 def test_recognised_network_settles_the_options():
     args = options('--model auto --pre_train x.pt --test_only --res_scale 0.5')
     assert (args.scale, args.save) == (None, '')
-    option.apply_detected_network(args, 'EDSR', 3, {'n_feats': 8, 'n_colors': 3}, {'n_feats': 8})
+    option.apply_detected_network(args, 'EDSR', 3, {'n_feats': 8})
     assert (args.model, args.scale, args.n_feats, args.res_scale, args.save) == ('EDSR', 3, 8, 0.5, 'EDSR_x3_x_test')
 
 
 def test_training_takes_weights_to_another_scale():
     args = options('--model auto --pre_train x.pt --scale 4')
-    option.apply_detected_network(args, 'EDSR', 2, {}, {})
+    option.apply_detected_network(args, 'EDSR', 2, {})
     assert (args.model, args.scale) == ('EDSR', 4)
 
 
@@ -308,11 +332,9 @@ def auto(command: str) -> Namespace:
 
 def test_recognised_network_meets_the_checks_of_any_other():
     with pytest.raises(UserError, match=r'--scale 2: x\.pt holds weights of EDSR x3; leave it out'):
-        option.apply_detected_network(auto('--scale 2 --test_only'), 'EDSR', 3, {}, {})
-    with pytest.raises(UserError, match=r'--n_feats 4: x\.pt holds weights of EDSR with 8; leave it out'):
-        option.apply_detected_network(auto('--n_feats 4'), 'EDSR', 3, {'n_feats': 8}, {})
+        option.apply_detected_network(auto('--scale 2 --test_only'), 'EDSR', 3, {})
     with pytest.raises(UserError, match='--patch_size 100 is not a multiple of --scale 3'):
-        option.apply_detected_network(auto('--patch_size 100'), 'EDSR', 3, {}, {})
+        option.apply_detected_network(auto('--patch_size 100'), 'EDSR', 3, {})
 
 
 @pytest.mark.parametrize(
@@ -341,7 +363,7 @@ def test_more_values():
 COUNTS = """
     scale patch_size chop_size chop_batch n_resgroups n_resblocks n_feats reduction n_clusters window_size n_hashes
     chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
-    category_size n_tokens reduced_dim
+    category_size n_tokens reduced_dim final_epochs pad_to
 """
 NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every restarts'
 POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'
@@ -504,15 +526,15 @@ def test_net_is_another_way_to_give_a_setting():
 @pytest.fixture
 def new_network(monkeypatch):
     """A network with settings that have no option of their own."""
-    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None}
+    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None, 'sizes': [8, 4]}
     monkeypatch.setitem(networks.TABLE, 'ASID', {'scales': [2], 'settings': settings})
 
 
 def test_net_reaches_settings_without_an_option(new_network, tmp_path):
-    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7'
+    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7 --net sizes=3,2,1'
     found = option.network_settings(options(line))
-    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7}
-    assert [type(value) for value in found.values()] == [int, float, str, bool, int]
+    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7, 'sizes': (3, 2, 1)}
+    assert [type(value) for value in found.values()] == [int, float, str, bool, int, tuple]
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'config.txt').write_text(write_config(options(line), found))
     assert option.network_settings(options(f'--save_dir {tmp_path} --load old')) == found
@@ -520,7 +542,7 @@ def test_net_reaches_settings_without_an_option(new_network, tmp_path):
         options(f'--save_dir {tmp_path} --load old --net depth=5')
 
 
-@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'n_feats=4'])
+@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'sizes=4;2', 'sizes=4,', 'n_feats=4'])
 def test_what_is_no_value_of_a_setting(new_network, text):
     with pytest.raises(UserError, match=rf'^--net {text.partition("=")[0]}.*\.$'):
         options(f'--model ASID --net {text}')
@@ -528,10 +550,19 @@ def test_what_is_no_value_of_a_setting(new_network, text):
 
 def test_recognised_weights_may_show_settings_without_an_option(new_network):
     args = options('--model auto --pre_train x.pt --test_only')
-    option.apply_detected_network(args, 'ASID', 2, {'depth': 4}, {'depth': 4})
+    option.apply_detected_network(args, 'ASID', 2, {'depth': 4})
     assert option.network_settings(args) == {'depth': 4}
-    with pytest.raises(UserError, match=r'--depth 5: .*holds weights of ASID with 4'):
-        option.apply_detected_network(auto('--net depth=5'), 'ASID', 2, {'depth': 4}, {'depth': 4})
+
+
+def test_how_a_setting_is_typed(new_network):
+    for name, value in (('n_feats', 64), ('res_scale', 1.0), ('shift_mean', False), ('depth', 4), ('wide', True)):
+        typed = setting_option(name, value).split()
+        assert option.network_settings(parse(['--model', 'ASID', *typed])) == {name: value}
+    sizes = {'sizes': (2, 2)}
+    for typed in ('', ' --net sizes=2,2'):
+        args = options(f'--model auto --pre_train x.pt --test_only{typed}')
+        option.apply_detected_network(args, 'ASID', 2, sizes)
+        assert option.network_settings(args) == sizes
 
 
 def test_a_run_from_before_net_is_continued(saved):

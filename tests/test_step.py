@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from data.traindata import Sample
 from loss import Loss
 from model import Model
+from muon import hidden_matrices
 from optimizer import ModelEMA, load_optimizer, make_optimizer
 from step import TrainStep
 
@@ -28,7 +29,7 @@ def make_step(fused: bool, name: str = 'ADAM', **more: object) -> TrainStep:
     """A step of a small network, with an optimiser that is fused as on a GPU or not."""
     torch.manual_seed(0)
     model = Model('EDSR-baseline', 2, n_resblocks=1, n_feats=8, rgb_range=1.0)
-    optimizer = make_optimizer(model.parameters(), name, RATE)
+    optimizer = make_optimizer(model.parameters(), name, RATE, matrices=hidden_matrices(model.net))
     if fused:
         for settings in (*optimizer.param_groups, optimizer.defaults):
             settings['fused'] = True
@@ -65,6 +66,20 @@ def test_a_step_that_decides_itself_equals_one_that_asks(name: str, more: dict) 
     assert torch.allclose(average(asks), average(decides), rtol=0, atol=1e-6)
 
 
+def test_gradients_beyond_float16_are_no_step() -> None:
+    step = make_step(False, dtype=torch.float16)
+    step.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**4)
+    start = weights(step)
+    assert values(step, batch(0))['applied'] == 1
+    moved, mean = weights(step), average(step)
+    assert torch.allclose(mean, start + 0.1 * (moved - start), rtol=0, atol=1e-7)
+    step.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**60)
+    found = values(step, batch(0))
+    assert (math.isfinite(found['total']), math.isfinite(found['gradient_norm']), found['applied']) == (True, False, 0)
+    assert torch.equal(weights(step), moved)
+    assert torch.equal(average(step), mean)
+
+
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 @pytest.mark.parametrize('fused', [False, True])
 def test_a_loss_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch, fused: bool, bad: float) -> None:
@@ -77,6 +92,35 @@ def test_a_loss_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPat
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
     assert before[2] == after[2]
+
+
+@pytest.mark.parametrize('more', [{}, {'clip': 1e-3, 'clip_norm': 0.1, 'accumulation': 3}])
+def test_muon_steps_as_if_a_skipped_batch_had_not_been(more: dict) -> None:
+    skips, other = make_step(True, 'MUON', **more), make_step(True, 'MUON', **more)
+    assert make_step(False, 'MUON').decides_itself  # also on a CPU
+    start = weights(skips)
+    for seed, limit in enumerate([math.inf, 1e-9, math.inf, math.inf]):
+        skips.limit.fill_(limit)
+        applied = values(skips, batch(seed))['applied']
+        assert applied == (limit == math.inf)
+        if applied:
+            values(other, batch(seed))
+    assert torch.equal(weights(skips), weights(other))
+    assert torch.equal(average(skips), average(other))
+    assert not torch.equal(weights(skips), start)
+
+
+def test_another_loss_and_batch_size_from_a_step_on() -> None:
+    step = make_step(False)
+    values(step, batch(0))
+    loss = Loss('1*MSE+1*L1')
+    step.change(loss, 2)
+    sample = batch(1, 2)._replace(flips=torch.zeros(2, 3, dtype=torch.bool))
+    net, hr = step.model, step.model.to_range(sample.hr)
+    expected = (net(sample.lr) - hr).square().mean().item(), (net(sample.lr) - hr).abs().mean().item()
+    found = values(step, sample)
+    assert list(found) == ['MSE', 'L1', 'total', 'gradient_norm', 'replaced', 'applied']
+    assert (found['MSE'], found['L1']) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_norm_is_that_of_all_gradients_before_they_are_clipped() -> None:

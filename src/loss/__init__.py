@@ -23,6 +23,7 @@ from error import UserError
 from loss.adversarial import GAN, RGAN, WGANGP, MakeOptimizer, make_wgan_optimizer
 from loss.charbonnier import Charbonnier
 from loss.discriminator import Discriminator
+from loss.distill import Distill, Teacher
 from loss.frequency import Frequency
 from loss.vgg import VGG
 from loss_language import parse
@@ -40,6 +41,7 @@ class Setup:
     gan_k: int
     make_optimizer: MakeOptimizer
     vgg: Path | None
+    teacher: Teacher | None
 
     def discriminator(self) -> Discriminator:
         """A new one, for patches of this size."""
@@ -68,6 +70,7 @@ TERMS: dict[str, Term] = {
     'MSE': Term(nn.MSELoss),
     'Charbonnier': Term(Charbonnier, lambda setup: (setup.value_range,)),
     'FFT': Term(Frequency),
+    'Distill': Term(Distill, lambda setup: (setup.teacher,)),
     'VGG22': Term(VGG, lambda setup: setup.perceptual('VGG22')),
     'VGG54': Term(VGG, lambda setup: setup.perceptual('VGG54')),
     'GAN': Term(GAN, lambda setup: (setup.discriminator(), setup.make_optimizer, setup.gan_k)),
@@ -79,8 +82,8 @@ TERMS: dict[str, Term] = {
 class Loss(nn.Module):
     """A sum of weighted terms between output and target, both (N, C, H, W) in the network's range.
 
-    L1, MSE, Charbonnier and FFT are in units of that range. Adversarial terms train a discriminator of their own in
-    each call; it is what `state_dict` holds, weights and optimiser.
+    L1, MSE, Charbonnier, FFT and Distill are in units of that range. Adversarial terms train a discriminator of their
+    own in each call; it is what `state_dict` holds, weights and optimiser.
 
     Args:
         text: terms `weight*NAME` joined by '+'; a term without weight counts once.
@@ -90,6 +93,7 @@ class Loss(nn.Module):
         gan_k: steps of the discriminator a call.
         make_optimizer: makes the discriminator's optimiser (not that of WGAN_GP, which has its paper's).
         vgg: file of VGG19's weights; None: torchvision downloads it.
+        teacher: what Distill learns from.
 
     Raises:
         UserError: unknown term, a weight that is not a positive number, or a term that does not go with the rest.
@@ -110,9 +114,10 @@ class Loss(nn.Module):
         gan_k: int = 1,
         make_optimizer: MakeOptimizer = optim.Adam,
         vgg: Path | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
-        setup = Setup(value_range, n_colors, patch_size, gan_k, make_optimizer, vgg)
+        setup = Setup(value_range, n_colors, patch_size, gan_k, make_optimizer, vgg, teacher)
         self.weights = parse(text, TERMS)
         self.terms = nn.ModuleDict({name: TERMS[name].kind(*TERMS[name].arguments(setup)) for name in self.weights})
         self.asked = {name: wishes(term) for name, term in self.terms.items()}

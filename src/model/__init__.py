@@ -19,17 +19,19 @@ from model import (
     catanet,
     dlgsanet,
     edsr,
+    esc,
     hitsr,
     imdn,
     lcoan,
     nlsn,
     omnisr,
     pan,
+    pft,
     rcan,
     swinir,
 )
 from model.bicubic import Bicubic
-from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
+from model.common import NetworkSpec, reflect_pad, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
 from model.tiles.ensemble import self_ensemble
 from model.tiles.tiling import Report, Tiler, unreported
@@ -45,8 +47,10 @@ NETWORKS: dict[str, NetworkSpec] = {
     **atd.NETWORKS,
     **catanet.NETWORKS,
     **hitsr.NETWORKS,
+    **pft.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
+    **esc.NETWORKS,
     **imdn.NETWORKS,
     **pan.NETWORKS,
     **bsrn.NETWORKS,
@@ -119,6 +123,7 @@ class Model(nn.Module):
         device: where it runs.
         tiler: cuts large images into tiles; None: whole images.
         ensemble: average over the eight flips and rotations.
+        pad_to: in `upscale` first continue images or tiles by reflection to multiples of this.
         compiled: run the network through torch.compile.
         channels_last: keep weights and images in this memory format.
         graph: in `upscale` on CUDA replay the network as a CUDA graph, for images or tiles of few shapes.
@@ -131,6 +136,7 @@ class Model(nn.Module):
         calls: how it is called.
         dtype: what `upscale` computes in under autocast, float32 for none.
         range: black and white in what the network takes and gives.
+        weights: what its weights are, for messages; who fills the network says so here.
     """
 
     def __init__(
@@ -144,6 +150,7 @@ class Model(nn.Module):
         compiled: bool = False,
         channels_last: bool = False,
         graph: bool = False,
+        pad_to: int = 1,
         **settings: object,
     ) -> None:
         super().__init__()
@@ -154,7 +161,7 @@ class Model(nn.Module):
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         net: nn.Module = torch.compile(self.net) if compiled else self.net  # type: ignore[assignment]
         self.calls = NetworkCalls(net, Graphed(net) if graph and self.device.type == 'cuda' else net)
-        self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
+        self.tiler, self.ensemble, self.wants_half, self.pad_to = tiler, ensemble, half, pad_to
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
         self.settings = all_settings(self.network, scale, **settings)
@@ -163,6 +170,7 @@ class Model(nn.Module):
         if 'rgb_range' in self.settings:
             self.range = (0.0, float(self.settings['rgb_range']))
         self.chroma = Bicubic(scale)
+        self.weights = 'new weights'
 
     def safe(self, *dtypes: torch.dtype) -> torch.dtype:
         """The first of these types that the network supports under autocast; float32 if it supports none."""
@@ -186,7 +194,11 @@ class Model(nn.Module):
         return self.calls.train(self.to_range(lr))
 
     def upscale(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together."""
+        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together.
+
+        Raises:
+            UserError: a result is not finite.
+        """
         height, width, channels = image.shape
         sr, done = np.empty((height * self.scale, width * self.scale, channels), image.dtype), 0
         for rows in self.rows(image):
@@ -201,6 +213,9 @@ class Model(nn.Module):
         `report` is told how many tiles are done and how many there are; what it raises ends the work.
 
         Leaves the network in evaluation mode.
+
+        Raises:
+            UserError: a result is not finite.
         """
         self.net.eval()
         lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
@@ -208,7 +223,7 @@ class Model(nn.Module):
         upscale_tile = partial(self._upscale_integers, peak=peak)
 
         def finish(rows: Tensor) -> Tensor:
-            return rows.mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
+            return self._checked(rows).mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
 
         for rows in self._pieces(upscale_tile, lr, finish, report):
             yield rows.permute(1, 2, 0).numpy()
@@ -218,6 +233,9 @@ class Model(nn.Module):
         """RGB (3, H, W) in [0, 1], float32 on the host, to (3, scale * H, scale * W), tile by tile and clipped.
 
         Leaves the network in evaluation mode.
+
+        Raises:
+            UserError: a result is not finite.
         """
         self.net.eval()
         channels, height, width = image.shape
@@ -226,7 +244,7 @@ class Model(nn.Module):
         def upscale_tile(tiles: Tensor) -> Tensor:
             return self.upscale_tensor(tiles.to(self.device))
 
-        for rows in self._pieces(upscale_tile, image, lambda rows: rows.clamp_(0, 1)):
+        for rows in self._pieces(upscale_tile, image, lambda rows: self._checked(rows).clamp_(0, 1)):
             sr[:, done : done + rows.shape[1]] = rows
             done += rows.shape[1]
         return sr
@@ -246,9 +264,21 @@ class Model(nn.Module):
         report(1, 1)
         return iter([whole])
 
+    def _checked(self, rows: Tensor) -> Tensor:
+        """Float rows on the host, which as pixels would be black or white where they are not finite."""
+        if not torch.stack(rows.aminmax()).isfinite().all():
+            less = '' if self.dtype == torch.float32 else f', or compute in float32 instead of {type_name(self.dtype)}'
+            raise UserError(
+                f'{self.name} x{self.scale} with {self.weights} gives values that are not finite: '
+                f'take other weights{less}.'
+            )
+        return rows
+
     def _upscale_integers(self, lr: Tensor, peak: int) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
-        return self.upscale_tensor(lr.to(self.device, torch.float32) / peak)
+        height, width = (self.scale * side for side in lr.shape[2:])
+        rgb = reflect_pad(lr.to(self.device, torch.float32) / peak, self.pad_to)
+        return self.upscale_tensor(rgb)[..., :height, :width]
 
     def upscale_tensor(self, rgb: Tensor) -> Tensor:
         """RGB (N, 3, H, W) in [0, 1], float32 on the device, to (N, 3, scale * H, scale * W), whole and not clipped."""

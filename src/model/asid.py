@@ -37,7 +37,7 @@ from model.blocks.pixels import (
     to_tokens,
 )
 from model.blocks.windows import check_window, look_up_bias, relative_positions
-from model.common import NetworkSpec, check_images, conv, how_many, zero_pad
+from model.common import NetworkSpec, check_images, conv, how_many, stacked, zero_pad
 
 
 class StageMaps(NamedTuple):
@@ -58,7 +58,7 @@ class WindowAttention(nn.Module):
     def __init__(self, n_feats: int, window_size: int) -> None:
         super().__init__()
         self.window_size = window_size
-        self.to_qkv = nn.Linear(n_feats, 3 * n_feats, bias=False)
+        self.to_qkv = stacked(3, nn.Linear(n_feats, 3 * n_feats, bias=False))
         self.to_out = nn.Sequential(nn.Linear(n_feats, n_feats, bias=False))
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, 1)
 
@@ -217,7 +217,7 @@ class ASID(nn.Module):
         head = self.input(x)
         x, maps = head, None
         for name in self.groups:
-            x, maps = self.get_submodule(name)(x, maps)
+            x, maps = getattr(self, name)(x, maps)
         x = self.up(self.output(x) + head)
         return x[..., : self.scale * height, : self.scale * width]
 

@@ -61,6 +61,7 @@ from model.common import (
     full_precision,
     how_many,
     mirror_pad,
+    stacked,
 )
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -152,7 +153,7 @@ class Layer(nn.Module):
         self.norm2 = TokenNorm(n_feats)
         if refines:
             self.norm3 = nn.InstanceNorm1d(n_tokens, affine=True)
-        self.wqkv = TokenLinear(n_feats, 3 * n_feats)
+        self.wqkv = stacked(3, TokenLinear(n_feats, 3 * n_feats))
         self.attn_win = WindowAttention(n_feats, n_heads, window_size)
         self.attn_atd = DictionaryAttention(n_feats, n_tokens, reduced_dim)
         self.attn_aca = CategoryAttention(n_feats, n_heads, category_size)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from error import UserError
 
+Layer = TypeVar('Layer', bound=nn.Module)
+
+AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, ('cpu', 'cuda', 'mps', 'xpu')))
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -33,7 +37,7 @@ class NetworkSpec:
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
         upsampler_prefix: prefix, or several, of the parameters that depend on the scale; all others carry over to
-            another scale.
+            another scale as they are, convolutions before an `nn.PixelShuffle` interpolated.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.
@@ -118,7 +122,9 @@ def reflect_pad(x: Tensor, multiple: int) -> Tensor:
 
 def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
     """(N, C, H, W) grown right and below by zeros to multiples of `multiple` that are not below `at_least`."""
-    height, width = ((max(size, at_least) + multiple - 1) // multiple * multiple for size in x.shape[2:])
+    # The maximum, in a form that a trace follows to smaller images than its own.
+    sides = ((size + at_least + abs(size - at_least)) // 2 for size in x.shape[2:])
+    height, width = ((side + multiple - 1) // multiple * multiple for side in sides)
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 
@@ -147,15 +153,33 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = Tru
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
 
 
+def stacked(parts: int, layer: Layer) -> Layer:
+    """The layer, of which it is noted that its weight is `parts` matrices on top of each other, such as q, k and v.
+
+    An optimiser that works on whole matrices takes them apart (`muon.hidden_matrices`).
+    """
+    layer.n_stacked = parts  # type: ignore[assignment]
+    return layer
+
+
 def in_fast_memory(x: Tensor) -> Tensor:
     """On a CPU in channels_last memory, where convolutions are up to a tenth faster; elsewhere as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
 
 
+def is_exporting() -> bool:
+    """Whether the network is traced for a file, by TorchScript or torch.export, and not to be run."""
+    if torch.jit.is_tracing():
+        return True
+    if hasattr(torch.compiler, 'is_exporting'):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # PyTorch 2.6
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 

@@ -45,6 +45,7 @@ from model.common import (
     how_many,
     reflect_pad,
     shape_of,
+    stacked,
 )
 
 SLOPE = 0.2  # of the LeakyReLUs
@@ -59,8 +60,8 @@ class DualFeatures(nn.Module):
         super().__init__()
         few = n_feats // REDUCTION
         act = nn.LeakyReLU(SLOPE)
-        self.conv = nn.Sequential(conv(n_feats, few, 1), act, conv(few, few, 3), act, conv(few, n_feats, 1))
-        self.linear = conv(n_feats, n_feats, 1)
+        self.conv = nn.Sequential(conv(n_feats, few, 1), act, conv(few, few, 3), act, stacked(2, conv(few, n_feats, 1)))
+        self.linear = stacked(2, conv(n_feats, n_feats, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) * self.linear(x)

@@ -31,7 +31,7 @@ from model.blocks.pixels import (
 )
 from model.blocks.tokens import TokenLinear
 from model.blocks.windows import attention, check_window, look_up_bias, relative_positions
-from model.common import NetworkSpec, check_divides, check_images, conv, how_many, zero_pad
+from model.common import NetworkSpec, check_divides, check_images, conv, how_many, stacked, zero_pad
 
 TOKEN_EPS, MAP_EPS = 1e-5, 1e-6  # of the norms before attention over pixels, and of all others
 
@@ -42,7 +42,7 @@ class WindowAttention(nn.Module):
     def __init__(self, n_feats: int, n_heads: int, window_size: int, strided: bool) -> None:
         super().__init__()
         self.n_heads, self.window_size, self.strided = n_heads, window_size, strided
-        self.to_qkv = TokenLinear(n_feats, 3 * n_feats, bias=False)
+        self.to_qkv = stacked(3, TokenLinear(n_feats, 3 * n_feats, bias=False))
         self.to_out = nn.Sequential(TokenLinear(n_feats, n_feats, bias=False))
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, n_heads)
 

@@ -45,6 +45,7 @@ from model.common import (
     conv,
     how_many,
     mirror_pad,
+    stacked,
 )
 
 NOMINAL_SIZE = 64  # of the input that the masks in the weights are for
@@ -59,7 +60,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.relative_position_bias_table = relative_position_bias_table(window_size, n_heads)
         self.register_buffer('relative_position_index', relative_positions(window_size))
-        self.qkv = TokenLinear(n_feats, 3 * n_feats)
+        self.qkv = stacked(3, TokenLinear(n_feats, 3 * n_feats))
         self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from error import UserError
-from loss_language import find_whole_batches
+from loss_language import find_whole_batches, known_terms, parse
 from networks import MODELS
 from options.measured import ONE_FORM, cost_models
 from options.table import NETWORK_SETTINGS
@@ -48,10 +48,13 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f'--patch_size {args.patch_size} is not a multiple of --scale {args.scale}: choose another.')
     if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
-    if training and args.split_batch > 1 and (names := find_whole_batches(args.loss)):
-        raise UserError(
-            f'--split_batch {args.split_batch}: {names[0]} of --loss {args.loss} sees whole batches; leave one out.'
-        )
+    if training:
+        check_losses(args)
+        if len(args.patch_schedule) > args.epochs:
+            raise UserError(
+                f'--patch_schedule has {len(args.patch_schedule)} sizes, and --epochs {args.epochs} not one for each: '
+                'give fewer sizes, or more epochs.'
+            )
     if args.chop_overlap >= args.chop_size:
         raise UserError(
             f'--chop_overlap {args.chop_overlap} is not below --chop_size {args.chop_size}: choose larger tiles.'
@@ -67,12 +70,14 @@ def check(args: argparse.Namespace) -> None:
         for option in ('template', 'pre_train'):
             if getattr(args, option):
                 raise UserError(f'--{option} {getattr(args, option)}: the run {args.load} has its own; leave it out.')
-        if args.reset:
+        if args.reset and not args.test_only:
             raise UserError(f'--reset deletes the run that --load {args.load} continues: give one of them.')
         if args.save not in ('', args.load) and not args.test_only:
             raise UserError(f'--save {args.save}: the run {args.load} goes on in its own folder; leave it out.')
-        if args.save == args.load and args.test_only and not args.export:
-            raise UserError(f'--save {args.save}: a test leaves the folder of the run as it is; give another name.')
+        if args.save == args.load and args.test_only:
+            raise UserError(
+                f'--save {args.save}: tests and exports leave the folder of the run as it is; give another name.'
+            )
     if args.score:
         network = ('load', 'pre_train', 'reset', 'save_results', 'save_gt', 'show_attention', 'chop', 'self_ensemble')
         for option in network:
@@ -84,12 +89,32 @@ def check(args: argparse.Namespace) -> None:
         raise UserError('--show_attention: its pictures are made in tests; use it with --test_only.')
     if args.resume > 0 and not args.load:
         raise UserError(f'--resume {args.resume}: name the run with --load.')
-    if args.reset and args.test_only:
-        raise UserError('--reset deletes a run and --test_only measures one: give one of them.')
+    if args.reset and args.test_only and 'Demo' not in args.data_test:
+        raise UserError('--reset deletes a run and --test_only measures one: give one of them, or --data_test Demo.')
     for option in ('save', 'load'):
         value = getattr(args, option)
         if Path(value).name != value or value == '..':
             raise UserError(f'--{option} {value}: give a name without folders; --save_dir is the folder of the runs.')
+
+
+def check_losses(args: argparse.Namespace) -> None:
+    """Refuse losses that do not go with each other or with the batches, and a teacher that has none."""
+    losses = [args.loss, *([args.loss_final] if args.loss_final else [])]
+    for text in losses:
+        if (names := find_whole_batches(text)) and args.split_batch > 1:
+            raise UserError(
+                f'--split_batch {args.split_batch}: {names[0]} of the loss {text} sees whole batches; leave one out.'
+            )
+    if args.loss_final and args.final_epochs >= args.epochs:
+        raise UserError(
+            f'--final_epochs {args.final_epochs}: of --epochs {args.epochs} none would be left for --loss {args.loss}; '
+            'give fewer.'
+        )
+    learns = bool(args.distill) or any('Distill' in parse(text, known_terms()) for text in losses)
+    if learns and not args.teacher:
+        raise UserError('--distill, or a loss with Distill: name the weights of the network to learn from, --teacher.')
+    if args.teacher and not learns:
+        raise UserError(f'--teacher {args.teacher}: say with --distill how much its output counts, or leave it out.')
 
 
 def check_recipe(args: argparse.Namespace) -> None:

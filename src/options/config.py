@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from error import UserError
 
@@ -27,8 +28,7 @@ def read_config(path: Path) -> dict[str, object]:
         runs = sorted(p.parent.name for p in path.parent.parent.glob('*/config.txt'))
         raise UserError(f'No run at {path.parent}: the runs there are {", ".join(runs) or "none"}.')
     try:
-        pairs = (line.split(': ', 1) for line in path.read_text().splitlines())
-        options = {key: json.loads(value) for key, value in pairs}
+        options = parse_config(path.read_text())
         options['data_range'] = tuple((int(first), int(last)) for first, last in options['data_range'])
         known = options.keys() >= {'model', 'scale'}
     except (OSError, ValueError, TypeError, KeyError):
@@ -36,6 +36,16 @@ def read_config(path: Path) -> dict[str, object]:
     if not known:
         raise UserError(f'{path.parent} is not a run of this program: its config.txt is missing or unreadable.')
     return options
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The options in the text of a config.txt.
+
+    Raises:
+        ValueError: it is not what `write_config` writes.
+    """
+    pairs = (line.split(': ', 1) for line in text.splitlines())
+    return {key: json.loads(value) for key, value in pairs}
 
 
 def changes(old: str, new: str) -> list[str]:

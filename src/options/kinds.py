@@ -136,6 +136,14 @@ def epochs_list(text: str) -> list[int]:
     return values
 
 
+def sides(text: str) -> list[int]:
+    """Sides of patches joined by '-'."""
+    try:
+        return [int(count(part)) for part in text.split('-')]
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of sides such as 32-48-64') from error
+
+
 def data_range(text: str) -> tuple[tuple[int, int], ...]:
     """'first-last' or 'first-last/first-last', counted from 1."""
     try:
@@ -145,6 +153,11 @@ def data_range(text: str) -> tuple[tuple[int, int], ...]:
     if len(spans) not in (1, 2) or any(not 1 <= first <= last for first, last in spans):
         raise argparse.ArgumentTypeError(f'{text!r} is not a range of images such as 1-800/801-810')
     return spans
+
+
+def weights(text: str) -> str:
+    """A path to a file, made absolute so that a run can be continued from anywhere, or a name to look up."""
+    return str(folder(text)) if Path(text).expanduser().is_file() else text
 
 
 def folder(text: str) -> Path:

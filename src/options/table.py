@@ -24,7 +24,9 @@ from options.kinds import (
     number,
     positive,
     scales,
+    sides,
     truth,
+    weights,
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -65,7 +67,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         'channels inside the feed-forward networks, times n_feats',
         {'metavar': 'X', 'type': number(float, 0, 100, open_low=True)},
     ),
-    'kernel_size': ('side of the dynamic or depthwise kernels', COUNT),
+    'kernel_size': ('side of the dynamic, depthwise or large kernels', COUNT),
     'group_channels': ('channels that share a dynamic kernel', COUNT),
     'tlc_size': ('window of the channel attention in tests, pixels a side; 96 / 72 / 48 at x2 / x3 / x4', COUNT),
     'category_size': ('pixels a group of one category', COUNT),
@@ -78,6 +80,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     'shift_mean': ('subtract the mean colour of DIV2K', TRUTH),
 }
 NETWORK_SETTINGS = tuple(SETTINGS)  # left out, these are as in the network's paper
+
+
+def setting_option(name: str, value: object) -> str:
+    """What is typed for a setting of a network to have a value."""
+    return f'--{name} {networks.shown(value)}' if name in SETTINGS else f'--net {name}={networks.shown(value)}'
 
 
 def build_parser() -> Parser:
@@ -107,7 +114,11 @@ def _add_train(g: Group) -> None:
         metavar='EPOCH',
         help='with --load: from the weights of this epoch (kept by --save_models); -1 or 0: the latest state',
     )
-    g.add_argument('--reset', action='store_true', help='delete what an earlier run of this name left, and start over')
+    g.add_argument(
+        '--reset',
+        action='store_true',
+        help='delete what an earlier run of this name left, with --data_test Demo its enlarged images, and start over',
+    )
     g.add_argument('--epochs', metavar='N', type=count, default=300, help='epochs to train for')
     g.add_argument(
         '--max_time',
@@ -135,6 +146,13 @@ def _add_test(g: Group) -> None:
         metavar='N',
         type=natural,
         help='pixels left out of the scores at each border (default: the scale; 6 more on DIV2K and Flickr2K)',
+    )
+    g.add_argument(
+        '--pad_to',
+        metavar='N',
+        type=count,
+        default=1,
+        help='continue images by reflection to multiples of N pixels before the network, in tests',
     )
     g.add_argument(
         '--precision',
@@ -265,6 +283,14 @@ def _add_data(g: Group) -> None:
     )
     g.add_argument('--patch_size', metavar='N', type=count, default=192, help='side of the HR training patch, pixels')
     g.add_argument(
+        '--patch_schedule',
+        metavar='N-N-...',
+        type=sides,
+        default=[],
+        help='sides of the LR training patch in the course of the run, such as 32-48-64, each for an equal part of the '
+        'epochs; batches keep about the pixels of batch_size patches of patch_size (default: patch_size all the time)',
+    )
+    g.add_argument(
         '--sampling',
         choices=('image', 'area'),
         default='image',
@@ -310,7 +336,8 @@ def _add_network(g: Group) -> None:
         '--pre_train',
         default='',
         metavar='FILE',
-        help='weights to start from, or to test (default: in training those that the recipe starts from)',
+        help='weights to start from, or to test; download: those of the authors of the network, fetched into --extend '
+        '(default: in training those that the recipe starts from)',
     )
     g.add_argument(
         '--extend',
@@ -397,6 +424,28 @@ def _add_optimisation(g: Group) -> None:
         help=f'weight*NAME joined by +; NAME is {list_names(known_terms())}',
     )
     g.add_argument(
+        '--loss_final',
+        default='',
+        metavar='TERMS',
+        help='loss of the last final_epochs epochs, such as 1*MSE (default: as before)',
+    )
+    g.add_argument('--final_epochs', metavar='N', type=count, default=1, help='epochs that loss_final is for')
+    g.add_argument(
+        '--teacher',
+        default='',
+        metavar='FILE',
+        type=weights,
+        help='weights of a larger network, found like those of pre_train and recognised, from whose output to learn',
+    )
+    g.add_argument(
+        '--distill',
+        metavar='X',
+        type=number(float, 0, 1e6),
+        default=0.0,
+        help='weight of the mean absolute difference to the output of the teacher: adds X*Distill to loss; loss_final '
+        'says for itself',
+    )
+    g.add_argument(
         '--gan_k',
         metavar='N',
         type=count,
@@ -409,7 +458,12 @@ def _add_optimisation(g: Group) -> None:
         type=folder,
         help="weights of VGG19 for VGG22 and VGG54: torchvision's vgg19-dcbb9e9d.pth (default: torchvision has it)",
     )
-    g.add_argument('--optimizer', choices=('SGD', 'ADAM', 'ADAMW', 'RMSprop'), default='ADAM', help='optimiser')
+    g.add_argument(
+        '--optimizer',
+        choices=('SGD', 'ADAM', 'ADAMW', 'RMSprop', 'MUON'),
+        default='ADAM',
+        help='optimiser; MUON: orthogonalised momentum for the matrices between features, AdamW for all else',
+    )
     g.add_argument('--lr', metavar='X', type=positive, default=1e-4, help='learning rate')
     g.add_argument(
         '--schedule',
@@ -441,16 +495,16 @@ def _add_optimisation(g: Group) -> None:
     g.add_argument(
         '--warmup', metavar='N', type=natural, default=0, help='steps over which the rate rises linearly to its value'
     )
-    g.add_argument('--momentum', metavar='X', type=fraction, default=0.9, help='of SGD')
+    g.add_argument('--momentum', metavar='X', type=fraction, help='of SGD and MUON (default: SGD 0.9; MUON 0.95)')
     g.add_argument(
         '--betas',
         metavar=('B1', 'B2'),
         type=number(float, 0, 0.999999),
         nargs=2,
         default=[0.9, 0.999],
-        help='of ADAM and ADAMW',
+        help='of ADAM, ADAMW and MUON',
     )
-    g.add_argument('--epsilon', metavar='X', type=positive, default=1e-8, help='of ADAM, ADAMW and RMSprop')
+    g.add_argument('--epsilon', metavar='X', type=positive, default=1e-8, help='of ADAM, ADAMW, RMSprop and MUON')
     g.add_argument(
         '--weight_decay', metavar='X', type=number(float, 0), default=0.0, help='pull of the weights towards 0'
     )
@@ -490,8 +544,8 @@ def _add_run_folder(g: Group) -> None:
         '--save',
         default='',
         metavar='NAME',
-        help="name of the run (default: recipe, loaded run or <model>_x<scale>; in tests with the weights' name and "
-        '_test)',
+        help="name of the run (default: recipe, loaded run or <model>_x<scale>; in tests and exports with the weights' "
+        "name and _test or _export, with --data_test Demo with the folder's name and _demo)",
     )
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
     g.add_argument('--debug', action='store_true', help='show the traceback of an error')

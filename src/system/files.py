@@ -5,19 +5,31 @@ import math
 import os
 import pickle
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from error import UserError, WriteError
 
+ASIDE = '.frugalsr-*.tmp'  # files not yet whole; short, since the name of the file itself may be as long as one can be
+
 
 def some(names: Sequence[str]) -> str:
     """Names for a message: the first three, and how many more."""
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has this path, if only a link that leads nowhere; nothing has a name that is too long."""
+    with suppress(OSError):
+        path.lstat()
+        return True
+    return False
 
 
 def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], before: Path | None = None) -> None:
@@ -31,17 +43,21 @@ def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], befo
         WriteError: the disk is full or the folder cannot be written; the old file is whole and nothing is left over.
     """
     # Not tempfile: it makes private files, and the umask that an ordinary one needs cannot be read safely by threads.
-    aside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+    aside = path.with_name(ASIDE.replace('*', secrets.token_hex(4)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open('xb') as stream:
+            with suppress(OSError):  # a file system without locks
+                lock_file(stream)
             for piece in [content] if isinstance(content, bytes | memoryview) else content:
                 stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-        if before is not None and path.exists():
-            path.replace(before)
-        aside.replace(path)
+            if sys.platform == 'win32':
+                stream.close()  # which cannot rename an open file
+            if before is not None and path.exists():
+                path.replace(before)
+            aside.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
@@ -49,6 +65,35 @@ def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], befo
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete the files that `write_atomic` left aside in a folder when its process was killed.
+
+    Those that another process is writing are locked and stay; this one must not be writing there.
+    """
+    for path in folder.glob(ASIDE):
+        with suppress(OSError):
+            with path.open('ab') as file:
+                lock_file(file)
+            path.unlink()
+
+
+def lock_file(file: IO) -> None:
+    """Lock an open file for this process until it is closed, and not for those that it starts.
+
+    Raises:
+        BlockingIOError, PermissionError: another process has it.
+        OSError: it cannot be locked.
+    """
+    if sys.platform == 'win32':
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -66,15 +111,33 @@ def _check_there(path: Path) -> None:
         raise UserError(f'No weights at {path}: check the path.')
 
 
+class _Inert:
+    """Stands in for a NumPy scalar and its type, whose place is beside the tensors; what it is made of is dropped.
+
+    NumPy itself is not called: a type that was made up has it take the bytes of a scalar for an address, and crash.
+    """
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+INERT = [(_Inert, name) for name in ('numpy.dtype', 'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar')]
+
+
 def read_torch(path: Path) -> object:
     """What a file written by `torch.save` holds, on the CPU; only tensors and plain values are unpickled.
+
+    A scalar of NumPy is replaced by an object without a value.
 
     Raises:
         UserError: no such file, not a file of PyTorch, damaged, or with anything but tensors and plain values in it.
     """
     _check_there(path)
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        # Of the stream, since some releases of PyTorch take a name that ends in .safetensors at its word.
+        with path.open('rb') as stream, torch.serialization.safe_globals(INERT):  # type: ignore[arg-type]
+            return torch.load(stream, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error):  # the name of what the file wants to call
             raise UserError(
@@ -92,8 +155,24 @@ SAFETENSORS = {
 }  # fmt: skip
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file in the safetensors format: a length, a JSON header of that length, and the raw data.
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one in the safetensors format does, a length and then a JSON object, whatever its name.
+
+    Where the beginning is neither that nor one of PyTorch's, the name decides.
+
+    Raises:
+        UserError: no such file.
+    """
+    _check_there(path)
+    with path.open('rb') as stream:
+        start = stream.read(9)
+    if start[8:] == b'{' and int.from_bytes(start[:8], 'little') < path.stat().st_size:
+        return True
+    return path.suffix == '.safetensors' and not start.startswith((b'PK', b'\x80'))  # a zip archive, a pickle
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file in the safetensors format: a length, a JSON header of that length, the raw data.
 
     Raises:
         UserError: no such file, or not one of that format.
@@ -103,17 +182,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         start = 8 + int.from_bytes(content[:8], 'little')
         header = json.loads(content[8:start])
-        header.pop('__metadata__', None)
+        metadata = header.pop('__metadata__', None) or {}
         data = memoryview(content)[start:]
-        return {key: _tensor(data, **entry) for key, entry in header.items()}
+        return {key: _tensor(data, **entry) for key, entry in header.items()}, metadata
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise UserError(f'{path} is not a whole file of safetensors: fetch or make it again.') from error
 
 
-def safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+def safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The content of a file in the safetensors format, as `read_safetensors` reads it."""
     kinds = {kind: name for name, kind in SAFETENSORS.items()}
-    header: dict[str, dict[str, object]] = {'__metadata__': {'format': 'pt'}}
+    header: dict[str, Mapping[str, object]] = {'__metadata__': {'format': 'pt', **metadata}}
     data = bytearray()
     for key, tensor in tensors.items():
         start = len(data)

@@ -63,7 +63,8 @@ def find_choices(folder: Path) -> list[Choice]:
     for file in sorted(folder.glob('*')):
         if file.suffix in SUFFIXES:
             try:
-                network = recognise(read_weights(file)[0])
+                state, _, description = read_weights(file)
+                network = recognise(state, description)
                 found.append(Choice(network.name, network.scale, file, read_psnr(file.with_suffix('.md'))))
             except UserError as error:
                 log.warning('%s is left out: %s', file, error)

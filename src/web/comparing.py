@@ -42,32 +42,31 @@ def compare(photo: Photo, sr: np.ndarray, folder: Path) -> Comparison:
 
     Args:
         photo: before.
-        sr: after, (H, W) or (H, W, 3) or (H, W, 4), a multiple of its size.
+        sr: after, (H, W) or (H, W, 2 to 4), a multiple of its size.
         folder: of the files.
     """
     height, width = sr.shape[:2]
-    lr = photo.color if photo.alpha is None else np.dstack((photo.color, photo.alpha))
+    lr = photo.samples.squeeze(2) if photo.samples.shape[2] == 1 else photo.samples
     before, after = (Image.fromarray(eight_bits(pixels)) for pixels in (lr, sr))
-    before = before.convert(after.mode)
     scale = width / before.width
     share = min(1, (WHOLE / (height * width)) ** 0.5)
     size = (max(1, round(width * share)), max(1, round(height * share)))
     whole = [np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in (before, after)]
-    shown = write_pair(whole, folder, '', photo.icc)
+    shown = write_pair(whole, folder, '', photo)
     if width <= DETAIL[0] and height <= DETAIL[1]:
         return Comparison(shown, None)
     left, top, right, bottom = most_detail(difference(*whole), width, height)
     box = (left / scale, top / scale, right / scale, bottom / scale)
     part = before.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box)
     pair = [np.asarray(part), np.asarray(after.crop((left, top, right, bottom)))]
-    return Comparison(shown, write_pair(pair, folder, 'detail-', photo.icc))
+    return Comparison(shown, write_pair(pair, folder, 'detail-', photo))
 
 
-def write_pair(images: list[np.ndarray], folder: Path, prefix: str, icc: bytes | None) -> Pair:
-    """Write the two images of a pair."""
+def write_pair(images: list[np.ndarray], folder: Path, prefix: str, photo: Photo) -> Pair:
+    """Write the two images of a pair, with what the photograph says of its colours."""
     before, after = folder / f'{prefix}before.png', folder / f'{prefix}after.png'
     for file, pixels in zip((before, after), images, strict=True):
-        write_png(file, pixels, icc)
+        write_png(file, pixels, photo.icc, photo.chunks)
     height, width = images[0].shape[:2]
     return Pair(before, after, (width, height), most_different_column(difference(*images)))
 

@@ -102,6 +102,10 @@ def enlarge(
     write(result, sr, photo, format)
     sizes = f'{width}x{height} to {sr.shape[1]}x{sr.shape[0]} pixels'
     about = f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
+    if photo.frames > 1:
+        about += f'; only the first of {photo.frames} images in the file'
+    if loses_profile(photo, format):
+        about += f'; without its colour profile, which {format} cannot hold: choose PNG for exact colours'
     return Result(result, about, compare(photo, sr, folder))
 
 
@@ -127,10 +131,10 @@ def check_size(image: Path, height: int, width: int, scale: int, format: str, ma
 def write(path: Path, sr: np.ndarray, photo: Photo, format: str) -> None:
     """Write an enlarged image as a file of the format, with the colour profile of the original."""
     if format == 'PNG':
-        write_png(path, sr, photo.icc)
+        write_png(path, sr, photo.icc, photo.chunks)
         return
     image = to_pillow(eight_bits(sr), photo.icc)
-    icc = image.info.get('icc_profile')
+    icc = None if loses_profile(photo, format) else image.info.get('icc_profile')
     options: dict[str, object] = {'quality': QUALITY}
     if format == 'JPEG':
         options['subsampling'] = 0  # or colours would have half the resolution
@@ -138,6 +142,16 @@ def write(path: Path, sr: np.ndarray, photo: Photo, format: str) -> None:
     content = BytesIO()
     image.save(content, format, icc_profile=icc, **options)
     write_atomic(path, content.getbuffer())
+
+
+def loses_profile(photo: Photo, format: str) -> bool:
+    """Whether a file of that format cannot say of its colours what the photograph says.
+
+    WebP has no grey images, and only PNG has chunks.
+    """
+    if format == 'PNG':
+        return False
+    return bool(set(photo.chunks) - {b'sRGB'}) or (format == 'WebP' and photo.grey and photo.icc is not None)
 
 
 def opaque(image: Image.Image) -> Image.Image:

@@ -275,7 +275,7 @@ def test_given_lr_suits_any_border(tmp_path):
     for border in ('mirror', 'clamp'):
         data = prepared(images, 2, border=border)
         np.testing.assert_array_equal(data.lr(0), hr[::2, ::2])
-        assert data.lr_border is None
+        assert (data.lr_made, data.lr_border) == (0, None)
 
 
 def test_given_lr_is_not_completed_with_another_border(tmp_path):
@@ -284,8 +284,8 @@ def test_given_lr_is_not_completed_with_another_border(tmp_path):
     write_png(tmp_path / 'LR_bicubic' / 'X2' / 'ax2.png', picture(1, 8, 8))
     images = find_set(f'{tmp_path}/HR', tmp_path, tmp_path)
     assert 'unknown border' in message(images, 2, border='clamp')
-    assert prepared(images, 2).lr_border is None
-    assert not (tmp_path / 'LR_bicubic' / 'X2' / '.lr_border').exists()
+    data = prepared(images, 2)
+    assert (data.lr_made, data.lr_border) == (1, 'mirror')
 
 
 def test_border_is_noted_before_a_failure(tmp_path):
@@ -298,3 +298,30 @@ def test_border_is_noted_before_a_failure(tmp_path):
     assert 'b.png' in message(images, 2, border='clamp')
     broken.write_bytes(whole)
     assert '--lr_border clamp' in message(images, 2, border='mirror')
+
+
+def test_what_a_killed_process_left_aside_is_swept_up(tmp_path):
+    images = one_set(tmp_path, (20, 24), (20, 24))
+    prepared(images, 2, cached=True)
+    folders = [tmp_path / 'LR_bicubic' / 'X2', tmp_path / 'bin' / 'HR']
+    for folder in folders:
+        (folder / '.frugalsr-0123abcd.tmp').write_bytes(b'half of a file')
+        (folder / '.mine.tmp').write_bytes(b'of a stranger')
+        next(folder.glob('a*')).unlink()  # as it was not done either
+    prepared(images, 2, cached=True)
+    for folder in folders:
+        assert [path.name for path in folder.glob('*.tmp')] == ['.mine.tmp']
+
+
+def test_a_name_too_long_for_its_copies(tmp_path, warnings):
+    """`<name>.png` may be one for a file where `<name>x2.png` is none; no other image suffers from it."""
+    one_set(tmp_path, (20, 24), (20, 24))
+    (tmp_path / 'HR' / 'a.png').rename(tmp_path / 'HR' / f'{"a" * 250}.png')
+    data = prepared(find_set(f'{tmp_path}/HR', tmp_path, tmp_path), 2, cached=True)
+    hr = [read_rgb(path) for path in sorted((tmp_path / 'HR').iterdir())]
+    for index, image in enumerate(hr):
+        np.testing.assert_array_equal(data.hr(index), image)
+        np.testing.assert_array_equal(data.lr(index), shrink(image, 2, 'mirror'))
+    assert [path.name for path in (tmp_path / 'LR_bicubic' / 'X2').glob('*.png')] == ['bx2.png']
+    assert 'LR images are kept in memory' in warnings[0]
+    assert 'name too long' in warnings[0]

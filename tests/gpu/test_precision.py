@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from api import load
 from data.image import read_rgb
 from metric import psnr
-from model import NETWORKS, Model, type_name
-from model.loading.detect import recognise
-from model.loading.weights import read_weights
+from model import NETWORKS, type_name
 from tests.gpu import programs
 from tests.gpu.parts import (
     ALL,
@@ -45,20 +44,17 @@ def set5(scale: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 @pytest.mark.parametrize('card', CARDS)
 def test_trained_weights_lose_next_to_nothing(card: str) -> None:
-    weights, _ = read_weights(ROOT / 'models' / f'{card}.pt')
-    found = recognise(weights)
-    model = Model(found.name, found.scale, DEVICE, **found.settings)
-    model.net.load_state_dict(weights)
-    images = set5(found.scale)
+    model = load(card, DEVICE, tiles=None).model
+    images = set5(model.scale)
 
     def scores(dtype: torch.dtype) -> float:
         model.dtype = dtype
-        return float(np.mean([psnr(model.upscale(lr), hr, found.scale, 'Y') for lr, hr in images]))
+        return float(np.mean([psnr(model.upscale(lr), hr, model.scale, 'Y') for lr, hr in images]))
 
     single = scores(torch.float32)
-    losses = {type_name(dtype): single - scores(dtype) for dtype in NETWORKS[found.name].autocast_dtypes}
+    losses = {type_name(dtype): single - scores(dtype) for dtype in model.network.autocast_dtypes}
     # What is not declared safe is measured too, for the facts to be completed.
-    others = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in NETWORKS[found.name].autocast_dtypes]
+    others = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in model.network.autocast_dtypes]
     also = {f'undeclared_{type_name(dtype)}': single - scores(dtype) for dtype in others if not REHEARSE}
     note('half', weights=card, float32=round(single, 4), **losses, **also)
     assert losses

@@ -9,15 +9,15 @@ from tests.gpu import programs
 from tests.gpu.parts import CUDA, background, chosen, note
 from tests.gpu.programs import Run
 
-# A recorded step has to follow a rate that changes, averages, clipping, scaled gradients and centroids.
+# A recorded step has to follow a rate that changes, averages, clipping, scaled gradients, centroids, and other shapes.
 GRAPHS = {
     'ASID': '--optimizer ADAMW --weight_decay 1e-4 --decay 1-2 --gamma 0.25 --lr 5e-4',
     'ATD-light': '--optimizer ADAMW --betas 0.9 0.9 --weight_ema 0.99 --warmup 8 --lr 5e-4',
     'DLGSANet-tiny': '--weight_ema 0.99 --decay 1 --gamma 0.1 --lr 5e-4',
     'LCoAN': '--gclip 0.01 --lr 5e-4',
-    'OmniSR': '--optimizer ADAMW --split_batch 2 --clip_norm 0.1 --lr 5e-4',
+    'OmniSR': '--optimizer ADAMW --split_batch 2 --clip_norm 0.1 --lr 5e-4 --patch_schedule 16-24',
     'EDSR-baseline': '--optimizer SGD --lr 1e-4',
-    'SwinIR-light': '--drop_path 0 --lr 2e-4',
+    'SwinIR-light': '--drop_path 0 --optimizer MUON --weight_decay 0.01 --lr 2e-4',
     'CATANet': '--betas 0.9 0.99 --lr 2e-4',
     'HiT-SRF': '--betas 0.9 0.99 --lr 5e-4',
 }

@@ -61,7 +61,7 @@ def test_mistakes(text, words):
 
 
 def test_unknown_term_names_the_known():
-    with pytest.raises(UserError, match='with L1, MSE, Charbonnier, FFT, VGG22, VGG54, GAN, WGAN_GP or RGAN'):
+    with pytest.raises(UserError, match='with L1, MSE, Charbonnier, FFT, Distill, VGG22, VGG54, GAN, WGAN_GP or RGAN'):
         Loss('1*SSIM')
 
 

@@ -67,6 +67,20 @@ def test_result_is_that_of_demo(tmp_path):
         assert told.tiles == [(0, 2), (1, 2), (2, 2)]
 
 
+def test_grey_with_alpha_is_grey_before_and_after_and_further_frames_are_told(tmp_path):
+    icc = bytes(16) + b'GRAY' + bytes(108)
+    write_png(tmp_path / 'grey.png', picture(2, 16, 20)[..., :2], icc)
+    result = run(tmp_path / 'grey.png', X2)
+    for file in (*result.shown.files, result.image):
+        with Image.open(file) as image:
+            assert image.mode == 'LA'
+            assert image.info['icc_profile'] == icc
+    assert 'images in the file' not in result.about
+    frames = [Image.new('RGB', (6, 5), colour) for colour in ('red', 'green')]
+    frames[0].save(tmp_path / 'frames.png', save_all=True, append_images=frames[1:])
+    assert run(tmp_path / 'frames.png', BICUBIC[2]).about.endswith('; only the first of 2 images in the file')
+
+
 def test_what_is_said_and_shown(photo):
     result = run(photo, BICUBIC[3])
     exact = upscale_bicubic(picture(1, 20, 30), 3)
@@ -168,3 +182,17 @@ def test_bad_files(photo, name, content):
     bad = photo.with_name(name)
     bad.write_bytes(photo.read_bytes()[:-60] if content is None else content)
     assert name in refused(bad)
+
+
+def test_a_colour_profile_that_the_format_cannot_hold_is_told(photo):
+    grey = bytes(16) + b'GRAY' + bytes(108)
+    write_png(photo, picture(1, 20, 30)[..., 0], grey)
+    assert 'profile' not in run(photo, BICUBIC[2]).about
+    assert 'profile' not in run(photo, BICUBIC[2], 'JPEG').about
+    result = run(photo, BICUBIC[2], 'WebP')
+    assert 'without its colour profile, which WebP cannot hold' in result.about
+    with Image.open(result.image) as image:
+        assert 'icc_profile' not in image.info
+    write_png(photo, picture(1, 20, 30), chunks={b'gAMA': (100000).to_bytes(4, 'big')})
+    assert 'without its colour profile, which JPEG cannot hold' in run(photo, BICUBIC[2], 'JPEG').about
+    assert 'profile' not in run(photo, BICUBIC[2]).about

@@ -5,8 +5,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
 from urllib.error import HTTPError
@@ -29,14 +30,41 @@ class BrokenError(Exception):
     """A connection that could not be made or did not last; the next may."""
 
 
-def fetch(url: str, path: Path, checksum: str, size: int | None = None) -> None:
+@dataclass(frozen=True)
+class Advice:
+    """What a user can do about a file that does not arrive.
+
+    Attributes:
+        instead: how else to get it.
+        option: what names another folder for it.
+    """
+
+    instead: str
+    option: str
+
+
+ARCHIVE = Advice(
+    'name another place of the archives with --mirror, or put the archive into the data folder yourself', '--dir_data'
+)
+
+
+def fetch(
+    url: str,
+    path: Path,
+    checksum: str | None,
+    size: int | None = None,
+    advice: Advice = ARCHIVE,
+    check: Callable[[Path], object] = lambda path: None,
+) -> None:
     """Download a file; what arrives is kept in `<path>.part` until it is whole, and continued from there.
 
     Args:
         url: http or https.
         path: where the file goes; folders are made as needed.
-        checksum: of the whole file, `<algorithm of hashlib>:<hexadecimal digest>`.
+        checksum: of the whole file, `<algorithm of hashlib>:<hexadecimal digest>`; None: not known.
         size: of the whole file in bytes; None: what the server says.
+        advice: for messages.
+        check: raises UserError if the whole file is not what it should be; it is removed then.
 
     Raises:
         UserError: no such file, no connection after some tries, or not the file of this size and checksum.
@@ -46,7 +74,7 @@ def fetch(url: str, path: Path, checksum: str, size: int | None = None) -> None:
     furthest, pauses = _stored(part), iter(PAUSES)
     while True:
         try:
-            _receive(url, part, size)
+            _receive(url, part, size, advice)
             break
         except BrokenError as error:
             if _stored(part) > furthest:
@@ -59,8 +87,15 @@ def fetch(url: str, path: Path, checksum: str, size: int | None = None) -> None:
                 ) from error
             log.info('%s: %s; next try in %s s', path.name, error, pause)
             time.sleep(pause)
-    verify(part, checksum)
-    with _writing(part):
+    if checksum:
+        verify(part, checksum)
+    try:
+        check(part)
+    except UserError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise UserError(f'{url} gave another file than it should ({error}): {advice.instead}.') from error
+    with _writing(part, advice):
         part.replace(path)
 
 
@@ -79,11 +114,11 @@ def verify(path: Path, checksum: str) -> None:
     if digest.hexdigest() != published:
         raise UserError(
             f'{path} is damaged or another file: its {algorithm} is {digest.hexdigest()}, published is {published}; '
-            'remove it and run this again, or unpack it yourself if you trust it.'
+            'remove it and run this again, or put it in place yourself if you trust it.'
         )
 
 
-def _receive(url: str, part: Path, size: int | None) -> None:
+def _receive(url: str, part: Path, size: int | None, advice: Advice) -> None:
     """Add to `part` what it lacks.
 
     Raises:
@@ -92,15 +127,17 @@ def _receive(url: str, part: Path, size: int | None) -> None:
     have = _stored(part)
     if have and have == size:
         return
-    response = _open(url, have)
+    response = _open(url, have, advice)
     if response is None:
         return
-    with response, _writing(part):
+    with response, _writing(part, advice):
         start, whole = _span(response)
         if start > have:
             raise BrokenError(f'the server sends byte {start:,} first instead of {have:,}')
         if size is not None and whole not in (None, size):
-            raise UserError(f'{url} has {whole:,} bytes, published are {size:,}: it is another file; try --mirror.')
+            raise UserError(
+                f'{url} has {whole:,} bytes, published are {size:,}, so it is another file: {advice.instead}.'
+            )
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open('ab') as stream, _bar(part.stem, whole, start) as bar:
             stream.truncate(start)
@@ -114,21 +151,18 @@ def _receive(url: str, part: Path, size: int | None) -> None:
         raise BrokenError(f'the connection ended after {_stored(part):,} of {whole:,} bytes')
 
 
-def _open(url: str, start: int) -> HTTPResponse | None:
+def _open(url: str, start: int, advice: Advice) -> HTTPResponse | None:
     """The server's answer, from byte `start` on if it knows how to; None if the file ends there."""
     headers = {'User-Agent': AGENT} | ({'Range': f'bytes={start}-'} if start else {})
     try:
         return urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code == 416 and start:  # nothing at `start` or beyond
-            return None if error.headers.get('Content-Range') == f'bytes */{start}' else _open(url, 0)
+            return None if error.headers.get('Content-Range') == f'bytes */{start}' else _open(url, 0, advice)
         answer = f'the server answers {error.code} {responses.get(error.code, "")}'.strip()
         if error.code in PASSING:
             raise BrokenError(answer) from error
-        raise UserError(
-            f'{url} could not be fetched ({answer}): name another place of the archives with --mirror, or put the '
-            'archive into the data folder yourself.'
-        ) from error
+        raise UserError(f'{url} could not be fetched ({answer}): {advice.instead}.') from error
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a host's name that cannot be one
         raise BrokenError(_reason(error)) from error
 
@@ -168,11 +202,11 @@ def _bar(title: str, total: int | None, start: int = 0) -> tqdm:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, advice: Advice) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise WriteError(
             f'{path} could not be written ({error.strerror or error}): make room or name another folder with '
-            '--dir_data, and run this again.'
+            f'{advice.option}, and run this again.'
         ) from error

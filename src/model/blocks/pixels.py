@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.common import at_least_float32, conv
+from model.common import at_least_float32, conv, stacked
 from model.ops.layer_norm import layer_norm
 
 
@@ -25,7 +25,7 @@ class GatedFFN(nn.Module):
 
     def __init__(self, n_feats: int, hidden: int) -> None:
         super().__init__()
-        self.project_in = conv(n_feats, 2 * hidden, 1, bias=False)
+        self.project_in = stacked(2, conv(n_feats, 2 * hidden, 1, bias=False))
         self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
         self.project_out = conv(hidden, n_feats, 1, bias=False)
 
@@ -51,7 +51,7 @@ class TransposedAttention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.temperature = nn.Parameter(torch.ones(n_heads, 1, 1))
-        self.qkv = conv(n_feats, 3 * n_feats, 1, bias=False)
+        self.qkv = stacked(3, conv(n_feats, 3 * n_feats, 1, bias=False))
         self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
         self.project_out = conv(n_feats, n_feats, 1, bias=False)
 

@@ -1,16 +1,35 @@
 """Weights from files: read without running anything they contain, and matched to a network key by key."""
 
+import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
-from model.loading.detect import mismatches, recognise
-from system.files import read_safetensors, read_torch, some
+from model import Model
+from model.common import at_least_float32
+from model.loading.description import Description, from_metadata, from_options, from_state
+from model.loading.detect import mismatches, nearest, recognise
+from model.tiles.tiling import Tiler
+from system.files import is_safetensors, read_safetensors, read_torch, some
 
-WRAPPERS = ('params_ema', 'params', 'average', 'model', 'state_dict')  # BasicSR's, those of a run, a common one
-PREFIX = 'module.'
+log = logging.getLogger('frugalsr')
+
+# What state dicts are wrapped in, the first choice first: averages of weights before the weights themselves. BasicSR
+# has 'params_ema' and 'params', a state of this program 'average' and 'model'.
+WRAPPERS = (
+    'params_ema', 'state_dict_ema', 'model_ema', 'ema', 'average', 'params', 'state_dict', 'model_state_dict', 'model',
+    'net', 'netG', 'net_g', 'generator', 'weights',
+)  # fmt: skip
+DEEPEST = 4  # wrappers within wrappers
 
 
 @dataclass(frozen=True)
@@ -29,42 +48,112 @@ class Origin:
         return f'weights from {self.source}' if self.read else self.source
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """State dict from a file of PyTorch or of safetensors, and in words what was unwrapped to get at it, if anything.
+class NotCopied(NamedTuple):
+    """Keys of a network that weights of another scale did not fill as they are.
 
-    Taken off are BasicSR's 'params_ema' or else 'params', the 'average' or else the 'model' of a run's state,
-    'state_dict', and DataParallel's prefix 'module.' of the names.
+    Attributes:
+        interpolated: those that start from an upsampler of the other scale.
+        new: those that were left as they were.
     """
-    content = read_safetensors(path) if path.suffix == '.safetensors' else read_torch(path)
-    unwrapped = []
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            unwrapped.append(wrapper)
-    entries = content.items() if isinstance(content, dict) else ()
-    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        raise UserError(f'{path} holds no state dict: give a file with the tensors of a network by name.')
-    state = dict(entries)
-    if all(key.startswith(PREFIX) for key in state):
-        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
-        unwrapped.append(f"without the prefix '{PREFIX}'")
-    return state, ', '.join(unwrapped)
+
+    interpolated: list[str]
+    new: list[str]
+
+    def __str__(self) -> str:
+        parts = {'interpolated from another scale': self.interpolated, 'new': self.new}
+        return ''.join(f'; {what}: {", ".join(keys)}' for what, keys in parts.items() if keys)
+
+
+class Weights(NamedTuple):
+    """The weights in a file.
+
+    Attributes:
+        state: parameters and buffers by name.
+        unwrapped: in words, what was taken off to get at them; '' for nothing.
+        description: what the file says of their network, if anything.
+    """
+
+    state: dict[str, Tensor]
+    unwrapped: str
+    description: Description | None
+
+
+def read_weights(path: Path) -> Weights:
+    """Weights from a file of PyTorch or of safetensors, whatever its name is.
+
+    Taken off are the dicts around the state dict (of those in `WRAPPERS` the first one, else the only one that has
+    tensors), what is no tensor in it, and a prefix that all keys share, as 'module.' or 'model.'.
+
+    Raises:
+        UserError: no such file, damaged, with objects that could run code, or without a state dict.
+    """
+    if is_safetensors(path):
+        state, metadata = read_safetensors(path)
+        content: object = state
+        description = from_metadata(metadata)
+    else:
+        content, description = read_torch(path), None
+    taken: list[str] = []
+    while len(taken) < DEEPEST and (wrapper := _wrapper(content)):
+        description = from_options(content) or description  # type: ignore[arg-type]
+        content = content[wrapper]  # type: ignore[index]
+        taken.append(wrapper)
+    found = content if isinstance(content, dict) else {}
+    state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not state:
+        holds = f' but {some([f"{key}: {type(value).__name__}" for key, value in found.items()])}' if found else ''
+        raise UserError(f'{path} holds no state dict{holds}: give a file with the tensors of a network by name.')
+    if others := [str(key) for key in found if key not in state]:
+        taken.append(f'without {some(others)}')
+    prefix = _shared_prefix(state)
+    if prefix:
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        taken.append(f"without the prefix '{prefix}'")
+    return Weights(state, ', '.join(taken), from_state(content) or description)
+
+
+def _wrapper(content: object) -> str | None:
+    """The key under which a dict has another one that holds the weights; None if they are in it itself, or nowhere."""
+    if not isinstance(content, dict):
+        return None
+    inner = [key for key, value in content.items() if isinstance(value, dict) and _holds_tensors(value)]
+    if named := [key for key in WRAPPERS if key in inner]:
+        return named[0]
+    return inner[0] if len(inner) == 1 and not any(isinstance(value, Tensor) for value in content.values()) else None
+
+
+def _holds_tensors(content: Mapping[object, object], depth: int = DEEPEST) -> bool:
+    """Whether tensors are found by names, in a dict or in dicts within it."""
+    return any(
+        isinstance(key, str)
+        and (isinstance(value, Tensor) or (depth > 0 and isinstance(value, dict) and _holds_tensors(value, depth - 1)))
+        for key, value in content.items()
+    )
+
+
+def _shared_prefix(state: Mapping[str, Tensor]) -> str:
+    """What the names of all tensors begin with, up to a dot."""
+    parts = [key.split('.')[:-1] for key in state]
+    shared = 0
+    while all(len(own) > shared and own[shared] == parts[0][shared] for own in parts):
+        shared += 1
+    return ''.join(f'{part}.' for part in parts[0][:shared])
 
 
 def load_weights(
     net: nn.Module, state: dict[str, Tensor], source: str, upsampler: str | tuple[str, ...] | None = None
-) -> list[str]:
+) -> NotCopied:
     """Copy `state` into `net`, every key of it and every key of the network.
 
     Args:
         net: the network.
         state: its parameters and buffers by name.
         source: where `state` comes from, for messages.
-        upsampler: prefix, or several, of the keys that may differ, as they do in weights of another scale; None: no
-            key may.
+        upsampler: prefix, or several, of the keys that may differ, as they do in weights of another scale, and are then
+            made from these where `for_this_scale` can; None: no key may.
 
     Returns:
-        Keys of `net` that `state` did not fill (all of them below `upsampler`).
+        Keys of `net` that `state` did not fill as they are (all of them below `upsampler`).
 
     Raises:
         UserError: missing or extra keys, or other shapes; nothing was copied.
@@ -78,14 +167,87 @@ def load_weights(
         counts = f'{len(missing)} missing, {len(extra)} unknown and {len(reshaped)} of another shape'
         raise UserError(f'{source} does not fit this network: {counts}, first {some(wrong)}; {_cause(state)}')
     fitting = {key: value for key, value in state.items() if key in own and key not in reshaped}
-    net.load_state_dict({**own, **fitting}, strict=True)
-    return [*missing, *reshaped]
+    made = for_this_scale(net, state) if missing or reshaped else {}
+    net.load_state_dict({**own, **made, **fitting}, strict=True)
+    left = [*missing, *reshaped]
+    return NotCopied([key for key in left if key in made], [key for key in left if key not in made])
+
+
+def for_this_scale(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the sub-pixel convolutions of `net` start from, by name, given its weights at another scale.
+
+    A sub-pixel convolution is one with a pixel shuffle after it. It starts from the one of its name, interpolated to
+    its own factor; where there is none, as in the second step of x4, from the one that the step before it starts from.
+    """
+    found, source = {}, ''
+    for (name, conv), (_, shuffle) in pairwise(net.named_modules()):
+        if isinstance(conv, nn.Conv2d) and isinstance(shuffle, nn.PixelShuffle):
+            source = name if f'{name}.weight' in state else source
+            for key, own in conv.state_dict().items():
+                old = state.get(f'{source}.{key}')
+                made = None if old is None else interpolate_rows(old, own, shuffle.upscale_factor)
+                if made is not None:
+                    found[f'{name}.{key}'] = made
+    return found
+
+
+def interpolate_rows(old: Tensor, own: Tensor, factor: int) -> Tensor | None:
+    """Weight or bias of a sub-pixel convolution as one of another factor, each channel bilinearly over its sub-pixels.
+
+    The authors of ESC start x3 and x4 so (`load_state_dict` of their code, half-pixel centres).
+
+    Args:
+        old: (channels * old factor^2, ...).
+        own: (channels * factor^2, ...), whose shape the result has.
+        factor: of `own`.
+
+    Returns:
+        The rows; None if `old` is no such tensor.
+    """
+    channels = len(own) // factor**2
+    side = math.isqrt(len(old) // channels)
+    if old.shape[1:] != own.shape[1:] or len(old) != channels * side**2:
+        return None
+    grids = old.reshape(channels, side**2, -1).mT.unflatten(2, (side, side))
+    rows = F.interpolate(at_least_float32(grids), (factor, factor), mode='bilinear').flatten(2).mT
+    return rows.reshape(own.shape).to(own.dtype)
+
+
+def load_model(
+    path: Path,
+    device: torch.device | str,
+    tiler: Tiler | None = None,
+    settings: Mapping[str, object] = MappingProxyType({}),
+    scale: int | None = None,
+) -> Model:
+    """The network that a file of weights belongs to, found as by `--model auto`, with these weights.
+
+    Args:
+        path: the file.
+        device: where the network runs.
+        tiler: cuts large images into tiles.
+        settings: of the network, which neither the file says nor its weights show.
+        scale: for weights that are alike at several.
+
+    Raises:
+        UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
+    """
+    state, unwrapped, description = read_weights(path)
+    try:
+        found = recognise(state, description, settings, scale)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+    model = Model(found.name, found.scale, device, tiler, **found.settings)
+    load_weights(model.net, state, str(path))
+    model.weights = f'weights from {path}'
+    log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
+    return model
 
 
 def _cause(state: dict[str, Tensor]) -> str:
     """Why weights do not fit, and what to do."""
     try:
-        return f'these are weights of {recognise(state)}: give --model auto, or the options that say so.'
+        return f'these are weights of {nearest(state)}: give --model auto, or the options that say so.'
     except UserError as error:
         reason = str(error)
         return reason[0].lower() + reason[1:]

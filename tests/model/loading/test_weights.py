@@ -2,17 +2,21 @@ import json
 import os
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import build
-from model.loading.weights import load_weights, read_torch, read_weights
+from model import NETWORKS, build
+from model.blocks.edsr import DirectUpsampler, Upsampler
+from model.loading.weights import NotCopied, interpolate_rows, load_weights, read_torch, read_weights
 from system import files
+from tests.recipe import fill
 
 SMALL = {'n_resgroups': 2, 'n_resblocks': 1, 'n_feats': 4, 'n_clusters': 3, 'window_size': 8}
 
@@ -39,38 +43,79 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_reads_what_torch_saves(tmp_path: Path, modern: bool) -> None:
     state = network('LCoAN', 2).state_dict()
     torch.save(state, tmp_path / 'x.pt', _use_new_zipfile_serialization=modern)
-    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+    assert same(read_weights(tmp_path / 'x.pt').state, state)
 
 
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f'{prefix}{key}': value for key, value in state.items()}
+
+
+PREFIXES = ['module.', 'model.', 'net.', '_orig_mod.', 'module._orig_mod.', 'netG.', 'generator.']
 WRAPPED = [
     (lambda right, wrong: right, ''),
+    *((partial(lambda name, right, wrong: {name: right, 'epoch': 3}, name), name) for name in (
+        'model_state_dict', 'net', 'netG', 'generator', 'ema', 'weights', 'state_dict_ema', 'some_name_of_theirs',
+    )),
+    *((partial(lambda prefix, right, wrong: prefixed(prefix, right), prefix), f"without the prefix '{prefix}'")
+      for prefix in PREFIXES),
+    (lambda right, wrong: {'netG': right, 'netD': wrong, 'step': 5}, 'netG'),
+    (lambda right, wrong: {'state_dict': wrong, 'state_dict_ema': right}, 'state_dict_ema'),
+    (lambda right, wrong: {'model': wrong, 'ema': {'decay': 0.999, 'shadow': right}}, 'ema, shadow'),
+    (lambda right, wrong: {'state_dict': right, 'lr': right['v'], 'optimizer': {'state': {0: wrong}}}, 'state_dict'),
+    (lambda right, wrong: {'checkpoint': {'state_dict': prefixed('model.', right)}},
+     "checkpoint, state_dict, without the prefix 'model.'"),
+    (lambda right, wrong: {**right, 'epoch': 3, 'loss': None}, 'without epoch, loss'),
     (lambda right, wrong: {'params': right}, 'params'),
-    (lambda right, wrong: {'params_ema': right}, 'params_ema'),
     (lambda right, wrong: {'params': wrong, 'params_ema': right}, 'params_ema'),
     (lambda right, wrong: {'model': right, 'average': None, 'epoch': 3}, 'model'),
     (lambda right, wrong: {'model': wrong, 'average': right, 'epoch': 3}, 'average'),
     (lambda right, wrong: {'state_dict': right, 'epoch': 3}, 'state_dict'),
-    (lambda right, wrong: {f'module.{key}': value for key, value in right.items()}, "without the prefix 'module.'"),
-    (
-        lambda right, wrong: {'params': {f'module.{key}': value for key, value in right.items()}},
-        "params, without the prefix 'module.'",
-    ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize('wrap, said', WRAPPED)
 def test_reads_the_wrappers_that_are_in_use_and_says_so(tmp_path: Path, wrap, said: str) -> None:
     right, wrong = {'w': torch.tensor([1.0, 2.0]), 'v': torch.ones(1)}, {'w': torch.tensor([0.0, 0.0])}
     torch.save(wrap(right, wrong), tmp_path / 'x.pt')
-    found, unwrapped = read_weights(tmp_path / 'x.pt')
-    assert same(found, right)
-    assert unwrapped == said
+    found = read_weights(tmp_path / 'x.pt')
+    assert same(found.state, right)
+    assert found.unwrapped == said
 
 
 def test_a_prefix_of_some_names_only_stays(tmp_path: Path) -> None:
-    state = {'module.w': torch.ones(2), 'v': torch.ones(1)}
+    state = {'module.w': torch.ones(2), 'v': torch.ones(1), 'module.u': torch.ones(1)}
     torch.save(state, tmp_path / 'x.pt')
-    assert same(read_weights(tmp_path / 'x.pt')[0], state)
+    assert same(read_weights(tmp_path / 'x.pt').state, state)
+
+
+@pytest.mark.parametrize(
+    ('number', 'outdated'), [(np.float64(37.5), False), (np.int64(3), False), (np.float32(1), True)]
+)
+def test_a_scalar_of_numpy_beside_the_tensors_is_let_be(tmp_path: Path, number: np.generic, outdated: bool) -> None:
+    state = {'w': torch.ones(2), 'v': torch.zeros(1)}
+    path = tmp_path / 'x.pt'
+    torch.save({'best': number, 'state_dict': state}, path, _use_new_zipfile_serialization=False)
+    if outdated:  # NumPy before its second version has it elsewhere
+        path.write_bytes(path.read_bytes().replace(b'numpy._core.multiarray', b'numpy.core.multiarray'))
+    assert same(read_weights(path).state, state)
+    torch.save({**state, 'best': number}, path)
+    assert same(read_weights(path).state, state)
+    with pytest.raises(pickle.UnpicklingError):  # they are allowed here alone
+        torch.load(path, weights_only=True)
+
+
+def test_nothing_of_numpy_is_called(tmp_path: Path) -> None:
+    """A type of objects without the flag that says so has NumPy take the bytes of a scalar for an address."""
+    code = (
+        b'\x80\x02}q\x00X\x01\x00\x00\x00wcnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00O8K\x00K\x01\x87R'
+        b'(K\x03X\x01\x00\x00\x00|NNNK\x08K\x08K\x00tbX\x08\x00\x00\x00AAAAAAAA\x86Rs.'
+    )
+    torch.save({'w': torch.ones(1)}, tmp_path / 'x.pt')
+    with zipfile.ZipFile(tmp_path / 'x.pt') as old, zipfile.ZipFile(tmp_path / 'y.pt', 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, code if name.endswith('data.pkl') else old.read(name))
+    with pytest.raises(UserError, match=r'y\.pt holds no state dict but w:'):
+        read_weights(tmp_path / 'y.pt')
 
 
 TYPES = [
@@ -86,7 +131,7 @@ def of_all_types() -> dict[str, torch.Tensor]:
 
 def test_safetensors_reads_what_is_written_here() -> None:
     state = of_all_types() | {'turned': torch.arange(6.0).view(2, 3).t()}
-    found = safetensors.torch.load(files.safetensors(state))
+    found = safetensors.torch.load(files.safetensors(state, {'about': 'weights'}))
     assert found.keys() == state.keys()
     for key, value in state.items():
         assert found[key].dtype == value.dtype
@@ -96,12 +141,30 @@ def test_safetensors_reads_what_is_written_here() -> None:
 def test_reads_what_safetensors_saves(tmp_path: Path) -> None:
     state = of_all_types()
     safetensors.torch.save_file(state, tmp_path / 'x.safetensors', metadata={'format': 'pt'})
-    found, _ = read_weights(tmp_path / 'x.safetensors')
+    found = read_weights(tmp_path / 'x.safetensors').state
     assert found.keys() == state.keys()
     for key, value in state.items():
         assert found[key].dtype == value.dtype
         assert torch.equal(found[key], value)
     found['scalar'] += 1  # its own memory
+
+
+@pytest.mark.parametrize('modern', [True, False])
+def test_a_file_of_pytorch_is_one_whatever_its_name(tmp_path: Path, modern: bool) -> None:
+    state = {'w': torch.ones(2), 'v': torch.zeros(1)}
+    torch.save(state, tmp_path / 'x.safetensors', _use_new_zipfile_serialization=modern)
+    assert same(read_weights(tmp_path / 'x.safetensors').state, state)
+
+
+def test_a_file_of_safetensors_is_one_whatever_its_name(tmp_path: Path) -> None:
+    state = {'v': torch.ones(2), 'w': torch.zeros(1)}
+    firsts = set()
+    for size in range(0, 256, 8):  # one begins with the byte that begins a pickle
+        content = safetensors.torch.save(state, {'about': 'x' * size})
+        (tmp_path / 'x.pth').write_bytes(content)
+        assert same(read_weights(tmp_path / 'x.pth').state, state)
+        firsts.add(content[0])
+    assert 0x80 in firsts
 
 
 @pytest.mark.parametrize('where', [0, 4, 8, 9, 30, -1])
@@ -137,13 +200,27 @@ def test_safetensors_with_an_impossible_header(tmp_path: Path, entry: object) ->
 
 @pytest.mark.parametrize(
     'content',
-    [{}, [torch.zeros(2)], torch.zeros(2), 7, {'w': 1.0}, {'w': torch.zeros(2), 'epoch': 3}, {0: torch.zeros(2)}],
+    [{}, [torch.zeros(2)], torch.zeros(2), 7, {'w': 1.0}, {0: torch.zeros(2)}, {'a': [torch.zeros(2)], 'b': {}}],
     ids=str,
 )
 def test_what_is_not_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / 'x.pt')
     with pytest.raises(UserError, match=r'x\.pt holds no state dict'):
         read_weights(tmp_path / 'x.pt')
+
+
+def test_what_was_found_instead_is_named(tmp_path: Path) -> None:
+    state = {'w': torch.zeros(2)}
+    torch.save({'encoder': state, 'decoder': state, 'epoch': 3}, tmp_path / 'x.pt')
+    with pytest.raises(UserError, match=r'x\.pt holds no state dict but encoder: .*, decoder: .*, epoch: int'):
+        read_weights(tmp_path / 'x.pt')
+
+
+def test_a_file_that_holds_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, object] = {'w': torch.zeros(2)}
+    content['model'] = content
+    torch.save(content, tmp_path / 'x.pt')
+    assert list(read_weights(tmp_path / 'x.pt').state) == ['w']
 
 
 class Trap:
@@ -232,7 +309,7 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
 def test_weights_of_the_same_network_fill_all_of_it(name: str) -> None:
     source, net = network(name, 2), network(name, 2, seed=1)
     assert not same(source.state_dict(), net.state_dict())
-    assert load_weights(net, source.state_dict(), 'x.pt') == []
+    assert load_weights(net, source.state_dict(), 'x.pt') == NotCopied([], [])
     assert same(source.state_dict(), net.state_dict())
 
 
@@ -249,9 +326,70 @@ def test_weights_of_the_same_network_fill_all_of_it(name: str) -> None:
 def test_weights_of_another_scale_fill_all_but_the_upsampler(name: str, old: int, new: int, left: list[str]) -> None:
     source, net = network(name, old).state_dict(), network(name, new, seed=1)
     before = snapshot(net)
-    assert load_weights(net, source, 'x.pt', upsampler='tail.0.') == left
+    assert load_weights(net, source, 'x.pt', upsampler='tail.0.') == NotCopied(interpolated=left, new=[])
     for key, value in net.state_dict().items():
-        assert torch.equal(value, before[key] if key in left else source[key])
+        assert not torch.equal(value, before[key]) if key in left else torch.equal(value, source[key])
+
+
+def test_an_upsampler_of_another_kind_is_new() -> None:
+    net, source = network('EDSR', 4), network('EDSR', 2, seed=1).state_dict()
+    for key in ('weight', 'bias'):
+        source[f'tail.0.1.{key}'] = source.pop(f'tail.0.0.{key}')
+    before = snapshot(net)
+    left = [f'tail.0.{i}.{key}' for i in (0, 2) for key in ('weight', 'bias')]
+    assert load_weights(net, source, 'x.pt', upsampler='tail.0.') == NotCopied([], left)
+    assert all(torch.equal(net.state_dict()[key], before[key]) for key in left)
+
+
+@pytest.mark.parametrize(
+    ('factor', 'grid'),
+    [
+        (3, [[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]),
+        (4, [[0, 0.25, 0.75, 1], [0.5, 0.75, 1.25, 1.5], [1.5, 1.75, 2.25, 2.5], [2, 2.25, 2.75, 3]]),
+        (1, [[1.5]]),
+    ],
+)
+def test_sub_pixels_of_another_factor_by_hand(factor: int, grid: list[list[float]]) -> None:
+    """Two channels of 2x2 sub-pixels; the second has ten times the values of the first."""
+    old = torch.tensor([0, 1, 2, 3, 0, 10, 20, 30.0])
+    expected = torch.tensor(grid).flatten()
+    expected = torch.cat((expected, 10 * expected))
+    torch.testing.assert_close(interpolate_rows(old, torch.empty(2 * factor**2), factor), expected)
+    weight = old.view(8, 1, 1) * torch.tensor([[1.0, 2, 3]])
+    found = interpolate_rows(weight, torch.empty(2 * factor**2, 1, 3), factor)
+    torch.testing.assert_close(found, expected.view(-1, 1, 1) * torch.tensor([[1.0, 2, 3]]))
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4, 8])
+@pytest.mark.parametrize('old', [2, 3, 4])
+@pytest.mark.parametrize('kind', [Upsampler, DirectUpsampler])
+@torch.no_grad()
+def test_nearest_upsampling_stays_nearest_at_another_scale(kind: type[nn.Sequential], old: int, scale: int) -> None:
+    source, net = kind(old, 3), kind(scale, 3)
+    for layer in list(source)[::2]:
+        nn.init.constant_(layer.bias, 0.5)
+        nn.init.zeros_(layer.weight)
+        for row in range(len(layer.weight)):
+            layer.weight[row, row // (len(layer.weight) // 3), 1, 1] = 1
+    x, steps = torch.rand(2, 3, 4, 5), len(net) // 2
+    load_weights(net, source.state_dict(), '', upsampler='')
+    expected = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3) + 0.5 * steps
+    torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize('scale', [3, 4])
+@pytest.mark.parametrize('name', ['ESC', 'ESC-FP'])
+def test_upsamplers_start_as_those_of_the_authors_of_esc(name: str, scale: int, shared: Path) -> None:
+    source, net = build(name, 2), build(name, scale)
+    fill(source, name)
+    left = load_weights(net, source.state_dict(), '', NETWORKS[name].upsampler_prefix)
+    assert left == NotCopied(['to_img.weight', 'to_img.bias'], [])
+    with np.load(shared / 'reference' / 'extra' / 'ESC_to_img.npz') as recorded:
+        for key in ('weight', 'bias'):
+            official = f'{"fp_" if name == "ESC-FP" else ""}{key}_x{scale}'
+            if official in recorded:
+                found = net.state_dict()[f'to_img.{key}']
+                torch.testing.assert_close(found, torch.from_numpy(recorded[official]))
 
 
 def test_weights_of_another_scale_are_refused_at_test_time() -> None:
