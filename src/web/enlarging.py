@@ -147,11 +147,13 @@ def write(path: Path, sr: np.ndarray, photo: Photo, format: str) -> None:
 def loses_profile(photo: Photo, format: str) -> bool:
     """Whether a file of that format cannot say of its colours what the photograph says.
 
-    WebP has no grey images, and only PNG has chunks.
+    WebP has no grey images, and only PNG has chunks; by its third edition, 4.3, cICP comes before a profile, and that and
+    sRGB before the others.
     """
     if format == 'PNG':
         return False
-    return bool(set(photo.chunks) - {b'sRGB'}) or (format == 'WebP' and photo.grey and photo.icc is not None)
+    chunks = b'cICP' in photo.chunks or (photo.chunks and not photo.icc and b'sRGB' not in photo.chunks)
+    return bool(chunks) or (format == 'WebP' and photo.grey and photo.icc is not None)
 
 
 def opaque(image: Image.Image) -> Image.Image:

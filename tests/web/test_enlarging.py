@@ -196,3 +196,5 @@ def test_a_colour_profile_that_the_format_cannot_hold_is_told(photo):
     write_png(photo, picture(1, 20, 30), chunks={b'gAMA': (100000).to_bytes(4, 'big')})
     assert 'without its colour profile, which JPEG cannot hold' in run(photo, BICUBIC[2], 'JPEG').about
     assert 'profile' not in run(photo, BICUBIC[2]).about
+    write_png(photo, picture(1, 20, 30), chunks={b'gAMA': (45455).to_bytes(4, 'big'), b'sRGB': b'\0'})
+    assert 'profile' not in run(photo, BICUBIC[2], 'JPEG').about

@@ -95,7 +95,7 @@ class Tiler:
             return results
 
         while done < height:
-            total = tiles + self._tiles_from(*image.shape[-2:], done)
+            total = tiles + self._tiles_from(image.shape[-2], image.shape[-1], done)
             report(tiles, total)
             try:
                 for piece in self._pieces(reporting, image, scale, done):
