@@ -74,6 +74,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark='*primary_700',
         button_primary_background_fill_hover='*primary_800',
         button_primary_background_fill_hover_dark='*primary_800',
+        block_info_text_color='*neutral_600',
         link_text_color_dark='*secondary_300',
     )
 
@@ -223,7 +224,13 @@ STYLE = """
 #told p { margin: 0 0 .4rem; }
 .failure { color: #b91c1c; }
 .dark .failure { color: #fca5a5; }
-#progress progress { display: block; width: 100%; height: 1rem; accent-color: var(--color-accent); }
+.or { color: inherit; }
+#progress progress { display: block; width: 100%; height: .75rem; margin-bottom: .3rem; appearance: none; border: 0;
+  border-radius: .4rem; overflow: hidden; background: var(--neutral-300); }
+.dark #progress progress { background: var(--neutral-700); }
+#progress ::-webkit-progress-bar { background: none; }
+#progress ::-webkit-progress-value { background: var(--color-accent); }
+#progress ::-moz-progress-bar { background: var(--color-accent); }
 .previews { display: flex; flex-wrap: wrap; gap: .75rem; list-style: none; margin: 0; padding: 0; }
 .previews li { display: grid; gap: .1rem; max-width: 160px; font-size: .85rem; overflow-wrap: anywhere; }
 .previews li:has(.failure) { max-width: none; }
