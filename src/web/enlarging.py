@@ -147,8 +147,8 @@ def write(path: Path, sr: np.ndarray, photo: Photo, format: str) -> None:
 def loses_profile(photo: Photo, format: str) -> bool:
     """Whether a file of that format cannot say of its colours what the photograph says.
 
-    WebP has no grey images, and only PNG has chunks. By its third edition, section 4.3, cICP comes before a profile, and
-    a profile and sRGB come before the others.
+    WebP has no grey images, and only PNG has chunks. By its third edition, section 4.3, cICP comes before a profile,
+    and a profile and sRGB come before the others.
     """
     if format == 'PNG':
         return False

@@ -152,10 +152,11 @@ def work(images: Sequence[Path], enlarge: Enlarge, folder: Path, line: Line, sto
             try:
                 line.join(turn)
                 task = pool.submit(turn.use, partial(enlarge, image, folder / str(state.number)))
-                while wait([task], POLL).not_done:
+                while not task.done():
                     state.ahead = line.ahead(turn)
                     state.seconds = worked + turn.seconds
                     yield state
+                    wait([task], POLL)
                 state.results[state.names[state.number]] = task.result()
             except Stopped:
                 state.stopped = True

@@ -207,10 +207,10 @@ def test_several_results_are_a_zip_file_of_their_visitor(program):
 
 def test_progress_is_told_by_tiles(program):
     a = Visitor(program.url)
-    shown = a.enlarge([a.upload('wide.png', png(picture(5, 8, 1200)))], 2, 'LCoAN-small_x2.pt')
+    shown = a.enlarge([a.upload('wide.png', png(np.zeros((8, 15000), np.uint8)))], 2, 'ASID_x2.pt')
     assert shown.told[0] == '<p>wide: 0 percent.</p>'
     assert any('<progress max="1"' in bar for bar in shown.bars)
-    assert any(re.search(r'\d of 3 tiles', bar) for bar in shown.bars)
+    assert any(re.search(r'\d of \d+ tiles, about \d+ s left', bar) for bar in shown.bars)
 
 
 def test_stopped_work_leaves_nothing(program):
@@ -226,6 +226,17 @@ def test_stopped_work_leaves_nothing(program):
     assert shown.text == 'Stopped.'
     assert shown.download is None and not shown.images
     assert set(folder.glob('*/0/*')) == before
+
+
+def test_leaving_ends_the_work(program):
+    a, b = Visitor(program.url), Visitor(program.url)
+    path = a.upload('left.png', png(np.zeros((8, 15000), np.uint8)))
+    a.ask('narrow', 2, 'clean')
+    messages = a.send('click', a.files([path]), 2, 'clean', 'ASID_x2.pt', 'PNG', None)
+    next(messages)
+    messages.close()  # and with it the connection
+    assert b.enlarge([b.upload('photo.png', PHOTO)], 2, 'none').text == 'Done.'  # whose turn comes after that work
+    assert not list(Path(path).parents[1].glob('*/0/left*'))
 
 
 def test_other_files_are_served_to_nobody(program):
