@@ -13,7 +13,7 @@ from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_phot
 from data.outputs import output_names
 from error import UserError, WriteError
 from model import Model
-from model.tiles.tiling import Tiler, out_of_memory
+from model.tiles.tiling import Report, Tiler, out_of_memory, unreported
 from report.page import Saved
 from system import memory, parallel
 from system.allocator import trim_heap
@@ -122,18 +122,19 @@ def saved_photos(source: Path, target: Path, scale: int) -> list[Saved]:
     return [image for image in images if image.file in there]
 
 
-def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:
+def enlarged(model: Model, photo: Photo, report: Report = unreported) -> Iterator[np.ndarray]:
     """Rows (some, W) or (some, W, 2 to 4) of a photograph enlarged, of its own channels and depth, from top to bottom.
 
     Alpha is enlarged apart from the colour and by bicubic: what is opaque stays opaque, which a network does not
-    guarantee.
+    guarantee. `report` is told how many tiles of the colour are done and how many there are; what it raises ends the
+    work.
     """
     if photo.alpha is None:
-        for rows in model.rows(photo.color):
+        for rows in model.rows(photo.color, report):
             yield rows[..., 1] if photo.grey else rows
         return
     plain, done = Model('Bicubic', model.scale, model.device, Tiler(512, 2 * REACH, 1)), 0
-    for rows in model.rows(fill_hidden(photo.color, photo.alpha)):
+    for rows in model.rows(fill_hidden(photo.color, photo.alpha), report):
         first, done = done, done + len(rows)
         top = max(0, first // model.scale - REACH)
         alpha = photo.alpha[top : -(-done // model.scale) + REACH]

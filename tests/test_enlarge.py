@@ -159,10 +159,10 @@ def test_an_image_that_does_not_fit_is_named_and_no_other_is_lost(tmp_path, monk
     model = Model('Bicubic', 2)
     plain = model.rows
 
-    def rows(image):
+    def rows(image, report):
         if image.shape[1] == 20:
             raise UserError('too large.')
-        yield from plain(image)
+        yield from plain(image, report)
 
     monkeypatch.setattr(model, 'rows', rows)
     with pytest.raises(UserError, match=r'^1 of 5 images could not be enlarged: \S*1\.png: too large\.$'):
