@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import torch
 
+from data.source import name_warnings
 from error import UserError
 from report import picture
 from system import parallel
@@ -168,12 +169,16 @@ class RunFolder:
             raise UserError(f'{self.folder} was deleted under this run, and another one was started in it: end one.')
 
     def start_log(self) -> None:
-        """Send the program's messages to log.txt as well as to the screen."""
+        """Send the program's messages to log.txt as well as to the screen, with those that there were before."""
         if not self.writes:
             return
         with self._made():
             log_file = logging.FileHandler(self.folder / 'log.txt', encoding='utf-8')
-        log.handlers = [*(h for h in log.handlers if not isinstance(h, logging.FileHandler)), log_file]
+        for earlier in log.handlers:
+            if isinstance(earlier, Remembered):
+                for record in earlier.records:
+                    log_file.handle(record)
+        log.handlers = [*(h for h in log.handlers if not isinstance(h, logging.FileHandler | Remembered)), log_file]
 
     def write(self, name: str, text: str) -> None:
         """Write a text file."""
@@ -290,9 +295,22 @@ def lock_file(file: IO[str]) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+class Remembered(logging.Handler):
+    """The first messages of the program, for a log.txt that is begun after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.records) < 1000:  # a program without a run folder may say much
+            self.records.append(record)
+
+
 def start_screen(quiet: bool = False) -> None:
-    """Send the program's messages to standard output, or nowhere."""
+    """Send the program's messages to standard output, or nowhere; warnings on image files are among them."""
     log.setLevel(logging.INFO)
-    log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout)]
+    log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout), Remembered()]
+    name_warnings()
     log.propagate = False
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line

@@ -56,7 +56,7 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
                 photo = read(own) if limit is not None or first == 0 else ahead(read, own, len(files))
                 height = len(photo.color) * model.scale
                 path = target / f'{names[own]}_x{model.scale}_SR.png'
-                background.feed(enlarged(model, photo), write_rows, path, height, photo.icc)
+                background.feed(enlarged(model, photo), write_rows, path, height, photo.icc, photo.chunks)
             except WriteError:
                 raise
             except UserError as error:
@@ -69,7 +69,7 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
     if others := [path for path in source.iterdir() if path not in files]:
-        log.info('Left out, no images of a known kind: %s', some(sorted(path.name for path in others)))
+        log.info('Left out, no image files of a known kind: %s', some(sorted(path.name for path in others)))
     if failures:
         raise UserError(f'{len(failures)} of {len(files)} images could not be enlarged: {" ".join(failures)}')
 
@@ -100,7 +100,7 @@ def saved_photos(source: Path, target: Path, scale: int) -> list[Saved]:
 
 
 def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:
-    """Rows (some, W), (some, W, 3) or (some, W, 4) of a photograph enlarged, of its own depth, from top to bottom.
+    """Rows (some, W) or (some, W, 2 to 4) of a photograph enlarged, of its own channels and depth, from top to bottom.
 
     Alpha is enlarged apart from the colour and by bicubic: what is opaque stays opaque, which a network does not
     guarantee.
@@ -115,4 +115,4 @@ def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:
         top = max(0, first // model.scale - REACH)
         alpha = photo.alpha[top : -(-done // model.scale) + REACH]
         alpha = plain.upscale(np.repeat(alpha[..., None], 3, -1))[first - top * model.scale :, :, :1]
-        yield np.concatenate((rows, alpha[: len(rows)]), -1)
+        yield np.concatenate((rows[..., 1:2] if photo.grey else rows, alpha[: len(rows)]), -1)

@@ -1,5 +1,6 @@
 """Scoring on test sets: of a network, or of images that another program made."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,9 @@ from report import picture
 from report.page import Saved
 from system import parallel
 from system.background import Prefetcher, WorkerPool
-from system.files import write_atomic
+from system.files import some, write_atomic
+
+log = logging.getLogger('frugalsr')
 
 SHEET_ROWS = 5
 SHOWN = 3
@@ -51,6 +54,7 @@ class Evaluation:
         self.sets, self.metrics, self.folder, self.ground_truth = sets, metrics, folder, ground_truth
         self.shown: dict[str, np.ndarray] = {}
         self.results: dict[str, Any] = {}
+        self._named: set[tuple[str, str]] = set()  # set and metric of which the images without a value were named
 
     def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Results by set: {metric: its mean, 'seconds': an image, 'images': {name: {metric: value, 'seconds'}}}.
@@ -92,7 +96,19 @@ class Evaluation:
         if self.folder is not None:
             write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet([row for row in rows if row]))
         means = {key: metric.mean(score[key] for score in scores) for key in scores[0]}
+        self._name_unscored(images, scores)
         return means | {'images': dict(zip(images.names, scores, strict=True))}
+
+    def _name_unscored(self, images: SRData, scores: Sequence[dict[str, float]]) -> None:
+        """Say, once a set, which images are too small for a metric and so have no part in its mean."""
+        for each in self.metrics:
+            lacking = [name for name, found in zip(images.names, scores, strict=True) if math.isnan(found[each.name])]
+            if lacking and (images.name, each.name) not in self._named:
+                self._named.add((images.name, each.name))
+                log.warning(
+                    '%s: %s is the mean of %d of %d images; too small for it: %s',
+                    images.name, each.title, len(scores) - len(lacking), len(scores), some(lacking),
+                )  # fmt: skip
 
     def _finish(
         self, images: SRData, index: int, sr: np.ndarray, seconds: float, label: str

@@ -95,8 +95,9 @@ class Metric:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The value of a set: the mean of its images' values. Infinity and nan carry over; ValueError if there is none."""
-    return statistics.fmean(values)
+    """The value of a set: the mean over the images that have one (not nan), nan if none has. Infinity carries over."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def _planes(sr: np.ndarray, hr: np.ndarray, shave: int, channels: Channels) -> tuple[np.ndarray, np.ndarray]:

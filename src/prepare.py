@@ -220,8 +220,14 @@ def find_sets(name: str, dir_data: Path) -> list[ImageSet]:
 
 
 def lr_files(images: ImageSet, scale: int) -> list[Path]:
-    """Where the LR image of each image is, or would be."""
-    return [path for path in images.lr_files(scale) if path is not None]
+    """Where the LR image of each image is, or would be.
+
+    Raises:
+        UserError: as `find_lr`.
+    """
+    from data.lr import find_lr
+
+    return [path for path in find_lr(images, scale) if path is not None]
 
 
 def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:
@@ -232,13 +238,10 @@ def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:
     """
     from data.srdata import SRData
 
-    lacking = sum(not path.is_file() for path in lr_files(images, scale))
     SRData(images, scale, args.lr_border).prepare(args.n_threads)
     left = [path for path in lr_files(images, scale) if not path.is_file()]
     if left:
         raise UserError(f'{left[0]} could not be written: make its folder writable, or name another --dir_data.')
-    if lacking:
-        log.info('%s x%d: %d LR images made', images.name, scale, lacking)
 
 
 def check(args: Namespace) -> int:

@@ -1,5 +1,6 @@
 """Fixtures that several test modules use."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Generator
@@ -51,6 +52,21 @@ def shared() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return SHARED
+
+
+@pytest.fixture
+def messages() -> Generator[list[str]]:
+    """What the program logs while the test runs."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger('frugalsr')
+    before, level = log.handlers, log.level
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    yield found
+    log.handlers = before
+    log.setLevel(level)
 
 
 def slow(*cases: object) -> list:

@@ -129,7 +129,7 @@ def test_an_image_of_pillow_is_turned_upright_and_keeps_its_profile() -> None:
 
 
 @pytest.mark.parametrize(
-    'mode, expected', [('1', 'L'), ('LA', 'RGBA'), ('P', 'RGB'), ('CMYK', 'RGB'), ('RGBA', 'RGBA'), ('I;16', 'I;16')]
+    'mode, expected', [('1', 'L'), ('LA', 'LA'), ('P', 'RGB'), ('CMYK', 'RGB'), ('RGBA', 'RGBA'), ('I;16', 'I;16')]
 )
 def test_modes_of_pillow(mode: str, expected: str) -> None:
     sr = load('Bicubic_x3', 'cpu')

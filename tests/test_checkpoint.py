@@ -262,6 +262,16 @@ def test_log_goes_to_screen_and_file_and_is_continued(run, capsys):
     assert capsys.readouterr().out == 'first message\nsecond message\n'
 
 
+def test_what_was_said_before_the_log_is_in_it(run, capsys):
+    log = logging.getLogger('frugalsr')
+    start_screen()
+    log.info('LR made: 5 of 5')
+    run.start_log()
+    log.info('second message')
+    assert (run.folder / 'log.txt').read_text() == 'LR made: 5 of 5\nsecond message\n'
+    assert capsys.readouterr().out == 'LR made: 5 of 5\nsecond message\n'
+
+
 def test_a_log_on_a_full_disk_says_nothing(run, capsys):
     run.folder.mkdir()
     (run.folder / 'log.txt').symlink_to('/dev/full')

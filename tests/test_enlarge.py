@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from error import UserError
 from model import Model
 from model.tiles.tiling import Tiler
 from tests.conftest import ROOT, slow
+from tests.data.test_profile import cmyk_profile
 
 RNG = np.random.default_rng(0)
 
@@ -34,6 +36,41 @@ def test_grey_stays_grey():
     grey = RNG.integers(0, 256, (9, 8, 1)).astype(np.uint8)
     (rows,) = enlarged(Model('Bicubic', 2), Photo(grey.repeat(3, 2), None, grey=True))
     assert rows.shape == (18, 16)
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_grey_with_alpha_stays_grey(tmp_path, dtype):
+    """As enlarged by a network that makes colours of it; with its grey profile."""
+    peak, icc = np.iinfo(dtype).max, bytes(16) + b'GRAY' + bytes(108)
+    pixels = RNG.integers(0, peak, (9, 8, 2), endpoint=True).astype(dtype)
+    write_png(tmp_path / 'photos' / 'a.png', pixels, icc)
+    model = Model('EDSR-baseline', 2, n_feats=4, n_resblocks=1)
+    enlarge_folder(model, tmp_path / 'photos', tmp_path / 'out')
+    path = tmp_path / 'out' / 'a_x2_SR.png'
+    photo = read_photo(path)
+    assert photo.grey
+    assert (photo.icc, photo.color.dtype) == (icc, dtype)
+    assert path.read_bytes()[25] == 4  # PNG's colour type of grey and alpha
+    bicubic = Model('Bicubic', 2).upscale(pixels[..., [1, 1, 1]])[..., 0]
+    assert np.array_equal(photo.alpha, bicubic)
+
+
+def test_what_a_png_file_says_of_its_colours_is_kept(tmp_path):
+    chunks = {b'cICP': bytes((12, 13, 0, 1)), b'gAMA': (45455).to_bytes(4, 'big')}
+    write_png(tmp_path / 'photos' / 'a.png', np.zeros((5, 6, 3), np.uint8), chunks=chunks)
+    enlarge_folder(Model('Bicubic', 2), tmp_path / 'photos', tmp_path / 'out')
+    assert read_photo(tmp_path / 'out' / 'a_x2_SR.png').chunks == chunks
+
+
+def test_further_frames_and_pipes_are_told(tmp_path, messages):
+    frames = [Image.new('RGB', (6, 5), colour) for colour in ('red', 'green', 'blue')]
+    (tmp_path / 'photos').mkdir()
+    frames[0].save(tmp_path / 'photos' / 'a.webp', save_all=True, append_images=frames[1:], lossless=True)
+    os.mkfifo(tmp_path / 'photos' / 'b.png')
+    enlarge_folder(Model('Bicubic', 2), tmp_path / 'photos', tmp_path / 'out')
+    assert f'{tmp_path}/photos/a.webp: only the first of its 3 images is read' in messages
+    assert 'Left out, no image files of a known kind: b.png' in messages
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['a_x2_SR.png']
 
 
 def test_an_image_too_large_to_be_read_within_the_limit_is_named(tmp_path):
@@ -66,19 +103,26 @@ def taken(setup: str, work: str) -> int:
 @pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')
 @pytest.mark.parametrize(
     'kind',
-    ['grey', 'jpeg', *slow('rgb', 'cmyk', 'webp', 'palette', 'clear', 'deep', 'tif')],
+    ['grey', 'jpeg', *slow('rgb', 'cmyk', 'profile', 'webp', 'palette', 'clear', 'deep', 'tif', 'planes')],
 )
 def test_reading_takes_no_more_than_is_said(tmp_path, kind):
     low = RNG.integers(0, 256, (1500, 2000, 4)).astype(np.uint8)
-    path = tmp_path / {'jpeg': 'a.jpg', 'cmyk': 'a.jpg', 'webp': 'a.webp', 'tif': 'a.tif'}.get(kind, 'a.png')
+    suffixes = {'jpeg': 'jpg', 'cmyk': 'jpg', 'profile': 'jpg', 'webp': 'webp', 'tif': 'tif', 'planes': 'tif'}
+    path = tmp_path / f'a.{suffixes.get(kind, "png")}'
     if kind == 'deep':
         write_png(path, low.astype(np.uint16) * 257)
     elif kind == 'tif':
         import tifffile
 
         tifffile.imwrite(path, low[..., :3].astype(np.uint16), photometric='rgb')
-    elif kind == 'cmyk':
-        Image.fromarray(low[..., :3]).convert('CMYK').save(path)
+    elif kind == 'planes':
+        import tifffile
+
+        planes = np.moveaxis(low.astype(np.uint16), 2, 0)
+        tifffile.imwrite(path, planes, photometric='rgb', planarconfig='separate', extrasamples=['unassalpha'])
+    elif kind in ('cmyk', 'profile'):
+        icc = cmyk_profile() if kind == 'profile' else None
+        Image.fromarray(low[..., :3]).convert('CMYK').save(path, icc_profile=icc)
     elif kind == 'palette':
         Image.fromarray(low[..., :3]).quantize(16).save(path)
     else:

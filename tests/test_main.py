@@ -203,7 +203,7 @@ def test_an_image_of_the_wrong_size_is_not_scored(data_folder, capsys):
 def test_what_changes_a_score_is_recorded(data_folder, no_curves):
     train(data_folder, LCOAN)
     plain = train(data_folder, '--load run --test_only')
-    expected = {'Set5': {'channels': 'Y', 'shave': 2, 'lr_border': 'mirror'}}
+    expected = {'Set5': {'channels': 'Y', 'shave': 2, 'lr_made': 2, 'lr_border': 'mirror'}}
     assert results(plain)['protocol'] == {
         'chop': None, 'self_ensemble': False, 'precision': 'float32', 'sets': expected,
     }  # fmt: skip
@@ -221,7 +221,7 @@ def test_what_changes_a_score_is_recorded(data_folder, no_curves):
 def test_div2k_is_scored_on_rgb(data_folder):
     run = train(data_folder, f'{BICUBIC} --scale 4 --data_test DIV2K --data_range 1-2/5-6 --lr_border clamp')
     found = results(run)
-    assert found['protocol']['sets'] == {'DIV2K': {'channels': 'RGB', 'shave': 10, 'lr_border': 'clamp'}}
+    assert found['protocol']['sets'] == {'DIV2K': {'channels': 'RGB', 'shave': 10, 'lr_made': 2, 'lr_border': 'clamp'}}
     assert list(found['sets']['DIV2K']['images']) == ['0005', '0006']
     hr = read_rgb(data_folder / 'DIV2K' / 'DIV2K_train_HR' / '0005.png')
     lr = read_rgb(data_folder / 'DIV2K' / 'DIV2K_train_LR_bicubic' / 'X4' / '0005x4.png')

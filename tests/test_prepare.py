@@ -101,16 +101,26 @@ def test_flickr2k(mirror, tmp_path):
 
 def test_benchmark(mirror, tmp_path):
     data = tmp_path / 'data'
-    write_png(data / 'benchmark' / 'Set5' / 'HR' / 'mine.png', picture(2, SIDE, SIDE))
+    write_png(data / 'benchmark' / 'Set5' / 'HR' / 'a.png', picture(2, SIDE, SIDE))
     write_png(data / 'benchmark' / 'Manga109' / 'HR' / 'manga.png', picture(2, SIDE, SIDE))
     shutil.copytree(data / 'benchmark' / 'Set5', data / 'benchmark' / 'Set5_copy')
     run('benchmark', '--dir_data', str(data), '--scale', '2', '--mirror', mirror.url)
-    sets = {name: ['a'] for name in ('B100', 'Urban100', 'Set14')}
-    sets |= {'Manga109': ['manga'], 'Set5_copy': ['mine']}
+    sets = {name: ['a'] for name in ('B100', 'Urban100', 'Set14', 'Set5', 'Set5_copy')} | {'Manga109': ['manga']}
     expected = {f'{name}/{path}' for name, stems in sets.items() for stem in stems
                 for path in (f'HR/{stem}.png', f'LR_bicubic/X2/{stem}x2.png')}  # fmt: skip
-    expected |= {'Set5/HR/mine.png', 'Set5/LR_bicubic/X2/ax2.png', 'Set5/LR_bicubic/X2/minex2.png'}
     assert set(images(data / 'benchmark')) == expected
+    for name, lr in {'Set5': mirror.own, 'Set5_copy': None}.items():
+        folder = data / 'benchmark' / name
+        np.testing.assert_array_equal(read_rgb(folder / 'HR' / 'a.png'), picture(2, SIDE, SIDE))
+        assert ((folder / 'LR_bicubic' / 'X2' / 'ax2.png').read_bytes() == lr) == (lr is not None)
+
+
+def test_lr_of_an_archive_that_fits_no_image(mirror, tmp_path, capsys):
+    data = tmp_path / 'data'
+    write_png(data / 'benchmark' / 'Set5' / 'HR' / 'mine.png', picture(2, SIDE, SIDE))
+    text = error(capsys, 'benchmark', '--dir_data', str(data), '--scale', '2', '--mirror', mirror.url)
+    for part in ('Set5/LR_bicubic/X2/ax2.png', 'belong to no HR image', 'Set5/LR_bicubic/X2/minex2.png'):
+        assert part in text
 
 
 def test_an_archive_that_is_there_is_used_and_kept(mirror, tmp_path, capsys):

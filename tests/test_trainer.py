@@ -771,7 +771,7 @@ def pair(tmp_path) -> SRData:
     return three(tmp_path)
 
 
-def test_evaluation(pair):
+def test_evaluation(pair, messages):
     """One grey level off everywhere: the MSE of luma is (219/255)^2."""
 
     def off_by_one(images: SRData, index: int) -> tuple[np.ndarray, float]:
@@ -780,7 +780,8 @@ def test_evaluation(pair):
 
     grey = {i: np.full(pair.hr(i).shape, 50 * (i + 1), np.uint8) for i in range(3)}
     pair.hr = grey.__getitem__
-    results = Evaluation([pair], METRICS)(off_by_one, 'x')
+    evaluation = Evaluation([pair], METRICS)
+    results = evaluation(off_by_one, 'x')
     assert list(results) == ['Some']
     images = results['Some']['images']
     assert list(images) == ['a', 'b', 'tiny']
@@ -788,6 +789,13 @@ def test_evaluation(pair):
     assert images['a']['psnr'] == pytest.approx(expected)
     assert images['b']['psnr'] == pytest.approx(expected)
     assert math.isnan(images['tiny']['psnr'])
+    assert results['Some']['psnr'] == pytest.approx(expected)  # of those that have one
+    assert messages[-2:] == [
+        f'Some: {name} is the mean of 2 of 3 images; too small for it: tiny' for name in ('PSNR', 'SSIM')
+    ]
+    messages.clear()
+    evaluation(off_by_one, 'x')
+    assert not messages  # it was said
     assert images['a']['ssim'] < 1
     assert results['Some']['seconds'] == 0.25
 
@@ -806,7 +814,8 @@ def test_protocol_and_shaved_border(tmp_path, channels, border):
         return upscale
 
     evaluation = Evaluation([pair], METRICS[:1])
-    assert evaluation.protocol() == {'Some': {'channels': channels, 'shave': border, 'lr_border': 'mirror'}}
+    expected = {'channels': channels, 'shave': border, 'lr_made': 3, 'lr_border': 'mirror'}
+    assert evaluation.protocol() == {'Some': expected}
     assert evaluation(wrong_border(border), 'x')['Some']['images']['a']['psnr'] == math.inf
     assert evaluation(wrong_border(border + 1), 'x')['Some']['images']['a']['psnr'] < 60
 

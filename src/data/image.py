@@ -1,45 +1,49 @@
-"""Image files in and out: what a photograph may look like on disk is dealt with here and nowhere else."""
+"""Image files in and out, as the program has them in memory."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.ImageFile import ImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image
 
-from data.png import HEAD_BYTES, encode_png, is_png16, read_png16
+from data.formats import SUFFIXES, open_image, orientation_of, samples_8bit
+from data.png import encode_png
+from data.profile import fits
+from data.source import note, upright
 from error import UserError
 from system.files import write_atomic
-
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
-FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
-MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # Pillow's pixel modes that convert to 8 bits
-MAX_PIXELS = 2**28
-OPAQUE, CONVERTED, WEBP, CLEAR, DEEP = 8, 13, 22, 40, 46  # bytes a pixel while an image is read, measured
-
-# Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 @dataclass(frozen=True)
 class Photo:
     """An upright image: `color` (H, W, 3) uint8 or uint16, `alpha` (H, W) of the same type or None if it has none.
 
-    `grey` tells that the file had one colour channel, repeated three times in `color`; `icc` is its colour profile.
+    `grey` tells that the file had one colour channel, repeated three times in `color`; `icc` is its colour profile, and
+    `chunks` are other statements on its colours, PNG chunks by name. `frames` is how many images the file holds, of
+    which this is the first.
     """
 
     color: np.ndarray
     alpha: np.ndarray | None
     grey: bool
     icc: bytes | None = None
+    chunks: Mapping[bytes, bytes] = field(default_factory=dict)
+    frames: int = 1
+
+    @property
+    def samples(self) -> np.ndarray:
+        """Its own channels: (H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+        color = self.color[..., :1] if self.grey else self.color
+        return color if self.alpha is None else np.dstack((color, self.alpha))
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files (SUFFIXES, in any case) directly in `folder`, sorted by name; hidden files are left out.
+    """Image files (SUFFIXES, in any case) directly in `folder`, sorted by name.
+
+    Hidden files are left out, and what is no file: folders, pipes, sockets, devices.
 
     Raises:
         UserError: `folder` is not a folder.
@@ -48,29 +52,37 @@ def find_images(folder: Path) -> list[Path]:
         raise UserError(f'{folder} is not a folder: check the path.')
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith('.'))
     # A dangling link is kept, to be named when it is read.
-    return sorted((path for path in found if not path.is_dir()), key=lambda path: path.name)
+    return sorted((path for path in found if path.is_file() or not path.exists()), key=lambda path: path.name)
 
 
 def read_photo(path: Path) -> Photo:
-    """Reads the first frame of a PNG, JPEG, BMP, TIFF or WebP file, turned as its EXIF orientation says.
+    """Reads the first image of a PNG, JPEG, BMP, TIFF or WebP file, turned as its EXIF orientation says.
 
-    PNG and TIFF with 16 bits a channel give uint16 in [0, 65535], everything else uint8 in [0, 255].
+    PNG and TIFF with 16 bits a channel give uint16 in [0, 65535], everything else uint8 in [0, 255]. CMYK becomes sRGB
+    by its colour profile. Where there are more images, a warning says so.
 
     Raises:
-        UserError: the file is missing, damaged, larger than MAX_PIXELS, or holds something else, floats for example.
+        UserError: as `open_image`.
     """
-    with _user_errors(path):
-        samples, icc = _read_samples(path)
-    return _as_photo(samples, icc)
+    with open_image(path) as source:
+        samples = source.read()
+        if source.frames > 1:
+            note(f'only the first of its {source.frames} images is read')
+        return _as_photo(samples, source.icc, source.chunks, source.frames)
 
 
-def _as_photo(samples: np.ndarray, icc: bytes | None) -> Photo:
+def _as_photo(
+    samples: np.ndarray,
+    icc: bytes | None,
+    chunks: Mapping[bytes, bytes] = MappingProxyType({}),
+    frames: int = 1,
+) -> Photo:
     """(H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
     channels = samples.shape[2]
     grey = channels < 3
     color = samples[..., :1].repeat(3, axis=2) if grey else np.ascontiguousarray(samples[..., :3])
     alpha = np.ascontiguousarray(samples[..., -1]) if channels in (2, 4) else None
-    return Photo(color, alpha, grey, icc)
+    return Photo(color, alpha, grey, icc, chunks, frames)
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -85,37 +97,23 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, upright, from its header alone: EXIF data stored after the pixels is not seen.
+    """Height and width of an image as `read_photo` gives it; its pixels are not decoded.
 
     Raises:
-        UserError: as in `read_photo`, as far as the header tells.
+        UserError: as `open_image`.
     """
-    with _user_errors(path), Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        if isinstance(image, TiffImageFile):  # whose size Pillow may have turned already
-            width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
-        # Not image.getexif, for which Pillow decodes a PNG file that begins without EXIF data.
-        turned = _orientation(lambda: Image.Image.getexif(image)) in (5, 6, 7, 8)
-        return (width, height) if turned else (height, width)
+    with open_image(path) as source:
+        return source.height, source.width
 
 
 def bytes_to_read(path: Path) -> int:
     """How much memory `read_photo` takes at most, and what a transparent image takes to be filled.
 
     Raises:
-        UserError: as in `read_photo`, as far as the header tells.
+        UserError: as `open_image`.
     """
-    height, width = read_size(path)
-    with _user_errors(path), path.open('rb') as file:
-        head = file.read(HEAD_BYTES)
-        image = Image.open(file, formats=FORMATS)
-        if is_png16(head) or _is_tif16(image):
-            pixel = DEEP
-        elif image.has_transparency_data:
-            pixel = CLEAR
-        else:
-            pixel = WEBP if image.format == 'WEBP' else OPAQUE if image.mode in ('L', 'RGB') else CONVERTED
-    return height * width * pixel
+    with open_image(path) as source:
+        return source.height * source.width * source.pixel_bytes
 
 
 def from_pillow(image: Image.Image) -> Photo:
@@ -128,8 +126,8 @@ def from_pillow(image: Image.Image) -> Photo:
         if not image.width * image.height:
             raise ValueError('it is empty')
         deep = image.mode.startswith('I;16')
-        samples = np.array(image).astype(np.uint16)[..., None] if deep else _samples_8bit(image)
-        samples = _upright(samples, _orientation(image.getexif))
+        samples = np.array(image).astype(np.uint16)[..., None] if deep else samples_8bit(image)
+        samples = upright(samples, orientation_of(image))
     except Exception as error:  # a file that is read only now may be damaged
         raise UserError(
             f'This image of Pillow cannot be used ({error}): convert it to RGB, RGBA, L or I;16.'
@@ -138,39 +136,46 @@ def from_pillow(image: Image.Image) -> Photo:
 
 
 def to_pillow(samples: np.ndarray, icc: bytes | None = None) -> Image.Image:
-    """(H, W) or (H, W, 3) or (H, W, 4) uint8, or (H, W) uint16, as an image of Pillow: L, RGB, RGBA or I;16.
+    """(H, W) or (H, W, 2 to 4) uint8, or (H, W) uint16, as an image of Pillow: L, LA, RGB, RGBA or I;16.
 
     The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey.
     """
     image = Image.fromarray(np.ascontiguousarray(samples))
-    if fits(icc, grey=samples.ndim == 2):
+    if fits(icc, _is_grey(samples)):
         image.info['icc_profile'] = icc
     return image
 
 
-def fits(icc: bytes | None, grey: bool) -> bool:
-    """Whether a colour profile is one of grey images, or else of RGB images."""
-    space = b'GRAY' if grey else b'RGB '
-    return icc is not None and icc[16:20] == space  # ICC.1:2022, section 7.2: data colour space
+def _is_grey(samples: np.ndarray) -> bool:
+    return samples.ndim < 3 or samples.shape[2] < 3
 
 
-def write_png(path: Path, image: np.ndarray, icc: bytes | None = None) -> None:
+def write_png(
+    path: Path, image: np.ndarray, icc: bytes | None = None, chunks: Mapping[bytes, bytes] = MappingProxyType({})
+) -> None:
     """`write_rows` of a whole image."""
-    write_rows([image], path, len(image), icc)
+    write_rows([image], path, len(image), icc, chunks)
 
 
-def write_rows(rows: Iterable[np.ndarray], path: Path, height: int, icc: bytes | None = None) -> None:
-    """Writes uint8 or uint16 rows (some, W), (some, W, 3) or (some, W, 4), `height` in all, as PNG, whole or not.
+def write_rows(
+    rows: Iterable[np.ndarray],
+    path: Path,
+    height: int,
+    icc: bytes | None = None,
+    chunks: Mapping[bytes, bytes] = MappingProxyType({}),
+) -> None:
+    """Writes uint8 or uint16 rows (some, W) or (some, W, 1 to 4), `height` in all, as PNG, whole or not.
 
-    The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey.
+    The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey; `chunks` are put
+    in by name.
 
     Raises:
         WriteError: the file cannot be written; an older one stays as it was. Errors of `rows` pass through.
     """
     rows = iter(rows)
     first = next(rows)
-    kept = icc if fits(icc, grey=first.ndim == 2) else None
-    write_atomic(path, encode_png(chain([first], rows), height, kept))
+    kept = icc if fits(icc, _is_grey(first)) else None
+    write_atomic(path, encode_png(chain([first], rows), height, kept, chunks))
 
 
 def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -192,97 +197,3 @@ def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
     rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
     return color[rows, columns]
-
-
-@contextmanager
-def _user_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f'{path} does not exist: check the path.') from error
-    except UnidentifiedImageError as error:
-        found = f'{path} ({path.stat().st_size} bytes) is not an image that can be read'
-        raise UserError(f'{found}: replace it by a PNG, JPEG, BMP, TIFF or WebP file.') from error
-    except Exception as error:  # on a damaged file the decoders raise nearly anything
-        reason = str(error) or type(error).__name__
-        raise UserError(f'{path} cannot be read ({reason}): restore it, or save it again as PNG.') from error
-
-
-def _read_samples(path: Path) -> tuple[np.ndarray, bytes | None]:
-    """(H, W, C) uint8 or uint16, upright; C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; and the ICC profile."""
-    with path.open('rb') as file:
-        head = file.read(HEAD_BYTES)
-        image = Image.open(file, formats=FORMATS)  # seeks to the start itself
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f'{image.width} x {image.height} pixels, at most {MAX_PIXELS} are allowed')
-        if is_png16(head):
-            samples = read_png16(path.read_bytes())
-        elif _is_tif16(image):
-            samples = _read_tif16(path)
-        else:
-            samples = _read_8bit(image)
-        return _upright(samples, _orientation(image.getexif)), image.info.get('icc_profile')
-
-
-def _is_tif16(image: Image.Image) -> bool:
-    return isinstance(image, TiffImageFile) and 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ())
-
-
-def _read_8bit(image: ImageFile) -> np.ndarray:
-    if image.mode == 'L' and 'transparency' in image.info:
-        # Pillow widens the pixels of a 2- or 4-bit PNG to 8 bits, but not its transparent grey.
-        image.info['transparency'] *= {'L;2': 85, 'L;4': 17}.get(str(image.tile[0][3]), 1)
-    return _samples_8bit(image)
-
-
-def _samples_8bit(image: Image.Image) -> np.ndarray:
-    """(H, W, C) uint8, where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
-    if image.mode not in MODES:
-        raise ValueError(f'pixels of type {image.mode} are not supported')
-    grey = image.mode in ('1', 'L', 'LA', 'La')
-    mode = ('L' if grey else 'RGB') + ('A' if image.has_transparency_data else '')
-    samples = np.array(image if image.mode == mode else image.convert(mode))
-    return samples[..., None] if samples.ndim == 2 else samples
-
-
-def _read_tif16(path: Path) -> np.ndarray:
-    from tifffile import EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, TiffFile  # rarely needed
-
-    with TiffFile(path) as tif:
-        page = tif.pages.first
-        colors = {PHOTOMETRIC.MINISBLACK: 1, PHOTOMETRIC.RGB: 3}.get(page.photometric)
-        plain = page.dtype == np.uint16 and page.bitspersample == 16 and page.imagedepth == 1
-        if colors is None or not plain or page.planarconfig != PLANARCONFIG.CONTIG:
-            raise ValueError(f'TIFF pixels of type {page.dtype} {page.axes} are not supported')
-        # tifffile fills up a tile cut short between two rows without a word.
-        ends = map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))
-        if max(ends) > tif.filehandle.size:
-            raise ValueError('the file ends early')
-        samples = page.asarray().astype(np.uint16).reshape(page.imagelength, page.imagewidth, -1)
-    extra = page.extrasamples[:1]
-    if extra == (EXTRASAMPLE.ASSOCALPHA,):
-        return _unmultiply(samples[..., : colors + 1])
-    return samples[..., : colors + (extra == (EXTRASAMPLE.UNASSALPHA,))]
-
-
-def _unmultiply(samples: np.ndarray) -> np.ndarray:
-    """Divides the colours of (H, W, C) uint16 by the alpha they were multiplied with."""
-    alpha = samples[..., -1:].astype(np.uint32)
-    color = (samples[..., :-1].astype(np.uint32) * 65535 + alpha // 2) // np.maximum(alpha, 1)
-    return np.concatenate((np.minimum(color, 65535), alpha), axis=2).astype(np.uint16)
-
-
-def _orientation(getexif: Callable[[], Image.Exif]) -> int:
-    """EXIF orientation, to be asked after loading: Pillow turns TIFF files itself and then reports 1."""
-    with suppress(Exception):  # a damaged EXIF block is no reason to refuse the pixels
-        return getexif().get(ExifTags.Base.Orientation, 1)
-    return 1
-
-
-def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation (1 to 8, Exif 2.32 section 4.6.4)."""
-    if orientation in (5, 6, 7, 8):
-        samples = samples.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        samples = samples[:, ::-1]
-    return samples[::-1] if orientation in (3, 4, 7, 8) else samples

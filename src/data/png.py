@@ -5,7 +5,9 @@ Follows the PNG specification, third edition (https://www.w3.org/TR/png-3/): chu
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,6 +19,10 @@ NONE, SUB, UP, AVERAGE, PAETH = range(5)
 ROWS = 64  # packed at a time
 CHUNK_BYTES = 2**16  # written at a time, or more
 DEFLATE_RATIO = 1032  # deflate never packs more bytes into one
+# Section 8.1: first row and column, and steps, of the pixels that each pass holds.
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+FRAMES = (b'IDAT', b'acTL', b'fcTL', b'fdAT')  # chunks with pixels, and what arranges them into an animation
+COLORS = {b'cICP': 4, b'cHRM': 32, b'gAMA': 4, b'sRGB': 1, b'mDCV': 24, b'cLLI': 8}  # what colours mean, and its bytes
 
 
 def is_png16(head: bytes) -> bool:
@@ -32,7 +38,7 @@ def read_png16(data: bytes) -> np.ndarray:
         becomes an alpha channel of 0 and 65535.
 
     Raises:
-        ValueError: the file is damaged, cut short, interlaced, or not a 16-bit PNG.
+        ValueError: the file is damaged, cut short, or not a 16-bit PNG.
     """
     header, key, packed = b'', None, []
     for name, body in _chunks(data):
@@ -42,20 +48,59 @@ def read_png16(data: bytes) -> np.ndarray:
             key = np.frombuffer(body, '>u2')
         elif name == b'IDAT':
             packed.append(body)
-    height, width, channels = _shape(header)
-    rows = _inflate(b''.join(packed), height, 1 + 2 * width * channels)
-    pixels = _unfilter(rows[:, 0], rows[:, 1:].reshape(height, width, 2 * channels))
-    image = pixels.view('>u2').astype(np.uint16)
+    height, width, channels, interlaced = _shape(header)
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    shapes = [(len(range(y, height, down)), len(range(x, width, right)), channels) for y, x, down, right in passes]
+    parts = list(_reduced_images(b''.join(packed), shapes))
+    if not interlaced:
+        image = parts[0].astype(np.uint16)
+    else:
+        image = np.empty((height, width, channels), np.uint16)
+        for (y, x, down, right), part in zip(passes, parts, strict=True):
+            image[y::down, x::right] = part
     return image if key is None else _with_alpha(image, key)
 
 
-def encode_png(rows: Iterable[np.ndarray], height: int, icc: bytes | None = None) -> Iterator[bytes]:
+def read_chunks(file: BinaryIO) -> tuple[dict[bytes, bytes], bytes]:
+    """What a PNG file holds besides its pixels, as far as it is whole; checksums are not verified.
+
+    Returns:
+        The statements on colours (`COLORS`) that stand before the pixels, and a file that has all chunks but FRAMES if
+        there are any after the pixels, otherwise nothing.
+    """
+    file.seek(len(SIGNATURE))
+    colors, kept, late, pixels_seen = {}, [SIGNATURE], False, False
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack('>I4s', head)
+        if name in FRAMES:
+            pixels_seen |= name == b'IDAT'
+            file.seek(length + 4, 1)
+            continue
+        body = file.read(length + 4)[:length]
+        if len(body) < length:
+            break
+        kept.append(_chunk(name, body))
+        if name == b'IEND':
+            break
+        late |= pixels_seen
+        if COLORS.get(name) == length and not pixels_seen:
+            colors[name] = body
+    return colors, b''.join(kept) if late else b''
+
+
+def encode_png(
+    rows: Iterable[np.ndarray],
+    height: int,
+    icc: bytes | None = None,
+    chunks: Mapping[bytes, bytes] = MappingProxyType({}),
+) -> Iterator[bytes]:
     """A PNG file in pieces, from rows of an image that come in pieces; packed for speed, not for size.
 
     Args:
         rows: uint8 or uint16 (some, W) or (some, W, C) from top to bottom, `height` in all; C = 1 grey, 2 grey and
             alpha, 3 RGB, 4 RGBA.
         icc: a colour profile to put in.
+        chunks: others to put before the pixels, by name.
     """
     packer, packed, above = zlib.compressobj(1), b'', None
     for block in _blocks(rows):
@@ -65,6 +110,7 @@ def encode_png(rows: Iterable[np.ndarray], height: int, icc: bytes | None = None
             yield SIGNATURE + _chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))
             if icc is not None:
                 yield _chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc))
+            yield b''.join(_chunk(name, body) for name, body in chunks.items())
             above = np.zeros(width * channels * block.itemsize, np.uint8)
         pixels = np.ascontiguousarray(block, block.dtype.newbyteorder('>')).reshape(len(block), -1).view(np.uint8)
         filtered = np.empty((len(pixels), 1 + len(above)), np.uint8)
@@ -115,23 +161,33 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     raise ValueError('the PNG file ends early')
 
 
-def _shape(header: bytes) -> tuple[int, int, int]:
-    """Height, width and channels that the IHDR chunk declares."""
+def _shape(header: bytes) -> tuple[int, int, int, bool]:
+    """Height, width and channels that the IHDR chunk declares, and whether the image is interlaced."""
     if len(header) != 13:
         raise ValueError('the PNG header is missing or has a wrong length')
     width, height, depth, color_type, compression, filtering, interlace = struct.unpack('>IIBBBBB', header)
-    if interlace == 1:
-        raise ValueError('16-bit PNG with Adam7 interlacing is not supported, save it without interlacing')
-    if depth != 16 or color_type not in CHANNELS or (compression, filtering, interlace) != (0, 0, 0):
+    if depth != 16 or color_type not in CHANNELS or (compression, filtering) != (0, 0) or interlace > 1:
         raise ValueError(f'the PNG header declares depth {depth}, colour type {color_type}, not a valid 16-bit image')
     if not (0 < width < 2**31 and 0 < height < 2**31):
         raise ValueError(f'the PNG header declares {width} x {height} pixels')
-    return height, width, CHANNELS[color_type]
+    return height, width, CHANNELS[color_type], interlace == 1
 
 
-def _inflate(packed: bytes, height: int, row_bytes: int) -> np.ndarray:
-    """Filtered rows (height, row_bytes) uint8; never takes more memory than they do, or than the file's size allows."""
-    size = height * row_bytes
+def _reduced_images(packed: bytes, shapes: Sequence[tuple[int, int, int]]) -> Iterator[np.ndarray]:
+    """Images of these shapes (H, W, C), one behind the other in the packed data, big-endian uint16."""
+    sizes = [h * (1 + 2 * c * w) if w else 0 for h, w, c in shapes]  # without columns there are no rows either
+    data, end = _inflate(packed, sum(sizes)), 0
+    for (height, width, channels), size in zip(shapes, sizes, strict=True):
+        start, end = end, end + size
+        if not size:
+            yield np.empty((height, width, channels), '>u2')
+            continue
+        rows = data[start:end].reshape(height, -1)
+        yield _unfilter(rows[:, 0], rows[:, 1:].reshape(height, width, 2 * channels)).view('>u2')
+
+
+def _inflate(packed: bytes, size: int) -> np.ndarray:
+    """The first `size` bytes, uint8; never takes more memory than they do, or than the file's size allows."""
     if size > DEFLATE_RATIO * len(packed):
         raise ValueError('the PNG file holds less image data than its header declares')
     try:
@@ -140,7 +196,7 @@ def _inflate(packed: bytes, height: int, row_bytes: int) -> np.ndarray:
         raise ValueError(f'the image data of the PNG file is damaged ({error})') from error
     if len(data) < size:
         raise ValueError('the PNG file holds less image data than its header declares')
-    return np.frombuffer(data, np.uint8).reshape(height, row_bytes)
+    return np.frombuffer(data, np.uint8)
 
 
 def _unfilter(filters: np.ndarray, filtered: np.ndarray) -> np.ndarray:

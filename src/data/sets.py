@@ -36,13 +36,6 @@ class ImageSet:
     def __getitem__(self, part: slice) -> 'ImageSet':
         return ImageSet(self.name, self.hr[part], self.lr[part], self.channels)
 
-    def lr_files(self, scale: int) -> list[Path | None]:
-        """Where the low-resolution image of each image is, or would be; None: nowhere."""
-        return [
-            None if folder is None else folder / f'X{scale}' / f'{path.stem}x{scale}.png'
-            for path, folder in zip(self.hr, self.lr, strict=True)
-        ]
-
     @property
     def names(self) -> list[str]:
         """Names of the images, without suffix."""
@@ -118,9 +111,9 @@ def sample() -> ImageSet:
 
 
 def _given(hr: Path) -> tuple[Path, Path]:
-    """LR folder of an HR folder given by its path: beside one called HR or ..._HR, inside any other."""
-    if hr.name == 'HR' or hr.name.endswith('_HR'):
-        return hr, hr.parent / (hr.name.removesuffix('HR') + 'LR_bicubic')
+    """LR folder of an HR folder given by its path: beside one called HR or ..._HR, in any case, inside any other."""
+    if hr.name.upper() == 'HR' or hr.name.upper().endswith('_HR'):
+        return hr, hr.parent / (hr.name[:-2] + 'LR_bicubic')
     return hr, hr / 'LR_bicubic'
 
 

@@ -2,9 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from data.cache import DecodedCache
 from data.degradation import Degradation
 from data.image import read_rgb, read_size, write_png
 from data.imresize import Border, shrink
+from data.lr import Origin, find_lr, read_origin
 from data.sets import ImageSet
+from data.source import reading
 from error import UserError, WriteError
-from system.files import write_atomic
+from system.files import some
 
 log = logging.getLogger('frugalsr')
 
@@ -33,6 +35,10 @@ class SRData:
         shave: pixels at each border that no score counts; None: the scale, and by EDSR's convention for RGB 6 more.
         skip_bad: `prepare` passes over images that cannot be used; reading them raises `UserError`.
         degradation: what is done to the LR images that `lr` gives, each always alike.
+
+    Attributes:
+        lr_made: how many LR images were made by this program, now or earlier; None: not known before `prepare`.
+        lr_border: their border; None: there are none.
     """
 
     def __init__(
@@ -49,17 +55,15 @@ class SRData:
         self.name, self.channels, self.names = images.name, images.channels, images.names
         self.scale, self.border = scale, border
         self.shave = scale + (6 if self.channels == 'RGB' else 0) if shave is None else shave
-        self.lr_border: Border | None = None  # known once LR is found or made that is not of unknown origin
+        self.lr_made: int | None = None
+        self.lr_border: Border | None = None
+        self._images, self._cached = images, cached
         self._hr = list(images.hr)
-        self._lr = images.lr_files(scale)
+        self._lr: list[Path | None] = [None] * len(images.hr)  # until `prepare` looks for it
         self._made: dict[int, np.ndarray] = {}
         self._bad: dict[int, str] = {}  # what is wrong with an image
         self._unwritten: dict[str, WriteError] = {}  # what is done without, and why
         self._caches: dict[Path, DecodedCache] = {}
-        if cached:
-            for hr, lr in zip(self._hr, self._lr, strict=True):
-                for path in (hr, lr) if lr else ():  # an image without an LR folder lies where nothing may be written
-                    self._caches.setdefault(path.parent, DecodedCache(cache_folder(path.parent)))
 
     def __len__(self) -> int:
         return len(self._hr)
@@ -84,7 +88,7 @@ class SRData:
 
     def protocol(self) -> dict[str, Any]:
         """What scores are measured on: channels, pixels left out at each border, how LR was made."""
-        found = {'channels': self.channels, 'shave': self.shave, 'lr_border': self.lr_border}
+        found = {'channels': self.channels, 'shave': self.shave, 'lr_made': self.lr_made, 'lr_border': self.lr_border}
         return found | ({'degradation': self.degradation.text} if self.degradation else {})
 
     def _check_usable(self, index: int) -> None:
@@ -99,15 +103,13 @@ class SRData:
         Raises:
             UserError: an image cannot be read, is smaller than the scale, or an LR file has the wrong size.
         """
-        missing = []
-        for index, (hr, lr) in enumerate(zip(self._hr, self._lr, strict=True)):
-            if lr is not None and lr.is_file():
-                with self._excused(index):
-                    self._check_size(hr, lr)
-            else:
-                missing.append(index)
+        self._lr = find_lr(self._images, self.scale)
+        if self._cached:
+            for hr, lr in zip(self._hr, self._lr, strict=True):
+                for path in (hr, lr) if lr else ():  # an image without an LR folder lies where nothing may be written
+                    self._caches.setdefault(path.parent, DecodedCache(cache_folder(path.parent)))
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            self._make_missing(pool, missing)
+            self._prepare_lr(pool)
             if self._caches:
                 self._fill_caches(pool, renew_cache)
         if self._bad:
@@ -129,30 +131,52 @@ class SRData:
                 raise
             self._bad[index] = str(error)
 
-    def _make_missing(self, pool: ThreadPoolExecutor, missing: Sequence[int]) -> None:
-        incomplete = {path.parent for index in missing if (path := self._lr[index])}
-        self.lr_border = self.border
-        for folder in dict.fromkeys(path.parent for path in self._lr if path is not None):
-            self._note_border(folder, folder in incomplete)
-        errors = [error for error in self._each(pool, self._make_lr, missing, f'Making LR of {self.name}') if error]
+    def _prepare_lr(self, pool: ThreadPoolExecutor) -> None:
+        """Make the LR images that are missing, and those made here from an HR image that is another one now."""
+        there = [index for index, lr in enumerate(self._lr) if lr and (lr.is_file() or lr.is_symlink())]
+        missing = sorted(set(range(len(self))) - set(there))
+        found = dict(zip(there, self._each(pool, self._inspect, there, f'Checking LR of {self.name}'), strict=True))
+        changed = [index for index, (_, is_old) in found.items() if is_old]
+        origins = {self._lr[index]: origin for index, (origin, is_old) in found.items() if not is_old}
+        self._check_border(origins, {path.parent for index in missing if (path := self._lr[index])})
+        if changed:
+            names = some([self.names[index] for index in changed])
+            log.info('%s x%d: LR is made anew where its HR has changed: %s', self.name, self.scale, names)
+        todo = sorted([*missing, *changed])
+        errors = [error for error in self._each(pool, self._make_lr, todo, f'Making LR of {self.name}') if error]
         if errors:
             self._unwritten['LR images are kept in memory'] = errors[0]
+        self.lr_made = len(todo) + sum(origin is not None for origin in origins.values())
+        self.lr_border = self.border if self.lr_made else None
+        now = f', {len(todo)} of them now' if 0 < len(todo) < self.lr_made else ''
+        places = some([str(folder) for folder in dict.fromkeys(path.parent for path in self._lr if path)]) or 'memory'
+        log.info('%s x%d: LR made: %d of %d%s; in %s', self.name, self.scale, self.lr_made, len(self), now, places)
 
-    def _note_border(self, folder: Path, making: bool) -> None:
-        """LR images made here have a note of their border beside them, so that no other is taken for it."""
-        note = folder / '.lr_border'
-        if note.is_file():
-            if (border := note.read_text().strip()) != self.border:
-                raise UserError(f'The LR images in {folder} have --lr_border {border}: give that, or remove it.')
-        elif any(folder.glob('*.png')):
-            if making and self.border != 'mirror':
+    def _inspect(self, index: int) -> tuple[Origin | None, bool]:
+        """What an LR file was made from, if it was made here, and whether that has changed."""
+        hr, lr = self._hr[index], self._lr[index]
+        assert lr is not None
+        origin = read_origin(lr)
+        with self._excused(index):
+            with reading(hr):
+                if origin and origin.has_changed(hr):
+                    return origin, True
+            self._check_size(hr, lr)
+        return origin, False
+
+    def _check_border(self, origins: Mapping[Path | None, Origin | None], incomplete: set[Path]) -> None:
+        """LR images of another border are not taken for those that are wanted."""
+        for path, origin in origins.items():
+            assert path is not None
+            if origin is not None and origin.border != self.border:
                 raise UserError(
-                    f'{folder} holds LR images of unknown border, but not all: complete it, or leave out --lr_border.'
+                    f'The LR images in {path.parent} have --lr_border {origin.border}: give that, or remove it.'
                 )
-            self.lr_border = None
-        elif making:
-            with suppress(WriteError):  # the images will say so
-                write_atomic(note, f'{self.border}\n'.encode())
+            if origin is None and self.border != 'mirror' and path.parent in incomplete:
+                raise UserError(
+                    f'{path.parent} holds LR images of unknown border, but not all: complete it, or leave out '
+                    '--lr_border.'
+                )
 
     def _fill_caches(self, pool: ThreadPoolExecutor, renew: bool) -> None:
         files = [
@@ -186,10 +210,12 @@ class SRData:
     def _make_lr(self, index: int) -> WriteError | None:
         path = self._lr[index]
         with self._excused(index):
+            with reading(self._hr[index]):
+                origin = Origin.of(self._hr[index], self.border)
             image = self._in_memory(index)
             if path is not None:
                 try:
-                    write_png(path, image)
+                    write_png(path, image, chunks=origin.chunks())
                 except WriteError as error:
                     return error
                 del self._made[index]

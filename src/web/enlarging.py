@@ -99,20 +99,23 @@ def enlarge(image: Path, choice: Choice, folder: Path, max_pixels: int, cpu: boo
     sr = np.concatenate(list(enlarged(model, photo)))
     seconds = time.perf_counter() - start
     result = folder / f'{image.stem}_x{scale}.png'
-    write_png(result, sr, photo.icc)
+    write_png(result, sr, photo.icc, photo.chunks)
     sizes = f'{width}x{height} to {sr.shape[1]}x{sr.shape[0]} pixels'
     about = f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
+    if photo.frames > 1:
+        about += f'; only the first of {photo.frames} images in the file'
     return Result(*preview(photo, sr, folder), result, about)
 
 
 def preview(photo: Photo, sr: np.ndarray, folder: Path) -> tuple[Path, Path]:
     """Write an image, enlarged by bicubic interpolation, and its enlargement, both at a size that a browser likes."""
-    lr = photo.color if photo.alpha is None else np.dstack((photo.color, photo.alpha))
+    lr = photo.samples.squeeze(2) if photo.samples.shape[2] == 1 else photo.samples
     height, width = sr.shape[:2]
     share = min(1, (SHOWN / (height * width)) ** 0.5)
     size = (max(1, round(width * share)), max(1, round(height * share)))
     before, after = folder / 'before.png', folder / 'after.png'
     for file, pixels in ((before, lr), (after, sr)):
         eight = pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8)
-        write_png(file, np.asarray(Image.fromarray(eight).resize(size, Image.Resampling.BICUBIC)), photo.icc)
+        shown = np.asarray(Image.fromarray(eight).resize(size, Image.Resampling.BICUBIC))
+        write_png(file, shown, photo.icc, photo.chunks)
     return before, after

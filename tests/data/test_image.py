@@ -12,7 +12,7 @@ import tifffile
 from PIL import ExifTags, Image, ImageCms
 from PIL.ImageFile import ImageFile
 
-import data.image
+import data.formats
 from data.image import fill_hidden, find_images, read_photo, read_rgb, read_size, write_png
 from data.png import encode_png
 from error import UserError, WriteError
@@ -295,14 +295,6 @@ def test_read_size_of_no_image(tmp_path):
             read_size(tmp_path / name)
 
 
-@pytest.mark.filterwarnings('ignore:Corrupt EXIF')
-@pytest.mark.parametrize('block', [b'II', b'no exif at all', b'MM\0*\0\0\0\xff'])
-def test_damaged_exif_is_ignored(tmp_path, block):
-    path = saved(tmp_path / 'x.png', RGB)
-    path.write_bytes(png_with(path.read_bytes(), b'eXIf', block))
-    np.testing.assert_array_equal(read_rgb(path), RGB)
-
-
 def test_read_rgb_rounds_16_bits(tmp_path):
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     write_png(tmp_path / 'x.png', values)
@@ -317,29 +309,6 @@ def test_read_rgb_layout(tmp_path, image):
     assert (read.dtype, read.shape) == (np.uint8, (5, 7, 3))
     assert read.flags.c_contiguous
     assert read.flags.writeable
-
-
-@pytest.mark.parametrize(
-    ('dtype', 'options'),
-    [
-        (np.float32, {'photometric': 'minisblack'}),
-        (np.float32, {'photometric': 'rgb'}),
-        (np.float16, {'photometric': 'rgb'}),
-        (np.uint32, {'photometric': 'rgb'}),
-        (np.int32, {'photometric': 'minisblack'}),
-        (np.int16, {'photometric': 'minisblack'}),
-        (np.uint16, {'photometric': 'miniswhite'}),
-        (np.uint16, {'photometric': 'rgb', 'planarconfig': 'separate'}),
-    ],
-)
-def test_exotic_tif(tmp_path, dtype, options):
-    image = RGBA16[..., :3].astype(dtype)
-    if options['photometric'] != 'rgb':
-        image = image[..., 0]
-    elif 'planarconfig' in options:
-        image = np.moveaxis(image, 2, 0)
-    tifffile.imwrite(tmp_path / 'x.tif', image, **options)
-    refused(tmp_path / 'x.tif')
 
 
 def refused(path: Path):
@@ -391,15 +360,6 @@ def test_damaged_png(tmp_path, image):
     refused(path)
 
 
-def test_interlaced_png16(tmp_path):
-    data = bytearray(b''.join(encode_png([RGBA16], len(RGBA16))))
-    data[28] = 1
-    data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
-    (tmp_path / 'x.png').write_bytes(data)
-    with pytest.raises(UserError, match='interlac'):
-        read_photo(tmp_path / 'x.png')
-
-
 def test_missing_file_and_folder(tmp_path):
     refused(tmp_path / 'missing.png')
     (tmp_path / 'folder.png').mkdir()
@@ -411,13 +371,13 @@ def test_missing_file_and_folder(tmp_path):
 def test_bomb(tmp_path, monkeypatch, factor):
     path = saved(tmp_path / 'x.png', np.zeros((30, 10 * factor + 1), np.uint8))
     read_photo(path)
-    monkeypatch.setattr(data.image, 'MAX_PIXELS', 300)
+    monkeypatch.setattr(data.formats, 'MAX_PIXELS', 300)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)
     refused(path)
 
 
 def test_large_photographs_are_allowed():
-    assert min(data.image.MAX_PIXELS, Image.MAX_IMAGE_PIXELS) > 200_000_000
+    assert min(data.formats.MAX_PIXELS, Image.MAX_IMAGE_PIXELS) > 200_000_000
 
 
 @pytest.mark.parametrize('image', [RGB, RGB[..., 0], RGBA, RGB[::-1, ::2], np.zeros((1, 1), np.uint8)])

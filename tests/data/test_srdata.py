@@ -275,7 +275,7 @@ def test_given_lr_suits_any_border(tmp_path):
     for border in ('mirror', 'clamp'):
         data = prepared(images, 2, border=border)
         np.testing.assert_array_equal(data.lr(0), hr[::2, ::2])
-        assert data.lr_border is None
+        assert (data.lr_made, data.lr_border) == (0, None)
 
 
 def test_given_lr_is_not_completed_with_another_border(tmp_path):
@@ -284,8 +284,8 @@ def test_given_lr_is_not_completed_with_another_border(tmp_path):
     write_png(tmp_path / 'LR_bicubic' / 'X2' / 'ax2.png', picture(1, 8, 8))
     images = find_set(f'{tmp_path}/HR', tmp_path, tmp_path)
     assert 'unknown border' in message(images, 2, border='clamp')
-    assert prepared(images, 2).lr_border is None
-    assert not (tmp_path / 'LR_bicubic' / 'X2' / '.lr_border').exists()
+    data = prepared(images, 2)
+    assert (data.lr_made, data.lr_border) == (1, 'mirror')
 
 
 def test_border_is_noted_before_a_failure(tmp_path):

@@ -76,6 +76,20 @@ def test_result_is_that_of_demo(tmp_path):
         assert pixels(result.before).shape[:2] == pixels(result.after).shape[:2] == (32, 1400)
 
 
+def test_grey_with_alpha_is_grey_before_and_after_and_further_frames_are_told(tmp_path):
+    icc = bytes(16) + b'GRAY' + bytes(108)
+    write_png(tmp_path / 'grey.png', picture(2, 16, 20)[..., :2], icc)
+    result = run(tmp_path / 'grey.png', X2)
+    for file in (result.before, result.after, result.image):
+        with Image.open(file) as image:
+            assert image.mode == 'LA'
+            assert image.info['icc_profile'] == icc
+    assert 'images in the file' not in result.about
+    frames = [Image.new('RGB', (6, 5), colour) for colour in ('red', 'green')]
+    frames[0].save(tmp_path / 'frames.png', save_all=True, append_images=frames[1:])
+    assert run(tmp_path / 'frames.png', BICUBIC[0]).about.endswith('; only the first of 2 images in the file')
+
+
 def test_before_and_after(photo):
     result = run(photo, BICUBIC[1])
     exact = upscale_bicubic(picture(1, 20, 30), 3)

@@ -1,0 +1,139 @@
+"""The formats of image files: which decoder reads what, and what a file says of its pixels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from data import tiff
+from data.png import HEAD_BYTES, is_png16, read_chunks, read_png16
+from data.profile import cmyk_to_rgb
+from data.source import Source, note, reading, swaps_sides, upright
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
+MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # of Pillow, that convert to 8 bits
+ANIMATED = ('PNG', 'TIFF', 'WEBP')  # the other images of a JPEG file are none of its own: thumbnails, gain maps
+MAX_PIXELS = 2**28
+OPAQUE, CONVERTED, PROFILED, WEBP, CLEAR, DEEP = 8, 13, 18, 22, 40, 46  # bytes a pixel while an image is read, measured
+
+# Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Source]:
+    """A PNG, JPEG, BMP, TIFF or WebP file, open within this block.
+
+    Raises:
+        UserError: the file is missing, damaged, larger than MAX_PIXELS, or holds something else, floats for example.
+    """
+    with reading(path), path.open('rb') as file:
+        head = file.read(HEAD_BYTES)
+        try:
+            image: ImageFile | None = Image.open(file, formats=FORMATS)  # seeks to the start itself
+        except UnidentifiedImageError:
+            if not head.startswith(tiff.SIGNATURES):
+                raise
+            image = None
+        if image is None or _is_deep_tiff(image):
+            source = tiff.open_tiff(path, file)
+        else:
+            source = _open_with_pillow(image, file, is_png16(head))
+        if source.width * source.height > MAX_PIXELS:
+            raise ValueError(f'{source.width} x {source.height} pixels, at most {MAX_PIXELS} are allowed')
+        yield source
+
+
+def _is_deep_tiff(image: ImageFile) -> bool:
+    """Whether Pillow would not read all bits of a TIFF file."""
+    return isinstance(image, TiffImageFile) and (
+        image.mode not in MODES or 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ())
+    )
+
+
+def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
+    """A file that Pillow opened as `file`; `deep`: it is a PNG file of 16 bits a channel."""
+    chunks: dict[bytes, bytes] = {}
+    if image.format == 'PNG':
+        place = file.tell()
+        chunks, late = read_chunks(file)
+        file.seek(place)
+        if late:  # as Pillow itself finds once it has decoded the pixels
+            with suppress(Exception):  # what is damaged there does not touch the pixels
+                image.info.update(Image.open(BytesIO(late), formats=('PNG',)).info)
+    frames = _count_frames(image)
+    orientation = orientation_of(image)
+    width, height = image.size
+    if isinstance(image, TiffImageFile):  # whose size Pillow may have turned already
+        width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+
+    def read() -> np.ndarray:
+        if deep:
+            file.seek(0)
+            return upright(read_png16(file.read()), orientation)
+        samples = _read_8bit(image)
+        # Pillow has turned a TIFF file then, and says so.
+        return upright(samples, orientation_of(image) if isinstance(image, TiffImageFile) else orientation)
+
+    if swaps_sides(orientation):
+        width, height = height, width
+    icc = None if image.mode == 'CMYK' else image.info.get('icc_profile')
+    return Source(height, width, read, DEEP if deep else _pixel_bytes(image), frames, icc, chunks)
+
+
+def _pixel_bytes(image: ImageFile) -> int:
+    if image.has_transparency_data:
+        return CLEAR
+    if image.mode == 'CMYK' and 'icc_profile' in image.info:
+        return PROFILED
+    return WEBP if image.format == 'WEBP' else OPAQUE if image.mode in ('L', 'RGB') else CONVERTED
+
+
+def _count_frames(image: ImageFile) -> int:
+    if image.format not in ANIMATED:
+        return 1
+    try:
+        return getattr(image, 'n_frames', 1)
+    except Exception:
+        note('what follows the first image in it is damaged')
+        image.seek(0)
+        return 1
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation of an image of Pillow, by EXIF or XMP data, as far as they are known without decoding it."""
+    try:  # not image.getexif, for which Pillow decodes a PNG file that begins without EXIF data
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # no reason to refuse the pixels
+        note(f'its EXIF data is damaged ({error}), so it is taken as upright')
+        return 1
+
+
+def _read_8bit(image: ImageFile) -> np.ndarray:
+    if image.mode == 'L' and 'transparency' in image.info:
+        # Pillow widens the pixels of a 2- or 4-bit PNG to 8 bits, but not its transparent grey.
+        image.info['transparency'] *= {'L;2': 85, 'L;4': 17}.get(str(image.tile[0][3]), 1)
+    return samples_8bit(image)
+
+
+def samples_8bit(image: Image.Image) -> np.ndarray:
+    """Pixels of an image of Pillow, (H, W, C) uint8, where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
+
+    Raises:
+        ValueError: it has other pixels than those of MODES.
+    """
+    if image.mode not in MODES:
+        raise ValueError(f'pixels of type {image.mode} are not supported')
+    if image.mode == 'CMYK':
+        return np.array(cmyk_to_rgb(image))
+    grey = image.mode in ('1', 'L', 'LA', 'La')
+    mode = ('L' if grey else 'RGB') + ('A' if image.has_transparency_data else '')
+    samples = np.array(image if image.mode == mode else image.convert(mode))
+    return samples[..., None] if samples.ndim == 2 else samples
