@@ -64,7 +64,7 @@ class Upscaler:
 
         Raises:
             UserError: anything else, such as a numpy array of floats or a tensor with values outside [0, 1]: no range
-                is guessed.
+                is guessed; or a result that is not finite.
         """
         with exact_float32(self.model.device):
             if isinstance(image, np.ndarray):

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from data.limit import pillow_allows
 from data.png import HEAD_BYTES, encode_png, is_png16, read_png16
 from error import UserError
 from system.files import write_atomic
@@ -20,9 +21,6 @@ FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
 MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # Pillow's pixel modes that convert to 8 bits
 MAX_PIXELS = 2**28
 OPAQUE, CONVERTED, WEBP, CLEAR, DEEP = 8, 13, 22, 40, 46  # bytes a pixel while an image is read, measured
-
-# Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,8 @@ def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 @contextmanager
 def _user_errors(path: Path) -> Iterator[None]:
     try:
-        yield
+        with pillow_allows(MAX_PIXELS):
+            yield
     except FileNotFoundError as error:
         raise UserError(f'{path} does not exist: check the path.') from error
     except UnidentifiedImageError as error:

@@ -17,7 +17,7 @@ from data.image import read_rgb, read_size, write_png
 from data.imresize import Border, shrink
 from data.sets import ImageSet
 from error import UserError, WriteError
-from system.files import write_atomic
+from system.files import sweep, write_atomic
 
 log = logging.getLogger('frugalsr')
 
@@ -131,6 +131,8 @@ class SRData:
 
     def _make_missing(self, pool: ThreadPoolExecutor, missing: Sequence[int]) -> None:
         incomplete = {path.parent for index in missing if (path := self._lr[index])}
+        for folder in incomplete:
+            sweep(folder)
         self.lr_border = self.border
         for folder in dict.fromkeys(path.parent for path in self._lr if path is not None):
             self._note_border(folder, folder in incomplete)
@@ -171,6 +173,8 @@ class SRData:
                 for _, path in files:
                     self._caches[path.parent].remove(path)
             todo = [item for item in files if not self._caches[item[1].parent].path(item[1]).exists()]
+            for folder in {self._caches[path.parent].folder for _, path in todo}:
+                sweep(folder)
             self._each(pool, decode, todo, f'Decoding {self.name}')
         except WriteError as error:
             self._unwritten['images are decoded whenever they are read'] = error
