@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from error import UserError, report_error
+from error import UserError, report_error, run_program
 from options.kinds import Parser, count, folder, natural
 from options.table import ROOT
 from system.allocator import tune_malloc
@@ -99,4 +99,4 @@ def address(listener: socket.socket) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

@@ -28,11 +28,12 @@ from typing import IO, Any
 
 import torch
 
+from data.outputs import KINDS, SOURCE
 from data.source import name_warnings
 from error import UserError
 from report import picture
 from system import parallel
-from system.files import read_torch, write_atomic
+from system.files import lock_file, read_torch, sweep, write_atomic
 
 log = logging.getLogger('frugalsr')
 
@@ -98,7 +99,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in OURS:
             (self.folder / name).unlink(missing_ok=True)
-        images = (f'results-*/*_x*_{kind}.png' for kind in ('SR', 'LR', 'HR', 'attention'))
+        images = (f'results-*/{name}' for name in (*(f'*_x*_{kind}.png' for kind in KINDS), SOURCE))
         for pattern in ('test_*.png', 'comparison-*.png', 'model/model_*.pt', 'tensorboard/events.*', *images):
             for path in list(self.folder.glob(pattern)):
                 path.unlink()
@@ -130,7 +131,8 @@ class RunFolder:
             yield
         except OSError as error:
             raise UserError(
-                f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save_dir.'
+                f'The run folder {self.folder} cannot be written ({error.strerror}): choose another --save or '
+                '--save_dir.'
             ) from error
 
     def _take_lock(self) -> None:
@@ -169,16 +171,21 @@ class RunFolder:
             raise UserError(f'{self.folder} was deleted under this run, and another one was started in it: end one.')
 
     def start_log(self) -> None:
-        """Send the program's messages to log.txt as well as to the screen, with those that there were before."""
+        """Send the program's messages to log.txt as well as to the screen, with those that there were before.
+
+        What a killed run left aside is deleted.
+        """
         if not self.writes:
             return
         with self._made():
-            log_file = logging.FileHandler(self.folder / 'log.txt', encoding='utf-8')
+            log_file = logging.FileHandler(self.folder / 'log.txt', encoding='utf-8', errors='backslashreplace')
         for earlier in log.handlers:
             if isinstance(earlier, Remembered):
                 for record in earlier.records:
                     log_file.handle(record)
         log.handlers = [*(h for h in log.handlers if not isinstance(h, logging.FileHandler | Remembered)), log_file]
+        for folder in (self.folder, self.models, *self.folder.glob('results-*')):
+            sweep(folder)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file."""
@@ -215,9 +222,13 @@ class RunFolder:
     def write_log(self, records: list[dict[str, Any]]) -> None:
         """Write metrics and curves of the epochs of a run."""
         self.write('metrics.jsonl', ''.join(json.dumps(finite(record)) + '\n' for record in records))
-        if self.writes:
-            for name, image in picture.curves(records).items():
-                write_atomic(self.folder / name, image)
+        if not self.writes:
+            return
+        for name, draw in picture.curves(records).items():
+            try:
+                picture.save(self.folder / name, draw)
+            except UserError as error:  # no reason to end a run
+                log.warning('%s', error)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write what the run continues from; the state before it is kept beside it."""
@@ -278,23 +289,6 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def lock_file(file: IO[str]) -> None:
-    """Lock an open file for this process until it is closed, and not for those that it starts.
-
-    Raises:
-        BlockingIOError, PermissionError: another process has it.
-        OSError: it cannot be locked.
-    """
-    if sys.platform == 'win32':
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 class Remembered(logging.Handler):
     """The first messages of the program, for a log.txt that is begun after them."""
 
@@ -310,6 +304,8 @@ class Remembered(logging.Handler):
 def start_screen(quiet: bool = False) -> None:
     """Send the program's messages to standard output, or nowhere; warnings on image files are among them."""
     log.setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a line with a name that it cannot show would be lost
     log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout), Remembered()]
     name_warnings()
     log.propagate = False

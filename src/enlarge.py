@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_phot
 from data.outputs import output_names
 from error import UserError, WriteError
 from model import Model
-from model.tiles.tiling import Tiler
+from model.tiles.tiling import Tiler, out_of_memory
 from report.page import Saved
 from system import memory, parallel
 from system.allocator import trim_heap
@@ -25,25 +26,27 @@ REACH = 4  # input pixels on each side that a bicubic enlargement depends on, wi
 
 
 def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None = None) -> None:
-    """Enlarge every image of a folder; a file that cannot be read is named at the end, after the others are done.
+    """Enlarge every image of a folder; what fails is named at the end, after the others are done.
 
     With several processes each has its share. Images are written as their rows are made; beside the network's part of
     the memory there is the image, decoded, and if there is no `limit` the one after it.
 
     Raises:
-        UserError: no folder, no images in it, or some that could not be read or do not fit into memory.
-        WriteError: an image could not be written; those after it are left.
+        UserError: no folder, no images in it, or some that could not be read, enlarged or written.
     """
-    if not source.is_dir():
-        raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
-    files = find_images(source)
-    if not files:
-        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
-    names, failures, ahead = output_names(files), [], Prefetcher()
+    files = find_photos(source)
+    names, ahead = output_names(files), Prefetcher()
+    failures: dict[int, str] = {}
     start = time.perf_counter()
 
     def read(index: int) -> Photo:
         return read_photo(files[index])
+
+    def write(rows: Iterator[np.ndarray], index: int, height: int, *about: Any) -> None:
+        try:
+            write_rows(rows, target / f'{names[index]}_x{model.scale}_SR.png', height, *about)
+        except WriteError as error:
+            failures[index] = str(error)
 
     with WorkerPool() as background:
         for first, own in parallel.progress(list(parallel.rank_indices(len(files))), source.name):
@@ -55,23 +58,42 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
                 # Not while what the network takes is measured, with the first image.
                 photo = read(own) if limit is not None or first == 0 else ahead(read, own, len(files))
                 height = len(photo.color) * model.scale
-                path = target / f'{names[own]}_x{model.scale}_SR.png'
-                background.feed(enlarged(model, photo), write_rows, path, height, photo.icc, photo.chunks)
-            except WriteError:
-                raise
+                background.feed(enlarged(model, photo), write, own, height, photo.icc, photo.chunks)
             except UserError as error:
-                said = str(error)
-                failures.append(said if str(files[own]) in said else f'{files[own]}: {said}')
+                failures[own] = str(error)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                failures[own] = 'memory ran out: give --chop, or a smaller --chop_size.'
             finally:
                 photo = None  # type: ignore[assignment]  # or it would stay while the next one is read
     trim_heap()  # what follows takes some of its own
-    failures = [failure for own in parallel.gather(failures) for failure in own]
+    failures = {index: said for own in parallel.gather(failures) for index, said in own.items()}
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
     if others := [path for path in source.iterdir() if path not in files]:
         log.info('Left out, no image files of a known kind: %s', some(sorted(path.name for path in others)))
     if failures:
-        raise UserError(f'{len(failures)} of {len(files)} images could not be enlarged: {" ".join(failures)}')
+        said = ' '.join(_about(files[index], failures[index]) for index in sorted(failures))
+        raise UserError(f'{len(failures)} of {len(files)} images could not be enlarged: {said}')
+
+
+def find_photos(source: Path) -> list[Path]:
+    """The images of a folder.
+
+    Raises:
+        UserError: no folder, or no images in it.
+    """
+    if not source.is_dir():
+        raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
+    files = find_images(source)
+    if not files:
+        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
+    return files
+
+
+def _about(file: Path, said: str) -> str:
+    return said if str(file) in said else f'{file}: {said}'
 
 
 def check_fits(path: Path, limit: int) -> None:
@@ -96,7 +118,8 @@ def saved_photos(source: Path, target: Path, scale: int) -> list[Saved]:
         Saved(name, target / f'{name}_x{scale}_SR.png', scale, partial(read_rgb, file))
         for name, file in zip(output_names(files), files, strict=True)
     ]
-    return [image for image in images if image.file.is_file()]
+    there = set(target.iterdir()) if target.is_dir() else set()
+    return [image for image in images if image.file in there]
 
 
 def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:

@@ -1,7 +1,14 @@
 """The exceptions a user is meant to see."""
 
+import os
+import select
 import sys
 import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TextIO
+
+CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
 
 
 class UserError(Exception):
@@ -15,9 +22,66 @@ class WriteError(UserError):
     """A file could not be written; what was there before is unchanged."""
 
 
+@contextmanager
+def noting(failures: list[UserError]) -> Iterator[None]:
+    """Within this block a `UserError` is noted, so that what follows is done all the same."""
+    try:
+        yield
+    except UserError as error:
+        failures.append(error)
+
+
+def raise_noted(failures: Sequence[UserError]) -> None:
+    """Raise one `UserError` that says what all of them say, if there are any."""
+    if failures:
+        raise UserError(' '.join(map(str, failures))) from failures[0]
+
+
 def report_error(error: UserError, debug: bool) -> int:
     """Print an error, after its traceback if `debug`; returns the exit status of the program, 2."""
     if debug:
         traceback.print_exception(error)
     print(f'Error: {error}', file=sys.stderr)
     return 2
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run a program and exit with its status, or with 141 if what it printed found no reader any more.
+
+    A log finds that no reason to stop: a run goes on, and has its own status.
+    """
+    try:
+        status = main()
+    except SystemExit as end:  # of the parser
+        status = end.code  # type: ignore[assignment]
+    except BrokenPipeError:
+        if not any(_is_closed(stream) for stream in _screens()):  # it was another pipe
+            raise
+        status = CLOSED_PIPE
+    closed = silence_closed()
+    sys.exit(status or closed)
+
+
+def silence_closed() -> int:
+    """Write out what was printed, nowhere if nobody reads it any more; returns 141 then, else 0."""
+    status = 0
+    for stream in _screens():
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = CLOSED_PIPE
+    return status
+
+
+def _screens() -> list[TextIO]:
+    return [stream for stream in (sys.stdout, sys.stderr) if stream]
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether nobody reads a stream any more."""
+    if not hasattr(select, 'poll'):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)  # faults are always reported
+    return bool(poll.poll(0))

@@ -15,14 +15,14 @@ from data.image import read_rgb, write_png
 from data.imresize import upscale_bicubic
 from data.outputs import match_outputs
 from data.srdata import SRData
-from error import UserError
+from error import UserError, noting
 from metric import Metric
 from model import Model
 from report import picture
 from report.page import Saved
 from system import parallel
 from system.background import Prefetcher, WorkerPool
-from system.files import some, write_atomic
+from system.files import some
 
 log = logging.getLogger('frugalsr')
 
@@ -46,6 +46,7 @@ class Evaluation:
     Attributes:
         shown: the last outputs for the first images of each set, (H, W, 3) uint8 as '<Set>/<name>'.
         results: the last ones.
+        failures: why images or sheets could not be saved the last time; the scores are there all the same.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Evaluation:
         self.shown: dict[str, np.ndarray] = {}
         self.results: dict[str, Any] = {}
         self._named: set[tuple[str, str]] = set()  # set and metric of which the images without a value were named
+        self.failures: list[UserError] = []
 
     def __call__(self, upscale: Upscale, label: str, check: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Results by set: {metric: its mean, 'seconds': an image, 'images': {name: {metric: value, 'seconds'}}}.
@@ -63,7 +65,11 @@ class Evaluation:
             upscale: gives the image of a set at an index, (H, W, 3) uint8, and the seconds that it took.
             label: what to call it in pictures.
             check: called before each image; what it raises ends the evaluation.
+
+        Raises:
+            UserError: an image could not be read or enlarged.
         """
+        self.failures = []
         found = {images.name: self._set(images, upscale, label, check) for images in self.sets}
         self.results = parallel.broadcast(found)
         return self.results
@@ -94,7 +100,9 @@ class Evaluation:
             return {}
         scores, rows = zip(*background.results, strict=True)
         if self.folder is not None:
-            write_atomic(self.folder / f'comparison-{images.name}.png', picture.sheet([row for row in rows if row]))
+            with noting(self.failures):
+                found = [row for row in rows if row]
+                picture.save(self.folder / f'comparison-{images.name}.png', lambda: picture.sheet(found))
         means = {key: metric.mean(score[key] for score in scores) for key in scores[0]}
         self._name_unscored(images, scores)
         return means | {'images': dict(zip(images.names, scores, strict=True))}
@@ -126,11 +134,11 @@ class Evaluation:
 
     def _save(self, images: SRData, index: int, hr: np.ndarray, sr: np.ndarray) -> None:
         assert self.folder is not None
-        stem = self.folder / f'results-{images.name}' / f'{images.names[index]}_x{images.scale}'
-        write_png(stem.with_name(f'{stem.name}_SR.png'), sr)
-        if self.ground_truth:
-            write_png(stem.with_name(f'{stem.name}_LR.png'), images.lr(index))
-            write_png(stem.with_name(f'{stem.name}_HR.png'), hr)
+        place, stem = self.folder / f'results-{images.name}', f'{images.names[index]}_x{images.scale}'
+        versions = {'SR': sr} | ({'LR': images.lr(index), 'HR': hr} if self.ground_truth else {})
+        for kind, image in versions.items():
+            with noting(self.failures):
+                write_png(place / f'{stem}_{kind}.png', image)
 
 
 def score(measured: Metric, images: SRData, sr: np.ndarray, hr: np.ndarray) -> float:
@@ -202,7 +210,10 @@ def timed(model: Model) -> Upscale:
     def upscale(images: SRData, index: int) -> tuple[np.ndarray, float]:
         lr = ahead(images.lr, index, len(images))
         start = time.perf_counter()
-        sr = model.upscale(lr)
+        try:
+            sr = model.upscale(lr)
+        except UserError as error:
+            raise UserError(f'{images.names[index]} of {images.name}: {error}') from error
         return sr, time.perf_counter() - start
 
     return upscale

@@ -14,12 +14,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import option
-from error import UserError, report_error
+from error import UserError, noting, raise_noted, report_error, run_program
 from options.config import changes, write_config
 from options.measured import cost_models, cost_scales, several_forms
 from system.allocator import tune_malloc
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from checkpoint import RunFolder
     from data.srdata import SRData
     from evaluation import Evaluation
@@ -42,14 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        from model.tiles.tiling import out_of_memory
-
-        if not out_of_memory(error) or '--debug' in argv:
+        said = explain(error)
+        if not said or '--debug' in argv:
             raise
-        less = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'
-        print(f'Error: Memory ran out: give {less}.', file=sys.stderr)
+        print(f'Error: {said}', file=sys.stderr)
         return 2
     return 0
+
+
+def explain(error: Exception) -> str:
+    """What the user can do about an error of PyTorch, or nothing."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    from model.tiles.tiling import out_of_memory
+
+    if out_of_memory(error):
+        less = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'
+        return f'Memory ran out: give {less}.'
+    if isinstance(error, TorchDynamoException):
+        reason = str(error).partition('\n')[0]
+        return (
+            f'PyTorch could not compile the network ({reason}): install a C++ compiler, such as g++, if there is none, '
+            'or leave --compile out.'
+        )
+    return ''
 
 
 def run(args: Namespace, argv: Sequence[str] = ()) -> None:
@@ -192,10 +210,12 @@ def score(args: Namespace, folder: RunFolder) -> None:
 
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
-    from enlarge import enlarge_folder
+    from data.outputs import claim
+    from enlarge import enlarge_folder, find_photos
     from evaluation import SHEET_ROWS, table, timed
     from report import attention
     from report.run import describe, facts, show_attention
+    from system import parallel
     from wiring import load, make_model, test_sets
 
     model = make_model(args)
@@ -203,6 +223,11 @@ def test(args: Namespace, folder: RunFolder) -> None:
         attention.source(model)  # which complains
     _, origin = load(args, model)
     evaluation = make_evaluation(args, test_sets(args), folder, save=args.save_results, ssim=True)
+    if 'Demo' in args.data_test:
+        find_photos(args.dir_demo)  # which complains
+        with parallel.main_process_first():
+            if folder.writes:
+                claim(demo_folder(folder), args.dir_demo, args.reset)
     folder.start_log()
     describe(model, folder, origin)
     if not folder.holds_training():
@@ -211,14 +236,17 @@ def test(args: Namespace, folder: RunFolder) -> None:
         results = evaluation(timed(model), label(args))
         log.info('%s', table(results))
         write_results(args, folder, evaluation, results, model, str(origin))
-    try:
+    failures = [*evaluation.failures]
+    with noting(failures):
         if 'Demo' in args.data_test:
             limit = args.max_memory if model.device.type == 'cpu' else None
-            enlarge_folder(model, args.dir_demo, folder.folder / 'results-Demo', limit)
+            enlarge_folder(model, args.dir_demo, demo_folder(folder), limit)
+    with noting(failures):
         if args.show_attention and folder.writes:
             show_attention(model, saved_images(args, folder, evaluation), SHEET_ROWS)
-    finally:
+    with noting(failures):
         write_report(args, folder, evaluation, facts(model, origin.source), model.settings)
+    raise_noted(failures)
 
 
 def export(args: Namespace, folder: RunFolder) -> None:
@@ -259,14 +287,20 @@ def train(args: Namespace, folder: RunFolder) -> None:
     stop, board = Stop(args.max_time), Board(folder.folder / 'tensorboard')
 
     def evaluate(epoch: int) -> dict[str, Any]:
+        model.weights = f'the weights of epoch {epoch}'
         results = evaluation(timed(model), label(args), stop.check)
         write_results(args, folder, evaluation, results, model, f'epoch {epoch}')
+        for failure in evaluation.failures:  # no reason to end a run
+            log.warning('%s', failure)
         return results
 
     def on_epoch_end(record: dict[str, Any]) -> None:
         if parallel.rank() == 0:
             board.write(record, evaluation.shown)
-            write_report(args, folder, evaluation, facts(model, f'epoch {record["epoch"]}'), model.settings)
+            try:
+                write_report(args, folder, evaluation, facts(model, f'epoch {record["epoch"]}'), model.settings)
+            except UserError as error:
+                log.warning('%s', error)
 
     trainer = make_trainer(args, model, phases, data, evaluate, folder, on_epoch_end)
     if args.reset:
@@ -355,9 +389,14 @@ def saved_images(args: Namespace, folder: RunFolder, evaluation: Evaluation) -> 
 
     found = evaluation.saved()
     if 'Demo' in args.data_test and args.max_memory is None:  # which they might exceed
-        found['Demo'] = saved_photos(args.dir_demo, folder.folder / 'results-Demo', args.scale)
+        found['Demo'] = saved_photos(args.dir_demo, demo_folder(folder), args.scale)
     return found
 
 
+def demo_folder(folder: RunFolder) -> Path:
+    """Where the images of the Demo folder go."""
+    return folder.folder / 'results-Demo'
+
+
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

@@ -95,7 +95,7 @@ def continue_run(args: argparse.Namespace) -> None:
 
 
 def _default_name(args: argparse.Namespace) -> str:
-    """Name of a run that was given none; a test never writes into the folder of a training run."""
+    """Name of a run that was given none; tests and exports never write into the folder of a training run."""
     if args.score:
         return f'{args.score.name}_score'
     if args.costs:
@@ -103,12 +103,11 @@ def _default_name(args: argparse.Namespace) -> str:
     if args.profile or args.compare:
         return 'profile'
     name = args.load or args.template or f'{args.model}_x{args.scale}'
-    if args.export:
-        return args.load or f'{name}_export'
     if not args.test_only:
         return name
-    weights = _weights_name(Path(args.pre_train))
-    return f'{name}_test' if weights in ('', name) else f'{name}_{weights}_test'
+    weights, demo = _weights_name(Path(args.pre_train)), 'Demo' in args.data_test
+    parts = [name, '' if weights == name else weights, args.dir_demo.name if demo else '']
+    return '_'.join([*filter(None, parts), 'export' if args.export else 'demo' if demo else 'test'])
 
 
 def _weights_name(path: Path) -> str:

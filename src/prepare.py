@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from error import UserError, WriteError, report_error
+from error import UserError, WriteError, report_error, run_program
 from options import kinds
 from options.table import ROOT
 
@@ -322,4 +322,4 @@ def report(found: Sequence[Difference], border: str) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

@@ -13,7 +13,7 @@ from typing import Any
 
 import main as program
 import option
-from error import UserError, report_error
+from error import UserError, report_error, run_program
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 from metric import METRICS
 from options.kinds import Parser, folder
@@ -246,4 +246,4 @@ def study_table(studied: dict[tuple[str, str], Row]) -> list[str]:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

@@ -1,9 +1,9 @@
 """Writes what follows from the program itself: tables of its networks and loss terms, and from them docs/OPTIONS.md."""
 
 import json
-import sys
 from pathlib import Path
 
+from error import run_program
 from loss import TERMS
 from model import NETWORKS, all_settings
 from system.files import write_atomic
@@ -41,4 +41,4 @@ def losses_table() -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_program(main)

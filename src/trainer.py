@@ -277,7 +277,8 @@ class Trainer:
             except WorkerDied as error:
                 if self.samples == died_at:
                     raise UserError(
-                        f'A loading process died again ({error}): if memory ran out, give a smaller --n_threads.'
+                        f'A loading process died again ({error}): if memory ran out, or shared memory (/dev/shm), give '
+                        'a smaller --n_threads.'
                     ) from error
                 died_at = self.samples
                 log.warning('A loading process died (%s): loading starts again after batch %d.', error, self.batch)

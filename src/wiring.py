@@ -142,6 +142,12 @@ def load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, Origin]:
     Raises:
         UserError: no such file or run, weights that do not fit, or none in a test.
     """
+    state, origin = _load(args, model)
+    model.weights = str(origin)
+    return state, origin
+
+
+def _load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, Origin]:
     if args.load:
         return load_run(args, model)
     if args.pre_train:

@@ -1,5 +1,8 @@
 """The library's entrance: what goes in and comes out, and that pixels are those of the program."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +214,22 @@ def test_within_the_block_float32_is_exact_on_a_gpu() -> None:
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (before[0], True)
     finally:
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_importing_it_leaves_pillow_as_it_is():
+    """The limit on pixels guards whoever else opens images in the process."""
+    program = (
+        'from PIL import Image; before = Image.MAX_IMAGE_PIXELS; import api; assert Image.MAX_IMAGE_PIXELS == before'
+    )
+    subprocess.run([sys.executable, '-c', program], env=os.environ | {'PYTHONPATH': str(ROOT / 'src')}, check=True)
+
+
+@pytest.mark.parametrize('kind', ['array', 'Pillow', 'tensor'])
+def test_a_result_that_is_not_finite_is_an_error(kind):
+    """As integers nan becomes 0, which is black, and inf white."""
+    upscaler = load('Bicubic_x2', device='cpu')
+    upscaler.model.calls.upscale = lambda x: torch.full((len(x), 3, 2 * x.shape[2], 2 * x.shape[3]), torch.inf)
+    array = picture(0, 8, 9)
+    image = {'array': array, 'Pillow': Image.fromarray(array), 'tensor': torch.rand(3, 8, 9)}[kind]
+    with pytest.raises(UserError, match=r'Bicubic x2 .* not finite'):
+        upscaler.upscale(image)

@@ -281,6 +281,14 @@ def test_a_log_on_a_full_disk_says_nothing(run, capsys):
     assert capsys.readouterr() == ('message\n', '')
 
 
+def test_what_a_killed_run_left_aside_goes_when_the_run_goes_on(run):
+    for place in ('', 'model/', 'results-Set5/'):
+        run.write(f'{place}.frugalsr-0123abcd.tmp', 'half of a file')
+    run.write('notes.tmp', 'of a stranger')
+    run.start_log()
+    assert sorted(files(run.folder)) == ['log.txt', 'notes.tmp']
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('x')
     with pytest.raises(UserError, match=r'file/run cannot be written .*--save_dir'):

@@ -151,11 +151,9 @@ def test_commands_that_run(places, monkeypatch, capsys):
         _, _, *arguments = words(command, places)
         status = main.main([*arguments, *words(more, places), '--save_dir', places['runs']])
         assert status == 0, f'{command}: {capsys.readouterr().err}'
-    assert sorted(path.name for path in Path(places['runs']).glob('ASID_x4_test/results-Demo/*')) == [
-        '0001_x4_SR.png',
-        '0002_x4_SR.png',
-    ]
-    with Image.open(Path(places['runs']) / 'ASID_x4_test' / 'results-Demo' / '0001_x4_SR.png') as image:
+    folder = Path(places['runs']) / 'ASID_x4_images_demo' / 'results-Demo'
+    assert sorted(path.name for path in folder.glob('*.png')) == ['0001_x4_SR.png', '0002_x4_SR.png']
+    with Image.open(folder / '0001_x4_SR.png') as image:
         assert image.size == (4 * 64, 4 * 72)
 
 

@@ -3,6 +3,8 @@
 import io
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,10 @@ def run(kind: str, content: bytes) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: script(torch.from_numpy(images)).detach().numpy()
 
 
+def enlarge(kind: str, content: bytes, images: np.ndarray) -> np.ndarray:
+    return run(kind, content)(images)
+
+
 def assert_enlarges(kind: str, content: bytes, model: Model, n: int, height: int, width: int) -> None:
     """The file's values round to the pixels of `Model.upscale`."""
     images = np.stack([picture(seed, height, width) for seed in range(n)])
@@ -77,6 +83,20 @@ def test_a_network_of_free_sizes(kind: str, name: str, settings: dict) -> None:
     content = export.export(model, kind, 16)
     for shape in ((3, 27, 40), (1, 50, 24), (2, 48, 32)):
         assert_enlarges(kind, content, model, *shape)
+
+
+@pytest.mark.parametrize('kind', ['onnx', 'torchscript'])
+@pytest.mark.parametrize('name', ['ASID', *slow('OmniSR', 'ATD-light', 'SwinIR-light', 'LCoAN')])
+def test_images_of_any_size_do_no_harm(kind: str, name: str) -> None:
+    """In another process, since onnxruntime divides by zero where a map has no pixel left."""
+    model = make(name, **{**SMALL[name], 'n_resgroups': 1})
+    content = export.export(model, kind, 16)
+    with ProcessPoolExecutor(1, get_context('spawn')) as process:
+        for height, width in ((1, 1), (8, 8), (3, 24), (24, 5)):
+            image = picture(0, height, width)
+            found = process.submit(enlarge, kind, content, np.float32(image.transpose(2, 0, 1)[None] / 255)).result()
+            expected = model.upscale(image).transpose(2, 0, 1)
+            assert np.abs(found[0] * 255 - expected).max() < 0.5 + 255e-4
 
 
 @pytest.mark.parametrize('kind', ['onnx', 'torchscript'])
@@ -139,7 +159,7 @@ def export_file(weights: Path, kind: str) -> tuple[int, Path]:
     """Run the program; its exit status and the run folder."""
     runs = weights.parent / 'runs'
     status = main.main(f'--model auto --pre_train {weights} --save_dir {runs} --export {kind}'.split())
-    return status, runs / f'{NAME}_export'
+    return status, runs / f'{NAME}_weights_export'
 
 
 @pytest.mark.parametrize('kind', ['onnx', 'torchscript'])
@@ -156,10 +176,12 @@ def test_safetensors_hold_the_weights(tmp_path: Path) -> None:
     """Read by their own library, and by this program, strictly."""
     state, file = make('LCoAN', **SMALL['LCoAN']).net.state_dict(), tmp_path / 'weights.pt'
     torch.save(state, file)
-    for source in (file, tmp_path / 'runs' / 'LCoAN_x2_export' / 'LCoAN_x2.safetensors'):
+    runs = tmp_path / 'runs'
+    written = [runs / f'LCoAN_x2{which}_export' / 'LCoAN_x2.safetensors' for which in ('_weights', '')]
+    for source, target in zip((file, written[0]), written, strict=True):
         options = f'--pre_train {source} --save_dir {tmp_path / "runs"} --export safetensors --window_size 16 --cpu'
         assert main.main(['--model', 'auto', *options.split()]) == 0
-        found = load_file(tmp_path / 'runs' / 'LCoAN_x2_export' / 'LCoAN_x2.safetensors')
+        found = load_file(target)
         assert found.keys() == state.keys()
         assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in state.items())
 
@@ -175,7 +197,7 @@ def test_a_wrong_file_is_not_kept(
 ) -> None:
     trace, other = export.to_torchscript, export.Enlarger(make('EDSR', **{**SMALL['EDSR'], 'res_scale': 0.5})).eval()
     monkeypatch.setattr(export, 'to_torchscript', lambda net, form: trace(other, form))
-    file = weights.parent / 'runs' / f'{NAME}_export' / f'{NAME}.torchscript'
+    file = weights.parent / 'runs' / f'{NAME}_weights_export' / f'{NAME}.torchscript'
     if old:
         file.parent.mkdir(parents=True)
         file.write_bytes(old)

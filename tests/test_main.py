@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
@@ -23,6 +24,7 @@ import networks
 import option
 import wiring
 from data.image import read_rgb, write_png
+from error import UserError
 from options.config import read_config
 from report import picture as pictures
 from tests.conftest import ROOT, picture, slow
@@ -408,7 +410,7 @@ def demo(data: Path, photos: Path, *options: str) -> int:
 def test_photographs_keep_their_kind(data_folder, photos):
     assert demo(data_folder, photos) == 0
     folder = data_folder.parent / 'runs' / 'demo' / 'results-Demo'
-    assert {path.name: png_header(path) for path in folder.iterdir()} == {
+    assert {path.name: png_header(path) for path in folder.glob('*.png')} == {
         f'{name}_x3_SR.png': header for name, header in KINDS.items()
     }
     colours = {
@@ -430,7 +432,7 @@ def test_photographs_through_a_network(data_folder, photos, no_curves):
     network = LCOAN.replace('--scale 2', '').replace('--data_test Set5', '')
     assert demo(data_folder, photos, network, f'--pre_train {run}/model/model_best.pt --patch_size 24 --chop') == 0
     folder = data_folder.parent / 'runs' / 'demo' / 'results-Demo'
-    assert {path.name: png_header(path) for path in folder.iterdir()} == {
+    assert {path.name: png_header(path) for path in folder.glob('*.png')} == {
         f'{name}_x3_SR.png': header for name, header in KINDS.items()
     }
 
@@ -442,7 +444,7 @@ def test_what_is_opaque_stays_opaque(data_folder, tmp_path, no_curves):
     assert (
         main.main(arguments(data_folder, f'--load run --test_only --data_test Demo --dir_demo {tmp_path}/photos')) == 0
     )
-    with Image.open(run.with_name('run_test') / 'results-Demo' / 'a_x2_SR.png') as image:
+    with Image.open(run.with_name('run_photos_demo') / 'results-Demo' / 'a_x2_SR.png') as image:
         assert (np.asarray(image)[..., 3] == 255).all()
 
 
@@ -450,7 +452,7 @@ def test_photographs_of_one_name(data_folder, tmp_path):
     for name in ('a.png', 'a.bmp', 'a.png.bmp', 'b.png'):
         Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / name)
     assert demo(data_folder, tmp_path) == 0
-    assert len(list((data_folder.parent / 'runs' / 'demo' / 'results-Demo').iterdir())) == 4
+    assert len(list((data_folder.parent / 'runs' / 'demo' / 'results-Demo').glob('*.png'))) == 4
 
 
 def test_a_broken_photograph_does_not_keep_the_others(data_folder, photos, capsys):
@@ -464,7 +466,169 @@ def test_a_broken_photograph_does_not_keep_the_others(data_folder, photos, capsy
     assert str(photos / 'cut.png') in message
     assert str(photos / 'text.jpg') in message
     folder = data_folder.parent / 'runs' / 'demo' / 'results-Demo'
-    assert {path.name for path in folder.iterdir()} == {f'{name}_x3_SR.png' for name in KINDS}
+    assert {path.name for path in folder.glob('*.png')} == {f'{name}_x3_SR.png' for name in KINDS}
+
+
+def test_a_result_that_cannot_be_written_does_not_keep_the_others(data_folder, photos, capsys):
+    """A name of 246 bytes is one for an image, and with `_x3_SR.png` none for its result."""
+    for length in (232, 246):
+        shutil.copy(photos / 'rgb.png', photos / f'{length * "a"}.png')
+    assert demo(data_folder, photos) == 2
+    message = capsys.readouterr().err
+    assert re.fullmatch(r'Error: 1 of 11 images could not be enlarged: \S+/a{246}\.png: .*name too long.*\n', message)
+    folder = data_folder.parent / 'runs' / 'demo'
+    assert {path.name for path in (folder / 'results-Demo').glob('*.png')} == {
+        f'{name}_x3_SR.png' for name in (*KINDS, 232 * 'a')
+    }
+    assert 'twice.jpg' in (folder / 'report.html').read_text()
+
+
+def test_a_full_disk_names_every_photograph(data_folder, photos, capsys):
+    """Though the page that is written after them fits no more."""
+    for path in photos.iterdir():
+        noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    with full_disk(5_500):
+        assert demo(data_folder, photos) == 2
+    message = capsys.readouterr().err
+    assert message.startswith('Error: 9 of 9 images could not be enlarged: ')
+    assert message.count('\n') == 1
+    assert [path.name for path in photos.iterdir() if f'{path}: ' not in message] == []
+    assert 'report.html could not be written' in message
+    assert not list((data_folder.parent / 'runs' / 'demo' / 'results-Demo').glob('*.png'))
+
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory')])
+def test_a_photograph_too_large_for_memory_does_not_keep_the_others(data_folder, photos, capsys, monkeypatch, error):
+    plain = model.Model.rows
+
+    def rows(self, image):
+        if image.shape[0] == 1:
+            raise error
+        return plain(self, image)
+
+    monkeypatch.setattr(model.Model, 'rows', rows)
+    assert demo(data_folder, photos) == 2
+    message = capsys.readouterr().err
+    assert re.fullmatch(
+        r'Error: 1 of 9 images could not be enlarged: \S+/dot\.bmp: memory ran out: .*--chop.*\n', message
+    )
+    assert len(list((data_folder.parent / 'runs' / 'demo' / 'results-Demo').glob('*.png'))) == 8
+
+
+@pytest.fixture
+def overflowing(tmp_path) -> str:
+    """Options of a network whose weights are finite and whose results are not."""
+    weights = model.build('EDSR', 3, n_feats=4, n_resblocks=1).state_dict()
+    weights['tail.1.weight'].fill_(3e38)
+    torch.save(weights, tmp_path / 'large.pt')
+    return f'--model EDSR --n_feats 4 --n_resblocks 1 --scale 3 --cpu --test_only --pre_train {tmp_path}/large.pt'
+
+
+def test_a_photograph_whose_result_is_not_finite_is_named(data_folder, photos, overflowing, capsys):
+    assert demo(data_folder, photos, overflowing) == 2
+    message = capsys.readouterr().err
+    assert message.startswith('Error: 9 of 9 images could not be enlarged: ')
+    for path in photos.iterdir():
+        assert (
+            f'{path}: EDSR x3 with weights from {data_folder.parent}/large.pt gives values that are not fin' in message
+        )
+    assert not list((data_folder.parent / 'runs' / 'demo' / 'results-Demo').glob('*.png'))
+
+
+def test_a_result_that_is_not_finite_is_not_scored(data_folder, overflowing, capsys):
+    assert main.main(arguments(data_folder, overflowing, '--save run --save_results')) == 2
+    message = capsys.readouterr().err
+    assert re.match(r'Error: 0001 of Set5: EDSR x3 with weights from \S+/large\.pt gives values that are not', message)
+    assert not (data_folder.parent / 'runs' / 'run' / 'results.json').exists()
+
+
+def test_photographs_of_another_folder_are_not_replaced(data_folder, photos, tmp_path, capsys):
+    other = tmp_path / 'other'
+    other.mkdir()
+    Image.new('RGB', (7, 5), (1, 1, 1)).save(other / 'rgb.png')
+    assert demo(data_folder, photos) == 0
+    folder = data_folder.parent / 'runs' / 'demo' / 'results-Demo'
+    before = fingerprint(folder)
+    assert demo(data_folder, other) == 2
+    assert re.search(rf'{folder} holds images made from {photos}, .*--reset .*--save', capsys.readouterr().err)
+    assert fingerprint(folder) == before
+    assert demo(data_folder, photos) == 0
+    assert demo(data_folder, other, BICUBIC, '--reset') == 0
+    assert [path.name for path in folder.glob('*.png')] == ['rgb_x3_SR.png']
+    assert read_rgb(folder / 'rgb_x3_SR.png').max() == 1
+
+
+def test_images_of_two_folders_of_one_name_are_told_apart(data_folder, photos, tmp_path, capsys):
+    """The default name of the run has that of the folder alone."""
+    shutil.copytree(photos, tmp_path / 'b' / 'photos')
+    for folder, status in ((photos, 0), (tmp_path / 'b' / 'photos', 2)):
+        command = f'{BICUBIC} --scale 3 --data_test Demo --dir_demo {folder}'
+        assert main.main(arguments(data_folder, command)) == status
+    assert f'Bicubic_x3_photos_demo/results-Demo holds images made from {photos}' in capsys.readouterr().err
+
+
+# Names and pictures
+
+
+NAMES = ('$5_$10', os.fsdecode(b'\xff\xfe'), 'a\nb\x01', 'plain')
+
+
+def test_every_name_of_an_image_can_be_saved_and_shown(data_folder, no_curves):
+    folder = data_folder / 'Odd' / 'HR'
+    for i, name in enumerate(NAMES):
+        write_png(folder / f'{name}.png', picture(i, 30, 40))
+    assert main.main(arguments(data_folder, BICUBIC, '--data_test Odd --scale 2 --save run --save_results')) == 0
+    run = data_folder.parent / 'runs' / 'run'
+    assert set(results(run)['sets']['Odd']['images']) == set(NAMES)
+    for name in NAMES:
+        assert (run / 'results-Odd' / f'{name}_x2_SR.png').is_file()
+    with Image.open(run / 'comparison-Odd.png') as image:
+        image.load()
+
+
+def test_a_name_that_the_screen_cannot_show_is_told_all_the_same(data_folder, photos):
+    (photos / os.fsdecode(b'\xff\xfe.txt')).touch()
+    command = [sys.executable, ROOT / 'src' / 'main.py', *arguments(data_folder, BICUBIC)]
+    more = f'--scale 3 --data_test Demo --dir_demo {photos} --save demo'.split()
+    done = subprocess.run([*command, *more], capture_output=True, check=True)
+    line = rb'Left out, no images of a known kind: \udcff\udcfe.txt'
+    assert line in done.stdout
+    assert line in (data_folder.parent / 'runs' / 'demo' / 'log.txt').read_bytes()
+
+
+def test_a_picture_that_fails_loses_no_scores(data_folder, monkeypatch, capsys):
+    monkeypatch.setattr(pictures, 'sheet', lambda rows: 1 / 0)
+    command = f'{BICUBIC} --data_test Set5+SR291 --scale 2 --save run --save_results'
+    assert main.main(arguments(data_folder, command)) == 2
+    run = data_folder.parent / 'runs' / 'run'
+    message = capsys.readouterr().err
+    for name in ('Set5', 'SR291'):
+        assert f'comparison-{name}.png could not be drawn' in message
+        assert len(list((run / f'results-{name}').glob('*.png'))) == len(results(run)['sets'][name]['images'])
+    assert (run / 'report.html').is_file()
+
+
+def test_an_image_that_cannot_be_saved_loses_no_scores(data_folder, capsys):
+    write_png(data_folder / 'Odd' / 'HR' / f'{"a" * 246}.png', picture(0, 30, 40))
+    write_png(data_folder / 'Odd' / 'HR' / 'b.png', picture(1, 30, 40))
+    assert main.main(arguments(data_folder, BICUBIC, '--data_test Odd --scale 2 --save run --save_results')) == 2
+    assert re.search(r'a{246}_x2_SR\.png could not be written \(File name too long\)', capsys.readouterr().err)
+    run = data_folder.parent / 'runs' / 'run'
+    assert results(run)['sets']['Odd']['images'].keys() == {'a' * 246, 'b'}
+    assert [path.name for path in (run / 'results-Odd').iterdir()] == ['b_x2_SR.png']
+
+
+@pytest.mark.parametrize('broken', ['report.picture._curve', 'report.picture.sheet', 'report.run.page'])
+def test_a_picture_that_fails_does_not_end_training(data_folder, monkeypatch, broken):
+    def fail(*_: object) -> bytes:
+        raise UserError('It is broken.')
+
+    monkeypatch.setattr(broken, fail)
+    run = train(data_folder, EDSR, '--epochs 2 --save_results')
+    assert [record['epoch'] for record in metrics(run)] == [1, 2]
+    assert log(run).count('It is broken.') >= 2
+    assert len(list((run / 'results-Set5').iterdir())) == 2
 
 
 # Bad input
@@ -698,6 +862,38 @@ def test_the_status_of_the_process(tmp_path):
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == f"Error: Unknown network 'Foo': choose one of {', '.join(networks.MODELS)}.\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
+    """With the status that a shell gives a program that SIGPIPE ended; a run does its work."""
+    run = f'{BICUBIC} --scale 2 --data_test {tmp_path}/HR --save_dir {tmp_path} --save run'
+    write_png(tmp_path / 'HR' / 'a.png', picture(0, 20, 30))
+    for command, status in (('--template list', 141), (run, 0), ('--nonsense', 2)):
+        program = [sys.executable, str(ROOT / 'src' / 'main.py'), *command.split()]
+        process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == status
+        assert said.count('\n') == (status == 2)
+    assert results(tmp_path / 'run')
+
+
+def test_errors_into_a_closed_pipe_end_quietly():
+    program = [sys.executable, str(ROOT / 'src' / 'main.py'), '--nonsense']
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait() == 141
+
+
+def test_without_a_compiler_is_one_sentence(data_folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr('torch._inductor.config.cpp.cxx', (str(tmp_path / 'no-compiler'),))
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+    weights = model.build('EDSR', 2, n_feats=4, n_resblocks=1).state_dict()
+    torch.save(weights, tmp_path / 'w.pt')
+    command = f'--model EDSR --n_feats 4 --n_resblocks 1 --scale 2 --cpu --test_only --pre_train {tmp_path}/w.pt'
+    assert main.main(arguments(data_folder, command, '--compile --save run')) == 2
+    message = capsys.readouterr().err
+    assert re.fullmatch(r'Error: PyTorch could not compile the network \(.*compiler.*\): .*--compile.*\n', message)
 
 
 def test_ctrl_c(monkeypatch, capsys):

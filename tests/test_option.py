@@ -194,7 +194,7 @@ def test_reset_and_load_exclude_each_other(saved):
 
 def test_a_loaded_run_is_tested_under_another_name(saved):
     assert options(f'--save_dir {saved} --load old --test_only').save == 'old_test'
-    with pytest.raises(UserError, match='--save old: a test leaves the folder of the run as it is'):
+    with pytest.raises(UserError, match='--save old: tests and exports leave the folder of the run as it is'):
         options(f'--save_dir {saved} --load old --test_only --save old')
     assert options(f'--save_dir {saved} --load old --test_only --save new').save == 'new'
 
@@ -240,7 +240,29 @@ def test_tests_of_two_files_have_two_names():
     assert options('--test_only --template ASID_x4 --pre_train models/ASID_x4.pt').save == 'ASID_x4_test'
     names = [options(f'--test_only --pre_train runs/{run}/model/model_best.pt').save for run in 'ab']
     assert names == ['LCoAN_x4_a_model_best_test', 'LCoAN_x4_b_model_best_test']
-    assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_export'
+    assert options('--export onnx --template ASID_x4 --pre_train one.pt').save == 'ASID_x4_one_export'
+
+
+def test_photographs_of_two_folders_and_a_benchmark_have_three_names():
+    demo = '--test_only --template ASID_x4 --pre_train ASID_x4.pt --data_test Demo --dir_demo'
+    assert [options(f'{demo} {folder}').save for folder in ('a/summer', 'winter')] == [
+        'ASID_x4_summer_demo',
+        'ASID_x4_winter_demo',
+    ]
+    assert options(f'{demo} summer --pre_train one.pt').save == 'ASID_x4_one_summer_demo'
+    assert options('--test_only --template ASID_x4 --data_test Set5').save == 'ASID_x4_test'
+
+
+def test_an_export_of_a_run_has_a_folder_of_its_own(saved):
+    assert options(f'--save_dir {saved} --load old --export safetensors').save == 'old_export'
+    with pytest.raises(UserError, match='--save old: tests and exports leave the folder of the run as it is'):
+        options(f'--save_dir {saved} --load old --export safetensors --save old')
+
+
+def test_reset_is_for_photographs_too(saved):
+    demo = f'--save_dir {saved} --test_only --data_test Demo --dir_demo x --reset'
+    assert options(demo).reset
+    assert options(f'{demo} --load old').reset
 
 
 def test_costs_of_several():

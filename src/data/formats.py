@@ -12,6 +12,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from data import tiff
+from data.limit import pillow_allows
 from data.png import HEAD_BYTES, is_png16, read_chunks, read_png16
 from data.profile import cmyk_to_rgb
 from data.source import Source, note, reading, swaps_sides, upright
@@ -23,9 +24,6 @@ ANIMATED = ('PNG', 'TIFF', 'WEBP')  # the other images of a JPEG file are none o
 MAX_PIXELS = 2**28
 OPAQUE, CONVERTED, PROFILED, WEBP, CLEAR, DEEP = 8, 13, 18, 22, 40, 46  # bytes a pixel while an image is read, measured
 
-# Pillow's own limit refuses photographs of 200 megapixels; setting it around each read would race between threads.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Source]:
@@ -34,7 +32,7 @@ def open_image(path: Path) -> Iterator[Source]:
     Raises:
         UserError: the file is missing, damaged, larger than MAX_PIXELS, or holds something else, floats for example.
     """
-    with reading(path), path.open('rb') as file:
+    with reading(path), pillow_allows(MAX_PIXELS), path.open('rb') as file:
         head = file.read(HEAD_BYTES)
         try:
             image: ImageFile | None = Image.open(file, formats=FORMATS)  # seeks to the start itself

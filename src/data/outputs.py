@@ -1,5 +1,6 @@
 """Names of output images: those that other programs made, found by the images they belong to, and our own."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -7,7 +8,10 @@ from pathlib import Path
 
 from data.image import find_images
 from error import UserError
-from system.files import some
+from system.files import some, write_atomic
+
+KINDS = ('SR', 'LR', 'HR', 'attention')  # of our own images, `<name>_x<scale>_<kind>.png`
+SOURCE = '.source'  # a note, beside images, of the folder that they were made from
 
 # What may follow a name: a scale such as 'x2', then nothing or a character that is neither letter nor digit.
 SUFFIX = re.compile(r'(x\d+)?(?![^\W_])', re.IGNORECASE)
@@ -56,12 +60,40 @@ def _choose(name: str, files: list[Path]) -> Path:
 
 
 def output_names(files: Sequence[Path]) -> list[str]:
-    """A name of its own for every file: its stem, or its stem and suffix where several share a stem."""
-    stems = Counter(path.stem for path in files)
-    names: dict[str, None] = {}
+    """A name of its own for every file: its stem, or its stem and suffix where several share a stem.
+
+    Names that differ in upper and lower case alone count as one, since some file systems take them so.
+    """
+    stems = Counter(path.stem.lower() for path in files)
+    names: dict[str, str] = {}
     for path in files:
-        name = path.stem if stems[path.stem] == 1 else path.name
-        while name in names:
+        name = path.stem if stems[path.stem.lower()] == 1 else path.name
+        while name.lower() in names:
             name += '_'
-        names[name] = None
-    return list(names)
+        names[name.lower()] = name
+    return list(names.values())
+
+
+def claim(folder: Path, source: Path, reset: bool) -> None:
+    """Make a folder the one of images made from those in `source`; with `reset` those made before are deleted.
+
+    Raises:
+        UserError: it holds images that were made from another folder, which new ones of the same names would replace.
+        WriteError: the folder cannot be written.
+    """
+    note, own = folder / SOURCE, os.fsencode(source.resolve())
+    before = note.read_bytes() if note.is_file() else b''
+    made = [path for kind in KINDS for path in folder.glob(f'*_x*_{kind}.png')]
+    if made and not reset and before != own:
+        origin = os.fsdecode(before) or 'a folder that is not known'
+        raise UserError(
+            f'{folder} holds images made from {origin}, not from {source}: --reset deletes them, another --save keeps '
+            'them.'
+        )
+    if reset:
+        try:
+            for path in made:
+                path.unlink()
+        except OSError as error:
+            raise UserError(f'{error.filename} could not be deleted ({error.strerror}): see to it.') from error
+    write_atomic(note, own)

@@ -19,7 +19,7 @@ from data.lr import Origin, find_lr, read_origin
 from data.sets import ImageSet
 from data.source import reading
 from error import UserError, WriteError
-from system.files import some
+from system.files import some, sweep
 
 log = logging.getLogger('frugalsr')
 
@@ -142,6 +142,8 @@ class SRData:
         if changed:
             names = some([self.names[index] for index in changed])
             log.info('%s x%d: LR is made anew where its HR has changed: %s', self.name, self.scale, names)
+        for folder in {path.parent for index in missing if (path := self._lr[index])}:
+            sweep(folder)
         todo = sorted([*missing, *changed])
         errors = [error for error in self._each(pool, self._make_lr, todo, f'Making LR of {self.name}') if error]
         if errors:
@@ -195,6 +197,8 @@ class SRData:
                 for _, path in files:
                     self._caches[path.parent].remove(path)
             todo = [item for item in files if not self._caches[item[1].parent].path(item[1]).exists()]
+            for folder in {self._caches[path.parent].folder for _, path in todo}:
+                sweep(folder)
             self._each(pool, decode, todo, f'Decoding {self.name}')
         except WriteError as error:
             self._unwritten['images are decoded whenever they are read'] = error

@@ -1,5 +1,6 @@
 """Training samples for a PyTorch loader, by sample number."""
 
+import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,8 @@ from data.degradation import Degradation
 from data.patch import Draw, Window, cut, draw, plain
 from data.srdata import SRData
 from error import UserError
+
+MORE_SHARED = 'make /dev/shm larger (--shm-size of Docker), or give a smaller --n_threads, at best 0.'
 
 
 class Sample(NamedTuple):
@@ -152,12 +155,30 @@ def to_tensor(patch: np.ndarray) -> Tensor:
 
 
 def collate(samples: list[Sample] | Failure) -> Sample | Failure:
-    """Samples as one with a leading N; a failure stays one."""
-    return samples if isinstance(samples, Failure) else default_collate(samples)
+    """Samples as one with a leading N, in a loading process in shared memory; a failure stays one."""
+    if isinstance(samples, Failure):
+        return samples
+    try:
+        return default_collate(samples)
+    except RuntimeError as error:
+        if '/torch_' not in str(error):  # as PyTorch calls its pieces of shared memory
+            raise
+        said = f'A loading process could not get shared memory ({error}): {MORE_SHARED}'
+        return Failure(said, traceback.format_exc())
 
 
 def train_loader(data: TrainData, batches: Iterable[list[int]], workers: int, pin_memory: bool) -> DataLoader:
-    """Batches by the numbers of their samples, a `Sample` or `Failure` each, in this order whatever the workers."""
+    """Batches by the numbers of their samples, a `Sample` or `Failure` each, in this order whatever the workers.
+
+    Raises:
+        UserError: there is no shared memory for so many workers.
+    """
+    try:
+        [multiprocessing.Queue() for _ in range(workers and workers + 2)]  # as a loader makes them, and more untidily
+    except OSError as error:
+        raise UserError(
+            f'{workers} loading processes could not get shared memory ({error.strerror}): {MORE_SHARED}'
+        ) from error
     return DataLoader(
         data,
         batch_sampler=batches,

@@ -131,6 +131,7 @@ class Model(nn.Module):
         calls: how it is called.
         dtype: what `upscale` computes in under autocast, float32 for none.
         range: black and white in what the network takes and gives.
+        weights: what its weights are, for messages; who fills the network says so here.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class Model(nn.Module):
         if 'rgb_range' in self.settings:
             self.range = (0.0, float(self.settings['rgb_range']))
         self.chroma = Bicubic(scale)
+        self.weights = 'new weights'
 
     def safe(self, *dtypes: torch.dtype) -> torch.dtype:
         """The first of these types that the network supports under autocast; float32 if it supports none."""
@@ -186,7 +188,11 @@ class Model(nn.Module):
         return self.calls.train(self.to_range(lr))
 
     def upscale(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together."""
+        """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together.
+
+        Raises:
+            UserError: a result is not finite.
+        """
         height, width, channels = image.shape
         sr, done = np.empty((height * self.scale, width * self.scale, channels), image.dtype), 0
         for rows in self.rows(image):
@@ -199,6 +205,9 @@ class Model(nn.Module):
         """Rows of (H, W, 3) uint8 or uint16 enlarged, (some, scale * W, 3) of the same type from top to bottom.
 
         Leaves the network in evaluation mode.
+
+        Raises:
+            UserError: a result is not finite.
         """
         self.net.eval()
         lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
@@ -206,7 +215,7 @@ class Model(nn.Module):
         upscale_tile = partial(self._upscale_integers, peak=peak)
 
         def finish(rows: Tensor) -> Tensor:
-            return rows.mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
+            return self._checked(rows).mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
 
         for rows in self._pieces(upscale_tile, lr, finish):
             yield rows.permute(1, 2, 0).numpy()
@@ -216,6 +225,9 @@ class Model(nn.Module):
         """RGB (3, H, W) in [0, 1], float32 on the host, to (3, scale * H, scale * W), tile by tile and clipped.
 
         Leaves the network in evaluation mode.
+
+        Raises:
+            UserError: a result is not finite.
         """
         self.net.eval()
         channels, height, width = image.shape
@@ -224,7 +236,7 @@ class Model(nn.Module):
         def upscale_tile(tiles: Tensor) -> Tensor:
             return self.upscale_tensor(tiles.to(self.device))
 
-        for rows in self._pieces(upscale_tile, image, lambda rows: rows.clamp_(0, 1)):
+        for rows in self._pieces(upscale_tile, image, lambda rows: self._checked(rows).clamp_(0, 1)):
             sr[:, done : done + rows.shape[1]] = rows
             done += rows.shape[1]
         return sr
@@ -236,6 +248,16 @@ class Model(nn.Module):
         if self.tiler:
             return self.tiler.rows(upscale_tile, image, self.scale, finish)
         return iter([finish(upscale_tile(image.unsqueeze(0))[0].cpu())])
+
+    def _checked(self, rows: Tensor) -> Tensor:
+        """Float rows on the host, which as pixels would be black or white where they are not finite."""
+        if not torch.stack(rows.aminmax()).isfinite().all():
+            less = '' if self.dtype == torch.float32 else f', or compute in float32 instead of {type_name(self.dtype)}'
+            raise UserError(
+                f'{self.name} x{self.scale} with {self.weights} gives values that are not finite: '
+                f'take other weights{less}.'
+            )
+        return rows
 
     def _upscale_integers(self, lr: Tensor, peak: int) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""

@@ -121,7 +121,9 @@ def reflect_pad(x: Tensor, multiple: int) -> Tensor:
 
 def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
     """(N, C, H, W) grown right and below by zeros to multiples of `multiple` that are not below `at_least`."""
-    height, width = ((max(size, at_least) + multiple - 1) // multiple * multiple for size in x.shape[2:])
+    # The maximum, in a form that a trace follows to smaller images than its own.
+    sides = ((size + at_least + abs(size - at_least)) // 2 for size in x.shape[2:])
+    height, width = ((side + multiple - 1) // multiple * multiple for side in sides)
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
 
 

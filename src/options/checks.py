@@ -70,12 +70,14 @@ def check(args: argparse.Namespace) -> None:
         for option in ('template', 'pre_train'):
             if getattr(args, option):
                 raise UserError(f'--{option} {getattr(args, option)}: the run {args.load} has its own; leave it out.')
-        if args.reset:
+        if args.reset and not args.test_only:
             raise UserError(f'--reset deletes the run that --load {args.load} continues: give one of them.')
         if args.save not in ('', args.load) and not args.test_only:
             raise UserError(f'--save {args.save}: the run {args.load} goes on in its own folder; leave it out.')
-        if args.save == args.load and args.test_only and not args.export:
-            raise UserError(f'--save {args.save}: a test leaves the folder of the run as it is; give another name.')
+        if args.save == args.load and args.test_only:
+            raise UserError(
+                f'--save {args.save}: tests and exports leave the folder of the run as it is; give another name.'
+            )
     if args.score:
         network = ('load', 'pre_train', 'reset', 'save_results', 'save_gt', 'show_attention', 'chop', 'self_ensemble')
         for option in network:
@@ -87,8 +89,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError('--show_attention: its pictures are made in tests; use it with --test_only.')
     if args.resume > 0 and not args.load:
         raise UserError(f'--resume {args.resume}: name the run with --load.')
-    if args.reset and args.test_only:
-        raise UserError('--reset deletes a run and --test_only measures one: give one of them.')
+    if args.reset and args.test_only and 'Demo' not in args.data_test:
+        raise UserError('--reset deletes a run and --test_only measures one: give one of them, or --data_test Demo.')
     for option in ('save', 'load'):
         value = getattr(args, option)
         if Path(value).name != value or value == '..':

@@ -114,7 +114,11 @@ def _add_train(g: Group) -> None:
         metavar='EPOCH',
         help='with --load: from the weights of this epoch (kept by --save_models); -1 or 0: the latest state',
     )
-    g.add_argument('--reset', action='store_true', help='delete what an earlier run of this name left, and start over')
+    g.add_argument(
+        '--reset',
+        action='store_true',
+        help='delete what an earlier run of this name left, with --data_test Demo its enlarged images, and start over',
+    )
     g.add_argument('--epochs', metavar='N', type=count, default=300, help='epochs to train for')
     g.add_argument(
         '--max_time',
@@ -533,8 +537,8 @@ def _add_run_folder(g: Group) -> None:
         '--save',
         default='',
         metavar='NAME',
-        help="name of the run (default: recipe, loaded run or <model>_x<scale>; in tests with the weights' name and "
-        '_test)',
+        help="name of the run (default: recipe, loaded run or <model>_x<scale>; in tests and exports with the weights' "
+        "name and _test or _export, with --data_test Demo with the folder's name and _demo)",
     )
     g.add_argument('--print_every', metavar='N', type=count, default=100, help='batches between lines in the log')
     g.add_argument('--debug', action='store_true', help='show the traceback of an error')

@@ -25,8 +25,9 @@ class Board:
         """The numbers of an epoch's record in the trainer's log, and images, (H, W, 3) uint8 by name."""
         try:
             self._write(record['epoch'], record, images)
-        except OSError as error:
-            log.warning('The log for TensorBoard could not be written (%s).', error.strerror or error)
+        except Exception as error:  # of a library that is not needed
+            reason = error.strerror if isinstance(error, OSError) else None
+            log.warning('The log for TensorBoard could not be written (%s).', reason or error)
             self._writer = None
 
     def _write(self, epoch: int, record: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> None:
@@ -41,7 +42,12 @@ class Board:
             scalars |= {f'{each.name}/{name}': scores[each.name] for each in METRICS if each.name in scores}
         scalars |= {key: value for key, value in record.items() if isinstance(value, (int, float)) and key not in PLACE}
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, epoch)
+            self._writer.add_scalar(_plain(tag), value, epoch)
         for tag, image in images.items():
-            self._writer.add_image(tag, image, epoch, dataformats='HWC')
+            self._writer.add_image(_plain(tag), image, epoch, dataformats='HWC')
         self._writer.flush()
+
+
+def _plain(tag: str) -> str:
+    """A name as UTF-8, which that of a file need not be."""
+    return tag.encode(errors='replace').decode()

@@ -1,15 +1,20 @@
 """Pictures of a run: curves over the epochs, and crops side by side."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from error import UserError
 from metric import METRICS
+from system.files import write_atomic
 
 CROP = 96  # side of a crop in HR pixels
+LONGEST = 40  # characters of a name
 COLOURS = 10  # of lines, before they come again
 
 
@@ -22,21 +27,40 @@ class Comparison:
     captions: Sequence[str]
 
 
-def curves(records: Sequence[dict[str, Any]]) -> dict[str, bytes]:
-    """PNG files by name: losses, norm of the gradients, and scores of each test set, over the epochs of a run's log."""
+def save(path: Path, draw: Callable[[], bytes]) -> None:
+    """Write a picture, the PNG file that `draw` gives.
+
+    Raises:
+        UserError: it could not be drawn.
+        WriteError: it could not be written.
+    """
+    try:
+        content = draw()
+    except Exception as error:  # matplotlib raises nearly anything
+        raise UserError(f'{path} could not be drawn ({error}).') from error
+    write_atomic(path, content)
+
+
+def curves(records: Sequence[dict[str, Any]]) -> dict[str, Callable[[], bytes]]:
+    """What draws PNG files, by their names.
+
+    They show losses, norm of the gradients, and scores of each test set, over the epochs of a run's log.
+    """
     epochs = [record['epoch'] for record in records]
     terms = list(dict.fromkeys(term for record in records for term in record['loss'] if term != 'total'))
     if any(len(record['loss']) > 2 for record in records):  # else the only term is the total
         terms.append('total')
     losses = {term: [record['loss'].get(term) for record in records] for term in terms}
-    pictures = {'loss.png': _curve(epochs, losses, 'loss')}
+    pictures: dict[str, Callable[[], bytes]] = {'loss.png': partial(_curve, epochs, losses, 'loss')}
     if 'gradient_norm' in records[-1]:
         norms = [record.get('gradient_norm') for record in records]
-        pictures['gradient_norm.png'] = _curve(epochs, {'all gradients': norms}, 'Euclidean norm before clipping')
+        pictures['gradient_norm.png'] = partial(
+            _curve, epochs, {'all gradients': norms}, 'Euclidean norm before clipping'
+        )
     metric = METRICS[0]
     for name in records[-1]['test']:
         scores = [record['test'].get(name, {}).get(metric.name) for record in records]
-        pictures[f'test_{name}.png'] = _curve(epochs, {name: scores}, metric.label)
+        pictures[f'test_{name}.png'] = partial(_curve, epochs, {name: scores}, metric.label)
     return pictures
 
 
@@ -44,7 +68,7 @@ def _curve(epochs: Sequence[int], lines: dict[str, list], label: str) -> bytes:
     figure = _figure(6, 4)
     axes = figure.add_subplot()
     for name, values in lines.items():
-        axes.plot(epochs, np.array(values, dtype=float), label=name, marker='.' if len(epochs) < 30 else '')
+        axes.plot(epochs, np.array(values, dtype=float), label=_plain(name), marker='.' if len(epochs) < 30 else '')
     axes.set(xlabel='epoch', ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -118,7 +142,7 @@ def sheet(rows: Sequence[Comparison]) -> bytes:
         for column, (image, caption) in enumerate(zip(comparison.images, comparison.captions, strict=True)):
             axes = figure.add_subplot(len(rows), columns, row * columns + column + 1)
             axes.imshow(image[top : top + CROP, left : left + CROP], interpolation='nearest')
-            axes.set(xticks=[], yticks=[], xlabel=caption, ylabel='' if column else comparison.name)
+            axes.set(xticks=[], yticks=[], xlabel=_plain(caption), ylabel='' if column else _plain(comparison.name))
     return _png(figure)
 
 
@@ -138,6 +162,12 @@ def centre(image: np.ndarray, side: int) -> tuple[slice, slice]:
     starts = (max(0, (size - side) // 2) for size in image.shape[:2])
     rows, columns = (slice(start, min(start + side, size)) for start, size in zip(starts, image.shape[:2], strict=True))
     return rows, columns
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it: nothing in it is a formula, a line of its own, or no character at all."""
+    name = name if len(name) <= LONGEST else f'{name[: LONGEST // 2]}…{name[-LONGEST // 2 :]}'
+    return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in name).replace('$', r'\$')
 
 
 def _figure(width: float, height: float) -> Any:

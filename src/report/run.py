@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from checkpoint import RunFolder
+from error import UserError, noting, raise_noted
 from model import Model, n_parameters, type_name
 from model.loading.weights import Origin
 from report import attention
@@ -69,8 +70,15 @@ def write_report(
 
 
 def show_attention(model: Model, saved: Mapping[str, Sequence[Saved]], most: int) -> None:
-    """Save what the network takes together in the first `most` images of each set, beside them."""
+    """Save what the network takes together in the first `most` images of each set, beside them.
+
+    Raises:
+        UserError: of some images that could not be done.
+    """
+    failures: list[UserError] = []
     for images in saved.values():
         for image in images[:most]:
-            name = f'{image.name}_x{image.scale}_attention.png'
-            attention.save(model, image.lr(), image.file.with_name(name))
+            with noting(failures):
+                name = f'{image.name}_x{image.scale}_attention.png'
+                attention.save(model, image.lr(), image.file.with_name(name))
+    raise_noted(failures)

@@ -5,14 +5,18 @@ import math
 import os
 import pickle
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from error import UserError, WriteError
+
+ASIDE = '.frugalsr-*.tmp'  # files not yet whole; short, since the name of the file itself may be as long as one can be
 
 
 def some(names: Sequence[str]) -> str:
@@ -31,17 +35,21 @@ def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], befo
         WriteError: the disk is full or the folder cannot be written; the old file is whole and nothing is left over.
     """
     # Not tempfile: it makes private files, and the umask that an ordinary one needs cannot be read safely by threads.
-    aside = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
+    aside = path.with_name(ASIDE.replace('*', secrets.token_hex(4)))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open('xb') as stream:
+            with suppress(OSError):  # a file system without locks
+                lock_file(stream)
             for piece in [content] if isinstance(content, bytes | memoryview) else content:
                 stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
-        if before is not None and path.exists():
-            path.replace(before)
-        aside.replace(path)
+            if sys.platform == 'win32':
+                stream.close()  # which cannot rename an open file
+            if before is not None and path.exists():
+                path.replace(before)
+            aside.replace(path)
         _flush_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
@@ -49,6 +57,35 @@ def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], befo
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete the files that `write_atomic` left aside in a folder when its process was killed.
+
+    Those that another process is writing are locked and stay; this one must not be writing there.
+    """
+    for path in folder.glob(ASIDE):
+        with suppress(OSError):
+            with path.open('ab') as file:
+                lock_file(file)
+            path.unlink()
+
+
+def lock_file(file: IO) -> None:
+    """Lock an open file for this process until it is closed, and not for those that it starts.
+
+    Raises:
+        BlockingIOError, PermissionError: another process has it.
+        OSError: it cannot be locked.
+    """
+    if sys.platform == 'win32':
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _flush_folder(folder: Path) -> None:

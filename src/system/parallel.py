@@ -5,7 +5,6 @@ Started by torchrun, by srun (one task a GPU), or by `--n_GPUs N`, which calls t
 
 import atexit
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -17,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from error import UserError
+from error import UserError, silence_closed
 
 SLURM = {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'}
 
@@ -115,8 +114,7 @@ def finish() -> NoReturn:
     """
     distributed.destroy_process_group()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    silence_closed()
     os._exit(0)
 
 

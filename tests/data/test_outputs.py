@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from data.outputs import match_outputs
+from data.outputs import claim, match_outputs, output_names
 from error import UserError
 
 
@@ -104,3 +104,37 @@ def test_no_folder(tmp_path):
 def test_no_images(tmp_path):
     with pytest.raises(UserError, match='holds no images'):
         match_outputs(fill(tmp_path, 'baby.txt'), ['baby'])
+
+
+def test_names_that_differ_in_case_alone_are_told_apart():
+    """On some file systems they are one."""
+    files = [Path(name) for name in ('A.png', 'a.jpg', 'A.PNG', 'b.png')]
+    names = output_names(files)
+    assert len({name.lower() for name in names}) == len(files)
+    assert names[3] == 'b'
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob('*.png')}
+
+
+def test_images_of_another_folder_are_not_replaced(tmp_path):
+    one, two, target = tmp_path / 'one', tmp_path / 'two', tmp_path / 'results'
+    claim(target, one, reset=False)
+    for name in ('a_x2_SR.png', 'a_x2_attention.png', 'mine.png'):
+        (target / name).write_bytes(b'of one')
+    claim(target, one, reset=False)
+    claim(target, tmp_path / 'other' / '..' / 'one', reset=False)
+    before = results(target)
+    with pytest.raises(UserError, match=rf'{target} holds images made from {one}, not from {two}: --reset .*--save'):
+        claim(target, two, reset=False)
+    assert results(target) == before
+    claim(target, two, reset=True)
+    assert results(target) == {'mine.png': b'of one'}
+    with pytest.raises(UserError, match=r'folder that is not known'):
+        claim(fill(tmp_path, 'a_x2_SR.png'), one, reset=False)
+
+
+def test_an_empty_folder_is_anyones(tmp_path):
+    for name in ('one', 'two'):
+        claim(tmp_path / 'results', tmp_path / name, reset=False)

@@ -298,3 +298,16 @@ def test_border_is_noted_before_a_failure(tmp_path):
     assert 'b.png' in message(images, 2, border='clamp')
     broken.write_bytes(whole)
     assert '--lr_border clamp' in message(images, 2, border='mirror')
+
+
+def test_what_a_killed_process_left_aside_is_swept_up(tmp_path):
+    images = one_set(tmp_path, (20, 24), (20, 24))
+    prepared(images, 2, cached=True)
+    folders = [tmp_path / 'LR_bicubic' / 'X2', tmp_path / 'bin' / 'HR']
+    for folder in folders:
+        (folder / '.frugalsr-0123abcd.tmp').write_bytes(b'half of a file')
+        (folder / '.mine.tmp').write_bytes(b'of a stranger')
+        next(folder.glob('a*')).unlink()  # as it was not done either
+    prepared(images, 2, cached=True)
+    for folder in folders:
+        assert [path.name for path in folder.glob('*.tmp')] == ['.mine.tmp']

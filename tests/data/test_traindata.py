@@ -1,5 +1,8 @@
 """Training samples through a loader: the same whatever the workers, and cut from the image they name."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +195,48 @@ def test_images_smaller_than_the_patch(tmp_path):
     data = TrainData([make(tmp_path, 'A', [picture(1, 10, 50), picture(2, 6, 4)], scale=2)], 32, seed=1)
     for lr, hr, *_ in batches(data, range(6)):
         assert (lr.shape, hr.shape) == ((3, 3, 16, 16), (3, 3, 32, 32))
+
+
+SHORTAGES = (  # as PyTorch 2.13 says it
+    'unable to allocate shared memory(shm) for file </torch_29504_1536389551_1>: No space left on device (28)',
+    'unable to write to file </torch_181_3256468104_18>: No space left on device (28)',
+)
+
+
+@pytest.mark.parametrize('said', SHORTAGES)
+def test_a_shortage_of_shared_memory_is_one_sentence(tmp_path, monkeypatch, said):
+    def fail(_):
+        raise RuntimeError(said)
+
+    data = TrainData([make(tmp_path, 'A', pictures(4))], 16, seed=1)
+    monkeypatch.setattr('data.traindata.default_collate', fail)
+    with pytest.raises(
+        UserError, match=r'A loading process could not get shared memory \(.*No space.*\): .*--n_threads'
+    ):
+        batches(data, range(6), workers=1)
+
+
+def test_another_error_of_a_loading_process_is_no_shortage(tmp_path, monkeypatch):
+    def fail(_):
+        raise RuntimeError('stack expects each tensor to be equal size')
+
+    data = TrainData([make(tmp_path, 'A', pictures(4))], 16, seed=1)
+    monkeypatch.setattr('data.traindata.default_collate', fail)
+    with pytest.raises(RuntimeError, match='equal size'):
+        batches(data, range(6))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_no_shared_memory_at_all(tmp_path, monkeypatch, workers):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data = TrainData([make(tmp_path, 'A', pictures(4))], 16, seed=1)
+    monkeypatch.setattr('multiprocessing.synchronize.SemLock.__init__', fail)
+    if not workers:
+        assert len(batches(data, range(6))) == 2
+        return
+    with pytest.raises(
+        UserError, match=r'2 loading processes could not get shared memory \(No space left.*--n_threads'
+    ):
+        batches(data, range(6), workers)

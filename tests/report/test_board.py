@@ -1,6 +1,8 @@
 """What a run leaves for TensorBoard, read by TensorBoard."""
 
 import io
+import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -69,6 +71,26 @@ def test_a_folder_that_goes_or_cannot_be_written(tmp_path, read, caplog):
     folder.unlink()
     board.write(record | {'epoch': 4}, {})
     assert [event.step for event in read(folder).Scalars('lr')] == [4]
+
+
+@pytest.mark.parametrize('name', ['$5_$10', os.fsdecode(b'\xff\xfe'), 'a\nb\x01', 'long' * 60], ids=ascii)
+def test_every_name_can_be_logged(tmp_path, read, name, caplog):
+    record = {'epoch': 1, 'lr': 1.0, 'loss': {}, 'test': {name: {'psnr': 30.0}}}
+    Board(tmp_path).write(record, {f'{name}/{name}': np.zeros((4, 4, 3), np.uint8)})
+    assert not caplog.text
+    found = read(tmp_path).Tags()
+    assert len(found['scalars']) == 2
+    assert len(found['images']) == 1
+
+
+def test_an_error_of_the_library_is_a_warning(tmp_path, read, caplog, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError('no such thing')
+
+    logging.getLogger('frugalsr').propagate = True
+    monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter.add_scalar', fail)
+    Board(tmp_path).write({'epoch': 1, 'lr': 1.0, 'loss': {}, 'test': {}}, {})
+    assert 'The log for TensorBoard could not be written (no such thing)' in caplog.text
 
 
 def test_without_tensorboard_nothing_is_written(data_folder, monkeypatch):

@@ -1,11 +1,13 @@
 import io
 import math
+import os
 
 import matplotlib.figure
 import numpy as np
 import pytest
 from PIL import Image
 
+from error import UserError
 from report import picture as pictures
 from report.picture import CROP, Comparison, centre
 from tests.conftest import picture
@@ -48,15 +50,16 @@ def opened(png: bytes) -> Image.Image:
 def test_curves_are_png_files(epochs):
     drawn = pictures.curves(LOG[:epochs])
     assert list(drawn) == ['loss.png', 'test_Set5.png', 'test_B100.png'][: 2 + (epochs > 1)]
-    for png in drawn.values():
-        image = opened(png)
+    for draw in drawn.values():
+        image = opened(draw())
         assert 400 <= image.width <= 2000
         assert 300 <= image.height <= 2000
         assert len(np.unique(np.asarray(image.convert('L')))) > 10
 
 
 def test_curves_show_the_log(figures, monkeypatch):
-    pictures.curves(LOG)
+    for draw in pictures.curves(LOG).values():
+        draw()
     found = [{line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines} for figure in figures]
     nan = math.nan
     expected = [
@@ -81,8 +84,8 @@ def test_the_curve_of_a_loss_that_another_one_followed_stays(figures):
 def test_the_norm_of_the_gradients_is_a_curve(figures):
     """Older records of a run may be without it."""
     log = [LOG[0], LOG[1] | {'gradient_norm': 0.5}, LOG[2] | {'gradient_norm': math.nan}]
-    pictures.curves(log)
-    (axes,) = figures[1].axes
+    pictures.curves(log)['gradient_norm.png']()
+    (axes,) = figures[0].axes
     assert repr(axes.lines[0].get_ydata().tolist()) == repr([math.nan, 0.5, math.nan])
 
 
@@ -122,3 +125,43 @@ def test_the_crop_holds_the_detail_and_is_the_same_in_every_version(figures, top
 def test_centre(size, side, expected):
     rows, columns = centre(np.zeros((*size, 3)), side)
     assert (rows.start, rows.stop, columns.start, columns.stop) == expected
+
+
+NAMES = [
+    '$5_$10',
+    '$',
+    r'a\$b$',
+    '$$',
+    'a_b^{c',
+    os.fsdecode(b'\xff\xfe'),
+    'a\nb\tc\x01',
+    '\u202e\u6f22',
+    'long' * 60,
+    ' ',
+    '_x',
+    '%s{}',
+]
+
+
+@pytest.mark.parametrize('name', NAMES, ids=ascii)
+def test_every_name_can_be_shown(name):
+    (row,) = comparison((30, 40))
+    opened(pictures.sheet([Comparison(name, row.images, ['HR', name, 'b'])]))
+    for draw in pictures.curves([record(1, {name: 0.3, 'total': 0.3}, {name: 30.0})]).values():
+        opened(draw())
+
+
+def test_names_are_shown_as_they_are(figures):
+    (row,) = comparison((30, 40))
+    pictures.sheet([Comparison('$5_$10', row.images, ['HR', r'a\$b', 'b'])])
+    texts = [figures[0].axes[0].yaxis.label, figures[0].axes[1].xaxis.label]
+    assert [text._preprocess_math(text.get_text()) for text in texts] == [('$5_$10', False), (r'a\$b', False)]
+
+
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
+    def draw() -> bytes:
+        raise ValueError('no such glyph')
+
+    with pytest.raises(UserError, match=r'a\.png could not be drawn \(no such glyph\)'):
+        pictures.save(tmp_path / 'a.png', draw)
+    assert not list(tmp_path.iterdir())

@@ -1,14 +1,16 @@
 """Files written whole or not at all, whatever goes wrong in between."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from error import WriteError
-from system.files import write_atomic
+from system.files import sweep, write_atomic
 from tests.conftest import ROOT
 
 
@@ -100,3 +102,56 @@ def test_a_reader_never_sees_a_part(tmp_path):
     while any(writer.is_alive() for writer in writers):
         assert path.read_bytes() in contents
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize('bytes_of_a_letter', ['a', 'ä', '漢'])
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, bytes_of_a_letter):
+    longest = os.pathconf(tmp_path, 'PC_NAME_MAX')
+    count = longest // len(bytes_of_a_letter.encode())
+    path = tmp_path / (bytes_of_a_letter * count)
+    write_atomic(path, b'content')
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {path.name: b'content'}
+    with pytest.raises(WriteError, match='name too long'):
+        write_atomic(tmp_path / (bytes_of_a_letter * (count + 1)), b'content')
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+WRITES_SLOWLY = """
+import sys
+from pathlib import Path
+from system.files import write_atomic
+
+def pieces():
+    yield b'begun'
+    print('begun', flush=True)
+    sys.stdin.read()
+
+write_atomic(Path(sys.argv[1]), pieces())
+"""
+
+
+def start_writing(path: Path) -> subprocess.Popen:
+    """A process that has begun a file and ends it when its input is closed."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}
+    command = [sys.executable, '-c', WRITES_SLOWLY, str(path)]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == 'begun\n'
+    return process
+
+
+def test_what_a_killed_process_left_aside_is_deleted_and_nothing_else(tmp_path):
+    killed, alive = start_writing(tmp_path / 'killed'), start_writing(tmp_path / 'alive')
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    others = ['.hidden.tmp', 'a.tmp', '.frugalsr-1.txt', 'alive.part']
+    for name in others:
+        (tmp_path / name).write_bytes(b'of someone else')
+    assert len(list(tmp_path.iterdir())) == len(others) + 2
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(others) + 1
+    alive.communicate()
+    assert alive.returncode == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, 'alive'])
+    assert (tmp_path / 'alive').read_bytes() == b'begun'
+    sweep(tmp_path / 'no such folder')

@@ -177,6 +177,7 @@ def load_model(
         raise UserError(f'{path}: {error}') from error
     model = Model(found.name, found.scale, device, tiler, **found.settings)
     load_weights(model.net, state, str(path))
+    model.weights = f'weights from {path}'
     log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
     return model
 
