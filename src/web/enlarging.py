@@ -11,11 +11,11 @@ from PIL import Image
 
 import api
 from data.image import Photo, read_photo, read_size, write_png
-from enlarge import enlarged
 from error import UserError
 from model import Model
 from model.loading.detect import recognise
 from model.loading.weights import read_weights
+from photo.engine import enlarged
 from system.machine import best_device
 from system.numerics import set_numerics
 

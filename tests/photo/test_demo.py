@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from data.image import Photo, bytes_to_read, read_photo, write_png
-from enlarge import check_fits, enlarge_folder, enlarged
 from error import UserError
 from model import Model
 from model.tiles.tiling import Tiler
+from photo.demo import enlarge_folder
+from photo.engine import check_fits, enlarged
 from tests.conftest import ROOT, slow
 from tests.data.test_profile import cmyk_profile
 
@@ -173,7 +174,7 @@ def test_an_image_that_does_not_fit_is_named_and_no_other_is_lost(tmp_path, monk
 def test_memory_that_was_freed_counts_as_room(tmp_path):
     """The allocator keeps it, unless asked."""
     write_png(tmp_path / 'a.png', np.zeros((50, 60, 3), np.uint8))
-    setup = 'import torch; from pathlib import Path; from enlarge import check_fits; used = memory.in_use("cpu")'
+    setup = 'import torch; from pathlib import Path; from photo.engine import check_fits; used = memory.in_use("cpu")'
     work = (
         'blocks = [torch.ones(2**20) for _ in range(50)]; last = torch.ones(9); del blocks; '
         f'check_fits(Path({str(tmp_path / "a.png")!r}), used + 2**26)'
