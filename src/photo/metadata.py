@@ -24,6 +24,7 @@ STORAGE = {
     Base.IPTCNAA, Base.Orientation, Base.ProcessingSoftware,
 }  # fmt: skip
 SIZES = (Base.ExifImageWidth, Base.ExifImageHeight)
+SHAPES = ('{"shape"', 'ImageJ=')  # begin descriptions by tifffile and ImageJ, from which they read sizes
 MOST = 65_000  # bytes of EXIF or XMP data that a JPEG file has room for
 
 
@@ -77,6 +78,8 @@ def _plain(exif: Image.Exif) -> Image.Exif:
     for tag in exif:
         if tag not in STORAGE and tag not in (IFD.Exif, IFD.GPSInfo):
             copy[tag] = exif[tag]
+    if str(copy.get(Base.ImageDescription, '')).startswith(SHAPES):
+        del copy[Base.ImageDescription]
     for directory in (IFD.Exif, IFD.GPSInfo):
         if directory in exif:
             copy.get_ifd(directory).update(exif.get_ifd(directory))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations_with_replacement
 
 from error import UserError
@@ -30,23 +31,20 @@ class Size:
         Raises:
             UserError: it would be more than `LARGEST` times as large.
         """
-        frames = [Ratio for Ratio in (_ratio(self.width, width), _ratio(self.height, height)) if Ratio]
-        factor = self.scale or min(frames)
+        frames = [Fraction(new, old) for new, old in ((self.width, width), (self.height, height)) if new]
+        factor = Fraction(self.scale) if self.scale else min(frames)
         if factor > LARGEST:
             raise UserError(
-                f'{width}x{height} pixels would be enlarged {factor:.4g} times: {LARGEST} times is the most; give a '
+                f'{width}x{height} pixels would be enlarged {float(factor):.4g} times: {LARGEST} times is the most; give a '
                 'smaller size.'
             )
-        return max(1, math.floor(height * factor + 0.5)), max(1, math.floor(width * factor + 0.5))
+        half = Fraction(1, 2)
+        return max(1, math.floor(height * factor + half)), max(1, math.floor(width * factor + half))
 
     def __str__(self) -> str:
         if self.scale:
             return f'x{self.scale:g}'
         return f'{self.width or ""}x{self.height or ""}'
-
-
-def _ratio(new: int | None, old: int) -> float | None:
-    return new / old if new else None
 
 
 def steps(old: tuple[int, int], new: tuple[int, int], scales: Iterable[int]) -> tuple[int, ...]:
