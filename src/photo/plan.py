@@ -89,7 +89,8 @@ def make_plan(
     smaller = [job.source.name for job in jobs if not job.steps and job.new != job.old]
     if smaller:
         log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
-    for job in _without_results(jobs):
+    _check_targets(jobs)
+    for job in jobs:
         if again or not job.target.exists():
             plan.jobs.append(job)
             continue
@@ -127,24 +128,15 @@ def _make_job(source: Source, size: Size, place: Place, format: Format, networks
     return Job(source.path, target, old, new, factors, lossy, name, made)
 
 
-def _without_results(jobs: list[Job]) -> list[Job]:
-    """The jobs but for those whose photograph is an earlier result of another one of them, as of `*.png` once more."""
-    sources = {job.source.resolve(): job for job in jobs}
-    results = set()
+def _check_targets(jobs: list[Job]) -> None:
+    """Refuse results that would replace a photograph, or one another."""
+    sources = {job.source.resolve() for job in jobs}
+    taken: dict[str, Path] = {}
     for job in jobs:
-        target = job.target.resolve()
-        if target not in sources:
-            continue
-        if target == job.source.resolve() or not made_by(target).startswith(MADE):
+        if job.target.resolve() in sources:
             raise UserError(
                 f'The result of {job.source} would replace the photograph {job.target}: give another --name or -o.'
             )
-        results.add(target)
-    left = [job for job in jobs if job.source.resolve() not in results]
-    if results:
-        log.info('Left out, results of an earlier run: %d', len(results))
-    taken: dict[str, Path] = {}
-    for job in left:
         key = str(job.target.absolute()).lower()  # some file systems take both for one
         if key in taken:
             raise UserError(
@@ -152,4 +144,3 @@ def _without_results(jobs: list[Job]) -> list[Job]:
                 'or -r with -o.'
             )
         taken[key] = job.source
-    return left

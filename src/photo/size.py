@@ -35,8 +35,8 @@ class Size:
         factor = Fraction(self.scale) if self.scale else min(frames)
         if factor > LARGEST:
             raise UserError(
-                f'{width}x{height} pixels would be enlarged {float(factor):.4g} times: {LARGEST} times is the most; give a '
-                'smaller size.'
+                f'{width}x{height} pixels would be enlarged {float(factor):.4g} times; {LARGEST} times is the most: '
+                'give a smaller size.'
             )
         half = Fraction(1, 2)
         return max(1, math.floor(height * factor + half)), max(1, math.floor(width * factor + half))

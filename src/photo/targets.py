@@ -69,29 +69,32 @@ def find_sources(given: Sequence[str], recursive: bool, output: Path | None) -> 
     """The photographs that paths and patterns name, and how many results of this program were left out.
 
     Folders give the images in them, with `recursive` those in their folders too; what is in `output` is left out where
-    that is such a folder, and so are results of this program. A file that is named itself is always taken.
+    that is such a folder. Results of this program are left out, unless one is all that is named.
 
     Raises:
         UserError: a path that does not exist, or a folder without images.
     """
+    paths = [path for text in given for path in _expanded(text)]
+    if len(paths) == 1 and not paths[0].is_dir():
+        return [Source(paths[0])], 0
     found: dict[Path, Source] = {}
-    results = 0
-    for text in given:
-        for path in _expanded(text):
-            if not path.is_dir():
-                found.setdefault(path.absolute(), Source(path))
-                continue
-            sources = [Source(file, folder.relative_to(path)) for folder in _folders(path, recursive, output)
-                       for file in find_images(folder)]  # fmt: skip
-            if not sources:
-                deeper = '' if recursive else '; -r looks into its folders too'
-                raise UserError(f'{path} holds no images: expected png, jpg, bmp, tif or webp files{deeper}.')
-            for source in sources:
-                if made_by(source.path).startswith(MADE):
-                    results += 1
-                else:
-                    found.setdefault(source.path.absolute(), source)
-    return list(found.values()), results
+    for path in paths:
+        for source in _images(path, recursive, output) if path.is_dir() else [Source(path)]:
+            found.setdefault(source.path.absolute(), source)
+    sources = [source for source in found.values() if not made_by(source.path).startswith(MADE)]
+    return sources, len(found) - len(sources)
+
+
+def _images(top: Path, recursive: bool, output: Path | None) -> list[Source]:
+    found = [
+        Source(file, folder.relative_to(top))
+        for folder in _folders(top, recursive, output)
+        for file in find_images(folder)
+    ]
+    if not found:
+        deeper = '' if recursive else '; -r looks into its folders too'
+        raise UserError(f'{top} holds no images: expected png, jpg, bmp, tif or webp files{deeper}.')
+    return found
 
 
 def _expanded(text: str) -> list[Path]:

@@ -11,12 +11,20 @@ from tests.conftest import ROOT
 def weights(folder: Path, name: str, score: str = '') -> None:
     (folder / f'{name}.pt').write_bytes(name.encode())
     if score:
-        (folder / f'{name}.md').write_text(f'# Card\n\n| Set | PSNR |\n|---|---|\n| Set5 | {score} | .9 |\n| Set14 | 99.9 |\n')
+        (folder / f'{name}.md').write_text(
+            f'# Card\n\n| Set | PSNR |\n|---|---|\n| Set5 | {score} | .9 |\n| Set14 | 99.9 |\n'
+        )
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, score in {'A_x4': '30.5', 'B-light_x4': '31.25', 'C_x4': '', 'A_x2': '37', 'B-light-photo_x4': '25.5'}.items():
+    for name, score in {
+        'A_x4': '30.5',
+        'B-light_x4': '31.25',
+        'C_x4': '',
+        'A_x2': '37',
+        'B-light-photo_x4': '25.5',
+    }.items():
         weights(tmp_path, name, score)
     (tmp_path / 'notes.pt').write_text('no weights')
     return tmp_path

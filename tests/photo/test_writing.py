@@ -6,6 +6,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms
 from PIL.ExifTags import IFD, Base
+from PIL.PngImagePlugin import PngInfo
 
 from data.image import read_photo
 from error import UserError
@@ -30,12 +31,14 @@ def photograph(path: Path) -> Path:
     exif.get_ifd(IFD.Exif).update({Base.DateTimeOriginal: TIME, Base.ExifImageWidth: 9, Base.MakerNote: b'secret' * 9})
     exif.get_ifd(IFD.GPSInfo).update({1: 'N', 2: (1.0, 2.0, 3.5)})
     data = exif.tobytes()[6:]
-    end = struct.unpack('<I', data[4:8])[0]
-    end += 2 + 12 * struct.unpack('<H', data[end : end + 2])[0]  # where the offset of the thumbnail's directory stands
-    thumbnail = struct.pack('<HHHIII', 1, Base.Compression, 3, 1, 6, 0) + b'THUMBNAIL'
-    data = data[:end] + struct.pack('<I', len(data)) + data[end + 4 :] + thumbnail
+    end = struct.unpack('>I', data[4:8])[0]
+    end += 2 + 12 * struct.unpack('>H', data[end : end + 2])[0]  # where the offset of the thumbnail's directory stands
+    thumbnail = struct.pack('>HHHIHHI', 1, Base.Compression, 3, 1, 6, 0, 0) + b'THUMBNAIL'
+    data = data[:end] + struct.pack('>I', len(data)) + data[end + 4 :] + thumbnail
     pixels = Image.fromarray(RNG.integers(0, 256, (5, 9, 3)).astype(np.uint8))
-    pixels.save(path, exif=b'Exif\0\0' + data, xmp=XMP, icc_profile=ICC)
+    text = PngInfo()
+    text.add_itxt('XML:com.adobe.xmp', XMP.decode())
+    pixels.save(path, exif=b'Exif\0\0' + data, xmp=XMP, pnginfo=text, icc_profile=ICC)
     return path
 
 

@@ -1,0 +1,252 @@
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import enlarge
+from data.image import read_photo, write_png
+from data.imresize import resize, upscale_bicubic
+from error import WriteError
+from photo.metadata import made_by
+from tests.conftest import picture
+
+PLAIN = ['--cpu', '--model', 'Bicubic']
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Photographs in a folder and in one in it, in several formats."""
+    folder = tmp_path / 'photos'
+    write_png(folder / 'a.png', picture(0, 9, 12))
+    Image.fromarray(picture(1, 10, 8)).save(folder / 'b.jpg')
+    (folder / 'deeper').mkdir()
+    Image.fromarray(picture(2, 8, 8)).save(folder / 'deeper' / 'a.tif')
+    return folder
+
+
+def run(*options: object) -> int:
+    return enlarge.main([*map(str, options), *PLAIN])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    """What a run that fails says, in one line."""
+    assert run(*options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('Error: ')
+    assert said.count('\n') == 1
+    return said
+
+
+def test_a_file_beside_its_source(photos):
+    assert run(photos / 'a.png') == 0
+    sr = read_photo(photos / 'a_x4.png').color
+    assert np.abs(sr.astype(int) - upscale_bicubic(picture(0, 9, 12), 4)).max() <= 1  # which rounds between its passes
+
+
+def test_a_tree_of_folders(photos, tmp_path):
+    assert run(photos, '-r', '-o', tmp_path / 'big', '--scale', 2, '--format', 'jpg') == 0
+    assert names(tmp_path / 'big') == ['a_x2.jpg', 'b_x2.jpg', 'deeper/a_x2.jpg']
+    assert (
+        run(photos, '-o', tmp_path / 'flat', '--scale', 3, '--format', 'same', '--name', '{scale}-{width}-{stem}') == 0
+    )
+    assert names(tmp_path / 'flat') == ['3-24-b.jpg', '3-36-a.png']
+
+
+def test_patterns_and_a_file_that_is_named(photos, tmp_path):
+    assert run(f'{photos}/*.jpg', photos / 'deeper', '-o', tmp_path / 'big') == 0
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png']
+    assert run(photos / 'a.png', '-o', tmp_path / 'mine.webp') == 0
+    with Image.open(tmp_path / 'mine.webp') as image:
+        assert (image.format, image.size) == ('WEBP', (48, 36))
+
+
+@pytest.mark.parametrize(
+    ('options', 'name', 'steps', 'size'),
+    [
+        ('--scale 1.5', 'a_x1.5', [2], (14, 18)),  # 13.5 is rounded up
+        ('--width 30', 'a_30x23', [3], (23, 30)),
+        ('--fit 60x45', 'a_60x45', [3, 2], (45, 60)),
+        ('--scale 8', 'a_x8', [4, 2], (72, 96)),
+        ('--fit 8x8', 'a_8x6', [], (6, 8)),
+    ],
+)
+def test_any_size(photos, messages, options, name, steps, size):
+    assert run(photos / 'a.png', *options.split()) == 0
+    expected = picture(0, 9, 12)
+    for scale in steps:
+        expected = upscale_bicubic(expected, scale)
+    found = read_photo(photos / f'{name}.png').color
+    assert found.shape[:2] == size
+    assert np.abs(found.astype(int) - resize(expected, *size)).max() <= 3  # several roundings
+    assert any('made smaller' in line for line in messages) == (not steps)
+
+
+def test_what_is_done_is_not_done_again(photos, tmp_path, messages):
+    command = (photos, '-r', '-o', tmp_path / 'big', '--format', 'jpg')
+    run(*command)
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / 'big').rglob('*.jpg')}
+    assert len(first) == 3
+    assert run(*command) == 0
+    assert any('3 were done before' in line for line in messages)
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+
+    def changed() -> set[str]:
+        return {path.name for path, before in first.items() if path.stat().st_mtime_ns != before}
+
+    os.utime(photos / 'b.jpg', ns=(1, 2**62))  # the photograph is newer now
+    assert run(*command) == 0
+    assert changed() == {'b_x4.jpg'}
+    first = {path: path.stat().st_mtime_ns for path in first}
+    os.utime(photos / 'b.jpg', ns=(1, 1))
+    assert run(*command, '--quality', 50) == 0  # other settings
+    assert changed() == {'a_x4.jpg', 'b_x4.jpg'}
+    first = {path: path.stat().st_mtime_ns for path in first}
+    assert run(*command, '--quality', 50, '--again') == 0
+    assert len([path for path, before in first.items() if path.stat().st_mtime_ns != before]) == 3
+
+
+def test_results_are_not_enlarged_in_their_turn(photos, tmp_path):
+    for _ in range(2):
+        assert run(photos, '-r', '--scale', 2) == 0
+        assert run(photos, '-r', '-o', photos / 'big', '--scale', 3) == 0
+        assert run(f'{photos}/*.png', '--scale', 2) == 0
+    assert names(photos) == [
+        'a.png', 'a_x2.png', 'b.jpg', 'b_x2.png', 'big/a_x3.png', 'big/b_x3.png', 'big/deeper/a_x3.png', 'deeper/a.tif',
+        'deeper/a_x2.png',
+    ]  # fmt: skip
+
+
+def test_the_folder_of_results_is_left_out_whatever_is_in_it(photos):
+    write_png(photos / 'big' / 'foreign.png', picture(3, 8, 8))
+    assert run(photos, '-r', '-o', photos / 'big', '--scale', 2) == 0
+    assert 'big/big/foreign_x2.png' not in names(photos)
+
+
+def test_a_bad_file_is_named_at_the_end(photos, tmp_path, capsys):
+    (photos / '0.jpg').write_text('no image')
+    (photos / 'z.png').write_bytes(b'')
+    said = error_of(capsys, photos, '-o', tmp_path / 'big')
+    assert '2 of 4 images could not be enlarged' in said
+    assert '0.jpg (8 bytes)' in said
+    assert 'z.png (0 bytes)' in said
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png']
+
+
+def test_a_full_disk_leaves_what_was_done_whole(photos, tmp_path, capsys, monkeypatch):
+    for i in range(6):
+        write_png(photos / f'c{i}.png', picture(i, 8, 8))
+    plain = os.fsync
+    written = []
+
+    def fsync(descriptor: int) -> None:
+        if written and os.readlink(f'/proc/self/fd/{descriptor}').endswith('.tmp'):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        written.append(descriptor)
+        plain(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    said = error_of(capsys, photos, '-o', tmp_path / 'big')
+    assert 'of 8 images could not be enlarged' in said
+    assert 'The disk is full' in said
+    monkeypatch.undo()
+    assert names(tmp_path / 'big') == ['a_x4.png']
+    assert run(photos, '-o', tmp_path / 'big') == 0
+    assert len(names(tmp_path / 'big')) == 8
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ('none.jpg', ['none.jpg', 'does not exist']),
+        ('{photos}/*.gif', ['*.gif', 'does not exist']),
+        ('{photos} -o {photos}/x.png', ['x.png', '2 photographs', 'folder']),
+        ('{photos}/a.png -o x.bmp', ['x.bmp', 'bmp is not written']),
+        ('{photos}/a.png -o x.png --format jpg', ['x.png', '--format']),
+        ('{photos}/a.png --name a --format same', ['would replace']),
+        ('{photos}/a.png --name b --format jpg', ['would replace', 'b.jpg']),
+        ('{photos} --name x', ['a.png', 'b.jpg', 'would both become', '--name']),
+        ('{photos} {photos}/deeper -o {photos}/big', ['would both become']),
+        ('{photos}/a.png --name {{size}}', ['{size}', '{stem}']),
+        ('{photos}/a.png --name ../x', ['../x', 'without folders']),
+        ('{photos}/a.png --name {{stem.x}}', ['{stem.x}', '{width}']),
+        ('{photos}/a.png --scale 0', ['--scale', "'0'", 'above 0']),
+        ('{photos}/a.png --scale 9', ['--scale', "'9'", 'at most 8']),
+        ('{photos}/a.png --width 0', ['--width', "'0'"]),
+        ('{photos}/a.png --fit 100', ['--fit', "'100'", '3840x2160']),
+        ('{photos}/a.png --fit 9x9 --scale 2', ['--scale', '--fit', 'one of them']),
+        ('{photos}/a.png --fit 999x999', ['a.png', '83.25 times', '8 times']),
+        ('{photos}/a.png --background pinkish', ['--background', 'pinkish']),
+        ('{photos}/a.png --weights x.pt', ['--model and --weights']),
+        ('{photos}/a.png --scaal 2', ['unknown option --scaal', '--scale']),
+        ('', ['PHOTO']),
+    ],
+)
+def test_mistakes_are_one_sentence_and_nothing_is_written(photos, capsys, options, words):
+    before = names(photos)
+    said = error_of(capsys, *options.format(photos=photos).split())
+    assert [word for word in words if word.lower() not in said.lower()] == []
+    assert names(photos) == before
+
+
+def test_a_file_of_another_program_is_not_replaced(photos, capsys):
+    write_png(photos / 'a_x4.png', picture(5, 6, 6))
+    before = (photos / 'a_x4.png').read_bytes()
+    assert 'was not made by this program' in error_of(capsys, photos / 'a.png')
+    assert (photos / 'a_x4.png').read_bytes() == before
+    assert run(photos / 'a.png', '--again') == 0
+    assert made_by(photos / 'a_x4.png').startswith('FrugalSR Bicubic_x4 ')
+
+
+def test_a_side_beyond_jpeg_is_told(tmp_path, capsys):
+    write_png(tmp_path / 'long.png', np.zeros((1, 9000, 3), np.uint8))
+    said = error_of(capsys, tmp_path / 'long.png', '--scale', 8, '--format', 'jpg')
+    assert '72000x8 pixels do not fit into jpg' in said
+    assert 'png, tif' in said
+
+
+def test_weights_that_do_not_reach_are_told(photos, capsys):
+    assert enlarge.main([str(photos / 'a.png'), '--cpu', '--model', 'ATD-light', '--scale', '5']) == 2
+    assert 'no two of the weights' in capsys.readouterr().err
+
+
+def test_any_file_of_weights(photos):
+    """The same network by its name in models/ and by its file gives the same pixels."""
+    for options in ('--weights ASID_x2.pt --name file', '--model ASID --name name'):
+        assert enlarge.main([str(photos / 'a.png'), '--cpu', '--scale', '2', *options.split()]) == 0
+    assert np.array_equal(read_photo(photos / 'file.png').color, read_photo(photos / 'name.png').color)
+
+
+def test_interrupted_and_continued(photos, tmp_path, capsys, monkeypatch):
+    import photo.engine
+
+    plain = photo.engine.read_photo
+
+    def read(path: Path):
+        if path.name == 'b.jpg':
+            raise KeyboardInterrupt
+        return plain(path)
+
+    monkeypatch.setattr(photo.engine, 'read_photo', read)
+    assert run(photos, '-r', '-o', tmp_path / 'big') == 130
+    assert 'Interrupted: the same command goes on' in capsys.readouterr().err
+    assert names(tmp_path / 'big') == ['a_x4.png']
+    monkeypatch.undo()
+    assert run(photos, '-r', '-o', tmp_path / 'big') == 0
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png', 'deeper/a_x4.png']
+
+
+def test_an_error_of_writing_has_its_cause(tmp_path):
+    """By which a full disk is told from other faults."""
+    from system.files import write_atomic
+
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(WriteError) as caught:
+        write_atomic(tmp_path / 'file' / 'x', b'')
+    assert isinstance(caught.value.__cause__, OSError)
