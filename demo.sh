@@ -44,12 +44,12 @@ tests() {
 }
 recipe LCoAN 3
 for net in EDSR-baseline EDSR RCAN NLSN ASID ASID-finetune ASIDd8 ASIDd8-finetune DLGSANet DLGSANet-light DLGSANet-tiny \
-    OmniSR OmniSR-DF2K ATD ATD-light CATANet HiT-SRF SwinIR-light IMDN PAN BSRN; do
+    OmniSR OmniSR-DF2K ATD ATD-light CATANet HiT-SRF PFT-light SwinIR-light ESC ESC-light ESC-FP IMDN PAN BSRN; do
     recipe $net
 done
 recipe ATD-finetune 2
-tests EDSR-baseline EDSR RCAN NLSN ASID ASIDd8 DLGSANet DLGSANet-light DLGSANet-tiny ATD ATD-light CATANet HiT-SRF OmniSR \
-    SwinIR-light IMDN PAN BSRN
+tests EDSR-baseline EDSR RCAN NLSN ASID ASIDd8 DLGSANet DLGSANet-light DLGSANet-tiny ATD ATD-light CATANet HiT-SRF PFT-light \
+    OmniSR SwinIR-light ESC ESC-light ESC-FP IMDN PAN BSRN
 for scale in 2 3 4; do
     add Bicubic_x${scale}_test "score bicubic x$scale on the benchmarks" "--model Bicubic $four --scale $scale"
 done

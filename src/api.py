@@ -57,9 +57,9 @@ class Upscaler:
         Args:
             image: one of
                 - a numpy array (H, W, 3), RGB, uint8 in [0, 255] or uint16 in [0, 65535];
-                - an image of Pillow, 8 bits a channel or 16 bits of grey; the result is L, LA, RGB, RGBA or I;16,
-                  upright as the EXIF orientation says, and keeps the colour profile if that fits; CMYK becomes sRGB;
-                  of several frames it is the one that the image is at;
+                - an image of Pillow, 8 bits a channel or 16 bits of grey, of several frames the one that it is at; the
+                  result is L, LA, RGB, RGBA or I;16, upright as the EXIF orientation says, and keeps the colour profile
+                  if that fits; CMYK becomes sRGB;
                 - a tensor (3, H, W) or (N, 3, H, W), RGB, of floats in [0, 1]; the result is on the same device and of
                   the same type, clipped to [0, 1], computed in float32 and without gradients.
 

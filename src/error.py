@@ -1,4 +1,4 @@
-"""The exceptions a user is meant to see."""
+"""The exceptions a user is meant to see, and how a program ends."""
 
 import os
 import select
@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import NoReturn, TextIO
 
 CLOSED_PIPE = 128 + 13  # what a shell says of a program that SIGPIPE ended
@@ -48,8 +49,12 @@ def report_error(error: UserError, debug: bool) -> int:
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run a program and exit with its status, or with 141 if what it printed found no reader any more.
 
-    A log finds that no reason to stop: a run goes on, and has its own status.
+    A log finds that no reason to stop: a run goes on, and has its own status. What the screen cannot show, as a name
+    that is no UTF-8, is written in escapes.
     """
+    for stream in _screens():
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     try:
         status = main()
     except SystemExit as end:  # of the parser

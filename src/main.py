@@ -61,13 +61,11 @@ def explain(error: Exception) -> str:
     if out_of_memory(error):
         less = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'
         return f'Memory ran out: give {less}.'
-    if isinstance(error, TorchDynamoException):
-        reason = str(error).partition('\n')[0]
-        return (
-            f'PyTorch could not compile the network ({reason}): install a C++ compiler, such as g++, if there is none, '
-            'or leave --compile out.'
-        )
-    return ''
+    if not isinstance(error, TorchDynamoException):
+        return ''
+    reason = str(error).partition('\n')[0]
+    compiler = 'install a C++ compiler, such as g++, if there is none, or leave --compile out'
+    return f'PyTorch could not compile the network ({reason}): {compiler}.'
 
 
 def run(args: Namespace, argv: Sequence[str] = ()) -> None:

@@ -237,9 +237,10 @@ def make_lr(images: ImageSet, scale: int, args: Namespace) -> None:
         UserError: an image is damaged, an LR image has the wrong size, or the folder cannot be written.
     """
     from data.srdata import SRData
+    from system.files import is_there
 
     SRData(images, scale, args.lr_border).prepare(args.n_threads)
-    left = [path for path in lr_files(images, scale) if not path.is_file()]
+    left = [path for path in lr_files(images, scale) if not is_there(path)]
     if left:
         raise UserError(f'{left[0]} could not be written: make its folder writable, or name another --dir_data.')
 
@@ -250,10 +251,12 @@ def check(args: Namespace) -> int:
     Raises:
         UserError: no LR files, or an image that cannot be read.
     """
+    from system.files import is_there
+
     checked, equal = 0, True
     for images in find_sets(args.set, args.dir_data):
         for scale in args.scale:
-            pairs = [pair for pair in zip(images.hr, lr_files(images, scale), strict=True) if pair[1].is_file()]
+            pairs = [pair for pair in zip(images.hr, lr_files(images, scale), strict=True) if is_there(pair[1])]
             title = f'{images.name} x{scale}: {len(pairs)} of {len(images.hr)} LR files there'
             checked += len(pairs)
             if pairs:

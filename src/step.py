@@ -89,7 +89,7 @@ class TrainStep:
 
         They are the loss terms and their sum, averaged over the batch; the Euclidean norm of all gradients before they
         were clipped; the number of samples in whose place others were taken; 1 if the step was made, 0 if it was
-        skipped since its loss is not finite or above `limit`.
+        skipped since its loss is not finite or above `limit`, or in float16 since its gradients are not finite.
         """
         set_learning_rate(self.optimizer, rate)
         self.number.fill_(number)
@@ -112,6 +112,8 @@ class TrainStep:
         total = sum(sums[: len(self.loss.terms)], sums.new_zeros(()))
         applied = total.isfinite() & (total <= self.limit)
         norm = self._update(applied)
+        if self.scaler.is_enabled():
+            applied = applied & norm.isfinite()  # else the scaler makes no step, but its next ones are smaller
         return torch.cat((sums[:-1], torch.stack([total, norm.to(self._wide), sums[-1], applied.to(self._wide)])))
 
     def _gradients(self, lr: Tensor, hr: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class TrainStep:
             self.optimizer.found_inf = applied.logical_not().float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.ema:
+        if self.ema and (not self.scaler.is_enabled() or norm.isfinite()):
             self.ema.update(applied if self.decides_itself else None)
         return norm
 

@@ -104,6 +104,9 @@ HITSRF: Recipe = {
     'model': 'HiT-SRF', **DIV2K, 'lr': 5e-4, 'betas': [0.9, 0.99], 'batch_size': 64,
     **milestones(250, 400, 450, 475, 500),
 }  # fmt: skip
+# https://github.com/LabShuHangGU/PFT-SR, options; x3 and x4 start from x2; tested on whole images
+PFT_LIGHT: Recipe = {**ATD_LIGHT, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
+PFT_LIGHT_TUNED: Recipe = {**ATD_LIGHT_TUNED, 'model': 'PFT-light', 'betas': [0.9, 0.99]}
 
 # https://github.com/cszn/KAIR, options/swinir/train_swinir_sr_lightweight.json; x3 and x4 start from x2, with half the
 # rate and half the steps (there in epochs of 500, since a milestone is at step 237,500)
@@ -112,6 +115,13 @@ SWINIR: Recipe = {
     **milestones(250, 400, 450, 475, 500),
 }  # fmt: skip
 SWINIR_TUNED: Recipe = {**SWINIR, 'lr': 1e-4, 'test_every': 500}
+
+# https://github.com/dslisleedh/ESC, options: 4 x 16 patches; x3 and x4 start from x2 and are trained as long; tests
+# continue images to whole windows
+ESC: Recipe = {
+    'model': 'ESC', **DIV2K, **ATD_COMMON, 'lr': 5e-4, 'batch_size': 64, 'warmup': 20000, 'pad_to': 32,
+    **milestones(250, 400, 450, 475, 490, 500),
+}  # fmt: skip
 
 # https://github.com/Zheng222/IMDN, train_IMDN.py: every scale from scratch, with HR patches of one size; the rate falls
 # as the 200th, 400th, ... epoch begins
@@ -161,10 +171,15 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('CATANet', CATANET, 64, (2,)),
     **from_x2('CATANet', CATANET_TUNED, 64, (3, 4)),
     **from_x2('HiT-SRF', HITSRF, 64),
+    **at_scales('PFT-light', PFT_LIGHT, 64, (2,)),
+    **from_x2('PFT-light', PFT_LIGHT_TUNED, 64, (3, 4)),
     **at_scales('OmniSR', OMNISR, 64),
     **at_scales('OmniSR-DF2K', OMNISR_DF2K, 64),
     **at_scales('SwinIR-light', SWINIR, 64, (2,)),
     **from_x2('SwinIR-light', SWINIR_TUNED, 64, (3, 4)),
+    **from_x2('ESC', ESC, 64),
+    **from_x2('ESC-light', {**ESC, 'model': 'ESC-light'}, 64),
+    **from_x2('ESC-FP', {**ESC, 'model': 'ESC-FP'}, 64),
     **{f'IMDN_x{scale}': {**IMDN, 'scale': scale} for scale in (2, 3, 4)},
     **at_scales('PAN', PAN, 64),
     **at_scales('BSRN', BSRN, 48),

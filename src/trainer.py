@@ -412,7 +412,10 @@ class Trainer:
             raise UserError(f'The loss is {loss} {where}, the {self.not_finite}th time in a row; {self._advice()}')
         if values['applied']:
             return True
-        log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names(numbers))
+        if math.isfinite(loss) and loss <= self._limit():  # as in the first steps, until the factor fits
+            log.info('Batch skipped, since its gradients exceed float16.')
+        else:
+            log.warning('Batch skipped for its loss of %.4g: patches of %s.', loss, self._names(numbers))
         return False
 
     def _advice(self) -> str:

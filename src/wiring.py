@@ -118,7 +118,7 @@ def make_model(args: Namespace) -> Model:
     half = args.precision == 'half'
     return Model(
         args.model, args.scale, device(args), make_tiler(args), args.self_ensemble, half, args.compile,
-        args.channels_last, bool(args.graph), **settings,
+        args.channels_last, bool(args.graph), args.pad_to, **settings,
     )  # fmt: skip
 
 
@@ -154,10 +154,10 @@ def _load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, Origin]
         path = weights_file(args)
         weights, unwrapped, description = read_weights(path)
         upsampler = None if args.test_only else model.network.upsampler_prefix
-        new = load_weights(model.net, weights, str(path), upsampler)
+        left = load_weights(model.net, weights, str(path), upsampler)
         check_description(args, model, path, description)
         inside = f' ({unwrapped})' if unwrapped else ''
-        return None, Origin(f'{path}{inside}' + (f'; new: {", ".join(new)}' if new else ''))
+        return None, Origin(f'{path}{inside}{left}')
     if args.test_only and model.net.state_dict():
         raise UserError(f'{args.model} has no weights to test: give a file with --pre_train or a run with --load.')
     return None, Origin('new weights' if model.net.state_dict() else 'no weights', read=False)
@@ -369,5 +369,6 @@ def protocol(args: Namespace, model: Model) -> dict[str, Any]:
     return {
         'chop': {'size': size, 'overlap': args.chop_overlap, 'blend': blend} if args.chop else None,
         'self_ensemble': args.self_ensemble,
+        'pad_to': args.pad_to,
         'precision': type_name(model.dtype),
     }

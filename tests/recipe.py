@@ -21,6 +21,9 @@ CASES: dict[str, dict[str, Any]] = REFERENCE['networks']
 
 BIAS = {'EDSR': 10.0, 'EDSR-baseline': 10.0, 'RCAN': 10.0}  # these work in [0, 255]; the others 0.1
 # Of the weights relative to 1 / sqrt(fan in): the first that is found in the key, otherwise 1.
+ESC = {
+    r'relative_position_bias$': 94.5, r'^plk_filter$': 2.8, r'\.dwc_proj\.3\.': 0.3, r'\.pconvs\.\d+\.aggr\.': 0.4,
+}  # fmt: skip
 DYNAMIC = {r'IDynamicDWConv\.conv\.conv2': 0.15}
 GAIN = {
     'EDSR': {r'^body\.\d+\.body': 2.0},
@@ -36,8 +39,12 @@ GAIN = {
     'CATANet': {r'\.irca_attn\.': 6.0, r'^mid_convs\.': 0.35},
     'ATD': {r'\.wqkv\.': 0.35, r'\.wv\.': 0.4},
     'ATD-light': {r'\.wqkv\.': 0.5, r'\.wv\.': 0.4},
+    'ESC': ESC,
+    'ESC-light': ESC,
+    'ESC-FP': {r'relative_position_bias$': 94.5, r'\.plk\.proj\.3\.': 0.5},
     'IMDN': {r'\.cca\.conv_du\.': 3.0},
     'BSRN': {r'\.cca\.conv_du\.': 6.0},
+    'PFT-light': {r'\.attn_win\.proj\.': 0.1, r'\.wqkv\.': 0.5},  # a key chosen otherwise stays unseen
 }  # fmt: skip
 # Other parameters, by the end of their key: mean and standard deviation.
 OTHERS = {

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+import api
+import export
 import main
 from model import all_settings, find
+from tests.test_export import assert_enlarges
 
 # PSNR and, where it is known, SSIM on Set5 and on Set14 by the authors' code, float32, whole images.
 EXPECTED = {
@@ -36,3 +39,11 @@ def test_scores_are_those_of_the_authors_code(shared, tmp_path, name, scale):
     for data, scores in zip(('Set5', 'Set14'), expected, strict=True):
         for metric, score, tolerance in zip(('psnr', 'ssim'), scores, (0.001, 0.0001), strict=False):
             assert found['sets'][data][metric] == pytest.approx(score, abs=tolerance), (data, metric)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['IMDN', 'PAN', 'BSRN'])
+def test_their_files_can_be_exported(shared, name):
+    """PAN's give values of 1e21 for noise of full contrast, with which a file must not be checked."""
+    model = api.load(shared / 'reference' / 'official' / EXPECTED[name, 4][0], 'cpu').model
+    assert_enlarges('onnx', export.export(model, 'onnx', 16), model, 1, 27, 40)

@@ -78,9 +78,9 @@ def test_published_commands(data_folder):
     x4 = weights(runs / 'LCoAN_x4')
     new = sorted(set(x4) - set(x2))
     assert new == ['tail.0.2.bias', 'tail.0.2.weight']
-    assert set(re.search(r'weights from \S*model_1\.pt; new: (.*); run', log(runs / 'LCoAN_x4'))[1].split(', ')) == set(
-        new
-    )
+    said = re.search(r'weights from \S*model_1\.pt; interpolated from another scale: (.*); run', log(runs / 'LCoAN_x4'))
+    assert sorted(said[1].split(', ')) == new
+    assert all(torch.allclose(x4[key], x2[key.replace('2', '0')]) for key in new)
     moving = {key for key in x2 if key.endswith('kmeans.means')}  # follow the images whatever the learning rate
     assert [key for key in set(x2) - moving if not torch.equal(x2[key], x4[key])] == []
     for key in moving:
@@ -207,16 +207,17 @@ def test_what_changes_a_score_is_recorded(data_folder, no_curves):
     plain = train(data_folder, '--load run --test_only')
     expected = {'Set5': {'channels': 'Y', 'shave': 2, 'lr_made': 2, 'lr_border': 'mirror'}}
     assert results(plain)['protocol'] == {
-        'chop': None, 'self_ensemble': False, 'precision': 'float32', 'sets': expected,
+        'chop': None, 'self_ensemble': False, 'pad_to': 1, 'precision': 'float32', 'sets': expected,
     }  # fmt: skip
     scores = {'plain': results(plain)['sets']['Set5']['psnr']}
-    recorded = {'chop': {'size': 16, 'overlap': 2, 'blend': 'ramp'}, 'precision': 'bfloat16'}
+    recorded = {'chop': {'size': 16, 'overlap': 2, 'blend': 'ramp'}, 'pad_to': 32, 'precision': 'bfloat16'}
     tiles = '--chop --chop_size 16 --chop_overlap 2 --chop_batch 3'
-    for what, flags in {'chop': tiles, 'self_ensemble': '--self_ensemble', 'precision': '--precision half'}.items():
+    changes = {'self_ensemble': '--self_ensemble', 'pad_to': '--pad_to 32', 'precision': '--precision half'}
+    for what, flags in {'chop': tiles, **changes}.items():
         changed = results(train(data_folder, '--load run --test_only', flags))
         assert changed['protocol'][what] == recorded.get(what, True)
         scores[what] = changed['sets']['Set5']['psnr']
-    assert len(set(scores.values())) == 4
+    assert len(set(scores.values())) == 5
     assert scores['precision'] == pytest.approx(scores['plain'], abs=0.1)
 
 
@@ -322,7 +323,7 @@ def test_a_recipe_starts_from_its_weights(data_folder, no_curves):
     x2 = train(data_folder, f'--template LCoAN-small_x2 {TINY_LCOAN}', name='x2')
     (data_folder / 'LCoAN-small_x2.pt').write_bytes((x2 / 'model' / 'model_latest.pt').read_bytes())
     x4 = train(data_folder, f'--template LCoAN-small_x4 {TINY_LCOAN} --lr 1e-25 --extend {data_folder}', name='x4')
-    assert f'weights from {data_folder}/LCoAN-small_x2.pt; new: tail.0.2.' in log(x4)
+    assert f'weights from {data_folder}/LCoAN-small_x2.pt; interpolated from another scale: tail.0.2.' in log(x4)
     assert torch.equal(weights(x2)['head.0.weight'], weights(x4)['head.0.weight'])
 
 
@@ -592,7 +593,7 @@ def test_a_name_that_the_screen_cannot_show_is_told_all_the_same(data_folder, ph
     command = [sys.executable, ROOT / 'src' / 'main.py', *arguments(data_folder, BICUBIC)]
     more = f'--scale 3 --data_test Demo --dir_demo {photos} --save demo'.split()
     done = subprocess.run([*command, *more], capture_output=True, check=True)
-    line = rb'Left out, no images of a known kind: \udcff\udcfe.txt'
+    line = rb'Left out, no image files of a known kind: \udcff\udcfe.txt'
     assert line in done.stdout
     assert line in (data_folder.parent / 'runs' / 'demo' / 'log.txt').read_bytes()
 

@@ -112,8 +112,9 @@ ENDS = {
     **dict.fromkeys(('EDSR', 'RCAN', 'NLSN', 'LCoAN'), ('head.0', 'tail.1')),
     **dict.fromkeys(('ASID', 'OmniSR'), ('input', 'up.0')),
     **dict.fromkeys(('ATD', 'PAN'), ('conv_first', 'conv_last')),
-    **dict.fromkeys(('ATD-light', 'SwinIR-light', 'HiT-SRF'), ('conv_first', 'upsample.0')),
+    **dict.fromkeys(('ATD-light', 'SwinIR-light', 'HiT-SRF', 'PFT-light'), ('conv_first', 'upsample.0')),
     'CATANet': ('first_conv', 'last_conv'),
+    **dict.fromkeys(('ESC', 'ESC-FP'), ('proj', 'to_img')),
     'DLGSANet': ('overlap_embed.0.proj', 'upsample.0'),
     'IMDN': ('fea_conv', 'upsampler.0'),
     'BSRN': ('upsampler.upsampleOneStep.0',),  # its first layer takes twelve channels, four copies of the image

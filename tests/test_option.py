@@ -31,8 +31,8 @@ OLD = """
 """
 NEW = """
     lr_border chop_size chop_overlap chop_batch chop_blend score shave costs warmup weight_ema n_heads mlp_ratio
-    kernel_size group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every graph
-    deterministic tf32 max_time sampling degradation
+    kernel_size pad_to group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
+    graph deterministic tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
     compare max_memory show_attention export forms net restarts patch_schedule loss_final final_epochs teacher distill
 """
@@ -69,8 +69,8 @@ DEFAULTS = {
     'save_models': False, 'print_every': 100, 'save_results': False, 'save_gt': False, 'ssim': False,
     'lr_border': 'mirror', 'chop_size': 192, 'chop_overlap': 20, 'chop_batch': 4, 'score': None, 'chop_blend': 'ramp',
     'shave': None, 'costs': False, 'export': None, 'warmup': 0, 'weight_ema': 0.0, 'n_heads': None, 'mlp_ratio': None,
-    'kernel_size': None, 'group_channels': None, 'tlc_size': None, 'category_size': None, 'n_tokens': None,
-    'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
+    'kernel_size': None, 'pad_to': 1, 'group_channels': None, 'tlc_size': None, 'category_size': None,
+    'n_tokens': None, 'reduced_dim': None, 'direct_upsampler': None, 'drop_path': None, 'save_every': 0, 'graph': None,
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
@@ -363,7 +363,7 @@ def test_more_values():
 COUNTS = """
     scale patch_size chop_size chop_batch n_resgroups n_resblocks n_feats reduction n_clusters window_size n_hashes
     chunk_size epochs test_every batch_size split_batch gan_k print_every n_heads kernel_size group_channels tlc_size
-    category_size n_tokens reduced_dim final_epochs
+    category_size n_tokens reduced_dim final_epochs pad_to
 """
 NATURALS = 'n_threads n_GPUs seed chop_overlap shave warmup save_every restarts'
 POSITIVES = 'res_scale rgb_range lr gamma epsilon skip_threshold mlp_ratio'
@@ -526,15 +526,15 @@ def test_net_is_another_way_to_give_a_setting():
 @pytest.fixture
 def new_network(monkeypatch):
     """A network with settings that have no option of their own."""
-    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None}
+    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None, 'sizes': [8, 4]}
     monkeypatch.setitem(networks.TABLE, 'ASID', {'scales': [2], 'settings': settings})
 
 
 def test_net_reaches_settings_without_an_option(new_network, tmp_path):
-    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7'
+    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7 --net sizes=3,2,1'
     found = option.network_settings(options(line))
-    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7}
-    assert [type(value) for value in found.values()] == [int, float, str, bool, int]
+    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7, 'sizes': (3, 2, 1)}
+    assert [type(value) for value in found.values()] == [int, float, str, bool, int, tuple]
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'config.txt').write_text(write_config(options(line), found))
     assert option.network_settings(options(f'--save_dir {tmp_path} --load old')) == found
@@ -542,7 +542,7 @@ def test_net_reaches_settings_without_an_option(new_network, tmp_path):
         options(f'--save_dir {tmp_path} --load old --net depth=5')
 
 
-@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'n_feats=4'])
+@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'sizes=4;2', 'sizes=4,', 'n_feats=4'])
 def test_what_is_no_value_of_a_setting(new_network, text):
     with pytest.raises(UserError, match=rf'^--net {text.partition("=")[0]}.*\.$'):
         options(f'--model ASID --net {text}')
@@ -558,6 +558,11 @@ def test_how_a_setting_is_typed(new_network):
     for name, value in (('n_feats', 64), ('res_scale', 1.0), ('shift_mean', False), ('depth', 4), ('wide', True)):
         typed = setting_option(name, value).split()
         assert option.network_settings(parse(['--model', 'ASID', *typed])) == {name: value}
+    sizes = {'sizes': (2, 2)}
+    for typed in ('', ' --net sizes=2,2'):
+        args = options(f'--model auto --pre_train x.pt --test_only{typed}')
+        option.apply_detected_network(args, 'ASID', 2, sizes)
+        assert option.network_settings(args) == sizes
 
 
 def test_a_run_from_before_net_is_continued(saved):

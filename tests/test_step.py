@@ -66,6 +66,20 @@ def test_a_step_that_decides_itself_equals_one_that_asks(name: str, more: dict) 
     assert torch.allclose(average(asks), average(decides), rtol=0, atol=1e-6)
 
 
+def test_gradients_beyond_float16_are_no_step() -> None:
+    step = make_step(False, dtype=torch.float16)
+    step.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**4)
+    start = weights(step)
+    assert values(step, batch(0))['applied'] == 1
+    moved, mean = weights(step), average(step)
+    assert torch.allclose(mean, start + 0.1 * (moved - start), rtol=0, atol=1e-7)
+    step.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**60)
+    found = values(step, batch(0))
+    assert (math.isfinite(found['total']), math.isfinite(found['gradient_norm']), found['applied']) == (True, False, 0)
+    assert torch.equal(weights(step), moved)
+    assert torch.equal(average(step), mean)
+
+
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 @pytest.mark.parametrize('fused', [False, True])
 def test_a_loss_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch, fused: bool, bad: float) -> None:

@@ -32,7 +32,8 @@ def test_the_page_depends_on_nothing_of_this_machine(monkeypatch):
 def test_settings_are_shown_as_in_the_papers():
     """By the papers' tables: EDSR has 32 blocks of 256 channels, its baseline 16 of 64; see the networks' files."""
     assert networks.defaults('n_heads') == (
-        'DLGSANet, DLGSANet-light, DLGSANet-tiny, ATD, HiT-SRF, SwinIR-light 6; ATD-light, CATANet, OmniSR 4'
+        'DLGSANet, DLGSANet-light, DLGSANet-tiny, ATD, HiT-SRF, SwinIR-light 6; ATD-light, CATANet, PFT-light, '
+        'OmniSR, ESC, ESC-light 4; ESC-FP 3'
     )
     assert networks.defaults('res_scale') == 'EDSR, NLSN, LCoAN 0.1; EDSR-baseline 1'
     assert networks.defaults('n_clusters') == 'LCoAN 128'

@@ -24,8 +24,12 @@ PARAMETERS = {
     'ATD-light': (753.2e3, 759.7e3, 768.8e3),
     'CATANet': (477e3, 550e3, 535e3),
     'HiT-SRF': (847e3, 855e3, 866e3),
+    'PFT-light': (776e3, 783e3, 792e3),
     'OmniSR': (785e3, 793e3, 805e3),
     'SwinIR-light': (910e3, 918e3, 930e3),
+    'ESC': (947e3, 955e3, 968e3),
+    'ESC-light': (603e3, 612e3, 624e3),
+    'ESC-FP': (524e3, 530e3, 539e3),
     'IMDN': (694e3, 703e3, 715e3),
     'PAN': (261e3, 261e3, 272e3),
     'BSRN': (332e3, 340e3, 352e3),
@@ -43,6 +47,7 @@ DLGSANET = (48, 16, 'ADAM', [0.9, 0.99], 0.0, 5e-4, 500, (250, 400, 450, 475), 0
 ATD_TUNED = (96, 32, 'ADAMW', [0.9, 0.9], 0.0, 2e-4, 250, (150, 200, 225, 240), 10, 0.999, DF2K)
 ASID_SCRATCH = (64, 16, *ADAMW, 5e-4, 1600, (800,), 0, 0, DIV2K)
 ASID_TUNED = (64, 16, *ADAMW, 4e-4, 3200, (800, 1600, 2400), 0, 0, DIV2K)
+ESC = (64, 64, 'ADAMW', [0.9, 0.9], 0.0, 5e-4, 500, (250, 400, 450, 475, 490), 20, 0.999, DIV2K)
 PUBLISHED = {
     'EDSR': (48, 16, *ADAM, 1e-4, 300, (200,), 0, 0, DIV2K),
     'EDSR-baseline': (48, 16, *ADAM, 1e-4, 300, (200,), 0, 0, DIV2K),
@@ -65,10 +70,15 @@ PUBLISHED = {
     'CATANet_x2': (64, 64, 'ADAM', [0.9, 0.99], 0.0, 2e-4, 800, (300, 500, 650, 700, 750), 0, 0, DIV2K),
     'CATANet': (64, 64, 'ADAM', [0.9, 0.99], 0.0, 2e-4, 250, (125, 200, 225, 237.5), 0, 0, DIV2K),
     'HiT-SRF': (64, 64, 'ADAM', [0.9, 0.99], 0.0, 5e-4, 500, (250, 400, 450, 475), 0, 0, DIV2K),
+    'PFT-light_x2': (64, 32, 'ADAMW', [0.9, 0.99], 0.0, 5e-4, 500, (250, 400, 450, 475, 490), 20, 0.999, DIV2K),
+    'PFT-light': (64, 32, 'ADAMW', [0.9, 0.99], 0.0, 2e-4, 250, (150, 200, 225, 240), 10, 0.999, DIV2K),
     'OmniSR': (64, 64, *ADAMW, 5e-4, 800, (200, 400, 600), 0, 0, DIV2K),
     'OmniSR-DF2K': (64, 64, *ADAMW, 5e-4, 3450, (862.5, 1725, 2587.5), 0, 0, DF2K),
     'SwinIR-light_x2': (64, 64, *ADAM, 2e-4, 500, (250, 400, 450, 475), 0, 0.999, DIV2K),
     'SwinIR-light': (64, 64, *ADAM, 1e-4, 250, (125, 200, 225, 237.5), 0, 0.999, DIV2K),
+    'ESC': ESC,
+    'ESC-light': ESC,
+    'ESC-FP': ESC,
     **{f'IMDN_x{scale}': (192 // scale, 16, *ADAM, 2e-4, 1000, IMDN, 0, 0, DIV2K) for scale in (2, 3, 4)},
     'PAN': (64, 32, 'ADAM', [0.9, 0.99], 0.0, 7e-4, 1000, COSINES, 0, 0, DF2K),
     'BSRN': (48, 64, *ADAM, 1e-3, 1000, COSINE, 0, 0, DF2K),
@@ -79,9 +89,11 @@ WHOLE = {'chop': False, 'shave': None}
 TESTS = {
     'ASID': TILES, 'ASIDd8': TILES, 'OmniSR': TILES, 'ATD': WHOLE, 'ATD-light': WHOLE, 'SwinIR-light': WHOLE,
     'IMDN': WHOLE, 'PAN': WHOLE, 'BSRN': WHOLE,
+    'PFT-light': WHOLE,
     'DLGSANet': {'chop': False, 'shave': 4}, 'DLGSANet-light': {'chop': False, 'shave': 4},
     'DLGSANet-tiny': {'chop': False, 'shave': 4}, 'LCoAN': {'chop': True, 'shave': None},
     'NLSN': {'chop': True, 'shave': None}, 'CATANet': WHOLE, 'HiT-SRF': WHOLE,
+    'ESC': {**WHOLE, 'pad_to': 32}, 'ESC-light': {**WHOLE, 'pad_to': 32}, 'ESC-FP': {**WHOLE, 'pad_to': 32},
 }  # fmt: skip
 
 
@@ -137,10 +149,11 @@ def test_training_is_as_published(name):
 
 # What training starts from, by the papers: https://github.com/sanghyun-son/EDSR-PyTorch (demo.sh), yulunzhang/RCAN,
 # YigangZhao/LCoAN (README), saturnian77/ASID (README), LabShuHangGU/Adaptive-Token-Dictionary,
-# EquationWalker/CATANet, XiangZ-0/HiT-SR and cszn/KAIR (options).
+# EquationWalker/CATANet, XiangZ-0/HiT-SR, LabShuHangGU/PFT-SR, dslisleedh/ESC and cszn/KAIR (options).
 STARTS = {
     **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('EDSR', 'EDSR-baseline', 'RCAN', 'LCoAN') for s in (3, 4)},
     **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('ATD-light', 'CATANet', 'HiT-SRF', 'SwinIR-light') for s in (3, 4)},
+    **{f'{name}_x{s}': f'{name}_x2.pt' for name in ('ESC', 'ESC-light', 'ESC-FP', 'PFT-light') for s in (3, 4)},
     **{f'{name}-finetune_x{s}': f'{name}_x{s}.pt' for name in ('ASID', 'ASIDd8') for s in (2, 3, 4)},
     'ATD-finetune_x2': 'ATD_x2.pt', 'ATD_x3': 'ATD-finetune_x2.pt', 'ATD_x4': 'ATD-finetune_x2.pt',
     'LCoAN-small_x4': 'LCoAN-small_x2.pt',

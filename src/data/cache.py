@@ -8,7 +8,7 @@ import numpy as np
 
 from data.image import read_rgb
 from error import WriteError
-from system.files import write_atomic
+from system.files import is_there, write_atomic
 
 
 class DecodedCache:
@@ -36,7 +36,7 @@ class DecodedCache:
             WriteError: the folder cannot be written.
         """
         path = self.path(source)
-        if path.exists():
+        if is_there(path):
             return
         content = io.BytesIO()
         np.save(content, read_rgb(source), allow_pickle=False)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from data import tiff
 from data.limit import pillow_allows
 from data.png import HEAD_BYTES, is_png16, read_chunks, read_png16
 from data.profile import cmyk_to_rgb
@@ -19,6 +18,7 @@ from data.source import Source, note, reading, swaps_sides, upright
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
+TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how such a file begins
 MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # of Pillow, that convert to 8 bits
 ANIMATED = ('PNG', 'TIFF', 'WEBP')  # the other images of a JPEG file are none of its own: thumbnails, gain maps
 MAX_PIXELS = 2**28
@@ -37,11 +37,13 @@ def open_image(path: Path) -> Iterator[Source]:
         try:
             image: ImageFile | None = Image.open(file, formats=FORMATS)  # seeks to the start itself
         except UnidentifiedImageError:
-            if not head.startswith(tiff.SIGNATURES):
+            if not head.startswith(TIFF):
                 raise
             image = None
-        if image is None or _is_deep_tiff(image):
-            source = tiff.open_tiff(path, file)
+        if image is None or _is_beyond_pillow(image):
+            from data.tiff import open_tiff  # tifffile is rarely needed
+
+            source = open_tiff(path, file)
         else:
             source = _open_with_pillow(image, file, is_png16(head))
         if source.width * source.height > MAX_PIXELS:
@@ -49,11 +51,18 @@ def open_image(path: Path) -> Iterator[Source]:
         yield source
 
 
-def _is_deep_tiff(image: ImageFile) -> bool:
-    """Whether Pillow would not read all bits of a TIFF file."""
-    return isinstance(image, TiffImageFile) and (
-        image.mode not in MODES or 16 in image.tag_v2.get(ExifTags.Base.BitsPerSample, ())
-    )
+def _is_beyond_pillow(image: ImageFile) -> bool:
+    """Whether it is a TIFF file of which Pillow would not read all bits, or read wrong ones."""
+    if not isinstance(image, TiffImageFile):
+        return False
+    from data.tiff import PLANES, UNSIGNED, WEBP
+
+    tags = image.tag_v2
+    planar_alpha = image.mode in ('LA', 'RGBA') and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == PLANES
+    signed = not {*tags.get(TiffImagePlugin.SAMPLEFORMAT, ())} <= UNSIGNED
+    deep = 16 in tags.get(TiffImagePlugin.BITSPERSAMPLE, ())
+    webp = tags.get(TiffImagePlugin.COMPRESSION) == WEBP
+    return image.mode not in MODES or deep or signed or planar_alpha or webp
 
 
 def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:

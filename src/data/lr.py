@@ -15,8 +15,10 @@ from typing import cast
 
 from PIL import Image
 
+from data.formats import MAX_PIXELS
 from data.image import find_images
 from data.imresize import Border
+from data.limit import pillow_allows
 from data.sets import ImageSet
 from error import UserError
 from system.files import some
@@ -59,7 +61,11 @@ class Origin:
 
 def read_origin(lr: Path) -> Origin | None:
     """What an LR image was made from; None: it was not made here."""
-    with suppress(Exception), Image.open(lr, formats=('PNG',)) as image:  # damage is noticed when it is read
+    with (
+        suppress(Exception),
+        pillow_allows(MAX_PIXELS),
+        Image.open(lr, formats=('PNG',)) as image,
+    ):  # damage is noticed when it is read
         said = json.loads(image.info[KEY])
         return Origin(said['border'], tuple(said['hr']))
     with suppress(OSError):
@@ -105,8 +111,8 @@ def _find_in(folder: Path, hr: Sequence[Path], scale: int) -> dict[Path, Path]:
         doubtful = [file for path in (*above, *below) for file in find_images(path) if file not in own]
     if strange := [str(file) for file in doubtful if read_origin(file) is None]:
         raise UserError(
-            f'{some(strange)} belong to no HR image by their names: the LR of {hr[0].name} is called '
-            f'{home / hr[0].stem}{ending}.png (or jpg, bmp, tif, webp); rename them, or move away what is no LR.'
+            f'No HR image goes by the name of {some(strange)}: the LR of {hr[0].name} is called '
+            f'{home / hr[0].stem}{ending}.png (or jpg, bmp, tif, webp); rename LR, and move away what is none.'
         )
     return found
 

@@ -101,7 +101,8 @@ def name_warnings() -> None:
     """Have Pillow and tifffile, whose warnings name no file, warn by `note` while one is read."""
     warnings.filterwarnings('always', module=r'PIL\.')  # or only the first file of several would be named
     warnings.showwarning = _show_warning
-    logging.getLogger('tifffile').addFilter(_is_of_no_file)
+    for name in ('tifffile', 'PIL.TiffImagePlugin'):
+        logging.getLogger(name).addFilter(_is_of_no_file)
 
 
 _show_elsewhere = warnings.showwarning

@@ -19,7 +19,7 @@ from data.lr import Origin, find_lr, read_origin
 from data.sets import ImageSet
 from data.source import reading
 from error import UserError, WriteError
-from system.files import some, sweep
+from system.files import is_there, some, sweep
 
 log = logging.getLogger('frugalsr')
 
@@ -133,7 +133,7 @@ class SRData:
 
     def _prepare_lr(self, pool: ThreadPoolExecutor) -> None:
         """Make the LR images that are missing, and those made here from an HR image that is another one now."""
-        there = [index for index, lr in enumerate(self._lr) if lr and (lr.is_file() or lr.is_symlink())]
+        there = [index for index, lr in enumerate(self._lr) if lr and is_there(lr)]
         missing = sorted(set(range(len(self))) - set(there))
         found = dict(zip(there, self._each(pool, self._inspect, there, f'Checking LR of {self.name}'), strict=True))
         changed = [index for index, (_, is_old) in found.items() if is_old]
@@ -142,9 +142,9 @@ class SRData:
         if changed:
             names = some([self.names[index] for index in changed])
             log.info('%s x%d: LR is made anew where its HR has changed: %s', self.name, self.scale, names)
-        for folder in {path.parent for index in missing if (path := self._lr[index])}:
-            sweep(folder)
         todo = sorted([*missing, *changed])
+        for folder in {path.parent for index in todo if (path := self._lr[index])}:
+            sweep(folder)
         errors = [error for error in self._each(pool, self._make_lr, todo, f'Making LR of {self.name}') if error]
         if errors:
             self._unwritten['LR images are kept in memory'] = errors[0]
@@ -185,7 +185,7 @@ class SRData:
             (index, path)
             for paths in (self._hr, self._lr)
             for index, path in enumerate(paths)
-            if path and path.parent in self._caches and path.is_file() and index not in self._bad
+            if path and path.parent in self._caches and is_there(path) and index not in self._bad
         ]
 
         def decode(item: tuple[int, Path]) -> None:
@@ -196,7 +196,7 @@ class SRData:
             if renew:
                 for _, path in files:
                     self._caches[path.parent].remove(path)
-            todo = [item for item in files if not self._caches[item[1].parent].path(item[1]).exists()]
+            todo = [item for item in files if not is_there(self._caches[item[1].parent].path(item[1]))]
             for folder in {self._caches[path.parent].folder for _, path in todo}:
                 sweep(folder)
             self._each(pool, decode, todo, f'Decoding {self.name}')
@@ -212,17 +212,19 @@ class SRData:
         return read_rgb(path) if cache is None else cache.read(path)
 
     def _make_lr(self, index: int) -> WriteError | None:
-        path = self._lr[index]
+        hr, path = self._hr[index], self._lr[index]
         with self._excused(index):
-            with reading(self._hr[index]):
-                origin = Origin.of(self._hr[index], self.border)
+            if path is None:
+                self._in_memory(index)
+                return None
+            with reading(hr):
+                origin = Origin.of(hr, self.border)  # before its pixels are read, in case it is just being replaced
             image = self._in_memory(index)
-            if path is not None:
-                try:
-                    write_png(path, image, chunks=origin.chunks())
-                except WriteError as error:
-                    return error
-                del self._made[index]
+            try:
+                write_png(path, image, chunks=origin.chunks())
+            except WriteError as error:
+                return error
+            del self._made[index]
         return None
 
     def _in_memory(self, index: int) -> np.ndarray:

@@ -10,13 +10,14 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, TiffTags
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
-from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, PREDICTOR, TiffFile, TiffPage
+from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, PLANARCONFIG, PREDICTOR, SAMPLEFORMAT, TiffFile, TiffPage
 
 from data.source import Source, swaps_sides, upright, xmp_orientation
 from error import UserError
 
-SIGNATURES = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 COLORS = {PHOTOMETRIC.MINISWHITE: 1, PHOTOMETRIC.MINISBLACK: 1, PHOTOMETRIC.RGB: 3}  # channels
+PLANES, WEBP = PLANARCONFIG.SEPARATE, COMPRESSION.WEBP
+UNSIGNED = {SAMPLEFORMAT.UINT, SAMPLEFORMAT.VOID}
 MOST_CHANNELS = 8  # with those that are dropped
 STRIP_BYTES = 2**18  # before packing
 DEEP = 46  # bytes a pixel while an image is read, measured
@@ -62,16 +63,18 @@ def _read(path: Path, tif: TiffFile, page: TiffPage) -> np.ndarray:
             'or save it again without compression.'
         ) from error
     height, width, channels = page.imagelength, page.imagewidth, page.samplesperpixel
-    planar = page.planarconfig == PLANARCONFIG.SEPARATE
+    planar = page.planarconfig == PLANES
     samples = samples.reshape(channels, height, width) if planar else samples.reshape(height, width, channels)
     samples = np.moveaxis(samples, 0, 2) if planar else samples
     samples = samples.astype(samples.dtype.newbyteorder('='))
-    colors, extra = COLORS[PHOTOMETRIC(page.photometric)], page.extrasamples[:1]
+    colors = COLORS[PHOTOMETRIC(page.photometric)]
     if page.photometric == PHOTOMETRIC.MINISWHITE:
         samples[..., :1] = ~samples[..., :1]
-    if extra == (EXTRASAMPLE.ASSOCALPHA,):
-        return _unmultiply(samples[..., : colors + 1])
-    return samples[..., : colors + (extra == (EXTRASAMPLE.UNASSALPHA,))]
+    for place, kind in enumerate(page.extrasamples, colors):
+        if kind in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA):
+            samples = samples[..., [*range(colors), place]]
+            return _unmultiply(samples) if kind == EXTRASAMPLE.ASSOCALPHA else samples
+    return samples[..., :colors]
 
 
 def _why_not(page: TiffPage) -> str | None:
@@ -85,8 +88,10 @@ def _why_not(page: TiffPage) -> str | None:
         return f'it has {bits} bits a channel; 8 or 16 are read'
     if page.photometric not in COLORS:
         return f'its colours are {_name(page.photometric)}, in a form that is not read; grey and RGB are'
-    if page.imagedepth != 1 or page.samplesperpixel > MOST_CHANNELS:
-        return f'it has {page.samplesperpixel} channels and {page.imagedepth} layers; images of at most 4 are read'
+    if page.imagedepth != 1:
+        return f'it is a volume of {page.imagedepth} layers, not an image'
+    if page.samplesperpixel > MOST_CHANNELS:
+        return f'it has {page.samplesperpixel} channels; at most {MOST_CHANNELS} are read'
     return None
 
 

@@ -45,16 +45,34 @@ def multiply_adds(name: str, scale: int, height: int, width: int, **settings: ob
     Counted operator by operator as they run, padding included; nothing is computed.
     """
     with torch.device('meta'):
-        net = build(name, scale, **settings).eval()
+        net = build(name, scale, **settings).eval().requires_grad_(False)
         image = torch.empty(1, 3, height, width)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addcmul_: _elementwise}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
         net(image)
     return counter.get_total_flops() // 2
 
 
 def _elementwise(target: torch.Size, *_: object, **__: object) -> int:
-    """Operations of `addcmul_`, of which a dynamic convolution consists here and which the counter does not know."""
+    """Operations of `addcmul_`, of which a dynamic convolution consists here."""
     return 2 * math.prod(target)
+
+
+def _kept_logits(q: torch.Size, k: torch.Size, bias: object, keys: torch.Size, **_: object) -> int:
+    """Operations of PFT's products of queries and the keys that they have kept."""
+    return 2 * math.prod(keys) * q[-1]
+
+
+def _kept_values(weights: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+    """Operations of PFT's weighted sums of the values of these keys."""
+    return 2 * math.prod(weights) * v[-1]
+
+
+# What the counter does not know.
+OPERATIONS = {
+    torch.ops.aten.addcmul_: _elementwise,
+    torch.ops.frugalsr.logits_at: _kept_logits,
+    torch.ops.frugalsr.values_at: _kept_values,
+}
 
 
 @torch.inference_mode()

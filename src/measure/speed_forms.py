@@ -51,8 +51,8 @@ from system.machine import machine
 from system.numerics import precision
 
 LIGHT = (
-    'ASID', 'ATD-light', 'DLGSANet-tiny', 'LCoAN', 'OmniSR', 'SwinIR-light', 'CATANet', 'HiT-SRF', 'DLGSANet-light',
-    'ASIDd8', 'EDSR-baseline', 'IMDN', 'PAN', 'BSRN',
+    'ASID', 'ATD-light', 'DLGSANet-tiny', 'LCoAN', 'OmniSR', 'SwinIR-light', 'CATANet', 'HiT-SRF', 'PFT-light',
+    'DLGSANet-light', 'ASIDd8', 'EDSR-baseline', 'ESC', 'ESC-light', 'ESC-FP', 'IMDN', 'PAN', 'BSRN',
 )  # fmt: skip
 HEAVY = ('DLGSANet', 'NLSN', 'RCAN', 'EDSR', 'ATD')
 MOST = (20, 50)  # warm-ups and runs of a measurement, if they fit in its seconds

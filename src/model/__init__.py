@@ -19,17 +19,19 @@ from model import (
     catanet,
     dlgsanet,
     edsr,
+    esc,
     hitsr,
     imdn,
     lcoan,
     nlsn,
     omnisr,
     pan,
+    pft,
     rcan,
     swinir,
 )
 from model.bicubic import Bicubic
-from model.common import NetworkSpec, rgb_to_ycbcr, ycbcr_to_rgb
+from model.common import NetworkSpec, reflect_pad, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
 from model.tiles.ensemble import self_ensemble
 from model.tiles.tiling import Tiler
@@ -45,8 +47,10 @@ NETWORKS: dict[str, NetworkSpec] = {
     **atd.NETWORKS,
     **catanet.NETWORKS,
     **hitsr.NETWORKS,
+    **pft.NETWORKS,
     **omnisr.NETWORKS,
     **swinir.NETWORKS,
+    **esc.NETWORKS,
     **imdn.NETWORKS,
     **pan.NETWORKS,
     **bsrn.NETWORKS,
@@ -119,6 +123,7 @@ class Model(nn.Module):
         device: where it runs.
         tiler: cuts large images into tiles; None: whole images.
         ensemble: average over the eight flips and rotations.
+        pad_to: in `upscale` first continue images or tiles by reflection to multiples of this.
         compiled: run the network through torch.compile.
         channels_last: keep weights and images in this memory format.
         graph: in `upscale` on CUDA replay the network as a CUDA graph, for images or tiles of few shapes.
@@ -145,6 +150,7 @@ class Model(nn.Module):
         compiled: bool = False,
         channels_last: bool = False,
         graph: bool = False,
+        pad_to: int = 1,
         **settings: object,
     ) -> None:
         super().__init__()
@@ -155,7 +161,7 @@ class Model(nn.Module):
         self.net.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         net: nn.Module = torch.compile(self.net) if compiled else self.net  # type: ignore[assignment]
         self.calls = NetworkCalls(net, Graphed(net) if graph and self.device.type == 'cuda' else net)
-        self.tiler, self.ensemble, self.wants_half = tiler, ensemble, half
+        self.tiler, self.ensemble, self.wants_half, self.pad_to = tiler, ensemble, half, pad_to
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
         self.settings = all_settings(self.network, scale, **settings)
@@ -261,7 +267,9 @@ class Model(nn.Module):
 
     def _upscale_integers(self, lr: Tensor, peak: int) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
-        return self.upscale_tensor(lr.to(self.device, torch.float32) / peak)
+        height, width = (self.scale * side for side in lr.shape[2:])
+        rgb = reflect_pad(lr.to(self.device, torch.float32) / peak, self.pad_to)
+        return self.upscale_tensor(rgb)[..., :height, :width]
 
     def upscale_tensor(self, rgb: Tensor) -> Tensor:
         """RGB (N, 3, H, W) in [0, 1], float32 on the device, to (N, 3, scale * H, scale * W), whole and not clipped."""

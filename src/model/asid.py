@@ -217,7 +217,7 @@ class ASID(nn.Module):
         head = self.input(x)
         x, maps = head, None
         for name in self.groups:
-            x, maps = self.get_submodule(name)(x, maps)
+            x, maps = getattr(self, name)(x, maps)
         x = self.up(self.output(x) + head)
         return x[..., : self.scale * height, : self.scale * width]
 

@@ -13,6 +13,7 @@ from error import UserError
 
 Layer = TypeVar('Layer', bound=nn.Module)
 
+AUTOCAST_DEVICES = frozenset(filter(torch.amp.is_autocast_available, ('cpu', 'cuda', 'mps', 'xpu')))
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's training images, in [0, 1] (EDSR, section 4.1)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -36,7 +37,7 @@ class NetworkSpec:
             (0, rgb_range) instead.
         tiling_exact: tiles that overlap by more than its reach give the result of the whole image.
         upsampler_prefix: prefix, or several, of the parameters that depend on the scale; all others carry over to
-            another scale.
+            another scale as they are, convolutions before an `nn.PixelShuffle` interpolated.
         autocast_dtypes: the types below float32 that autocast may use without a visible loss. Of float16 this has to
             be shown: nothing keeps the features of a network without norms below 65504.
         checkpoint_blocks: classes of the modules that activation checkpointing computes again.
@@ -166,10 +167,19 @@ def in_fast_memory(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
 
 
+def is_exporting() -> bool:
+    """Whether the network is traced for a file, by TorchScript or torch.export, and not to be run."""
+    if torch.jit.is_tracing():
+        return True
+    if hasattr(torch.compiler, 'is_exporting'):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # PyTorch 2.6
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 

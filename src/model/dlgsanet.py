@@ -40,6 +40,7 @@ from model.common import (
     conv,
     full_precision,
     how_many,
+    is_exporting,
 )
 from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
 
@@ -81,11 +82,12 @@ class DynamicLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv0(x)
-        exported = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        if x.is_cpu and not torch.is_grad_enabled() and not exported:
+        if x.is_cpu and not torch.is_grad_enabled() and not is_exporting():
             x = dynamic_conv_in_strips(x, self.conv.conv1(x), self.conv.conv2, *self.conv.shape[:2])
-        else:
+        elif torch.is_grad_enabled():
             x = checkpoint(self.filtered, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = self.filtered(x)
         return self.conv1(x.contiguous(memory_format=torch.channels_last))
 
     def filtered(self, x: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
     pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
     starts, stops = ([getattr(piece, end) for piece in pieces] for end in ('start', 'stop'))
     spans = [(starts.index(window.start), stops.index(window.stop) + 1) for window in found]
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # a file holds the numbers themselves
+    if is_exporting():  # a file holds the numbers themselves
         inside = [[float(first <= i < last) for i in range(len(pieces))] for first, last in spans]
         return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
     # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.

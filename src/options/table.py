@@ -67,7 +67,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         'channels inside the feed-forward networks, times n_feats',
         {'metavar': 'X', 'type': number(float, 0, 100, open_low=True)},
     ),
-    'kernel_size': ('side of the dynamic or depthwise kernels', COUNT),
+    'kernel_size': ('side of the dynamic, depthwise or large kernels', COUNT),
     'group_channels': ('channels that share a dynamic kernel', COUNT),
     'tlc_size': ('window of the channel attention in tests, pixels a side; 96 / 72 / 48 at x2 / x3 / x4', COUNT),
     'category_size': ('pixels a group of one category', COUNT),
@@ -146,6 +146,13 @@ def _add_test(g: Group) -> None:
         metavar='N',
         type=natural,
         help='pixels left out of the scores at each border (default: the scale; 6 more on DIV2K and Flickr2K)',
+    )
+    g.add_argument(
+        '--pad_to',
+        metavar='N',
+        type=count,
+        default=1,
+        help='continue images by reflection to multiples of N pixels before the network, in tests',
     )
     g.add_argument(
         '--precision',

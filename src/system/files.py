@@ -24,6 +24,14 @@ def some(names: Sequence[str]) -> str:
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 
+def is_there(path: Path) -> bool:
+    """Whether something has this path, if only a link that leads nowhere; nothing has a name that is too long."""
+    with suppress(OSError):
+        path.lstat()
+        return True
+    return False
+
+
 def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], before: Path | None = None) -> None:
     """Write a file aside, flush it to the disk and rename it, so that `path` is the old or the new file, never a part.
 

@@ -78,7 +78,7 @@ def test_lr_that_fits_no_name_is_not_passed_over(tmp_path, file, names):
 
 def test_lr_beside_one_that_an_older_version_made_in_its_place(tmp_path):
     data = own_set(tmp_path, 'LR_bicubic/X2/a.png', 'LR_bicubic/X2/ax2.png')
-    with pytest.raises(UserError, match=r'X2/a\.png belong to no HR image'):
+    with pytest.raises(UserError, match=r'No HR image goes by the name of .*X2/a\.png:'):
         data.prepare()
 
 

@@ -311,3 +311,17 @@ def test_what_a_killed_process_left_aside_is_swept_up(tmp_path):
     prepared(images, 2, cached=True)
     for folder in folders:
         assert [path.name for path in folder.glob('*.tmp')] == ['.mine.tmp']
+
+
+def test_a_name_too_long_for_its_copies(tmp_path, warnings):
+    """`<name>.png` may be one for a file where `<name>x2.png` is none; no other image suffers from it."""
+    one_set(tmp_path, (20, 24), (20, 24))
+    (tmp_path / 'HR' / 'a.png').rename(tmp_path / 'HR' / f'{"a" * 250}.png')
+    data = prepared(find_set(f'{tmp_path}/HR', tmp_path, tmp_path), 2, cached=True)
+    hr = [read_rgb(path) for path in sorted((tmp_path / 'HR').iterdir())]
+    for index, image in enumerate(hr):
+        np.testing.assert_array_equal(data.hr(index), image)
+        np.testing.assert_array_equal(data.lr(index), shrink(image, 2, 'mirror'))
+    assert [path.name for path in (tmp_path / 'LR_bicubic' / 'X2').glob('*.png')] == ['bx2.png']
+    assert 'LR images are kept in memory' in warnings[0]
+    assert 'name too long' in warnings[0]

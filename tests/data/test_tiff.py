@@ -46,6 +46,37 @@ def test_grey_and_alpha(tmp_path, bigtiff):
     assert read_size(path) == (5, 7)
 
 
+@pytest.mark.parametrize('compression', [None, 'zlib'])
+@pytest.mark.parametrize('channels', [2, 4])
+def test_alpha_of_8_bits_in_planes(tmp_path, compression, channels):
+    """Pillow refuses it, takes another alpha, or leaves colours multiplied by it."""
+    path, pixels = tmp_path / 'x.tif', (RGBA16[..., 4 - channels :] >> 8).astype(np.uint8)
+    color, alpha = pixels[..., [0, 0, 0] if channels == 2 else [0, 1, 2]], pixels[..., -1]
+    options = {'photometric': 'minisblack' if channels == 2 else 'rgb', 'planarconfig': 'separate'}
+    options |= {'compression': compression}
+    tifffile.imwrite(path, np.moveaxis(pixels, 2, 0), extrasamples=['unassalpha'], **options)
+    check(read_photo(path), color, alpha)
+    multiplied = np.round(pixels * (pixels[..., -1:] / 255)).astype(np.uint8)
+    multiplied[..., -1] = alpha
+    tifffile.imwrite(path, np.moveaxis(multiplied, 2, 0), extrasamples=['assocalpha'], **options)
+    visible = alpha > 100
+    assert np.abs(read_photo(path).color.astype(int) - color)[visible].max() <= 1
+    np.testing.assert_array_equal(read_photo(path).alpha, alpha)
+
+
+def test_alpha_is_not_always_the_first_of_the_other_channels(tmp_path):
+    path, pixels = tmp_path / 'x.tif', RGBA16[..., [0, 1, 2, 0, 3]]
+    extra = ['unspecified', 'unassalpha']
+    tifffile.imwrite(path, pixels, photometric='rgb', extrasamples=extra, planarconfig='contig')
+    check(read_photo(path), RGBA16[..., :3], RGBA16[..., 3])
+
+
+def test_webp_in_tiff(tmp_path):
+    path, pixels = tmp_path / 'x.tif', np.full((32, 48, 3), (200, 100, 50), np.uint8)
+    tifffile.imwrite(path, pixels, photometric='rgb', compression='webp', compressionargs={'level': 100})
+    assert np.abs(read_photo(path).color.astype(int) - pixels).max() <= 3
+
+
 def test_white_is_zero(tmp_path):
     tifffile.imwrite(tmp_path / 'x.tif', RGBA16[..., 0], photometric='miniswhite')
     check(read_photo(tmp_path / 'x.tif'), 65535 - RGBA16[..., [0, 0, 0]])
@@ -72,6 +103,7 @@ def test_orientation_where_pillow_opens_nothing(tmp_path):
         (np.uint32, {'photometric': 'minisblack'}, '32 bits a channel'),
         (np.int32, {'photometric': 'minisblack'}, r'signed integers \(int32\)'),
         (np.int16, {'photometric': 'minisblack'}, r'signed integers \(int16\)'),
+        (np.int8, {'photometric': 'minisblack'}, r'signed integers \(int8\)'),
         (np.uint16, {'photometric': 'separated'}, 'colours are SEPARATED'),
         (np.uint16, {'photometric': 'cielab'}, 'colours are CIELAB'),
     ],

@@ -25,8 +25,8 @@ DEVICE = 'cuda' if CUDA else 'cpu'
 
 ALL = [name for name in NETWORKS if name != 'Bicubic']
 LIGHT = [
-    'EDSR-baseline', 'ASID', 'ASIDd8', 'DLGSANet-tiny', 'DLGSANet-light', 'ATD-light', 'CATANet', 'HiT-SRF', 'OmniSR',
-    'SwinIR-light', 'IMDN', 'PAN', 'BSRN',
+    'EDSR-baseline', 'ASID', 'ASIDd8', 'DLGSANet-tiny', 'DLGSANet-light', 'ATD-light', 'CATANet', 'HiT-SRF',
+    'PFT-light', 'OmniSR', 'SwinIR-light', 'ESC', 'ESC-light', 'ESC-FP', 'IMDN', 'PAN', 'BSRN',
 ]  # fmt: skip
 # What sorts pixels by an argmax: of two that are equal up to rounding, another device may find the other one larger.
 SORTING = ['NLSN', 'LCoAN', 'ATD', 'ATD-light', 'CATANet']

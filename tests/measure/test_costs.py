@@ -47,6 +47,14 @@ def test_dynamic_convolution_is_counted():
     assert block == 64 * (local + 2 * ffn + attention) + maps
 
 
+def test_products_with_kept_keys_are_counted():
+    """A layer of PFT that sees 5 of the 16 keys of a window; another one adds nothing but such a layer."""
+    sizes = {'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'kernel_size': 3, 'topk': (5,)}
+    four, six = (multiply_adds('PFT-light', 4, 8, 8, depths=(n,), **sizes) for n in (4, 6))
+    layer = 12 * 36 + 9 * 12 + 2 * 5 * 12 + 12 * 12 + 12 * 12 + 9 * 12 + 12 * 12
+    assert six - four == 2 * 64 * layer
+
+
 @pytest.mark.parametrize('name', ALL)
 @pytest.mark.parametrize('scale', [4, *slow(2, 3)])
 def test_multiply_adds_are_those_of_the_official_networks(name, scale, shared):
@@ -74,6 +82,8 @@ def test_multiply_adds_are_those_of_the_official_networks(name, scale, shared):
             padded = windows * window**2
             expected -= 4 * (padded * cells * 30 - 900 * (padded + windows * cells))
             expected -= 4 * 60**2 * (padded - math.prod(input_size(scale)))
+    if name == 'PFT-light':  # products of queries and keys of layers 0 and 1 are made again for layers 2 and 3
+        expected += 2 * 1024 * 52 * math.prod(-(-side // 32) * 32 for side in input_size(scale))
     assert found == pytest.approx(expected, rel=5e-3)
 
 

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from error import UserError
-from model.common import activation, conv, rgb_to_ycbcr, ycbcr_to_rgb
+from model.common import activation, conv, reflect_pad, rgb_to_ycbcr, ycbcr_to_rgb
 
 # 8-bit values of MATLAB's rgb2ycbcr before it rounds them.
 COLOURS = {
@@ -56,3 +57,21 @@ def test_unknown_activation_names_the_known() -> None:
 @pytest.mark.parametrize('size', [(1, 1), (2, 7)])
 def test_convolution_keeps_the_size(kernel_size: int, dilation: int, size: tuple[int, int]) -> None:
     assert conv(2, 5, kernel_size, dilation=dilation)(torch.zeros(1, 2, *size)).shape == (1, 5, *size)
+
+
+@pytest.mark.parametrize('size', [(5, 7), (8, 9), (16, 6)])
+def test_reflection_as_pytorch_has_it(size: tuple[int, int]) -> None:
+    x = torch.rand(2, 3, *size)
+    assert torch.equal(reflect_pad(x, 8), F.pad(x, (0, -size[1] % 8, 0, -size[0] % 8), 'reflect'))
+
+
+@pytest.mark.parametrize(
+    ('n', 'expected'),
+    [(1, '0000000'), (2, '0101010'), (3, '0121012'), (4, '0123210'), (6, '0123454'), (7, '0123456')],
+)
+def test_reflection_of_less_than_the_padding(n: int, expected: str) -> None:
+    row = torch.arange(float(n))
+    found = reflect_pad(row.expand(1, 1, 7, n), 7)
+    assert ''.join(str(int(value)) for value in found[0, 0, 3]) == expected
+    found = reflect_pad(row.view(n, 1).expand(1, 1, n, 7), 7)
+    assert ''.join(str(int(value)) for value in found[0, 0, :, 3]) == expected

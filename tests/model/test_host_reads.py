@@ -50,8 +50,9 @@ def test_what_is_refused():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Attention by PyTorch's kernel; what is only for a CPU reads values."""
+    """Attention by PyTorch's kernels; what is only for a CPU reads values."""
     monkeypatch.setattr('model.blocks.windows.CACHED_LOGITS', 0)
+    monkeypatch.setattr('model.ops.kept_attention.is_plain', lambda x: True)
 
 
 @pytest.mark.parametrize('name', [name for name in SMALL if name not in EXCUSED])

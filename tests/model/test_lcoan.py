@@ -90,7 +90,7 @@ def test_a_trained_state_carries_over() -> None:
 
 def test_can_be_exported() -> None:
     net = small().eval()
-    exported = torch.export.export(net, (images(1, 3, 6, 7),)).module()
+    exported = torch.export.export(net, (images(1, 3, 6, 7),), strict=False).module()
     x = images(1, 3, 6, 7).flip(-1)
     assert torch.allclose(exported(x), net(x), rtol=0, atol=1e-12)
 

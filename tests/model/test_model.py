@@ -160,6 +160,16 @@ def test_any_memory_layout_of_the_image() -> None:
     assert model.upscale(view).flags.c_contiguous
 
 
+@pytest.mark.parametrize('tiler', [None, Tiler(24, 4, 2)])
+def test_images_are_continued_by_reflection(tiler: Tiler | None) -> None:
+    """LCoAN, which attends across the whole image, shows it."""
+    image = noise(np.uint8, 21, 24, 3)
+    whole = small('LCoAN').upscale(np.pad(image, ((0, 11), (0, 8), (0, 0)), mode='reflect'))
+    found = small('LCoAN', tiler=tiler, pad_to=16).upscale(image)
+    assert np.array_equal(found, whole[:42, :48])
+    assert not np.array_equal(found, small('LCoAN').upscale(image))
+
+
 def test_overshoot_is_clipped() -> None:
     image = np.zeros((8, 8, 3), np.uint8)
     image[:, 4:] = 255

@@ -11,6 +11,7 @@ import api
 from error import UserError
 from model import NETWORKS, build
 from model.loading import detect
+from model.loading.description import Description
 from model.loading.weights import load_weights
 from model.pan import SCPA, recognise
 from option import parse
@@ -115,6 +116,12 @@ def test_weights_that_do_not_show_their_scale_are_asked_about(scale: int) -> Non
     assert (found.name, found.scale, found.settings) == ('PAN', scale, SMALL)
 
 
+@pytest.mark.parametrize('scale', [2, 3])
+def test_a_file_says_its_scale(scale: int) -> None:
+    found = detect.recognise(build('PAN', scale, **SMALL).state_dict(), Description('PAN', scale, SMALL))
+    assert (found.name, found.scale, found.settings) == ('PAN', scale, SMALL)
+
+
 def test_what_shows_its_scale_needs_none() -> None:
     found = detect.recognise(build('PAN', 4, **SMALL).state_dict(), scale=2)
     assert (found.name, found.scale) == ('PAN', 4)
@@ -153,4 +160,4 @@ def test_what_x4_has_of_its_own() -> None:
     left = load_weights(
         build('PAN', 4, **SMALL), build('PAN', 2, **SMALL).state_dict(), 'x.pt', NETWORKS['PAN'].upsampler_prefix
     )
-    assert {key.split('.')[0] for key in left} == {'upconv2', 'att2', 'HRconv2'}
+    assert {key.split('.')[0] for keys in left for key in keys} == {'upconv2', 'att2', 'HRconv2'}

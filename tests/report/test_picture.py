@@ -76,7 +76,7 @@ def test_curves_show_the_log(figures, monkeypatch):
 
 
 def test_the_curve_of_a_loss_that_another_one_followed_stays(figures):
-    pictures.curves([LOG[0], record(2, {'MSE': 0.1, 'total': 0.1}, {'Set5': 31.0})])
+    pictures.curves([LOG[0], record(2, {'MSE': 0.1, 'total': 0.1}, {'Set5': 31.0})])['loss.png']()
     lines = {line.get_label(): line.get_ydata().tolist() for line in figures[0].axes[0].lines}
     assert repr(lines) == repr({'L1': [0.3, math.nan], 'MSE': [math.nan, 0.1]})
 

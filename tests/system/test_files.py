@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from error import WriteError
-from system.files import sweep, write_atomic
+from system.files import is_there, sweep, write_atomic
 from tests.conftest import ROOT
 
 
@@ -114,6 +114,12 @@ def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path, bytes_of_a_le
     with pytest.raises(WriteError, match='name too long'):
         write_atomic(tmp_path / (bytes_of_a_letter * (count + 1)), b'content')
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_no_file_has_a_name_that_is_too_long(tmp_path):
+    (tmp_path / 'a').touch()
+    (tmp_path / 'link').symlink_to('nowhere')
+    assert [is_there(tmp_path / name) for name in ('a', 'link', 'b', 'a' * 999, 'a/b')] == [True, True, *3 * [False]]
 
 
 WRITES_SLOWLY = """

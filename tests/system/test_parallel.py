@@ -197,7 +197,7 @@ def children(pid: int) -> list[str]:
 def test_a_batch_smaller_than_the_processes(data_folder):
     done = run(data_folder, EDSR, '--batch_size 2 --n_GPUs 3 --save run')
     assert done.returncode == 2
-    assert '--batch_size 2 is too small for 3 processes' in done.stderr
+    assert re.search(r'--batch_size 2 \(2 HR patches .*\) is too small for 3 processes', done.stderr)
     assert not (data_folder.parent / 'runs' / 'run' / 'state.pt').exists()
 
 

@@ -11,6 +11,7 @@ from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
 from model.ops.cached_attention import CACHED_LOGITS, cached_attention
+from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
 
@@ -81,6 +82,32 @@ def attention(
     return (out[0] if len(out) == 1 else torch.cat(out))[..., :e].transpose(1, 2).flatten(2)
 
 
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Multi-head softmax attention within square windows, with a bias by the position of the key to the query.
+
+    With the keys in reverse order the biases of a query at (y, x) are a window of the reversed table, which begins at
+    (y, x): a view, for which no index is needed.
+
+    Args:
+        q, k, v: (B, T, heads, d), of windows of T = size^2 pixels.
+        table: (heads, 2 * size - 1, 2 * size - 1), its middle for the query itself, below and to the right of it keys
+            that are there.
+
+    Returns:
+        (B, T, heads * d).
+    """
+    t, heads, d = q.shape[1:]
+    size = (table.shape[-1] + 1) // 2
+    k, v = k.flip(1), v.flip(1)
+    bias = table.flip(1, 2).unfold(1, size, 1).unfold(2, size, 1)
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if not q.is_cpu or traced or torch.is_grad_enabled() or heads * t**2 <= CACHED_LOGITS:
+        return attention(q, k, v, bias.reshape(heads, 1, t, t).to(q.dtype))
+    with full_precision(q):
+        queries, keys, values, bias = (at_least_float32(x) for x in (q, k, v, bias))
+        return table_attention(queries, keys, values, bias, d**-0.5).to(v.dtype).flatten(2)
+
+
 def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
     """Row of the position table for each pair (query, key) of a window's T = size^2 pixels: (T, T) int64 (Swin).
 
@@ -97,17 +124,18 @@ def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
-def shift_masks(size: int, shift: int, like: Tensor) -> Tensor:
-    """What to add to the logits of a window after a cyclic shift, (4, T, T): -100 between what was apart, else 0.
+def shift_masks(size: int, shift: int, like: Tensor, kinds: Sequence[int] = range(4)) -> Tensor:
+    """What to add to the logits of a window after a cyclic shift, (kinds, T, T): -100 between what was apart, else 0.
 
-    Only the last windows of a row or column hold pixels from opposite borders. The four are a window inside, the last
-    of its row, the last of its column, and both.
+    Only the last windows of a row or column hold pixels from opposite borders. The kinds are 0, a window inside, 1, the
+    last of its row, 2, the last of its column, and 3, both.
     """
     far = (torch.arange(size, device=like.device) >= size - shift).long()  # torch.compile fails to compare booleans
     down, right = far.repeat_interleave(size), far.repeat(size)
     down, right = down[:, None] != down, right[:, None] != right
-    apart = torch.stack((torch.zeros_like(down), right, down, down | right))
-    return torch.zeros(apart.shape, dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
+    apart = torch.zeros_like(down), right, down, down | right
+    mask = torch.stack([apart[kind] for kind in kinds])
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(mask, -100.0)
 
 
 class Windows(NamedTuple):
@@ -134,8 +162,7 @@ def window_partition(like: Tensor, size: int, shift: int) -> Windows:
     rows, columns = height // size, width // size
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
     used = [i for i, count in enumerate(counts) if count]
-    masks = shift_masks(size, shift, like)
-    masks = torch.stack([masks[i] for i in used])  # an index by a list would be copied to a GPU, which waits for it
+    masks = shift_masks(size, shift, like, used)
     return Windows(order, inverse_of(order), [n * counts[i] for i in used], masks)
 
 

@@ -168,7 +168,8 @@ def _candidates(state: State) -> Iterator[Candidate]:
             known = {name: published}
             for label, recipe in TEMPLATES.items():
                 settings = {key: recipe.get(key, value) for key, value in published.items()}
-                if recipe['model'] == name and settings not in known.values():
+                other_sizes = any(settings[key] != published[key] for key in shown)  # or it is the published network
+                if recipe['model'] == name and other_sizes and settings not in known.values():
                     known[f'the recipe {label}'] = settings
             for label, settings in known.items():
                 yield Candidate(label, name, scale, shown, settings)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.common import at_least_float32
+from model.common import at_least_float32, is_exporting
 from model.ops.fast import by_triton, is_for_triton
 
 STRIP = 2**20  # kernel values of a strip: 4 MB in float32, and as much for where they meet the image
@@ -78,7 +78,7 @@ def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_left_alone(x: Tensor) -> bool:
     """Whether PyTorch gets `fast_forward` and `fast_backward` to see instead of the plain form."""
-    return is_for_triton(x) or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
+    return is_for_triton(x) or (torch.compiler.is_compiling() and not is_exporting())
 
 
 class DynamicConv(torch.autograd.Function):

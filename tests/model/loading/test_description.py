@@ -135,7 +135,7 @@ def test_a_state_from_before_says_it_by_its_options(run: Path) -> None:
 def test_exported_weights_say_their_network(run: Path) -> None:
     options = f'--export safetensors --load run --save_dir {run.parent}'
     assert main.main(options.split()) == 0
-    (path,) = run.glob('*.safetensors')
+    (path,) = run.parent.glob('*_export/*.safetensors')
     assert read_weights(path).description.settings['res_scale'] == 1
     with safetensors.safe_open(path, 'pt') as file:
         assert file.metadata()['format'] == 'pt'

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from error import UserError
-from model import build
-from model.loading.weights import load_weights, read_torch, read_weights
+from model import NETWORKS, build
+from model.blocks.edsr import DirectUpsampler, Upsampler
+from model.loading.weights import NotCopied, interpolate_rows, load_weights, read_torch, read_weights
 from system import files
+from tests.recipe import fill
 
 SMALL = {'n_resgroups': 2, 'n_resblocks': 1, 'n_feats': 4, 'n_clusters': 3, 'window_size': 8}
 
@@ -307,7 +309,7 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
 def test_weights_of_the_same_network_fill_all_of_it(name: str) -> None:
     source, net = network(name, 2), network(name, 2, seed=1)
     assert not same(source.state_dict(), net.state_dict())
-    assert load_weights(net, source.state_dict(), 'x.pt') == []
+    assert load_weights(net, source.state_dict(), 'x.pt') == NotCopied([], [])
     assert same(source.state_dict(), net.state_dict())
 
 
@@ -324,9 +326,70 @@ def test_weights_of_the_same_network_fill_all_of_it(name: str) -> None:
 def test_weights_of_another_scale_fill_all_but_the_upsampler(name: str, old: int, new: int, left: list[str]) -> None:
     source, net = network(name, old).state_dict(), network(name, new, seed=1)
     before = snapshot(net)
-    assert load_weights(net, source, 'x.pt', upsampler='tail.0.') == left
+    assert load_weights(net, source, 'x.pt', upsampler='tail.0.') == NotCopied(interpolated=left, new=[])
     for key, value in net.state_dict().items():
-        assert torch.equal(value, before[key] if key in left else source[key])
+        assert not torch.equal(value, before[key]) if key in left else torch.equal(value, source[key])
+
+
+def test_an_upsampler_of_another_kind_is_new() -> None:
+    net, source = network('EDSR', 4), network('EDSR', 2, seed=1).state_dict()
+    for key in ('weight', 'bias'):
+        source[f'tail.0.1.{key}'] = source.pop(f'tail.0.0.{key}')
+    before = snapshot(net)
+    left = [f'tail.0.{i}.{key}' for i in (0, 2) for key in ('weight', 'bias')]
+    assert load_weights(net, source, 'x.pt', upsampler='tail.0.') == NotCopied([], left)
+    assert all(torch.equal(net.state_dict()[key], before[key]) for key in left)
+
+
+@pytest.mark.parametrize(
+    ('factor', 'grid'),
+    [
+        (3, [[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]),
+        (4, [[0, 0.25, 0.75, 1], [0.5, 0.75, 1.25, 1.5], [1.5, 1.75, 2.25, 2.5], [2, 2.25, 2.75, 3]]),
+        (1, [[1.5]]),
+    ],
+)
+def test_sub_pixels_of_another_factor_by_hand(factor: int, grid: list[list[float]]) -> None:
+    """Two channels of 2x2 sub-pixels; the second has ten times the values of the first."""
+    old = torch.tensor([0, 1, 2, 3, 0, 10, 20, 30.0])
+    expected = torch.tensor(grid).flatten()
+    expected = torch.cat((expected, 10 * expected))
+    torch.testing.assert_close(interpolate_rows(old, torch.empty(2 * factor**2), factor), expected)
+    weight = old.view(8, 1, 1) * torch.tensor([[1.0, 2, 3]])
+    found = interpolate_rows(weight, torch.empty(2 * factor**2, 1, 3), factor)
+    torch.testing.assert_close(found, expected.view(-1, 1, 1) * torch.tensor([[1.0, 2, 3]]))
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4, 8])
+@pytest.mark.parametrize('old', [2, 3, 4])
+@pytest.mark.parametrize('kind', [Upsampler, DirectUpsampler])
+@torch.no_grad()
+def test_nearest_upsampling_stays_nearest_at_another_scale(kind: type[nn.Sequential], old: int, scale: int) -> None:
+    source, net = kind(old, 3), kind(scale, 3)
+    for layer in list(source)[::2]:
+        nn.init.constant_(layer.bias, 0.5)
+        nn.init.zeros_(layer.weight)
+        for row in range(len(layer.weight)):
+            layer.weight[row, row // (len(layer.weight) // 3), 1, 1] = 1
+    x, steps = torch.rand(2, 3, 4, 5), len(net) // 2
+    load_weights(net, source.state_dict(), '', upsampler='')
+    expected = x.repeat_interleave(scale, 2).repeat_interleave(scale, 3) + 0.5 * steps
+    torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize('scale', [3, 4])
+@pytest.mark.parametrize('name', ['ESC', 'ESC-FP'])
+def test_upsamplers_start_as_those_of_the_authors_of_esc(name: str, scale: int, shared: Path) -> None:
+    source, net = build(name, 2), build(name, scale)
+    fill(source, name)
+    left = load_weights(net, source.state_dict(), '', NETWORKS[name].upsampler_prefix)
+    assert left == NotCopied(['to_img.weight', 'to_img.bias'], [])
+    with np.load(shared / 'reference' / 'extra' / 'ESC_to_img.npz') as recorded:
+        for key in ('weight', 'bias'):
+            official = f'{"fp_" if name == "ESC-FP" else ""}{key}_x{scale}'
+            if official in recorded:
+                found = net.state_dict()[f'to_img.{key}']
+                torch.testing.assert_close(found, torch.from_numpy(recorded[official]))
 
 
 def test_weights_of_another_scale_are_refused_at_test_time() -> None:

@@ -1,0 +1,352 @@
+"""PFT-light (CVPR 2025): attention within windows whose maps are handed on and narrowed to ever fewer keys.
+
+Long, Zhou, Zhang, Gu, "Progressive Focused Transformer for Single Image Super-Resolution",
+https://arxiv.org/abs/2503.20337. Official weights load with `strict=True`.
+
+A layer multiplies its attention map by that of the layer before the last one, which has the same windows, and keeps the
+largest entries of the product (figure 3): what several layers agree on. Later layers look at these keys alone.
+
+Departures from the official code:
+- It needs a kernel in CUDA, whose gradients by keys and values are added up by threads that overwrite each other and
+  differ from run to run. Here they are exact.
+- The product of two maps, made to sum to one, is the softmax of the sum of their logits, so these are handed on. The
+  official code adds 1e-20 to each entry, which shows only where two maps have less than 1e-12 in common.
+- Logits of all keys of a window are not kept but made again from queries and keys: their sum over several layers is
+  one product of the layers' queries and keys side by side.
+- Maps are made, and kept, for a few windows at a time, in float32 under autocast too; keys as int16.
+- An image smaller than its padding is mirrored again and again; the official code fails.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from error import UserError
+from model.blocks.edsr import DirectUpsampler
+from model.blocks.pixels import GELU
+from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, unflatten_image
+from model.blocks.windows import (
+    Windows,
+    check_window,
+    hidden_width,
+    init_linear,
+    look_up_bias,
+    relative_position_bias_table,
+    relative_positions,
+    window_partition,
+)
+from model.common import (
+    RGB_MEAN,
+    NetworkSpec,
+    at_least_float32,
+    check_divides,
+    check_images,
+    conv,
+    full_precision,
+    how_many,
+    mirror_pad,
+    stacked,
+)
+from model.ops.kept_attention import best, kept_logits, kept_values, products, read
+
+AT_ONCE = 2**26  # entries of the maps that are made at once
+AT_ONCE_CPU = 2**22  # on a CPU: of one window of PFT-light
+
+
+class Kept(NamedTuple):
+    """What is kept of the maps of some windows: sums of logits, each with its key."""
+
+    logits: Tensor  # (B, T, heads, K)
+    keys: Tensor  # (B, T, heads, K) int16
+
+
+class Whole(NamedTuple):
+    """What the maps of all windows follow from, where all of each is kept."""
+
+    q: Tensor  # (B, T, heads, d * layers)
+    k: Tensor
+    bias: Tensor  # (T, T)
+
+
+Focus = Whole | list[Kept] | None  # None: there was no map before
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, topk: int) -> tuple[Tensor, Kept | None]:
+    """Progressive focused attention (PFA) in some windows.
+
+    Args:
+        q, k: (B, T, heads, D), `q` with its factor.
+        v: (B, T, heads, d).
+        bias: (T, T), without `before` also (B, T, T).
+        before: what was kept of the maps before; None: all, and q, k and bias hold what these followed from.
+        topk: how many entries of a row are kept, if it has more.
+
+    Returns:
+        (B, T, heads, d), and what is kept; None: all.
+    """
+    if before is None:
+        logits, keys = products(q, k).add_(bias.unsqueeze(-2)), None
+    else:
+        logits, keys = before.logits + kept_logits(q, k, bias, before.keys), before.keys
+    weights = logits.softmax(-1)
+    if topk < logits.shape[-1]:
+        places = best(logits.detach(), topk)
+        logits, weights = logits.gather(-1, places), weights.gather(-1, places)
+        keys = places.short() if keys is None else keys.gather(-1, places)
+    if keys is None:
+        return read(weights, v), None
+    return kept_values(weights, v, keys), Kept(logits, keys)
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Pixels (N, L, C) of all images in another order (N * L,)."""
+    return x.flatten(0, 1).index_select(0, order).view_as(x)
+
+
+def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:
+    """How many windows are attended at once, all with the same shift mask, and the masks (T, T).
+
+    A trace does not follow how many these are: there it is all of them, with masks (B, T, T).
+    """
+    masks = windows.masks
+    if torch.jit.is_tracing():
+        by_window = torch.cat([mask.expand(n, -1, -1) for n, mask in zip(windows.counts, masks.unbind(), strict=True)])
+        return [by_window.shape[0]], [by_window]
+    at_once = max(1, (AT_ONCE_CPU if masks.is_cpu else AT_ONCE) // (n_heads * masks[0].numel()))
+    sizes, of_group = [], []
+    for count, mask in zip(windows.counts, masks.unbind(), strict=True):
+        parts = [min(at_once, count - i) for i in range(0, count, at_once)]
+        sizes += parts
+        of_group += [mask] * len(parts)
+    return sizes, of_group
+
+
+def drain(kept: list[Kept]) -> Iterator[Kept]:
+    """One after the other. Without gradients none is needed again: its memory is for what follows from it."""
+    if torch.is_grad_enabled():
+        yield from kept
+    else:
+        while kept:
+            yield kept.pop(0)
+
+
+class WindowAttention(nn.Module):
+    """Position table, which all heads share, and projection of the attention."""
+
+    def __init__(self, n_feats: int, n_heads: int, window_size: int, topk: int) -> None:
+        super().__init__()
+        self.n_heads, self.topk = n_heads, topk
+        self.relative_position_bias_table = relative_position_bias_table(window_size, 1)
+        self.proj = TokenLinear(n_feats, n_feats)
+
+    def forward(
+        self, qkv: Tensor, lepe: Tensor, positions: Tensor, windows: Windows, focus: Focus
+    ) -> tuple[Tensor, Focus]:
+        """Pixels (N, H * W, 3 * C) in the order of the windows, and what is added to each before the projection.
+
+        The latter and the result are (N, H * W, C), row by row.
+        """
+        with full_precision(qkv):
+            out, focus = self.attend(at_least_float32(qkv), positions, windows, focus)
+        return self.proj(reordered(out.view_as(lepe), windows.inverse) + lepe), focus
+
+    def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
+        """To (B, T, heads, d)."""
+        q, k, v = qkv.view(-1, len(positions), 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads)).unbind(2)
+        q, bias = q * q.shape[-1] ** -0.5, look_up_bias(self.relative_position_bias_table, positions)[0]
+        if isinstance(focus, Whole):
+            q, k, bias = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.bias + bias
+        sizes, masks = groups(windows, self.n_heads)
+        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        if isinstance(focus, list):
+            made = [attend(*part, bias, kept, self.topk) for part, kept in zip(parts, drain(focus), strict=True)]
+        else:  # maps over all keys are not kept for the gradients but made again
+            again = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+            made = [again(*part, bias + mask, None, self.topk) for part, mask in zip(parts, masks, strict=True)]
+        out, kept = zip(*made, strict=True)
+        return torch.cat(out), Whole(q, k.contiguous(), bias) if kept[0] is None else list(kept)
+
+
+class PositionalEncoding(nn.Module):
+    """Locally-enhanced positional encoding (LePE): GELU of a depthwise convolution of the values."""
+
+    def __init__(self, n_feats: int, kernel_size: int) -> None:
+        super().__init__()
+        depthwise = nn.Conv2d(n_feats, n_feats, kernel_size, padding=kernel_size // 2, groups=n_feats)
+        self.depthwise_conv = nn.Sequential(depthwise, GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise_conv(x)
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward network, each with a norm before and its input added.
+
+    The features inside the feed-forward network are not kept for the gradients but made again.
+    """
+
+    def __init__(self, n_feats: int, n_heads: int, window_size: int, topk: int, kernel_size: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = TokenNorm(n_feats)
+        self.norm2 = TokenNorm(n_feats)
+        self.wqkv = stacked(3, TokenLinear(n_feats, 3 * n_feats))
+        self.v_LePE = PositionalEncoding(n_feats, kernel_size)
+        self.attn_win = WindowAttention(n_feats, n_heads, window_size, topk)
+        self.convffn = ConvFFN(n_feats, hidden, kernel_size)
+
+    def forward(
+        self, x: Tensor, height: int, width: int, positions: Tensor, windows: Windows, focus: Focus
+    ) -> tuple[Tensor, Focus]:
+        """Pixels (N, H * W, C), and what is handed on from layer to layer with the same windows."""
+        qkv = self.wqkv(reordered(self.norm1(x), windows.order))
+        v = unflatten_image(reordered(qkv.chunk(3, -1)[2], windows.inverse), height, width)
+        attended, focus = self.attn_win(qkv, flatten_image(self.v_LePE(v)), positions, windows, focus)
+        x = x + attended
+        x = x + checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
+        return x, focus
+
+    def feed_forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return self.convffn(self.norm2(x), height, width)
+
+
+class ResidualGroup(nn.Module):
+    """The layers of a block."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class Block(nn.Module):
+    """Layers, every second one with shifted windows, and a convolution, plus the input."""
+
+    def __init__(self, layers: list[Layer], n_feats: int) -> None:
+        super().__init__()
+        self.residual_group = ResidualGroup(layers)
+        self.conv = conv(n_feats, n_feats, 3)
+
+    def forward(
+        self, x: Tensor, height: int, width: int, positions: Tensor, windows: list[Windows], focus: list[Focus]
+    ) -> Tensor:
+        """Pixels (N, H * W, C); `focus` of the layers with windows as they are and shifted, which changes."""
+        y = x
+        for i, layer in enumerate(self.residual_group.layers):
+            y, focus[i % 2] = layer(y, height, width, positions, windows[i % 2], focus[i % 2])
+        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
+
+
+class PFT(nn.Module):
+    """PFT, without settings the lightweight one of the paper.
+
+    Args:
+        scale: 2, 3 or 4.
+        n_feats: feature channels.
+        depths: layers of each block.
+        topk: entries of a row of its maps that each block keeps, if a row has more; the last number holds for further
+            blocks.
+        n_heads: attention heads.
+        window_size: pixels along a window's side.
+        kernel_size: of the depthwise convolutions.
+        mlp_ratio: channels inside the feed-forward networks, as a multiple of n_feats.
+
+    Maps (N, 3, H, W) to (N, 3, scale * H, scale * W), each image on its own; black is 0, white is 1.
+
+    Raises:
+        UserError: heads do not divide the channels, an even kernel, no blocks, or blocks without layers or keys.
+    """
+
+    mean: Tensor
+    relative_position_index_SA: Tensor
+
+    def __init__(
+        self,
+        scale: int,
+        n_feats: int = 52,
+        depths: Sequence[int] = (2, 4, 6, 6, 6),
+        topk: Sequence[int] = (1024, 256, 128, 64, 32),
+        n_heads: int = 4,
+        window_size: int = 32,
+        kernel_size: int = 7,
+        mlp_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_divides('n_heads', n_heads, n_feats)
+        if kernel_size % 2 == 0:
+            raise UserError(f'--kernel_size {kernel_size} has no pixel in its middle: choose an odd number.')
+        check_window(window_size)
+        check_numbers('depths', depths)
+        check_numbers('topk', topk)
+        self.scale, self.window_size = scale, window_size
+        self.register_buffer('mean', torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer('relative_position_index_SA', relative_positions(window_size))
+        hidden = hidden_width(n_feats, mlp_ratio)
+        self.conv_first = conv(3, n_feats, 3)
+        self.patch_embed = nn.Sequential(OrderedDict(norm=TokenNorm(n_feats)))
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            kept = topk[min(i, len(topk) - 1)]
+            layers = [Layer(n_feats, n_heads, window_size, kept, kernel_size, hidden) for _ in range(depth)]
+            self.layers.append(Block(layers, n_feats))
+        self.norm = TokenNorm(n_feats)
+        self.conv_after_body = conv(n_feats, n_feats, 3)
+        self.upsample = DirectUpsampler(scale, n_feats)
+        self.apply(init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
+        out_height, out_width = (self.scale * side for side in x.shape[2:])
+        x = self.conv_first(mirror_pad(x, self.window_size) - self.mean)
+        x = self.upsample(x + self.conv_after_body(self.body(x)))
+        return x[..., :out_height, :out_width] + self.mean
+
+    def body(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        windows = [window_partition(x, self.window_size, shift) for shift in (0, self.window_size // 2)]
+        focus: list[Focus] = [None, None]
+        x = self.patch_embed(at_least_float32(flatten_image(x)))
+        for block in self.layers:
+            x = block(x, height, width, self.relative_position_index_SA, windows, focus)
+        return unflatten_image(self.norm(x), height, width)
+
+
+def check_numbers(setting: str, numbers: Sequence[int]) -> None:
+    """Refuse an empty list, and numbers below 1."""
+    if not numbers or min(numbers) < 1:
+        raise UserError(f'--net {setting}={",".join(map(str, numbers))} has to be numbers of 1 or more: give such.')
+
+
+def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
+    """Settings that the state dict of a PFT with the direct upsampler shows, not heads and `topk`; else None."""
+    layer = 'layers.0.residual_group.layers.0.'
+    own = ('v_LePE.depthwise_conv.0.weight', 'attn_win.relative_position_bias_table', 'convffn.fc1.weight')
+    keys = ('conv_first.weight', 'upsample.0.weight', 'relative_position_index_SA', *(layer + key for key in own))
+    if not all(key in state for key in keys) or 'conv_last.weight' in state:
+        return None
+    n_feats = len(state['conv_first.weight'])
+    depths = [how_many(state, f'layers.{i}.residual_group.layers.') for i in range(how_many(state, 'layers.'))]
+    return {
+        'scale': math.isqrt(len(state['upsample.0.weight']) // 3),
+        'n_feats': n_feats,
+        'depths': tuple(depths),
+        'window_size': math.isqrt(len(state['relative_position_index_SA'])),
+        'kernel_size': state[layer + own[0]].shape[-1],
+        'mlp_ratio': len(state[layer + own[2]]) / n_feats,
+    }
+
+
+NETWORKS = {  # parameters and multiply-adds at a 1280x720 output, x2 / x3 / x4
+    'PFT-light': NetworkSpec(
+        PFT,
+        (2, 3, 4),
+        tiling_exact=False,
+        upsampler_prefix='upsample.',
+        checkpoint_blocks=(Layer,),
+        recognise=recognise,
+    ),
+}
