@@ -12,7 +12,6 @@ from PIL import Image
 
 from data.png import encode_png
 from data.profile import fits
-from data.tiff import encode_tiff
 from error import UserError
 from photo.metadata import MOST, Metadata
 from system.files import write_atomic
@@ -88,11 +87,13 @@ def write_result(
         write_atomic(path, encode_png(chain([first], rows), height, icc, {**chunks, **more}))
         return
     samples = _gather(first, rows, height)
+    if chunks and icc is None:
+        log.warning('%s: what the PNG file says of its colours without a profile is not kept in %s.', path, name)
     if name == 'tif':
+        from data.tiff import encode_tiff  # tifffile is rarely needed
+
         write_atomic(path, encode_tiff(samples, metadata.exif, metadata.xmp, icc))
         return
-    if chunks and icc is None and name != 'tif':
-        log.warning('%s: what the PNG file says of its colours without a profile is not kept in %s.', path, name)
     if samples.dtype != np.uint8:
         log.info('%s: %s has 8 bits a channel, to which 16 are rounded.', path, name)
         samples = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)

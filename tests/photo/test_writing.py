@@ -16,7 +16,8 @@ from photo.writing import Format, check_size, over, write_result
 RNG = np.random.default_rng(0)
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 XMP = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" exif:PixelXDimension="5" xmp:Rating="4">'
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" exif:PixelXDimension="5" '
+    b'xmp:Rating="4">'
     b'<exif:PixelYDimension>9</exif:PixelYDimension><xmp:Thumbnails><rdf:Alt>AAAA</rdf:Alt></xmp:Thumbnails>'
     b'</rdf:Description></x:xmpmeta>'
 )
