@@ -47,9 +47,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *options: object) -> str:
 def test_a_file_beside_its_source(photos):
     assert run(photos / 'a.png') == 0
     sr = read_photo(photos / 'a_x4.png').color
-    assert (
-        np.abs(sr.astype(int) - upscale_bicubic(picture(0, 9, 12), 4)).max() <= 6
-    )  # which rounds and cuts between its passes
+    expected = upscale_bicubic(picture(0, 9, 12), 4)  # which rounds and cuts between its passes
+    assert np.abs(sr.astype(int) - expected).max() <= 6
 
 
 def test_a_tree_of_folders(photos, tmp_path):
