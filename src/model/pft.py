@@ -4,7 +4,7 @@ Long, Zhou, Zhang, Gu, "Progressive Focused Transformer for Single Image Super-R
 https://arxiv.org/abs/2503.20337. Official weights load with `strict=True`.
 
 A layer multiplies its attention map by that of the layer before the last one, which has the same windows, and keeps the
-largest entries of the product (figure 3): what several layers agree on. Later layers look at these keys alone.
+largest entries of the product (figure 2): what several layers agree on. Later layers look at these keys alone.
 
 Departures from the official code:
 - It needs a kernel in CUDA, whose gradients by keys and values are added up by threads that overwrite each other and

@@ -21,7 +21,7 @@ from model.ops.fast import by_triton, is_for_triton
 warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta state')
 
 LANES = 16  # channels that a CPU takes at once
-IMAGES = 16  # of fewer a 1x1 convolution goes to PyTorch's own code when there is one thread
+IMAGES = 16  # that a 1x1 convolution is given, see `as_convolution`
 ROWS = 512  # whose best are chosen at once, in a CPU's cache
 
 
@@ -33,8 +33,8 @@ def is_plain(x: Tensor) -> bool:
 def as_convolution(x: Tensor, kernels: Tensor, groups: int) -> Tensor:
     """(T, groups * C) and (groups * D, C) to (T, groups * D), group by group, without gradients.
 
-    The library behind convolutions is up to four times as fast on a CPU as the one for matrix products, if it is
-    asked: with one thread it is not for fewer than `IMAGES` images. The rows are shared out among as many.
+    On a CPU oneDNN, which is behind convolutions, is up to four times as fast as the library for matrix products. With
+    one thread PyTorch asks it for `IMAGES` images or more alone, so the rows are shared out among as many.
     """
     images = gcd(len(x), IMAGES)
     pixels = x.view(images, 1, len(x) // images, -1).permute(0, 3, 1, 2)  # channels_last
@@ -102,6 +102,7 @@ def values_at(weights: Tensor, v: Tensor, keys: Tensor) -> Tensor:
 
 @torch.library.custom_op('frugalsr::logits_at', mutates_args=())
 def fast_logits_at(q: Tensor, k: Tensor, bias: Tensor | None, keys: Tensor) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
     return by_triton('kept_attention_triton', logits_at, q.contiguous(), k.contiguous(), bias, keys.contiguous())
 
 
@@ -213,7 +214,7 @@ def pool(threads: int) -> ThreadPoolExecutor:
 
 
 def best_of_rows(rows: np.ndarray, count: int) -> np.ndarray:
-    """`best` of (R, n), flattened. Of equal values the first ones."""
+    """`best` of (R, n). Of equal values the first ones."""
     r, n = rows.shape
     taken = rows >= np.partition(rows, n - count)[:, n - count, None]
     found = np.flatnonzero(taken)
