@@ -304,6 +304,8 @@ class Remembered(logging.Handler):
 def start_screen(quiet: bool = False) -> None:
     """Send the program's messages to standard output, or nowhere; warnings on image files are among them."""
     log.setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a line with a name that it cannot show would be lost
     log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout), Remembered()]
     name_warnings()
     log.propagate = False

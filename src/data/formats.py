@@ -67,14 +67,7 @@ def _is_beyond_pillow(image: ImageFile) -> bool:
 
 def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
     """A file that Pillow opened as `file`; `deep`: it is a PNG file of 16 bits a channel."""
-    chunks: dict[bytes, bytes] = {}
-    if image.format == 'PNG':
-        place = file.tell()
-        chunks, late = read_chunks(file)
-        file.seek(place)
-        if late:  # as Pillow itself finds once it has decoded the pixels
-            with suppress(Exception):  # what is damaged there does not touch the pixels
-                image.info.update(Image.open(BytesIO(late), formats=('PNG',)).info)
+    chunks = png_chunks(image, file) if image.format == 'PNG' else {}
     frames = _count_frames(image)
     orientation = orientation_of(image)
     width, height = image.size
@@ -93,6 +86,20 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
         width, height = height, width
     icc = None if image.mode == 'CMYK' else image.info.get('icc_profile')
     return Source(height, width, read, DEEP if deep else _pixel_bytes(image), frames, icc, chunks)
+
+
+def png_chunks(image: ImageFile, file: BinaryIO) -> dict[bytes, bytes]:
+    """What a PNG file that Pillow opened says of its colours, by chunk; the image is told what stands after the pixels.
+
+    Pillow itself finds that only once it has decoded them.
+    """
+    place = file.tell()
+    chunks, late = read_chunks(file)
+    file.seek(place)
+    if late:
+        with suppress(Exception):  # what is damaged there does not touch the pixels
+            image.info.update(Image.open(BytesIO(late), formats=('PNG',)).info)
+    return chunks
 
 
 def _pixel_bytes(image: ImageFile) -> int:

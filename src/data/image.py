@@ -68,16 +68,16 @@ def read_photo(path: Path) -> Photo:
         samples = source.read()
         if source.frames > 1:
             note(f'only the first of its {source.frames} images is read')
-        return _as_photo(samples, source.icc, source.chunks, source.frames)
+        return as_photo(samples, source.icc, source.chunks, source.frames)
 
 
-def _as_photo(
+def as_photo(
     samples: np.ndarray,
     icc: bytes | None,
     chunks: Mapping[bytes, bytes] = MappingProxyType({}),
     frames: int = 1,
 ) -> Photo:
-    """(H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+    """A photograph of samples (H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
     channels = samples.shape[2]
     grey = channels < 3
     color = samples[..., :1].repeat(3, axis=2) if grey else np.ascontiguousarray(samples[..., :3])
@@ -132,7 +132,7 @@ def from_pillow(image: Image.Image) -> Photo:
         raise UserError(
             f'This image of Pillow cannot be used ({error}): convert it to RGB, RGBA, L or I;16.'
         ) from error
-    return _as_photo(samples, image.info.get('icc_profile'))
+    return as_photo(samples, image.info.get('icc_profile'))
 
 
 def to_pillow(samples: np.ndarray, icc: bytes | None = None) -> Image.Image:

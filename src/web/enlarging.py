@@ -12,10 +12,10 @@ from PIL import Image
 
 import api
 from data.image import Photo, read_photo, read_size, to_pillow, write_png
-from enlarge import enlarged
 from error import UserError
 from model import Model
 from model.tiles.tiling import Report
+from photo.engine import enlarged
 from system.files import write_atomic
 from system.machine import best_device
 from system.numerics import set_numerics

@@ -219,6 +219,8 @@ def load_model(
     tiler: Tiler | None = None,
     settings: Mapping[str, object] = MappingProxyType({}),
     scale: int | None = None,
+    ensemble: bool = False,
+    half: bool = False,
 ) -> Model:
     """The network that a file of weights belongs to, found as by `--model auto`, with these weights.
 
@@ -228,6 +230,7 @@ def load_model(
         tiler: cuts large images into tiles.
         settings: of the network, which neither the file says nor its weights show.
         scale: for weights that are alike at several.
+        ensemble, half: as of `Model`.
 
     Raises:
         UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
@@ -237,7 +240,7 @@ def load_model(
         found = recognise(state, description, settings, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    model = Model(found.name, found.scale, device, tiler, **found.settings)
+    model = Model(found.name, found.scale, device, tiler, ensemble, half, **found.settings)
     load_weights(model.net, state, str(path))
     model.weights = f'weights from {path}'
     log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
