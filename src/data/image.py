@@ -56,7 +56,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_photo(path: Path) -> Photo:
-    """Reads the first image of a PNG, JPEG, BMP, TIFF or WebP file, turned as its EXIF orientation says.
+    """Reads the first image of a PNG, JPEG, BMP, TIFF, WebP or GIF file, turned as its EXIF orientation says.
 
     PNG and TIFF with 16 bits a channel give uint16 in [0, 65535], everything else uint8 in [0, 255]. CMYK becomes sRGB
     by its colour profile. Where there are more images, a warning says so.

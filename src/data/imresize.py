@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-Border = Literal['mirror', 'clamp']
+Border = Literal['mirror', 'clamp', 'wrap']
 
 TOGETHER = 8  # output rows in one product, at most
 
@@ -22,7 +22,8 @@ def shrink(image: np.ndarray, scale: int, border: Border = 'mirror') -> np.ndarr
 
     image: uint8 (H, W) or (H, W, C). Rows and columns beyond a multiple of `scale` are cropped first.
     border: what lies outside the image. 'mirror' reflects it, edge pixel included (EDSR's benchmark package);
-        'clamp' repeats the edge pixel (RCAN's test package, made with an older MATLAB).
+        'clamp' repeats the edge pixel (RCAN's test package, made with an older MATLAB); 'wrap' goes on at the
+        opposite edge.
     Returns uint8 (H // scale, W // scale) or (H // scale, W // scale, C).
     Raises ValueError if the image is not uint8 or is smaller than `scale` in a direction.
     """
@@ -148,4 +149,6 @@ def _outside(index: np.ndarray, size: int, border: Border) -> np.ndarray:
     if border == 'mirror':
         index = index % (2 * size)
         return np.minimum(index, 2 * size - 1 - index)
-    raise ValueError(f"border must be 'mirror' or 'clamp', not {border!r}")
+    if border == 'wrap':
+        return index % size
+    raise ValueError(f"border must be 'mirror', 'clamp' or 'wrap', not {border!r}")

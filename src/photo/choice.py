@@ -9,11 +9,11 @@ from pathlib import Path
 
 from error import UserError
 from model import Model
+from model.loading.weights import SUFFIXES
 from system.files import some
 
 log = logging.getLogger('frugalsr')
 
-SUFFIXES = ('.pt', '.pth', '.safetensors')
 NAME = re.compile(r'(?P<network>.+?)(?P<photo>-photo)?_x(?P<scale>[2-9])')
 SCORE = re.compile(r'^\| *Set5 *\| *(\d+(?:\.\d+)?)', re.MULTILINE)
 
@@ -56,10 +56,8 @@ def list_weights(folder: Path, network: str | None = None) -> list[Weights]:
     found = []
     for file in sorted(folder.glob('*')):
         if file.suffix in SUFFIXES and (name := NAME.fullmatch(file.stem)):
-            card = file.with_suffix('.md')
-            score = SCORE.search(card.read_text(encoding='utf-8')) if card.is_file() else None
-            known = float(score[1]) if score else None
-            found.append(Weights(file, name['network'], int(name['scale']), bool(name['photo']), known))
+            score = read_score(file.with_suffix('.md'))
+            found.append(Weights(file, name['network'], int(name['scale']), bool(name['photo']), score))
     if not found:
         raise UserError(f'{folder} holds no weights, such as ASID_x4.pt: give a file with --weights.')
     if network is None:
@@ -68,6 +66,12 @@ def list_weights(folder: Path, network: str | None = None) -> list[Weights]:
         return own
     names = some(sorted({weights.network for weights in found}))
     raise UserError(f'--model {network}: {folder} has no weights of it, but of {names} and Bicubic; give one of these.')
+
+
+def read_score(card: Path) -> float | None:
+    """The PSNR on Set5 that a model card states, dB."""
+    row = SCORE.search(card.read_text(encoding='utf-8')) if card.is_file() else None
+    return float(row[1]) if row else None
 
 
 class Networks:
@@ -110,7 +114,7 @@ class Networks:
             self._models[weights] = self._load(weights)
         if (scale, lossy) not in self._told:
             self._told.add((scale, lossy))
-            kind = 'JPEG and lossy WebP' if lossy else 'other files'
+            kind = 'JPEG and lossy WebP' if lossy else 'clean images'
             made = ', made for such photographs' if weights.photo else ''
             log.info('x%d, %s: %s%s', scale, kind, weights, made)
         return self._models[weights]

@@ -61,7 +61,7 @@ def find_photos(source: Path) -> list[Path]:
         raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
     files = find_images(source)
     if not files:
-        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
+        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif, webp or gif files.')
     return files
 
 

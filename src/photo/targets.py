@@ -93,7 +93,7 @@ def _images(top: Path, recursive: bool, output: Path | None) -> list[Source]:
     ]
     if not found:
         deeper = '' if recursive else '; -r looks into its folders too'
-        raise UserError(f'{top} holds no images: expected png, jpg, bmp, tif or webp files{deeper}.')
+        raise UserError(f'{top} holds no images: expected png, jpg, bmp, tif, webp or gif files{deeper}.')
     return found
 
 

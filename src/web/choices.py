@@ -1,19 +1,17 @@
 """What a visitor may choose: weights of a folder by scale and by the kind of picture, the best first."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from error import UserError
 from model.loading.detect import recognise
-from model.loading.weights import read_weights
+from model.loading.weights import SUFFIXES, read_weights
+from photo.choice import read_score
 
 log = logging.getLogger('frugalsr')
 
-SUFFIXES = ('.pt', '.pth', '.safetensors')
-SET5 = re.compile(r'^\| Set5 \| ([\d.]+) \|', re.MULTILINE)  # of a card: PSNR, dB
 PHOTO = '-photo'  # in the names of weights that were trained for photographs
 
 
@@ -65,17 +63,11 @@ def find_choices(folder: Path) -> list[Choice]:
             try:
                 state, _, description = read_weights(file)
                 network = recognise(state, description)
-                found.append(Choice(network.name, network.scale, file, read_psnr(file.with_suffix('.md'))))
+                found.append(Choice(network.name, network.scale, file, read_score(file.with_suffix('.md'))))
             except UserError as error:
                 log.warning('%s is left out: %s', file, error)
     found += [Choice('Bicubic', scale) for scale in (2, 3, 4)]
     return sorted(found, key=lambda choice: (choice.scale, choice.file is None, -(choice.psnr or 0)))
-
-
-def read_psnr(card: Path) -> float | None:
-    """The PSNR on Set5 that a model card states, dB."""
-    row = SET5.search(card.read_text(encoding='utf-8')) if card.is_file() else None
-    return float(row[1]) if row else None
 
 
 def kinds_at(choices: Sequence[Choice], scale: int) -> list[str]:

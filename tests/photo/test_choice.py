@@ -5,7 +5,7 @@ import pytest
 
 from error import UserError
 from model import Model
-from photo.choice import Networks, list_weights
+from photo.choice import Networks, list_weights, read_score
 from tests.conftest import ROOT
 
 
@@ -57,7 +57,7 @@ def test_the_choice_is_said_once(folder, messages):
     for lossy in (False, True, False, True):
         chosen(4, lossy)
     assert [line for line in messages if line.startswith('x4')] == [
-        'x4, other files: B-light_x4.pt (31.25 dB on Set5)',
+        'x4, clean images: B-light_x4.pt (31.25 dB on Set5)',
         'x4, JPEG and lossy WebP: B-light-photo_x4.pt (25.50 dB on Set5), made for such photographs',
     ]
 
@@ -80,3 +80,9 @@ def test_weights_of_ours_are_found_with_their_scores():
     table = re.findall(r'^\| \[(\S+_x\d\.pt)\]\(\S+\) \| (\S+) \|', (ROOT / 'models' / 'README.md').read_text(), re.M)
     assert len(table) > 3
     assert {name: found[name] for name, _ in table} == {name: float(score) for name, score in table}
+
+
+def test_a_card_without_that_row(tmp_path):
+    assert read_score(tmp_path / 'none.md') is None
+    (tmp_path / 'a.md').write_text('| Set14 | 33.0 | .9 |\nSet5 37.1\n')
+    assert read_score(tmp_path / 'a.md') is None

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from error import UserError
 from system.files import read_torch
 from tests.conftest import ROOT
-from web.choices import Choice, find_choices, fitting, kinds_at, read_psnr
+from web.choices import Choice, find_choices, fitting, kinds_at
 
 WEIGHTS = ROOT / 'models' / 'LCoAN-small_x2.pt'
 
@@ -57,12 +57,6 @@ def test_kinds_are_offered_where_there_are_both(models):
     assert names(fitting(choices, 2, 'photo')) == ['d-photo_x2.pt', 'none']
     assert names(fitting(choices, 2, 'clean')) == ['b.pt', 'a.pt', 'c.pt', 'e.safetensors', 'none']
     assert names(fitting(choices, 4, 'photo')) == ['LCoAN-small_x4.pt', 'none']
-
-
-def test_a_card_without_that_row(tmp_path):
-    assert read_psnr(tmp_path / 'none.md') is None
-    (tmp_path / 'a.md').write_text('| Set14 | 33.0 | .9 |\nSet5 37.1\n')
-    assert read_psnr(tmp_path / 'a.md') is None
 
 
 def test_choices_are_named():

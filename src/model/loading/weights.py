@@ -23,6 +23,8 @@ from system.files import is_safetensors, read_safetensors, read_torch, some
 
 log = logging.getLogger('frugalsr')
 
+SUFFIXES = ('.pt', '.pth', '.safetensors')  # of files of weights
+
 # What state dicts are wrapped in, the first choice first: averages of weights before the weights themselves. BasicSR
 # has 'params_ema' and 'params', a state of this program 'average' and 'model'.
 WRAPPERS = (
