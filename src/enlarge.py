@@ -59,14 +59,16 @@ def build_parser() -> Parser:
     add('--width', metavar='N', type=count, help='pixels of the result')
     add('--height', metavar='N', type=count, help='pixels of the result')
     add = parser.add_argument_group('format').add_argument
-    add('--format', choices=('png', 'jpg', 'webp', 'tif', 'same'), help='of the results; same: that of each '
-        'photograph (default: png, or as -o FILE says)')  # fmt: skip
+    add('--format', choices=('png', 'jpg', 'webp', 'tif', 'gif', 'same'), help='of the results; same: that of each '
+        'photograph (default: png, for several pages tif, or as -o FILE says)')  # fmt: skip
     add('--quality', metavar='N', type=number(int, 1, 100), default=95, help='of jpg and webp')
     add('--background', metavar='COLOUR', type=colour, default='white', help='behind what is transparent, in jpg')
     add = parser.add_argument_group('network').add_argument
     add('--model', metavar='NAME', help='network whose weights in models/ to take (default: the best there by Set5)')
     add('--weights', metavar='FILE', help='weights of any network known here')
     add('--self_ensemble', action='store_true', help='average over flips and rotations: slower, a little better')
+    add('--seamless', action='store_true', help='for textures that are laid out in tiles: the border goes on at the '
+        'opposite one')  # fmt: skip
     add('--precision', choices=('single', 'half'), default='single', help='half: faster on a GPU')
     add = parser.add_argument_group('machine').add_argument
     add('--cpu', action='store_true', help='leave the GPU alone')
@@ -144,22 +146,22 @@ def enlarge(args: Namespace) -> None:
     scale = args.scale if args.fit or args.width or args.height else args.scale or 4
     width, height = args.fit or (args.width, args.height)
     name = check_name(args.name or ('{stem}_x{scale}' if scale else '{stem}_{width}x{height}'))
-    format = Format(args.format or 'png', args.quality, args.background)
+    format = Format(args.format, args.quality, args.background)
     networks = make_networks(args)
     plan = None
     if parallel.rank() == 0:
         sources, results = find_sources(args.photos, args.recursive, args.output)
         if results:
             log.info('Left out, results of an earlier run: %d', results)
-        place, format = choose_place(args.output, name, format, bool(args.format), sources)
-        settings = f'{args.self_ensemble} {args.precision}'
+        place, format = choose_place(args.output, name, format, sources)
+        settings = f'{args.self_ensemble} {args.precision} {args.seamless}'
         size = Size(scale, width, height)
         plan = make_plan(sources, size, place, format, networks, settings, args.again)
         for target in {job.target.parent for job in plan.jobs}:
             sweep(target)
     plan, format = parallel.broadcast((plan, format))
     limit = args.max_memory if networks.device == 'cpu' else None
-    outcome = enlarge_photos(plan.jobs, networks, format, limit)
+    outcome = enlarge_photos(plan.jobs, networks, format, limit, args.seamless)
     if parallel.rank():
         return
     there = f'; {plan.done} were done before (--again makes them anew)' if plan.done else ''
@@ -185,18 +187,23 @@ def make_networks(args: Namespace) -> Networks:
     set_numerics(seed=1, deterministic=device == 'cpu', tf32=False)
     half = args.precision == 'half'
 
-    def load(weights: Weights) -> Model:
-        tiler = AutoTiler(OVERLAP, BATCH if device == 'cuda' else 1, device, args.max_memory)
+    def tiler() -> AutoTiler:
+        return AutoTiler(OVERLAP, BATCH if device == 'cuda' else 1, device, args.max_memory)
+
+    def load(file: Path, scale: int | None) -> Model:
+        return load_model(file, device, tiler(), scale=scale, ensemble=args.self_ensemble, half=half)
+
+    def load_known(weights: Weights) -> Model:
         if weights.network == 'Bicubic':
-            return Model('Bicubic', weights.scale, device, tiler, args.self_ensemble, half)
-        return load_model(weights.file, device, tiler, scale=weights.scale, ensemble=args.self_ensemble, half=half)
+            return Model('Bicubic', weights.scale, device, tiler(), args.self_ensemble, half)
+        return load(weights.file, weights.scale)
 
     if not args.weights:
-        return Networks(list_weights(ROOT / 'models', args.model), load, device)
+        return Networks(list_weights(ROOT / 'models', args.model), load_known, device)
     file = find_weights(args.weights)
     whole = int(args.scale) if args.scale and args.scale == int(args.scale) else None
-    found = load_model(file, 'cpu', scale=whole)
-    return Networks([Weights(Path(file), found.name, found.scale)], load, device)
+    model = load(file, whole)
+    return Networks([Weights(file, model.name, model.scale)], lambda _: model, device)
 
 
 if __name__ == '__main__':

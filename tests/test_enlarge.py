@@ -1,17 +1,20 @@
 import errno
 import os
+import shutil
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import enlarge
+from data.frames import Series, read_frames, read_series
 from data.image import read_photo, write_png
 from data.imresize import resize, upscale_bicubic
 from error import WriteError
 from photo.metadata import made_by
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 
 PLAIN = ['--cpu', '--model', 'Bicubic']
 
@@ -143,13 +146,13 @@ def test_a_bad_file_is_named_at_the_end(photos, tmp_path, capsys):
 def test_a_full_disk_leaves_what_was_done_whole(photos, tmp_path, capsys, monkeypatch):
     for i in range(6):
         write_png(photos / f'c{i}.png', picture(i, 8, 8))
-    plain = os.fsync
-    written = []
+    plain, written, lock = os.fsync, [], Lock()
 
     def fsync(descriptor: int) -> None:
-        if written and Path(f'/proc/self/fd/{descriptor}').readlink().suffix == '.tmp':
-            raise OSError(errno.ENOSPC, 'No space left on device')
-        written.append(descriptor)
+        with lock:
+            if written and Path(f'/proc/self/fd/{descriptor}').readlink().suffix == '.tmp':
+                raise OSError(errno.ENOSPC, 'No space left on device')
+            written.append(descriptor)
         plain(descriptor)
 
     monkeypatch.setattr(os, 'fsync', fsync)
@@ -157,7 +160,7 @@ def test_a_full_disk_leaves_what_was_done_whole(photos, tmp_path, capsys, monkey
     assert 'of 8 images could not be enlarged' in said
     assert 'The disk is full' in said
     monkeypatch.undo()
-    assert names(tmp_path / 'big') == ['a_x4.png']
+    assert len(names(tmp_path / 'big')) == 1
     assert run(photos, '-o', tmp_path / 'big') == 0
     assert len(names(tmp_path / 'big')) == 8
 
@@ -227,14 +230,14 @@ def test_any_file_of_weights(photos):
 def test_interrupted_and_continued(photos, tmp_path, capsys, monkeypatch):
     import photo.engine
 
-    plain = photo.engine.read_photo
+    plain = photo.engine.read_frames
 
     def read(path: Path):
         if path.name == 'b.jpg':
             raise KeyboardInterrupt
         return plain(path)
 
-    monkeypatch.setattr(photo.engine, 'read_photo', read)
+    monkeypatch.setattr(photo.engine, 'read_frames', read)
     assert run(photos, '-r', '-o', tmp_path / 'big') == 130
     assert 'Interrupted: the same command goes on' in capsys.readouterr().err
     assert names(tmp_path / 'big') == ['a_x4.png']
@@ -251,3 +254,98 @@ def test_an_error_of_writing_has_its_cause(tmp_path):
     with pytest.raises(WriteError) as caught:
         write_atomic(tmp_path / 'file' / 'x', b'')
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def animation(path: Path, count: int = 3) -> Path:
+    frames = [Image.fromarray(picture(i, 9, 12)) for i in range(count)]
+    frames = [frame.quantize(16) for frame in frames] if path.suffix == '.gif' else frames
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[50, 70, 90][:count], loop=0)
+    return path
+
+
+@pytest.mark.parametrize('suffix', ['gif', 'webp', 'png'])
+@pytest.mark.parametrize('format', ['png', 'webp', 'gif'])
+def test_animations_go_on_moving(tmp_path, suffix, format):
+    """Every frame as if it were alone."""
+    path = animation(tmp_path / f'a.{suffix}')
+    assert run(path, '--scale', 2, '--format', format, '--name', 'big') == 0
+    assert read_series(tmp_path / f'big.{format}') == Series(((18, 24),) * 3, 0)
+    pairs = zip(read_frames(path), read_frames(tmp_path / f'big.{format}'), strict=True)
+    for (photo, duration), (big, shown) in pairs:
+        assert shown == duration
+        expected = upscale_bicubic(photo.color, 2).astype(int)
+        assert np.abs(big.color - expected).mean() < (2 if format == 'png' else 16)
+
+
+@pytest.mark.parametrize(
+    ('options', 'name', 'pages', 'said'),
+    [
+        ('', 'a_x2.tif', 2, ''),
+        ('--format same', 'a_x2.tif', 2, ''),
+        ('--format jpg', 'a_x2.jpg', 1, 'jpg has one image, the first of its 2; tif keeps all'),
+        ('--format png', 'a_x2.png', 1, 'png has one image, the first of its 2; tif keeps all'),
+    ],
+)
+def test_pages_of_a_tiff(tmp_path, capsys, options, name, pages, said):
+    """Each by its own size."""
+    first, second = Image.fromarray(picture(0, 9, 12)), Image.fromarray(picture(1, 7, 5))
+    first.save(tmp_path / 'a.tif', save_all=True, append_images=[second])
+    assert run(tmp_path / 'a.tif', '--scale', 2, *options.split()) == 0
+    assert said in capsys.readouterr().out
+    assert read_series(tmp_path / name).sizes == ((18, 24), (14, 10))[:pages]
+
+
+def test_frames_as_pages_and_a_first_frame_alone(tmp_path, capsys):
+    path = animation(tmp_path / 'a.gif')
+    assert run(path, '--format', 'tif') == 0
+    assert read_series(tmp_path / 'a_x4.tif') == Series(((36, 48),) * 3)
+    assert 'tif keeps its 3 images, but not how long each is shown' in capsys.readouterr().out
+    assert run(path, '--format', 'jpg') == 0
+    assert 'jpg has one image, the first of its 3; png, webp and gif keep the animation' in capsys.readouterr().out
+
+
+def test_an_animation_that_is_done_is_not_done_again(tmp_path, capsys):
+    path = animation(tmp_path / 'a.gif')
+    for again in range(2):
+        assert run(path, '--format', 'same') == 0
+        assert ('1 were done before' in capsys.readouterr().out) == bool(again)
+    assert names(tmp_path) == ['a.gif', 'a_x4.gif']
+
+
+def test_a_seamless_texture_is_another_result(photos):
+    assert run(photos / 'a.png', '--scale', 2) == 0
+    plain = read_photo(photos / 'a_x2.png').color.astype(int)
+    assert run(photos / 'a.png', '--scale', 2, '--seamless') == 0  # other settings: made anew
+    seamless = read_photo(photos / 'a_x2.png').color.astype(int)
+    tiled = np.tile(picture(0, 9, 12), (3, 3, 1))
+    expected = upscale_bicubic(tiled, 2)[18:36, 24:48].astype(int)
+    assert np.abs(seamless - expected).max() <= 6
+    assert np.abs(plain - seamless).max() > 6
+
+
+def test_photographs_with_loss_get_the_weights_made_for_them(photos, tmp_path, capsys, monkeypatch):
+    models = tmp_path / 'models'
+    models.mkdir()
+    for name in ('ASID_x2', 'ASID-photo_x2'):
+        shutil.copy(ROOT / 'models' / 'ASID_x2.pt', models / f'{name}.pt')
+    monkeypatch.setattr(enlarge, 'ROOT', tmp_path)
+    assert enlarge.main([str(photos), '-o', str(tmp_path / 'big'), '--scale', '2', '--cpu']) == 0
+    said = capsys.readouterr().out
+    assert 'x2, JPEG and lossy WebP: ASID-photo_x2.pt, made for such photographs' in said
+    assert 'x2, clean images: ASID_x2.pt' in said
+    assert made_by(tmp_path / 'big' / 'b_x2.png').startswith('FrugalSR ASID-photo_x2 ')
+    assert made_by(tmp_path / 'big' / 'a_x2.png').startswith('FrugalSR ASID_x2 ')
+
+
+def test_a_file_of_weights_is_loaded_once(photos, monkeypatch):
+    import model.loading.weights as loading
+
+    plain, read = loading.read_weights, []
+
+    def read_weights(path: Path, *arguments):
+        read.append(path)
+        return plain(path, *arguments)
+
+    monkeypatch.setattr(loading, 'read_weights', read_weights)
+    assert enlarge.main([str(photos), '--cpu', '--scale', '2', '--weights', 'ASID_x2.pt']) == 0
+    assert len(read) == 1

@@ -91,9 +91,13 @@ def read_rgb(path: Path) -> np.ndarray:
     Raises:
         UserError: as in `read_photo`.
     """
-    color = read_photo(path).color
+    return eight_bits(read_photo(path).color)
+
+
+def eight_bits(samples: np.ndarray) -> np.ndarray:
+    """uint8 as it is, uint16 rounded to uint8."""
     # 65535 = 255 * 257, and 257 is odd: adding half of it before the division rounds without ties.
-    return color if color.dtype == np.uint8 else ((color.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return samples if samples.dtype == np.uint8 else ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def read_size(path: Path) -> tuple[int, int]:

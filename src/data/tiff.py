@@ -24,11 +24,12 @@ MOST_CHANNELS = 8  # with those that are dropped
 STRIP_BYTES = 2**18  # before packing
 HEADER = 8  # bytes
 DEEP = 46  # bytes a pixel while an image is read, measured
-ORIENTATION, XMP, ICC = ExifTags.Base.Orientation, ExifTags.Base.XMLPacket, ExifTags.Base.InterColorProfile
+ORIENTATION, XMP = ExifTags.Base.Orientation, ExifTags.Base.XMLPacket
+IPTC, ICC = ExifTags.Base.IPTCNAA, ExifTags.Base.InterColorProfile
 
 
 def open_tiff(path: Path, file: BinaryIO, number: int = 0) -> Source:
-    """A page of the file `path`, open as `file`, whose pixels are grey or RGB, with or without alpha, of 8 or 16 bits a channel.
+    """A page of the file `path`, open as `file`; its pixels are grey or RGB, with or without alpha, of 8 or 16 bits.
 
     Raises:
         ValueError: damaged. What it gives raises it too, for other kinds of pixels, and `UserError` where imagecodecs
@@ -112,7 +113,12 @@ def _unmultiply(samples: np.ndarray) -> np.ndarray:
 
 
 def encode_tiff(
-    pages: Iterable[np.ndarray], count: int, exif: Image.Exif, xmp: bytes = b'', icc: bytes | None = None
+    pages: Iterable[np.ndarray],
+    count: int,
+    exif: Image.Exif,
+    xmp: bytes = b'',
+    iptc: bytes = b'',
+    icc: bytes | None = None,
 ) -> Iterator[bytes]:
     """A TIFF file in pieces, packed by deflate after horizontal differences (TIFF 6.0, section 14).
 
@@ -120,14 +126,15 @@ def encode_tiff(
         pages: uint8 or uint16 (H, W) or (H, W, C); C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
         count: how many there are; all together have less than 4 GB.
         exif: tags that the first page is to have besides those of its pixels.
-        xmp: an XMP packet to put into it.
+        xmp, iptc: an XMP packet and IPTC data to put into it.
         icc: a colour profile to put into all of those that it fits.
     """
     place = 0
     for number, samples in enumerate(pages):
         samples = samples[..., None] if samples.ndim == 2 else samples
         own = icc if fits(icc, samples.shape[2] < 3) else None
-        head, strips = _encode_page(samples, exif if number == 0 else Image.Exif(), b'' if number else xmp, own, place)
+        about = (exif, xmp, iptc) if number == 0 else (Image.Exif(), b'', b'')
+        head, strips = _encode_page(samples, *about, own, place)
         end = place + len(head) + sum(map(len, strips))
         filling = end % 2  # a directory begins at an even place
         if number < count - 1:
@@ -146,7 +153,7 @@ def _with_next(head: bytes, place: int, first: bool) -> bytes:
 
 
 def _encode_page(
-    samples: np.ndarray, exif: Image.Exif, xmp: bytes, icc: bytes | None, place: int
+    samples: np.ndarray, exif: Image.Exif, xmp: bytes, iptc: bytes, icc: bytes | None, place: int
 ) -> tuple[bytes, list[bytes]]:
     """The directory of a page that begins at a place in the file, at 0 with the file's header, and its pixels."""
     height, width, channels = samples.shape
@@ -170,7 +177,7 @@ def _encode_page(
     tags[base.StripByteCounts] = tuple(sizes)
     if channels in (2, 4):
         tags[base.ExtraSamples] = EXTRASAMPLE.UNASSALPHA
-    for tag, data in ((XMP, xmp), (ICC, icc)):
+    for tag, data in ((XMP, xmp), (IPTC, iptc), (ICC, icc)):
         if data:
             tags.tagtype[tag] = TiffTags.BYTE if tag == XMP else TiffTags.UNDEFINED
             tags[tag] = data

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,24 +100,29 @@ class Networks:
         fitting = [weights for weights in own if weights.photo == lossy] or own
         return max(fitting, key=lambda weights: weights.score or 0)
 
-    def digest(self, scale: int, lossy: bool) -> str:
-        """What tells the content of these weights from any other."""
-        weights = self.best(scale, lossy)
+    def chain(self, steps: Sequence[int], lossy: bool) -> list[Weights]:
+        """The best weights for factors one after the other; what comes from a network is clean."""
+        return [self.best(scale, lossy and i == 0) for i, scale in enumerate(steps)]
+
+    def digest(self, weights: Weights) -> str:
+        """What tells the content of weights from any other."""
         if weights not in self._digests:
             self._digests[weights] = weights.digest()
         return self._digests[weights]
 
-    def __call__(self, scale: int, lossy: bool) -> Model:
-        """The network for a factor, with its weights; the choice is said once."""
-        weights = self.best(scale, lossy)
-        if weights not in self._models:
-            self._models[weights] = self._load(weights)
-        if (scale, lossy) not in self._told:
-            self._told.add((scale, lossy))
-            kind = 'JPEG and lossy WebP' if lossy else 'clean images'
-            made = ', made for such photographs' if weights.photo else ''
-            log.info('x%d, %s: %s%s', scale, kind, weights, made)
-        return self._models[weights]
+    def __call__(self, steps: Sequence[int], lossy: bool) -> list[Model]:
+        """The networks for factors one after the other, with their weights; each choice is said once."""
+        chosen = self.chain(steps, lossy)
+        for i, weights in enumerate(chosen):
+            if weights not in self._models:
+                self._models[weights] = self._load(weights)
+            kind = lossy and i == 0
+            if (weights.scale, kind) not in self._told:
+                self._told.add((weights.scale, kind))
+                of = 'JPEG and lossy WebP' if kind else 'clean images'
+                made = ', made for such photographs' if weights.photo else ''
+                log.info('x%d, %s: %s%s', weights.scale, of, weights, made)
+        return [self._models[weights] for weights in chosen]
 
 
 class OneNetwork(Networks):

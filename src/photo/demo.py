@@ -39,7 +39,7 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
         def of(self, source: Source, *_: object) -> Path:
             return target / f'{names[source.path]}_x{model.scale}_SR.png'
 
-    networks, format = OneNetwork(model), Format()
+    networks, format = OneNetwork(model), Format('png')
     plan = make_plan(
         [Source(file) for file in files], Size(model.scale), Named(), format, networks, settings='', again=True
     )

@@ -5,12 +5,15 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from data.image import Photo, as_photo, bytes_to_read, fill_hidden, read_photo
+from data.frames import read_frames
+from data.image import Photo, as_photo, bytes_to_read, fill_hidden
 from data.imresize import resize
 from error import UserError, WriteError
 from model import Model
@@ -18,7 +21,7 @@ from model.tiles.tiling import Report, Tiler, out_of_memory, unreported
 from photo.choice import Networks
 from photo.metadata import read_metadata
 from photo.plan import Job, about
-from photo.writing import Format, write_result
+from photo.writing import Colours, Format, write_frames, write_result
 from system import memory, parallel
 from system.allocator import trim_heap
 from system.background import Prefetcher, WorkerPool
@@ -26,6 +29,7 @@ from system.background import Prefetcher, WorkerPool
 log = logging.getLogger('frugalsr')
 
 REACH = 4  # input pixels on each side that a bicubic enlargement depends on, with some to spare
+SEAM = 32  # input pixels beyond each border that a seamless enlargement is made with
 MEMORY = 'memory ran out: bound the tiles by --max_memory, or in main.py by --chop and a smaller --chop_size.'
 HELD = 4  # arrays of the result, 4 channels each, that there are while it is made at another size than a network's
 
@@ -39,7 +43,9 @@ class Outcome:
     left: int = 0
 
 
-def enlarge_photos(jobs: Sequence[Job], networks: Networks, format: Format, limit: int | None = None) -> Outcome:
+def enlarge_photos(
+    jobs: Sequence[Job], networks: Networks, format: Format, limit: int | None = None, seamless: bool = False
+) -> Outcome:
     """Do jobs; what fails is told at the end, after the others are done, unless the disk is full.
 
     With several processes each has its share, and the first one the outcome of all. PNG files of a network's own
@@ -51,18 +57,25 @@ def enlarge_photos(jobs: Sequence[Job], networks: Networks, format: Format, limi
         networks: what enlarges.
         format: quality and background of the results.
         limit: bytes that the process may have in memory.
+        seamless: as of `resized`.
     """
     failures: dict[int, str] = {}
     ahead, full = Prefetcher(), False
 
-    def read(index: int) -> Photo:
-        return read_photo(jobs[index].source)
+    def read(index: int) -> Iterator[tuple[Photo, float]]:
+        frames = read_frames(jobs[index].source)
+        return chain([next(frames)], frames)
 
-    def write(rows: Iterator[np.ndarray], job: Job, index: int, photo_icc: bytes | None, chunks: dict) -> None:
+    def write(images: Iterator[Any], job: Job, index: int) -> None:
         nonlocal full
         try:
+            colours = next(images)
             metadata = read_metadata(job.source).adapted(*job.new, job.made)
-            write_result(rows, job.target, job.format, job.new[0], photo_icc, chunks, metadata, format)
+            if len(job.parts) > 1:
+                about = len(job.parts), job.plays, colours, metadata, format
+                write_frames(images, job.target, job.format, *about)
+            else:
+                write_result(images, job.target, job.format, job.new[0], colours, metadata, format)
         except WriteError as error:
             failures[index] = str(error)
             full |= isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -78,12 +91,11 @@ def enlarge_photos(jobs: Sequence[Job], networks: Networks, format: Format, limi
             end = bar.n + job.pixels / 1e6
             try:
                 if limit is not None:
-                    check_fits(job.source, limit, 0 if _streams(job) else 4 * HELD * math.prod(job.new))
+                    check_fits(job.source, limit, _held(job))
                 # Not while what the network takes is measured, with the first image.
-                photo = read(own) if limit is not None or first == 0 else ahead(read, own, len(jobs))
-                models = [networks(factor, job.lossy) for factor in job.steps]
-                rows = resized(models, photo, job.new, bar.update)
-                background.feed(rows, write, job, own, photo.icc, dict(photo.chunks))
+                frames = read(own) if limit is not None or first == 0 else ahead(read, own, len(jobs))
+                images = results_of(job, frames, networks, seamless, bar)
+                background.feed(images, write, job, own)
             except UserError as error:
                 failures[own] = str(error)
             except (MemoryError, RuntimeError) as error:
@@ -91,14 +103,33 @@ def enlarge_photos(jobs: Sequence[Job], networks: Networks, format: Format, limi
                     raise
                 failures[own] = MEMORY
             finally:
-                photo = None  # type: ignore[assignment]  # or it would stay while the next one is read
+                frames = images = None  # type: ignore[assignment]  # or they would stay while the next one is read
             bar.update(end - bar.n)
     trim_heap()  # what follows takes some of its own
-    said: dict[int, str] = {}
+    said_of: dict[int, str] = {}
     for part in parallel.gather(failures):
-        said.update(part)
+        said_of.update(part)
     begun, left = sum(parallel.gather(begun)), sum(parallel.gather(len(own_jobs) - begun))
-    return Outcome(begun - len(said), [about(jobs[index].source, said[index]) for index in sorted(said)], left)
+    return Outcome(begun - len(said_of), [about(jobs[index].source, said_of[index]) for index in sorted(said_of)], left)
+
+
+def results_of(
+    job: Job, frames: Iterator[tuple[Photo, float]], networks: Networks, seamless: bool, bar: tqdm
+) -> Iterator[Any]:
+    """What is written of a job: its colours, then the rows of the result, or each of several images with its time."""
+    said = bar.desc
+
+    def tell(done: int, total: int) -> None:
+        bar.set_description_str(f'{said}, tile {min(done + 1, total)} of {total}')
+
+    for number, (part, (photo, duration)) in enumerate(zip(job.parts, frames, strict=False)):
+        if number == 0:
+            yield Colours(photo.icc, dict(photo.chunks))
+        rows = resized(networks(part.steps, job.lossy), photo, part.new, seamless, tell, bar.update)
+        if len(job.parts) == 1:
+            yield from rows
+        else:
+            yield np.concatenate(list(rows)), duration
 
 
 def raise_failures(failures: Sequence[str], left: int, count: int) -> None:
@@ -121,10 +152,15 @@ def _bar(jobs: Sequence[Job]) -> tqdm:
     return parallel.progress((), 'Photographs', total=total, bar_format=form)
 
 
-def _streams(job: Job) -> bool:
-    """Whether a result is written as it is made."""
-    factor = math.prod(job.steps)
-    return job.format == 'png' and len(job.steps) == 1 and job.new == (job.old[0] * factor, job.old[1] * factor)
+def _held(job: Job) -> int:
+    """Bytes that results take beside the network; none where they are written as they are made."""
+    part = job.parts[0]
+    factor = math.prod(part.steps)
+    own_size = len(part.steps) == 1 and part.new == (part.old[0] * factor, part.old[1] * factor)
+    if len(job.parts) == 1 and job.format == 'png' and own_size:
+        return 0
+    held = job.parts if job.format in ('webp', 'gif') else [part]
+    return 4 * HELD * sum(math.prod(each.new) for each in held)
 
 
 def check_fits(path: Path, limit: int, held: int = 0) -> None:
@@ -145,24 +181,35 @@ def check_fits(path: Path, limit: int, held: int = 0) -> None:
 
 
 def resized(
-    models: Sequence[Model], photo: Photo, size: tuple[int, int], count: Callable[[float], object] = lambda _: None
+    models: Sequence[Model],
+    photo: Photo,
+    size: tuple[int, int],
+    seamless: bool = False,
+    report: Report = unreported,
+    count: Callable[[float], object] = lambda _: None,
 ) -> Iterator[np.ndarray]:
     """Rows, as of `enlarged`, of a photograph enlarged by each of the models and brought to a size by bicubic.
 
-    `count` is told of the megapixels that the models have given.
+    Args:
+        models: one after the other.
+        photo: to be enlarged.
+        size: height and width of the result.
+        seamless: each border goes on at the opposite one, as of a texture that is laid out in tiles.
+        report: as of `enlarged`, of each model.
+        count: is told of the megapixels that the models have given.
     """
 
-    def counted(rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        for piece in rows:
+    def rows_of(model: Model) -> Iterator[np.ndarray]:
+        for piece in enlarged_seamless(model, photo, report) if seamless else enlarged(model, photo, report):
             count(len(piece) * piece.shape[1] / 1e6)
             yield piece
 
     for model in models[:-1]:
-        photo = _with_samples(photo, np.concatenate(list(counted(enlarged(model, photo)))))
+        photo = _with_samples(photo, np.concatenate(list(rows_of(model))))
     height, width = photo.color.shape[:2]
     factor = models[-1].scale if models else 1
     if models:
-        rows = counted(enlarged(models[-1], photo))
+        rows = rows_of(models[-1])
     else:
         color = photo.color if photo.alpha is None else fill_hidden(photo.color, photo.alpha)
         samples = replace(photo, color=color).samples
@@ -170,7 +217,19 @@ def resized(
     if (height * factor, width * factor) == size:
         yield from rows
     else:
-        yield resize(np.concatenate(list(rows)), *size)
+        yield resize(np.concatenate(list(rows)), *size, 'wrap' if seamless else 'mirror')
+
+
+def enlarged_seamless(model: Model, photo: Photo, report: Report = unreported) -> Iterator[np.ndarray]:
+    """`enlarged`, of an image that goes on at each border with what is at the opposite one."""
+    margin = ((SEAM, SEAM), (SEAM, SEAM), (0, 0))
+    height, width = (model.scale * side for side in photo.color.shape[:2])
+    first = done = SEAM * model.scale
+    for rows in enlarged(model, _with_samples(photo, np.pad(photo.samples, margin, 'wrap')), report):
+        inner = rows[max(0, done) : max(0, done + height), first : first + width]
+        done -= len(rows)
+        if len(inner):
+            yield inner
 
 
 def _with_samples(photo: Photo, samples: np.ndarray) -> Photo:

@@ -1,4 +1,4 @@
-"""What image files say besides their pixels: EXIF (2.32) and XMP data of a photograph, adapted to its enlargement."""
+"""What image files say besides their pixels: EXIF (2.32), XMP and IPTC data of a photograph, adapted to its result."""
 
 import re
 from dataclasses import dataclass
@@ -25,7 +25,8 @@ STORAGE = {
 }  # fmt: skip
 SIZES = (Base.ExifImageWidth, Base.ExifImageHeight)
 SHAPES = ('{"shape"', 'ImageJ=')  # begin descriptions by tifffile and ImageJ, from which they read sizes
-MOST = 65_000  # bytes of EXIF or XMP data that a JPEG file has room for
+MOST = 65_000  # bytes of EXIF, XMP or IPTC data that a JPEG file has room for
+IPTC = 0x0404  # the image resource of Photoshop that holds IPTC data in a JPEG file
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Metadata:
     Attributes:
         exif: of it, with all that belongs to it, thumbnails left out.
         xmp: an XMP packet, or nothing.
+        iptc: IPTC-IIM data, or nothing.
     """
 
     exif: Image.Exif
     xmp: bytes = b''
+    iptc: bytes = b''
+
+    @property
+    def made(self) -> str:
+        """How the file was made, as `adapted` notes it."""
+        return str(self.exif.get(Base.ProcessingSoftware, ''))
 
     def adapted(self, height: int, width: int, made: str) -> 'Metadata':
         """As they hold for an upright image of that size; `made` says how it was made."""
@@ -51,7 +59,7 @@ class Metadata:
             exif.get_ifd(IFD.Exif).update(zip(SIZES, (width, height), strict=True))
         exif[Base.Orientation] = 1
         exif[Base.ProcessingSoftware] = made
-        return Metadata(exif, _adapted_xmp(self.xmp, height, width))
+        return Metadata(exif, _adapted_xmp(self.xmp, height, width), self.iptc)
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -65,8 +73,12 @@ def read_metadata(path: Path) -> Metadata:
         try:
             if image.format == 'PNG':
                 png_chunks(image, file)
-            xmp = image.tag_v2.get(Base.XMLPacket, b'') if isinstance(image, TiffImageFile) else image.info.get('xmp')
-            return Metadata(_plain(Image.Image.getexif(image)), bytes(xmp or b''))
+            if isinstance(image, TiffImageFile):
+                xmp, iptc = (image.tag_v2.get(tag, b'') for tag in (Base.XMLPacket, Base.IPTCNAA))
+                iptc = iptc if isinstance(iptc, bytes) else b''  # numbers are in an order that nobody can tell
+            else:
+                xmp, iptc = image.info.get('xmp'), image.info.get('photoshop', {}).get(IPTC, b'')
+            return Metadata(_plain(Image.Image.getexif(image)), bytes(xmp or b''), iptc)
         except Exception as error:  # Pillow raises nearly anything
             note(f'its EXIF data is damaged ({error}) and not kept')
             return Metadata(Image.Exif())
@@ -105,7 +117,8 @@ def made_by(path: Path) -> str:
     try:
         with path.open('rb') as file, pillow_allows(MAX_PIXELS):
             image = Image.open(file, formats=FORMATS)
-            return str(Image.Image.getexif(image).get(Base.ProcessingSoftware, '')).rstrip('\0')
+            comment = image.info.get('comment', b'') if image.format == 'GIF' else b''
+            return comment.decode() or str(Image.Image.getexif(image).get(Base.ProcessingSoftware, '')).rstrip('\0')
     except Exception:  # such as a damaged file, which will be named where it is read
         return ''
 

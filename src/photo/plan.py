@@ -5,18 +5,43 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
-from data.image import read_size
+from data.frames import Series, read_series
 from error import UserError
 from photo.choice import Networks
 from photo.metadata import is_lossy, made_by
 from photo.size import Size, steps
 from photo.targets import MADE, Place, Source
-from photo.writing import Format, check_size
+from photo.writing import Format, check_size, keeps
 from system.files import some
 
 log = logging.getLogger('frugalsr')
+
+
+@dataclass(frozen=True)
+class Part:
+    """An image of a photograph's file; most have one.
+
+    Attributes:
+        old: height and width, upright.
+        new: of its result.
+        steps: factors of the networks that enlarge it, one after the other.
+    """
+
+    old: tuple[int, int]
+    new: tuple[int, int]
+    steps: tuple[int, ...]
+
+    @property
+    def pixels(self) -> int:
+        """Those that its networks give, for the time it takes."""
+        total, factor = 0, 1
+        for step in self.steps:
+            factor *= step
+            total += prod(self.old) * factor**2
+        return total or prod(self.new)
 
 
 @dataclass(frozen=True)
@@ -26,9 +51,8 @@ class Job:
     Attributes:
         source: the file.
         target: the file of the result.
-        old: height and width of the photograph, upright.
-        new: of the result.
-        steps: factors of the networks that enlarge it, one after the other.
+        parts: the images of it that are enlarged.
+        plays: of an animation, as of `data.frames.Series`.
         lossy: whether the file was compressed with loss.
         format: of the result.
         made: how it is made, for its metadata: the weights, and a digest of all that has a say in its pixels.
@@ -36,22 +60,21 @@ class Job:
 
     source: Path
     target: Path
-    old: tuple[int, int]
-    new: tuple[int, int]
-    steps: tuple[int, ...]
+    parts: tuple[Part, ...]
+    plays: int | None
     lossy: bool
     format: str
     made: str
 
     @property
+    def new(self) -> tuple[int, int]:
+        """Height and width of the result, or of its first image."""
+        return self.parts[0].new
+
+    @property
     def pixels(self) -> int:
-        """Those that its networks give, for the time it takes."""
-        height, width = self.old
-        total, factor = 0, 1
-        for step in self.steps:
-            factor *= step
-            total += height * width * factor**2
-        return total or self.new[0] * self.new[1]
+        """Those that its networks give."""
+        return sum(part.pixels for part in self.parts)
 
 
 @dataclass
@@ -86,7 +109,8 @@ def make_plan(
             jobs.append(_make_job(source, size, place, format, networks, settings))
         except UserError as error:
             plan.failures.append(about(source.path, str(error)))
-    smaller = [job.source.name for job in jobs if not job.steps and job.new != job.old]
+    firsts = [(job.source.name, job.parts[0]) for job in jobs]
+    smaller = [name for name, part in firsts if not part.steps and part.new != part.old]
     if smaller:
         log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
     _check_targets(jobs)
@@ -113,19 +137,36 @@ def about(path: Path, said: str) -> str:
 
 
 def _make_job(source: Source, size: Size, place: Place, format: Format, networks: Networks, settings: str) -> Job:
-    old, lossy = read_size(source.path), is_lossy(source.path)
-    new = size.of(*old)
-    factors = steps(old, new, networks.scales)
+    series, lossy = read_series(source.path), is_lossy(source.path)
+    name = format.of(source.path, pages=len(series.sizes) > 1 and series.plays is None)
+    parts = [_part(old, size, networks.scales) for old in kept_sizes(source.path, series, name)]
+    check_size(name, [part.new for part in parts])
+    old, new = parts[0].old, parts[0].new
     scale = f'{size.scale or max(new[0] / old[0], new[1] / old[1]):.4g}'
-    target = place.of(source, format, {'scale': scale, 'width': new[1], 'height': new[0]})
-    name = format.of(source.path)
-    check_size(name, *new)
-    weights = [networks.best(factor, lossy) for factor in factors]
-    digests = [networks.digest(factor, lossy) for factor in factors]
-    said = json.dumps([new, digests, settings, name, format.quality, format.background])
+    target = place.of(source, name, format, {'scale': scale, 'width': new[1], 'height': new[0]})
+    weights = networks.chain(parts[0].steps, lossy)
+    digests = [networks.digest(each) for each in weights]
+    said = json.dumps([[part.new for part in parts], digests, settings, name, format.quality, format.background])
     names = ' '.join(each.file.stem for each in weights) or 'bicubic'
     made = f'{MADE} {names} {hashlib.sha256(said.encode()).hexdigest()[:12]}'
-    return Job(source.path, target, old, new, factors, lossy, name, made)
+    return Job(source.path, target, tuple(parts), series.plays, lossy, name, made)
+
+
+def _part(old: tuple[int, int], size: Size, scales: Sequence[int]) -> Part:
+    new = size.of(*old)
+    return Part(old, new, steps(old, new, scales))
+
+
+def kept_sizes(path: Path, series: Series, name: str) -> tuple[tuple[int, int], ...]:
+    """The sizes of the images of a file that a result of a format keeps; the log says what it does not."""
+    several = len(series.sizes) > 1
+    if several and not keeps(name, series.plays):
+        able = 'tif keeps all' if series.plays is None else 'png, webp and gif keep the animation'
+        log.warning('%s: %s has one image, the first of its %d; %s.', path, name, len(series.sizes), able)
+        return series.sizes[:1]
+    if several and name == 'tif' and series.plays is not None:
+        log.warning('%s: tif keeps its %d images, but not how long each is shown.', path, len(series.sizes))
+    return series.sizes
 
 
 def _check_targets(jobs: list[Job]) -> None:

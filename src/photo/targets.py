@@ -13,7 +13,7 @@ from photo.writing import SUFFIXES, Format
 
 MADE = 'FrugalSR'  # begins the note of how a result was made
 FIELDS = ('stem', 'name', 'scale', 'width', 'height')
-OTHERS = ('.bmp', '.gif', '.heic', '.avif', '.jxl', '.jp2')  # images that are not written
+OTHERS = ('.bmp', '.heic', '.avif', '.jxl', '.jp2')  # images that are not written
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Place:
     output: Path | None = None
     is_file: bool = False
 
-    def of(self, source: Source, format: Format, fields: Mapping[str, object]) -> Path:
-        """The file of a result; `fields` are those that depend on its size."""
+    def of(self, source: Source, made: str, format: Format, fields: Mapping[str, object]) -> Path:
+        """The file of a result, which is made in a format for `format`; `fields` are those that depend on its size."""
         if self.output and self.is_file:
             return self.output
         folder = self.output / source.below if self.output else source.path.parent
         stem = self.name.format(stem=source.path.stem, name=source.path.name, **fields)
         own = source.path.suffix if format.name == 'same' and source.path.suffix.lower() in SUFFIXES else ''
-        return folder / (stem + (own or f'.{format.of(source.path)}'))
+        return folder / (stem + (own or f'.{made}'))
 
 
 def check_name(pattern: str) -> str:
@@ -116,9 +116,7 @@ def _folders(top: Path, recursive: bool, output: Path | None) -> Iterable[Path]:
             yield from _folders(folder, recursive, output)
 
 
-def choose_place(
-    output: Path | None, name: str, format: Format, format_given: bool, sources: Sequence[Source]
-) -> tuple[Place, Format]:
+def choose_place(output: Path | None, name: str, format: Format, sources: Sequence[Source]) -> tuple[Place, Format]:
     """Where results go, and their format: that of `output` where it is a file.
 
     Raises:
@@ -130,10 +128,10 @@ def choose_place(
         return Place(name, output), format
     suffix = output.suffix.lower()
     if suffix in OTHERS:
-        raise UserError(f'-o {output}: {suffix[1:]} is not written; give .png, .jpg, .webp or .tif.')
+        raise UserError(f'-o {output}: {suffix[1:]} is not written; give .png, .jpg, .webp, .tif or .gif.')
     if len(sources) != 1:
         raise UserError(f'-o {output} is one file for {len(sources)} photographs: give a folder.')
     own = SUFFIXES[suffix]
-    if format_given and format.of(sources[0].path) != own:
+    if format.name and format.of(sources[0].path) != own:
         raise UserError(f'-o {output} is not {format.of(sources[0].path)}, as --format says: leave one of them out.')
     return Place(name, output, is_file=True), Format(own, format.quality, format.background)

@@ -1,16 +1,19 @@
 """Results as files: the formats, what each can hold, and the metadata in them."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import chain
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data.png import encode_png
+from data.image import eight_bits
+from data.png import encode_apng, encode_png
 from data.profile import fits
 from error import UserError
 from photo.metadata import MOST, Metadata
@@ -18,10 +21,14 @@ from system.files import write_atomic
 
 log = logging.getLogger('frugalsr')
 
-SUFFIXES = {'.png': 'png', '.jpg': 'jpg', '.jpeg': 'jpg', '.webp': 'webp', '.tif': 'tif', '.tiff': 'tif'}
-SIDES = {'png': 2**31 - 1, 'tif': 2**31 - 1, 'jpg': 65_500, 'webp': 16_383}  # most pixels of a side
+SUFFIXES = {
+    '.png': 'png', '.jpg': 'jpg', '.jpeg': 'jpg', '.webp': 'webp', '.tif': 'tif', '.tiff': 'tif', '.gif': 'gif'
+}  # fmt: skip
+SIDES = {'png': 2**31 - 1, 'tif': 2**31 - 1, 'jpg': 65_500, 'gif': 65_535, 'webp': 16_383}  # most pixels of a side
 TIFF_BYTES = 2**32 - 2**24  # of pixels; offsets have 32 bits
+ANIMATED = ('png', 'webp', 'gif')
 XMP_IN_PNG = b'XML:com.adobe.xmp\0\0\0\0\0'  # XMP specification, part 3, section 1.1.5
+COLOURS = 255  # of a GIF image, beside the transparent one
 
 
 @dataclass(frozen=True)
@@ -29,34 +36,67 @@ class Format:
     """How results are written.
 
     Attributes:
-        name: png, jpg, webp, tif, or same: as the source, of which BMP becomes PNG.
+        name: png, jpg, webp, tif, gif, or same: as the source, of which BMP becomes PNG; None: TIFF for files of
+            several pages and PNG for others.
         quality: of JPEG and WebP, 1 to 100.
         background: what stands behind transparent pixels in JPEG, RGB.
     """
 
-    name: str = 'png'
+    name: str | None = None
     quality: int = 95
     background: tuple[int, int, int] = (255, 255, 255)
 
-    def of(self, source: Path) -> str:
-        """The name of the format of a result."""
-        return SUFFIXES.get(source.suffix.lower(), 'png') if self.name == 'same' else self.name
+    def of(self, source: Path, pages: bool = False) -> str:
+        """The name of the format of a result; `pages` tells that the source has several."""
+        if self.name == 'same':
+            return SUFFIXES.get(source.suffix.lower(), 'png')
+        return self.name or ('tif' if pages else 'png')
 
 
-def check_size(name: str, height: int, width: int) -> None:
-    """Refuse a result that its format cannot hold.
+@dataclass(frozen=True)
+class Colours:
+    """What a file says of its colours: a profile, and PNG chunks by name."""
+
+    icc: bytes | None
+    chunks: Mapping[bytes, bytes]
+
+    def fitting(self, grey: bool) -> bytes | None:
+        """The profile, if it is one for such images."""
+        return self.icc if fits(self.icc, grey) else None
+
+    def lost_in(self, name: str, grey: bool) -> bool:
+        """Whether a format cannot say of an image's colours what its file says.
+
+        GIF has no profiles, WebP no grey images, and only PNG has chunks. By its third edition, section 4.3, cICP comes
+        before a profile, and a profile and sRGB come before the others.
+        """
+        if name == 'png':
+            return False
+        icc = self.fitting(grey) is not None
+        chunks = b'cICP' in self.chunks or (self.chunks and not icc and b'sRGB' not in self.chunks)
+        return bool(chunks) or (icc and (name == 'gif' or (name == 'webp' and grey)))
+
+
+def check_size(name: str, sizes: Sequence[tuple[int, int]]) -> None:
+    """Refuse a result of images (height, width) that its format cannot hold.
 
     Raises:
         UserError: it cannot, and others can.
     """
-    if max(height, width) > SIDES[name]:
-        able = ', '.join(other for other, most in SIDES.items() if max(height, width) <= most)
+    side, (height, width) = max((max(size), size) for size in sizes)
+    if side > SIDES[name]:
+        able = ', '.join(other for other, most in SIDES.items() if side <= most)
         raise UserError(
-            f'{width}x{height} pixels do not fit into {name}, whose sides have at most {SIDES[name]:,}: give --format '
-            f'with one of {able}.'
+            f'{width}x{height} pixels do not fit into {name}, whose sides have at most {SIDES[name]:,}: choose another '
+            f'format, of {able}.'
         )
-    if name == 'tif' and height * width * 8 > TIFF_BYTES:
-        raise UserError(f'{width}x{height} pixels may not fit into the 4 GB of a TIFF file: give --format png.')
+    if name == 'tif' and sum(map(prod, sizes)) * 8 > TIFF_BYTES:
+        raise UserError(f'{width}x{height} pixels may not fit into the 4 GB of a TIFF file: choose the format png.')
+
+
+def keeps(name: str, plays: int | None) -> bool:
+    """Whether a format holds the images of an animation, shown so often, or all pages."""
+    return name in ('tif', *ANIMATED) if plays is not None else name == 'tif'
 
 
 def write_result(
@@ -64,43 +104,100 @@ def write_result(
     path: Path,
     name: str,
     height: int,
-    icc: bytes | None,
-    chunks: Mapping[bytes, bytes],
+    colours: Colours,
     metadata: Metadata,
     format: Format,
 ) -> None:
     """Write rows (some, W) or (some, W, 2 to 4) of uint8 or uint16, `height` in all, as a file, whole or not at all.
 
     PNG is written as its rows come, others from the whole image. PNG and TIFF keep 16 bits, others are rounded to 8;
-    where a format has no alpha, the background takes its place. A colour profile that does not fit the colours is left
-    out; other statements on colours, PNG chunks, have a place in PNG alone.
+    where a format has no alpha, the background takes its place. GIF has 256 colours. A colour profile that does not fit
+    the colours is left out; what else a format cannot keep is said.
 
     Raises:
         WriteError: the file cannot be written; an older one stays as it was. Errors of `rows` pass through.
     """
     rows = iter(rows)
     first = next(rows)
-    grey = first.ndim < 3 or first.shape[2] < 3
-    icc = icc if fits(icc, grey) else None
     if name == 'png':
-        more = {b'eXIf': metadata.exif.tobytes()[6:]} | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
-        write_atomic(path, encode_png(chain([first], rows), height, icc, {**chunks, **more}))
+        chunks = {**colours.chunks, **_png_chunks(metadata)}
+        icc = colours.fitting(_is_grey(first))
+        write_atomic(path, encode_png(chain([first], rows), height, icc, chunks))
         return
     samples = _gather(first, rows, height)
-    if chunks and icc is None:
-        log.warning('%s: what the PNG file says of its colours without a profile is not kept in %s.', path, name)
+    _say_losses(samples, path, name, colours)
     if name == 'tif':
-        from data.tiff import encode_tiff  # tifffile is rarely needed
+        write_atomic(path, _tiff([samples], 1, colours, metadata))
+    else:
+        write_atomic(path, _encode([samples], path, name, colours, metadata, format))
 
-        write_atomic(path, encode_tiff(samples, metadata.exif, metadata.xmp, icc))
-        return
-    if samples.dtype != np.uint8:
+
+def write_frames(
+    frames: Iterable[tuple[np.ndarray, float]],
+    path: Path,
+    name: str,
+    count: int,
+    plays: int | None,
+    colours: Colours,
+    metadata: Metadata,
+    format: Format,
+) -> None:
+    """Write several images (H, W) or (H, W, 2 to 4), each shown for some milliseconds, as a file, whole or not at all.
+
+    PNG and TIFF are written as the images come.
+
+    Args:
+        name: of a format that `keeps` them.
+        count: how many there are.
+        plays: how often the animation is shown, 0 for ever; None: they are pages.
+        frames, path, colours, metadata, format: as of `write_result`.
+
+    Raises:
+        WriteError: the file cannot be written; an older one stays as it was. Errors of `frames` pass through.
+    """
+    frames = iter(frames)
+    first = next(frames)
+    frames = chain([first], frames)
+    _say_losses(first[0], path, name, colours)
+    if name == 'png':
+        chunks = {**colours.chunks, **_png_chunks(metadata)}
+        icc = colours.fitting(_is_grey(first[0]))
+        write_atomic(path, encode_apng(frames, count, plays or 0, icc, chunks))
+    elif name == 'tif':
+        write_atomic(path, _tiff((samples for samples, _ in frames), count, colours, metadata))
+    else:
+        images, durations = zip(*frames, strict=True)
+        options: dict[str, Any] = {'save_all': True, 'duration': [round(each) for each in durations]}
+        if name == 'webp':
+            options['loop'] = plays
+        elif plays != 1:  # a GIF file says how often after the first time
+            options['loop'] = plays and plays - 1
+        write_atomic(path, _encode(images, path, name, colours, metadata, format, **options))
+
+
+def _is_grey(samples: np.ndarray) -> bool:
+    return samples.ndim < 3 or samples.shape[2] < 3
+
+
+def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) -> None:
+    """Log what a format cannot keep."""
+    if colours.lost_in(name, _is_grey(samples)):
+        log.warning('%s: %s cannot keep all that the file says of its colours.', path, name)
+    if name == 'gif':
+        log.info('%s: gif has 256 colours an image, to which others are reduced.', path)
+    elif samples.dtype != np.uint8 and name != 'tif':
         log.info('%s: %s has 8 bits a channel, to which 16 are rounded.', path, name)
-        samples = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if name == 'jpg' and samples.ndim == 3 and samples.shape[2] in (2, 4):
-        samples = over(samples, format.background)
-        icc = icc if fits(icc, samples.ndim < 3) else None
-    write_atomic(path, _encode(samples, name, format.quality, icc, metadata, path))
+
+
+def _png_chunks(metadata: Metadata) -> dict[bytes, bytes]:
+    exif = {b'eXIf': metadata.exif.tobytes()[6:]}
+    return exif | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
+
+
+def _tiff(pages: Iterable[np.ndarray], count: int, colours: Colours, metadata: Metadata) -> Iterator[bytes]:
+    from data.tiff import encode_tiff  # tifffile is rarely needed
+
+    return encode_tiff(pages, count, metadata.exif, metadata.xmp, metadata.iptc, colours.icc)
 
 
 def _gather(first: np.ndarray, rows: Iterator[np.ndarray], height: int) -> np.ndarray:
@@ -122,23 +219,71 @@ def over(samples: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
 
 
 def _encode(
-    samples: np.ndarray, name: str, quality: int, icc: bytes | None, metadata: Metadata, path: Path
+    frames: Sequence[np.ndarray],
+    path: Path,
+    name: str,
+    colours: Colours,
+    metadata: Metadata,
+    format: Format,
+    **options: object,
 ) -> memoryview:
-    """A JPEG or WebP file."""
-    image, stream = Image.fromarray(samples), BytesIO()
-    exif, xmp = metadata.exif.tobytes(), metadata.xmp
+    """A JPEG, WebP or GIF file."""
+    frames = [eight_bits(samples) for samples in frames]
     if name == 'jpg':
-        for kind, data in (('EXIF', exif), ('XMP', xmp)):
-            if len(data) > MOST:
-                log.warning('%s: JPEG has no room for %d bytes of %s data, which is not kept.', path, len(data), kind)
-        exif = exif if len(exif) <= MOST else _noted(metadata)
-        xmp = xmp if len(xmp) <= MOST else b''
-    options = {'exif': exif, 'xmp': xmp} if xmp else {'exif': exif}
-    if name == 'jpg':  # colours in full resolution from the quality on at which it shows
-        image.save(stream, 'JPEG', quality=quality, subsampling=0 if quality >= 90 else 2, icc_profile=icc, **options)
+        frames = [over(each, format.background) if each.shape[2:] in ((2,), (4,)) else each for each in frames]
+        options |= _jpeg_options(metadata, format.quality, path)
+    elif name == 'webp':
+        options |= {'quality': format.quality, 'exact': True, 'exif': metadata.exif.tobytes()}
+        options |= {'xmp': metadata.xmp} if metadata.xmp else {}
     else:
-        image.save(stream, 'WEBP', quality=quality, exact=True, icc_profile=icc, **options)
+        options['comment'] = metadata.made.encode()
+    images = [Image.fromarray(samples) for samples in frames]
+    if name == 'gif':
+        images = [_palette_image(image) for image in images]
+        if any(image.getextrema()[1] == COLOURS for image in images):  # each is taken away before the next one
+            options |= {'transparency': COLOURS, 'disposal': 2, 'optimize': False}  # which would number them anew
+    grey = _is_grey(frames[0])
+    if not (name == 'gif' or (name == 'webp' and grey)):
+        options['icc_profile'] = colours.fitting(grey)
+    stream = BytesIO()
+    more = {'append_images': images[1:]} if len(images) > 1 else {}
+    images[0].save(stream, {'jpg': 'JPEG'}.get(name, name.upper()), **more, **options)
     return stream.getbuffer()
+
+
+def _jpeg_options(metadata: Metadata, quality: int, path: Path) -> dict[str, object]:
+    """What Pillow is to put into a JPEG file."""
+    parts = {'EXIF': metadata.exif.tobytes(), 'XMP': metadata.xmp, 'IPTC': metadata.iptc}
+    for kind, data in parts.items():
+        if len(data) > MOST:
+            log.warning('%s: JPEG has no room for %d bytes of %s data, which is not kept.', path, len(data), kind)
+            parts[kind] = _noted(metadata) if kind == 'EXIF' else b''
+    options: dict[str, object] = {'quality': quality, 'exif': parts['EXIF']}
+    # Colours in full resolution from the quality on at which it shows.
+    options['subsampling'] = 0 if quality >= 90 else 2
+    if parts['XMP']:
+        options['xmp'] = parts['XMP']
+    if parts['IPTC']:
+        options['extra'] = photoshop_segment(parts['IPTC'])
+    return options
+
+
+def photoshop_segment(iptc: bytes) -> bytes:
+    """IPTC data as the segment APP13 of a JPEG file (Adobe Photoshop file formats, "Image resource blocks")."""
+    block = b'8BIM\x04\x04\0\0' + len(iptc).to_bytes(4, 'big') + iptc + bytes(len(iptc) % 2)
+    body = b'Photoshop 3.0\0' + block
+    return b'\xff\xed' + (len(body) + 2).to_bytes(2, 'big') + body
+
+
+def _palette_image(image: Image.Image) -> Image.Image:
+    """An image of at most 256 colours, dithered where it has more; what is less than half opaque is transparent."""
+    colour = image.convert('RGB')
+    few = colour.quantize(COLOURS)
+    indexed = colour.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG)
+    indexed.putpalette(bytes(few.getpalette() or ()).ljust(3 * (COLOURS + 1), b'\0'))
+    if image.has_transparency_data:
+        indexed.paste(COLOURS, mask=Image.fromarray(np.asarray(image.getchannel('A')) < 128))
+    return indexed
 
 
 def _noted(metadata: Metadata) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.image import Photo, write_png
+from data.image import Photo, eight_bits, write_png
 
 WHOLE = 2_000_000  # pixels that a whole image is shown with, at most
 DETAIL = (768, 576)  # width and height of a part that is shown pixel by pixel
@@ -100,8 +100,3 @@ def most_different_column(gap: np.ndarray) -> float:
     sums = np.convolve(gap.mean(0), np.ones(around), 'same')
     most = np.flatnonzero(sums >= 0.99 * sums.max())
     return float(np.clip((np.median(most) + 0.5) / len(sums), MARGIN, 1 - MARGIN)) if sums.any() else 0.5
-
-
-def eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 as uint8."""
-    return pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8)

@@ -1,39 +1,30 @@
 """An image file enlarged into another file: what the page of app.py does, without the page."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
+from math import prod
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import api
-from data.image import Photo, read_photo, read_size, to_pillow, write_png
+from data.frames import Series, read_frames, read_series
+from data.image import Photo
 from error import UserError
 from model import Model
 from model.tiles.tiling import Report
 from photo.engine import enlarged
-from system.files import write_atomic
+from photo.metadata import read_metadata
+from photo.targets import MADE
+from photo.writing import Colours, Format, check_size, keeps, write_frames, write_result
 from system.machine import best_device
 from system.numerics import set_numerics
 from web.choices import Choice
-from web.comparing import Comparison, compare, eight_bits
+from web.comparing import Comparison, compare
 
-QUALITY = 95  # of JPEG and WebP
-
-
-@dataclass(frozen=True)
-class Format:
-    """A kind of image files: the end of their names, and pixels a side at most, by the format or its library."""
-
-    suffix: str
-    most: int
-
-
-FORMATS = {'PNG': Format('.png', 2**31 - 1), 'JPEG': Format('.jpg', 65500), 'WebP': Format('.webp', 16383)}
+FORMATS = {'PNG': 'png', 'JPEG': 'jpg', 'WebP': 'webp', 'TIFF': 'tif'}  # as photo.writing calls them
 
 
 class Stopped(Exception):
@@ -68,13 +59,13 @@ def enlarge(
     max_pixels: int,
     cpu: bool,
 ) -> Result:
-    """Enlarge an image file into a folder.
+    """Enlarge an image file into a folder, with all its images where the format holds them.
 
     Args:
         image: the file.
         choice: what enlarges it.
         folder: where the result goes, and what shows it.
-        format: of the result, a key of FORMATS. JPEG and WebP hold 8 bits a channel, JPEG no transparency.
+        format: of the result, a key of FORMATS.
         progress: is told how many tiles are done, and how many there are.
         stop: is asked after each tile whether to end.
         max_pixels: of the result, millions.
@@ -85,81 +76,68 @@ def enlarge(
             than the format holds; nothing was written.
         Stopped: `stop` said so; nothing was written.
     """
-    (height, width), scale = read_size(image), choice.scale
-    check_size(image, height, width, scale, format, max_pixels)
-
-    def report(done: int, total: int) -> None:
-        if stop():
-            raise Stopped
-        progress(done, total)
-
-    photo = read_photo(image)
+    series, name, scale = read_series(image), FORMATS[format], choice.scale
+    count = len(series.sizes) if keeps(name, series.plays) else 1
+    check_pixels(image, series.sizes[:count], scale, max_pixels)
+    try:
+        check_size(name, [(scale * height, scale * width) for height, width in series.sizes[:count]])
+    except UserError as error:
+        raise UserError(f'{image}: {error}') from error
     model = load(choice, cpu)
     start = time.perf_counter()
-    sr = np.concatenate(list(enlarged(model, photo, report)))
+    frames = read_frames(image)
+    photo, duration = next(frames)
+
+    def whole(photo: Photo, number: int) -> np.ndarray:
+        def report(done: int, total: int) -> None:
+            if stop():
+                raise Stopped
+            progress(number * total + done, count * total)
+
+        return np.concatenate(list(enlarged(model, photo, report)))
+
+    first = whole(photo, 0)
+
+    def results() -> Iterator[tuple[np.ndarray, float]]:
+        yield first, duration
+        for number, (other, shown) in zip(range(1, count), frames, strict=False):
+            yield whole(other, number), shown
+
+    result = folder / f'{image.stem}_x{scale}.{name}'
+    made = f'{MADE} {choice.file.stem if choice.file else choice.network}'
+    metadata = read_metadata(image).adapted(len(first), first.shape[1], made)
+    colours = Colours(photo.icc, photo.chunks)
+    if count > 1:
+        write_frames(results(), result, name, count, series.plays, colours, metadata, Format(name))
+    else:
+        write_result([first], result, name, len(first), colours, metadata, Format(name))
     seconds = time.perf_counter() - start
-    result = folder / f'{image.stem}_x{scale}{FORMATS[format].suffix}'
-    write(result, sr, photo, format)
-    sizes = f'{width}x{height} to {sr.shape[1]}x{sr.shape[0]} pixels'
-    about = f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
-    if photo.frames > 1:
-        about += f'; only the first of {photo.frames} images in the file'
-    if loses_profile(photo, format):
+    about = describe(series, first, seconds, choice, result)
+    if count < len(series.sizes):
+        about += f'; only the first of {len(series.sizes)} images in the file, as {format} holds one'
+    if colours.lost_in(name, photo.grey):
         about += f'; without its colour profile, which {format} cannot hold: choose PNG for exact colours'
-    return Result(result, about, compare(photo, sr, folder))
+    return Result(result, about, compare(photo, first, folder))
 
 
-def check_size(image: Path, height: int, width: int, scale: int, format: str, max_pixels: int) -> None:
-    """Make sure that an image of this size may be enlarged.
+def describe(series: Series, sr: np.ndarray, seconds: float, choice: Choice, result: Path) -> str:
+    """What is said of every result."""
+    height, width = series.sizes[0]
+    sizes = f'{width}x{height} to {sr.shape[1]}x{sr.shape[0]} pixels'
+    return f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
+
+
+def check_pixels(image: Path, sizes: tuple[tuple[int, int], ...], scale: int, max_pixels: int) -> None:
+    """Make sure that images of these sizes may be enlarged.
 
     Raises:
         UserError: the result would have too many pixels.
     """
-    pixels = height * width * scale**2 / 1e6
+    pixels = sum(map(prod, sizes)) * scale**2 / 1e6
     if pixels > max_pixels:
+        height, width = sizes[0]
+        times = f'{len(sizes)} images of ' if len(sizes) > 1 else ''
         raise UserError(
-            f'{image} has {width}x{height} pixels, which x{scale} makes {pixels:,.1f} million; '
+            f'{image} has {times}{width}x{height} pixels, which x{scale} makes {pixels:,.1f} million; '
             f'at most {max_pixels} million are allowed: give a smaller image.'
         )
-    if scale * max(height, width) > FORMATS[format].most:
-        raise UserError(
-            f'{image} would become {scale * width}x{scale * height} pixels; {format} holds at most '
-            f'{FORMATS[format].most} a side: choose PNG.'
-        )
-
-
-def write(path: Path, sr: np.ndarray, photo: Photo, format: str) -> None:
-    """Write an enlarged image as a file of the format, with the colour profile of the original."""
-    if format == 'PNG':
-        write_png(path, sr, photo.icc, photo.chunks)
-        return
-    image = to_pillow(eight_bits(sr), photo.icc)
-    icc = None if loses_profile(photo, format) else image.info.get('icc_profile')
-    options: dict[str, object] = {'quality': QUALITY}
-    if format == 'JPEG':
-        options['subsampling'] = 0  # or colours would have half the resolution
-        image = opaque(image)
-    content = BytesIO()
-    image.save(content, format, icc_profile=icc, **options)
-    write_atomic(path, content.getbuffer())
-
-
-def loses_profile(photo: Photo, format: str) -> bool:
-    """Whether a file of that format cannot say of its colours what the photograph says.
-
-    WebP has no grey images, and only PNG has chunks. By its third edition, section 4.3, cICP comes before a profile,
-    and a profile and sRGB come before the others.
-    """
-    if format == 'PNG':
-        return False
-    chunks = b'cICP' in photo.chunks or (photo.chunks and not photo.icc and b'sRGB' not in photo.chunks)
-    return bool(chunks) or (format == 'WebP' and photo.grey and photo.icc is not None)
-
-
-def opaque(image: Image.Image) -> Image.Image:
-    """An image of Pillow on white, as pages and paper are, if it is transparent."""
-    if not image.has_transparency_data:
-        return image
-    white = Image.new('RGBA', image.size, 'white')
-    white.alpha_composite(image.convert('RGBA'))
-    return white.convert('L' if image.mode == 'LA' else 'RGB')

@@ -201,8 +201,8 @@ def test_too_small_to_shrink(shape):
 def test_wrong_arguments(change):
     with pytest.raises(ValueError, match='float64'):
         change(np.zeros((8, 8)), 2)
-    with pytest.raises(ValueError, match='wrap'):
-        change(np.zeros((8, 8), np.uint8), 2, 'wrap')
+    with pytest.raises(ValueError, match='reflect'):
+        change(np.zeros((8, 8), np.uint8), 2, 'reflect')
 
 
 def rgb(path: Path) -> np.ndarray:
@@ -218,3 +218,12 @@ def test_official_files_bit_for_bit(shared, name, count, scale):
     for file in files:
         official = rgb(folder / 'LR_bicubic' / f'X{scale}' / f'{file.stem}x{scale}.png')
         np.testing.assert_array_equal(shrink(rgb(file), scale), official, err_msg=file.name)
+
+
+@pytest.mark.parametrize('sides', [(14, 33), (5, 4), (7, 11)])
+def test_a_wrapped_image_goes_on_at_the_opposite_border(sides):
+    """As the one in the middle of nine copies."""
+    image = np.random.default_rng(0).integers(0, 256, (7, 11, 3)).astype(np.uint8)
+    height, width = sides
+    whole = resize(np.tile(image, (3, 3, 1)), 3 * height, 3 * width)
+    assert np.array_equal(resize(image, height, width, 'wrap'), whole[height : 2 * height, width : 2 * width])

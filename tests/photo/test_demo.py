@@ -63,14 +63,15 @@ def test_what_a_png_file_says_of_its_colours_is_kept(tmp_path):
     assert read_photo(tmp_path / 'out' / 'a_x2_SR.png').chunks == chunks
 
 
-def test_further_frames_and_pipes_are_told(tmp_path, messages):
+def test_animations_move_and_pipes_are_told(tmp_path, messages):
     frames = [Image.new('RGB', (6, 5), colour) for colour in ('red', 'green', 'blue')]
     (tmp_path / 'photos').mkdir()
     frames[0].save(tmp_path / 'photos' / 'a.webp', save_all=True, append_images=frames[1:], lossless=True)
     os.mkfifo(tmp_path / 'photos' / 'b.png')
     enlarge_folder(Model('Bicubic', 2), tmp_path / 'photos', tmp_path / 'out')
-    assert f'{tmp_path}/photos/a.webp: only the first of its 3 images is read' in messages
     assert 'Left out, no image files of a known kind: b.png' in messages
+    with Image.open(tmp_path / 'out' / 'a_x2_SR.png') as image:
+        assert image.n_frames == 3
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['a_x2_SR.png']
 
 

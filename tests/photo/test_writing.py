@@ -6,12 +6,14 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms
 from PIL.ExifTags import IFD, Base
+from PIL.IptcImagePlugin import getiptcinfo
 from PIL.PngImagePlugin import PngInfo
 
+from data.frames import Series, read_frames, read_series
 from data.image import read_photo
 from error import UserError
-from photo.metadata import is_lossy, made_by, read_metadata
-from photo.writing import Format, check_size, over, write_result
+from photo.metadata import Metadata, is_lossy, made_by, read_metadata
+from photo.writing import Colours, Format, check_size, over, photoshop_segment, write_frames, write_result
 
 RNG = np.random.default_rng(0)
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -46,7 +48,7 @@ def photograph(path: Path) -> Path:
 def write(path: Path, samples: np.ndarray, source: Path, **options: object) -> None:
     metadata = read_metadata(source).adapted(*samples.shape[:2], 'FrugalSR test')
     name = path.suffix[1:]
-    write_result(iter([samples]), path, name, len(samples), ICC, {}, metadata, Format(name, **options))
+    write_result(iter([samples]), path, name, len(samples), Colours(ICC, {}), metadata, Format(name, **options))
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif'])
@@ -130,12 +132,12 @@ def test_quality_is_that_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('name', 'size', 'able'), [('jpg', (65_501, 9), 'png, tif'), ('webp', (9, 16_384), 'png, tif, jpg')]
+    ('name', 'size', 'able'), [('jpg', (65_501, 9), 'png, tif, gif'), ('webp', (9, 16_384), 'png, tif, jpg, gif')]
 )
 def test_a_size_that_a_format_has_no_room_for(name, size, able):
-    check_size(name, min(size[0], 16_383), 9)
-    with pytest.raises(UserError, match=f'do not fit into {name}, .* one of {able}'):
-        check_size(name, *size)
+    check_size(name, [(9, 9), (min(size[0], 16_383), 9)])
+    with pytest.raises(UserError, match=f'do not fit into {name}, .* of {able}'):
+        check_size(name, [(9, 9), size])
 
 
 def test_metadata_too_large_for_jpeg_is_told(tmp_path, messages):
@@ -171,3 +173,82 @@ def test_which_files_are_lossy(tmp_path):
     for name, options in files.items():
         image.save(tmp_path / name, **options)
     assert [name for name in files if is_lossy(tmp_path / name)] == ['a.jpg', 'b.webp', 'c.webp']
+
+
+def moving(path: Path, frames: list[np.ndarray], plays: int, times: list[float]) -> None:
+    exif = Image.Exif()
+    metadata = Metadata(exif).adapted(*frames[0].shape[:2], 'FrugalSR test')
+    name = path.suffix[1:]
+    about = len(frames), plays, Colours(None, {}), metadata, Format(name, quality=100)
+    write_frames(zip(frames, times, strict=True), path, name, *about)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'webp', 'gif'])
+@pytest.mark.parametrize('plays', [0, 1, 4])
+def test_animations_keep_times_and_repetition(tmp_path, suffix, plays):
+    """What is transparent shows nothing of the frame before."""
+    blocks = np.kron(RNG.integers(0, 4, (4, 3, 3)), np.ones((10, 10, 1), int)) * 80
+    frames = [np.dstack((blocks, np.full((40, 30), 255))).astype(np.uint8)]
+    frames += [np.roll(frames[0], 11, 0), frames[0][::-1].copy()]
+    frames[1][10:20, 5:9, 3] = 0
+    path, times = tmp_path / f'a.{suffix}', [40.0, 100.0, 250.0]
+    moving(path, frames, plays, times)
+    assert made_by(path) == 'FrugalSR test'
+    assert read_series(path) == Series(((40, 30),) * 3, plays)
+    read = list(read_frames(path))
+    assert [time for _, time in read] == times
+    for (photo, _), frame in zip(read, frames, strict=True):
+        assert np.array_equal(photo.alpha, frame[..., 3])
+        seen = frame[..., 3] == 255
+        error = np.abs(photo.color[seen].astype(int) - frame[..., :3][seen])
+        assert error.mean() <= (20 if suffix == 'webp' else 0)  # compressed with loss
+
+
+def test_gif_has_few_colours(tmp_path, messages):
+    """A gradient of 1,600 colours: dithered, so that on average they are right."""
+    ramp = np.add.outer(np.arange(40) * 3, np.arange(40) * 2)
+    samples = np.dstack((ramp, ramp[::-1], np.full((40, 40), 90))).astype(np.uint8)
+    write(tmp_path / 'a.gif', samples, photograph(tmp_path / 'a.jpg'))
+    with Image.open(tmp_path / 'a.gif') as image:
+        assert len(image.getcolors()) <= 256
+        found = np.asarray(image.convert('RGB')).astype(int)
+    assert np.abs(found - samples).mean() < 6
+    assert np.abs((found - samples).mean((0, 1))).max() < 2
+    assert any('gif has 256 colours' in line for line in messages)
+    assert made_by(tmp_path / 'a.gif') == 'FrugalSR test'
+
+
+IPTC = b'\x1c\x02\x78\x00\x05Titel'  # IIM 4.2, dataset 2:120, a caption
+
+
+@pytest.mark.parametrize('origin', ['jpg', 'tif'])
+@pytest.mark.parametrize('suffix', ['jpg', 'tif'])
+def test_iptc_data_is_kept(tmp_path, origin, suffix):
+    source, samples = tmp_path / f'a.{origin}', np.zeros((9, 9, 3), np.uint8)
+    if origin == 'jpg':
+        Image.fromarray(samples).save(source, extra=photoshop_segment(IPTC))
+    else:
+        tifffile.imwrite(source, samples, photometric='rgb', extratags=[(33723, 7, len(IPTC), IPTC, True)])
+    with Image.open(source) as image:
+        assert getiptcinfo(image) == {(2, 120): b'Titel'}
+    write(tmp_path / f'b.{suffix}', samples, source)
+    with Image.open(tmp_path / f'b.{suffix}') as image:
+        assert getiptcinfo(image) == {(2, 120): b'Titel'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'grey', 'icc', 'chunks', 'lost'),
+    [
+        ('jpg', False, ICC, {}, False),
+        ('gif', False, ICC, {}, True),
+        ('webp', False, ICC, {}, False),
+        ('webp', True, bytes(16) + b'GRAY', {}, True),
+        ('jpg', False, None, {b'gAMA': b''}, True),
+        ('jpg', False, None, {b'gAMA': b'', b'sRGB': b''}, False),
+        ('jpg', False, ICC, {b'gAMA': b''}, False),
+        ('tif', False, ICC, {b'cICP': b''}, True),
+        ('png', False, None, {b'cICP': b''}, False),
+    ],
+)
+def test_what_a_format_cannot_say_of_colours(name, grey, icc, chunks, lost):
+    assert Colours(icc, chunks).lost_in(name, grey) == lost

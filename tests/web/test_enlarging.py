@@ -78,7 +78,12 @@ def test_grey_with_alpha_is_grey_before_and_after_and_further_frames_are_told(tm
     assert 'images in the file' not in result.about
     frames = [Image.new('RGB', (6, 5), colour) for colour in ('red', 'green')]
     frames[0].save(tmp_path / 'frames.png', save_all=True, append_images=frames[1:])
-    assert run(tmp_path / 'frames.png', BICUBIC[2]).about.endswith('; only the first of 2 images in the file')
+    moving = run(tmp_path / 'frames.png', BICUBIC[2])
+    with Image.open(moving.image) as image:
+        assert image.n_frames == 2
+    assert 'images in the file' not in moving.about
+    still = run(tmp_path / 'frames.png', BICUBIC[2], 'JPEG')
+    assert still.about.endswith('; only the first of 2 images in the file, as JPEG holds one')
 
 
 def test_what_is_said_and_shown(photo):
@@ -157,7 +162,9 @@ def test_more_pixels_a_side_than_the_format_holds(tmp_path, format, most):
     assert run(tmp_path / 'long.png', BICUBIC[4], format).image.exists()
     shutil.rmtree(tmp_path / 'own')
     write_png(tmp_path / 'long.png', np.zeros((1, most // 4 + 1, 3), np.uint8))
-    assert f'{format} holds at most {most} a side: choose PNG.' in refused(tmp_path / 'long.png', BICUBIC[4], format)
+    said = refused(tmp_path / 'long.png', BICUBIC[4], format)
+    assert f'at most {most:,}: choose another format, of png' in said
+    assert 'long.png' in said
 
 
 def test_stopped_work_leaves_nothing(tmp_path):
