@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import struct
 from pathlib import Path
 from threading import Lock
 
@@ -133,6 +134,43 @@ def test_the_folder_of_results_is_left_out_whatever_is_in_it(photos):
     assert 'big/big/foreign_x2.png' not in names(photos)
 
 
+def empty_bmp() -> bytes:
+    return b'BM' + struct.pack('<IHHI IiiHHIIiiII', 54, 0, 0, 54, 40, 0, 5, 1, 24, *[0] * 6)
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'words'),
+    [
+        ('text.jpg', b'no image', 'text.jpg (8 bytes) is not an image'),
+        ('empty.png', b'', 'empty.png (0 bytes) is not an image'),
+        ('size0.bmp', empty_bmp(), 'size0.bmp (54 bytes) is not an image'),
+        ('size0.gif', b'GIF89a' + bytes(7) + b';', 'size0.gif (14 bytes) is not an image'),
+        ('cut.png', None, 'cut.png cannot be read'),
+        ('circle.png', 'circle.png', 'circle.png'),
+        ('nowhere.png', 'missing.png', 'nowhere.png does not exist'),
+        ('pipe.png', os.mkfifo, 'pipe.png is not a file'),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path, capsys, name, content, words):
+    """Alone and beside another one, which is enlarged."""
+    write_png(tmp_path / 'good.png', picture(0, 9, 12))
+    path = tmp_path / name
+    if content is None:
+        path.write_bytes((tmp_path / 'good.png').read_bytes()[:-60])
+    elif callable(content):
+        content(path)
+    elif isinstance(content, str):
+        path.symlink_to(content)
+    else:
+        path.write_bytes(content)
+    said = error_of(capsys, path, '-o', tmp_path / 'big')
+    assert '1 of 1 images could not be enlarged' in said
+    assert words in said
+    assert names(tmp_path / 'big') == [] or not (tmp_path / 'big').exists()
+    assert words in error_of(capsys, tmp_path / 'good.png', path, '-o', tmp_path / 'big')
+    assert names(tmp_path / 'big') == ['good_x4.png']
+
+
 def test_a_bad_file_is_named_at_the_end(photos, tmp_path, capsys):
     (photos / '0.jpg').write_text('no image')
     (photos / 'z.png').write_bytes(b'')
@@ -185,6 +223,9 @@ def test_a_full_disk_leaves_what_was_done_whole(photos, tmp_path, capsys, monkey
         ('{photos}/a.png --width 0', ['--width', "'0'"]),
         ('{photos}/a.png --fit 100', ['--fit', "'100'", '3840x2160']),
         ('{photos}/a.png --fit 9x9 --scale 2', ['--scale', '--fit', 'one of them']),
+        ('{photos}/a.png --quality 101', ['--quality', "'101'", 'at most 100']),
+        ('{photos}/a.png -o {photos}/b.jpg/x', ['could not be written']),
+        ('{photos}/a.png --max_memory 9M', ['--max_memory']),
         ('{photos}/a.png --fit 999x999', ['a.png', '83.25 times', '8 times']),
         ('{photos}/a.png --background pinkish', ['--background', 'pinkish']),
         ('{photos}/a.png --weights x.pt', ['--model and --weights']),

@@ -68,6 +68,8 @@ def reading(path: Path) -> Iterator[None]:
     """Within this block `path` is read: errors become a `UserError` that names it, and so do notes and warnings."""
     token = _being_read.set(path)
     try:
+        if path.exists() and not path.is_file():  # such as a pipe, from which nothing may ever come
+            raise UserError(f'{path} is not a file: give an image file.')
         yield
     except UserError:
         raise

@@ -114,6 +114,8 @@ def _adapted_xmp(xmp: bytes, height: int, width: int) -> bytes:
 
 def made_by(path: Path) -> str:
     """How a file was made, as `adapted` noted it; nothing for other files, and for what is no image."""
+    if not path.is_file():
+        return ''
     try:
         with path.open('rb') as file, pillow_allows(MAX_PIXELS):
             image = Image.open(file, formats=FORMATS)
