@@ -83,6 +83,4 @@ def _checked(found: object) -> Description | None:
     model, scale, settings = found['model'], found['scale'], found['settings']
     if not isinstance(model, str) or type(scale) is not int or not isinstance(settings, dict):
         return None
-    # JSON has lists where settings are tuples.
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    return Description(model, scale, plain)
+    return Description(model, scale, settings)
