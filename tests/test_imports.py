@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 # From above to below, modules and packages of src/: each imports what stands in its own line or below it.
 ORDER = (
-    ('app', 'enlarge', 'prepare', 'results', 'tables'),
+    ('app', 'enlarge', 'league', 'prepare', 'results', 'tables'),
     ('web',),
     ('main',),
     ('api',),
