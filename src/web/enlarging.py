@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import api
-from data.frames import Series, read_frames, read_series
+from data.frames import read_frames, read_series
 from data.image import Photo
 from error import UserError
 from model import Model
@@ -112,19 +112,14 @@ def enlarge(
     else:
         write_result([first], result, name, len(first), colours, metadata, Format(name))
     seconds = time.perf_counter() - start
-    about = describe(series, first, seconds, choice, result)
+    (height, width), images = series.sizes[0], f', {count} images,' if count > 1 else ''
+    sizes = f'{width}x{height} to {first.shape[1]}x{first.shape[0]} pixels{images}'
+    about = f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
     if count < len(series.sizes):
         about += f'; only the first of {len(series.sizes)} images in the file, as {format} holds one'
     if colours.lost_in(name, photo.grey):
         about += f'; without its colour profile, which {format} cannot hold: choose PNG for exact colours'
     return Result(result, about, compare(photo, first, folder))
-
-
-def describe(series: Series, sr: np.ndarray, seconds: float, choice: Choice, result: Path) -> str:
-    """What is said of every result."""
-    height, width = series.sizes[0]
-    sizes = f'{width}x{height} to {sr.shape[1]}x{sr.shape[0]} pixels'
-    return f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
 
 
 def check_pixels(image: Path, sizes: tuple[tuple[int, int], ...], scale: int, max_pixels: int) -> None:

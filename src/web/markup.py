@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from data.image import read_rgb, read_size
+from data.frames import read_frames
+from data.image import eight_bits, read_size
 from error import UserError
 from report import pair
 from web.comparing import Pair
@@ -36,7 +37,8 @@ def preview(image: Path, most: int) -> str:
         height, width = read_size(image)
         if height * width > most * 1e6:
             return f'<b>{name}</b>, {width}x{height} pixels'
-        small = Image.fromarray(read_rgb(image))
+        photo, _ = next(read_frames(image))
+        small = Image.fromarray(eight_bits(photo.color))
     except UserError as error:
         return f'<span class="failure">{escape(sentence(error, image))}</span>'
     small.thumbnail((SIDE, SIDE))
@@ -97,13 +99,14 @@ def duration(seconds: float) -> str:
 
 def comparisons(results: Iterable[tuple[str, Result]]) -> str:
     """Every result beside its original."""
-    return ''.join(comparison(escape(name), result) for name, result in results)
+    said = '<p>Left of the line: bicubic interpolation. Right of it: the result.</p>'
+    return said + ''.join(comparison(escape(name), result) for name, result in results)
 
 
 def comparison(name: str, result: Result) -> str:
     """A result beside its original: the part with most detail, and the whole image where that is more."""
     shown = result.shown
-    caption = f'<figcaption><b>{name}</b> {escape(result.about)}'
+    caption = f'<figcaption><b>{name}</b>: {escape(result.about)}'
     if shown.detail is None:
         return f'<figure>{figure(name, shown.whole, "whole")}{caption}</figcaption></figure>'
     choice = '<label><input type="checkbox"> Whole image</label>'

@@ -148,7 +148,7 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
                     value='clean', label='Kind of image', visible=len(kinds_at(choices, first)) > 1,
                 )  # fmt: skip
                 network = gr.Dropdown(
-                    names, value=names[0][1], label='Network', info='Best PSNR on Set5 first.', filterable=False
+                    names, value=names[0][1], label='Network', info='By PSNR on the benchmark Set5, the best first.', filterable=False
                 )
                 format = gr.Radio(list(FORMATS), value='PNG', label='Format')
                 with gr.Row():
@@ -232,7 +232,7 @@ STYLE = """
 #progress ::-webkit-progress-value { background: var(--color-accent); }
 #progress ::-moz-progress-bar { background: var(--color-accent); }
 .previews { display: flex; flex-wrap: wrap; gap: .75rem; list-style: none; margin: 0; padding: 0; }
-.previews li { display: grid; gap: .1rem; max-width: 160px; font-size: .85rem; overflow-wrap: anywhere; }
+.previews li { display: grid; align-content: start; gap: .1rem; max-width: 160px; font-size: .85rem; overflow-wrap: anywhere; }
 .previews li:has(.failure) { max-width: none; }
 .previews img { max-width: 100%; border-radius: .4rem; }
 #shown figure { margin: 0 0 1.5rem; }
