@@ -138,6 +138,11 @@ def empty_bmp() -> bytes:
     return b'BM' + struct.pack('<IHHI IiiHHIIiiII', 54, 0, 0, 54, 40, 0, 5, 1, 24, *[0] * 6)
 
 
+def cut_gif(path: Path) -> None:
+    """An animation whose last frame is not whole."""
+    path.write_bytes(animation(path).read_bytes()[:-10])
+
+
 @pytest.mark.parametrize(
     ('name', 'content', 'words'),
     [
@@ -146,6 +151,7 @@ def empty_bmp() -> bytes:
         ('size0.bmp', empty_bmp(), 'size0.bmp (54 bytes) is not an image'),
         ('size0.gif', b'GIF89a' + bytes(7) + b';', 'size0.gif (14 bytes) is not an image'),
         ('cut.png', None, 'cut.png cannot be read'),
+        ('cut.gif', cut_gif, 'cut.gif cannot be read'),
         ('circle.png', 'circle.png', 'circle.png'),
         ('nowhere.png', 'missing.png', 'nowhere.png does not exist'),
         ('pipe.png', os.mkfifo, 'pipe.png is not a file'),

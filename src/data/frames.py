@@ -1,8 +1,10 @@
 """Files of several images: the frames of GIF, animated PNG and WebP, the pages of TIFF."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags
@@ -12,7 +14,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from data.formats import MAX_PIXELS, identify, orientation_of, source_of
 from data.image import Photo, as_photo
 from data.limit import pillow_allows
-from data.source import Source, reading, upright
+from data.source import Source, note, reading, upright
 
 REDUCED = 1  # bit of NewSubfileType (TIFF 6.0, section 8): a smaller version of another page
 
@@ -39,6 +41,8 @@ def read_series(path: Path) -> Series:
     with reading(path), pillow_allows(MAX_PIXELS), path.open('rb') as file:
         image = identify(file)
         first = source_of(path, file, image)
+        if image is not None and image.format == 'GIF' and not _is_whole_gif(file):
+            note('it ends early: images may be missing')
         if numbers := _animated(image, first):
             assert image is not None
             return Series(((first.height, first.width),) * len(numbers), _plays(image))
@@ -77,6 +81,15 @@ def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
                     samples, duration = page.read(), 0
                 found = as_photo(samples, page.icc, page.chunks, first.frames), float(duration)
             yield found
+
+
+def _is_whole_gif(file: BinaryIO) -> bool:
+    """Whether a GIF file, which says nowhere how many images it has, ends with the mark of its end."""
+    place = file.tell()
+    file.seek(-1, os.SEEK_END)
+    last = file.read(1)
+    file.seek(place)
+    return last == b';'
 
 
 def _animated(image: ImageFile | None, first: Source) -> range | None:

@@ -148,7 +148,11 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
                     value='clean', label='Kind of image', visible=len(kinds_at(choices, first)) > 1,
                 )  # fmt: skip
                 network = gr.Dropdown(
-                    names, value=names[0][1], label='Network', info='By PSNR on the benchmark Set5, the best first.', filterable=False
+                    names,
+                    value=names[0][1],
+                    label='Network',
+                    info='By PSNR on the benchmark Set5, the best first.',
+                    filterable=False,
                 )
                 format = gr.Radio(list(FORMATS), value='PNG', label='Format')
                 with gr.Row():

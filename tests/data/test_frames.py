@@ -90,6 +90,17 @@ def test_faults_name_the_file(tmp_path):
         list(read_frames(path))
 
 
+def test_a_gif_file_that_ends_between_two_images_is_told(tmp_path, messages):
+    """Nothing in it says how many there should be."""
+    path = save(tmp_path / 'a.gif', [Image.fromarray(noise(9, 12, 3)).quantize(4) for _ in range(3)], duration=50)
+    whole = path.read_bytes()
+    assert len(read_series(path).sizes) == 3
+    assert messages == []
+    path.write_bytes(whole[: whole.rindex(b'\x21\xf9')])  # where the graphic control of the last one begins
+    assert len(read_series(path).sizes) == 2
+    assert messages == [f'{path}: it ends early: images may be missing']
+
+
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
 def test_an_animation_that_is_written_is_read_by_pillow(tmp_path, channels):
     times = [40, 1000 / 30, 70_000, 0]
