@@ -62,7 +62,7 @@ def build_parser() -> Parser:
     add('--format', choices=('png', 'jpg', 'webp', 'tif', 'gif', 'same'), help='of the results; same: that of each '
         'photograph (default: png, for several pages tif, or as -o FILE says)')  # fmt: skip
     add('--quality', metavar='N', type=number(int, 1, 100), default=95, help='of jpg and webp')
-    add('--background', metavar='COLOUR', type=colour, default='white', help='behind what is transparent, in jpg')
+    add('--background', metavar='COLOUR', default='white', help='behind what is transparent, in jpg')
     add = parser.add_argument_group('network').add_argument
     add('--model', metavar='NAME', help='network whose weights in models/ to take (default: the best there by Set5)')
     add('--weights', metavar='FILE', help='weights of any network known here')
@@ -89,13 +89,17 @@ def frame(text: str) -> tuple[int, int]:
 
 
 def colour(text: str) -> tuple[int, int, int]:
-    """Red, green and blue, from a name or #rrggbb."""
+    """Red, green and blue, from a name or #rrggbb.
+
+    Raises:
+        UserError: it is none.
+    """
     from PIL import ImageColor
 
     try:
         return ImageColor.getrgb(text)[:3]
     except ValueError as error:
-        raise ArgumentTypeError(f'{text!r} is not a colour such as white or #808080') from error
+        raise UserError(f'--background {text} is not a colour: give one such as white or #808080.') from error
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -146,7 +150,7 @@ def enlarge(args: Namespace) -> None:
     scale = args.scale if args.fit or args.width or args.height else args.scale or 4
     width, height = args.fit or (args.width, args.height)
     name = check_name(args.name or ('{stem}_x{scale}' if scale else '{stem}_{width}x{height}'))
-    format = Format(args.format, args.quality, args.background)
+    format = Format(args.format, args.quality, colour(args.background))
     networks = make_networks(args)
     plan = None
     if parallel.rank() == 0:

@@ -1,7 +1,10 @@
 import errno
 import os
+import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from threading import Lock
 
@@ -396,3 +399,10 @@ def test_a_file_of_weights_is_loaded_once(photos, monkeypatch):
     monkeypatch.setattr(loading, 'read_weights', read_weights)
     assert enlarge.main([str(photos), '--cpu', '--scale', '2', '--weights', 'ASID_x2.pt']) == 0
     assert len(read) == 1
+
+
+def test_missing_packages_are_one_sentence(photos):
+    command = [sys.executable, '-S', str(ROOT / 'src' / 'enlarge.py'), str(photos / 'a.png')]  # -S: only Python's own
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r'Error: \w+ is missing in .*: use \.venv/bin/python, or pip install .*\n', done.stderr)

@@ -236,7 +236,8 @@ STYLE = """
 #progress ::-webkit-progress-value { background: var(--color-accent); }
 #progress ::-moz-progress-bar { background: var(--color-accent); }
 .previews { display: flex; flex-wrap: wrap; gap: .75rem; list-style: none; margin: 0; padding: 0; }
-.previews li { display: grid; align-content: start; gap: .1rem; max-width: 160px; font-size: .85rem; overflow-wrap: anywhere; }
+.previews li { display: grid; align-content: start; gap: .1rem; max-width: 160px; font-size: .85rem;
+  overflow-wrap: anywhere; }
 .previews li:has(.failure) { max-width: none; }
 .previews img { max-width: 100%; border-radius: .4rem; }
 #shown figure { margin: 0 0 1.5rem; }
