@@ -14,6 +14,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from data.formats import MAX_PIXELS, identify, orientation_of, source_of
 from data.image import Photo, as_photo
 from data.limit import pillow_allows
+from data.png import HEAD_BYTES, is_png16
 from data.source import Source, note, reading, upright
 
 REDUCED = 1  # bit of NewSubfileType (TIFF 6.0, section 8): a smaller version of another page
@@ -43,13 +44,15 @@ def read_series(path: Path) -> Series:
         first = source_of(path, file, image)
         if image is not None and image.format == 'GIF' and not _is_whole_gif(file):
             note('it ends early: images may be missing')
+        size = first.height, first.width
         if numbers := _animated(image, first):
             assert image is not None
-            return Series(((first.height, first.width),) * len(numbers), _plays(image))
-        if first.frames == 1:
-            return Series(((first.height, first.width),))
-        pages = (source_of(path, file, image, number) for number in _pages(image, first))
-        return Series(tuple((page.height, page.width) for page in pages))
+            file.seek(0)
+            if is_png16(file.read(HEAD_BYTES)):
+                note('its images are read with 8 bits a channel')
+            return Series((size,) * len(numbers), _plays(image))
+        pages = (source_of(path, file, image, number) for number in _pages(image, first)[1:])
+        return Series((size, *((page.height, page.width) for page in pages)))
 
 
 def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
@@ -101,10 +104,12 @@ def _animated(image: ImageFile | None, first: Source) -> range | None:
 
 
 def _pages(image: ImageFile | None, first: Source) -> list[int]:
-    """The numbers of the pages of a TIFF file, the first of them and those that are no smaller versions of others."""
-    if not isinstance(image, TiffImageFile):
+    """The numbers of the pages, of a TIFF file the first one and those that are no smaller versions of others."""
+    if image is None:
         return list(range(first.frames))
     found = [0]
+    if not isinstance(image, TiffImageFile):
+        return found
     for number in range(1, first.frames):
         image.seek(number)
         if not image.tag_v2.get(ExifTags.Base.NewSubfileType, 0) & REDUCED:

@@ -58,6 +58,20 @@ def test_the_still_of_a_png_file_is_no_frame(tmp_path):
     assert len(read_series(tmp_path / 'a.png').sizes) == 2
     found = [photo.color for photo, _ in read_frames(tmp_path / 'a.png')]
     assert [np.array_equal(each, frame) for each, frame in zip(found, frames, strict=True)] == [True, True]
+    still.save(tmp_path / 'b.png', save_all=True, append_images=frames[:1], default_image=True, duration=50)
+    assert read_series(tmp_path / 'b.png') == Series(((5, 6),))  # one frame does not move
+    ((photo, _),) = read_frames(tmp_path / 'b.png')
+    assert np.array_equal(photo.color, np.asarray(still))
+
+
+def test_frames_of_16_bits_are_told(tmp_path, messages):
+    """Of which Pillow gives 8."""
+    frames = [noise(5, 6, 3, dtype=np.uint16) for _ in range(2)]
+    (tmp_path / 'a.png').write_bytes(b''.join(encode_apng(((frame, 50) for frame in frames), 2, 0)))
+    assert len(read_series(tmp_path / 'a.png').sizes) == 2
+    assert messages == [f'{tmp_path}/a.png: its images are read with 8 bits a channel']
+    for (photo, _), frame in zip(read_frames(tmp_path / 'a.png'), frames, strict=True):
+        assert np.abs(photo.color - frame / 257).max() < 1
 
 
 def test_pages_of_all_kinds(tmp_path):
