@@ -23,6 +23,7 @@ from model import Model, type_name
 from model.loading.weights import load_model
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
+from options.kinds import at_home
 from options.table import ROOT
 from system.files import some
 from system.machine import best_device
@@ -113,9 +114,10 @@ def load(
     if bicubic := re.fullmatch(r'Bicubic_x(\d+)', str(weights)):
         if settings:
             raise UserError(f'Bicubic has no setting {next(iter(settings))!r}: leave it out.')
-        return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
-    path = find_weights(weights)
-    model = load_model(path, where, tiler, settings, scale)
+        path, model = weights, Model('Bicubic', int(bicubic[1]), where, tiler)
+    else:
+        path = find_weights(weights)
+        model = load_model(path, where, tiler, settings, scale)
     if scale not in (None, model.scale):
         raise UserError(f'{path} holds weights of {model.name} x{model.scale}, not x{scale}: leave the scale out.')
     return Upscaler(model)
@@ -127,7 +129,7 @@ def find_weights(weights: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(weights).expanduser()
+    path = at_home(weights)
     for file in (path, FOLDER / path, *(FOLDER / f'{path}{suffix}' for suffix in SUFFIXES)):
         if file.is_file():
             return file
