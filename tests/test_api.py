@@ -197,6 +197,12 @@ def test_a_device_that_is_not_there(device: str) -> None:
         load('Bicubic_x2', device)
 
 
+def test_bicubic_at_another_scale_than_its_name_says():
+    assert load('Bicubic_x2', scale=2).scale == 2
+    with pytest.raises(UserError, match=r'Bicubic_x2 holds weights of Bicubic x2, not x4: leave the scale out'):
+        load('Bicubic_x2', scale=4)
+
+
 @pytest.mark.parametrize('tiles', [20, 0, -1, 'all', 3.5, True])
 def test_tiles_that_cannot_be(tiles: object) -> None:
     with pytest.raises(UserError, match='give auto, None for whole images, or a side above 20 pixels'):

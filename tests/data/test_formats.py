@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from checkpoint import start_screen
 from data.image import bytes_to_read, find_images, read_photo, read_size, write_png
+from data.source import reading
 from error import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
@@ -182,6 +183,16 @@ def test_pipes_and_sockets_are_no_images(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind('e.png')
         assert [path.name for path in find_images(tmp_path)] == ['a.png']
+
+
+def test_a_reason_is_cut_short(tmp_path):
+    """Decoders may put what they found in a damaged file into their errors."""
+    with (
+        pytest.raises(UserError, match=r'^\S+x.tif cannot be read \(tags 1 1 .* \.\.\.\): restore it') as caught,
+        reading(tmp_path / 'x.tif'),
+    ):
+        raise ValueError('tags' + 5000 * ' 1')
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
