@@ -8,6 +8,7 @@ Pixels are those of `main.py --data_test Demo`. Nothing is written, and PyTorch'
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -131,8 +132,9 @@ def find_weights(weights: str | Path) -> Path:
     """
     path = at_home(weights)
     for file in (path, FOLDER / path, *(FOLDER / f'{path}{suffix}' for suffix in SUFFIXES)):
-        if file.is_file():
-            return file
+        with suppress(OSError):  # a name that is too long
+            if file.is_file():
+                return file
     there = some(sorted(file.name for file in FOLDER.glob('*') if file.suffix in SUFFIXES)) or 'none'
     raise UserError(f'{weights}: no such file of weights here or in {FOLDER}, which holds {there}.')
 
@@ -143,7 +145,7 @@ def _find_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # the latter: PyTorch was built without CUDA
         raise UserError(f'The device {device} cannot be used here: give auto or cpu.') from error
     return found
 

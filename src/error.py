@@ -64,6 +64,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     A log finds that no reason to stop: a run goes on, and has its own status. What the screen cannot show, as a name
     that is no UTF-8, is written in escapes.
     """
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed by who started it, and its place would be taken by a file
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: PTH123, SIM115
     for stream in _screens():
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')

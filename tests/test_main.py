@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -913,6 +914,17 @@ def test_the_status_of_the_process(tmp_path):
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == f"Error: Unknown network 'Foo': choose one of {', '.join(networks.MODELS)}.\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('closed', ['2>&-', '>&- 2>&-'])
+def test_closed_output_ends_nothing(tmp_path, closed):
+    """As in a task of cron that closes it: no file is opened in its place, and the work is done."""
+    write_png(tmp_path / 'HR' / 'a.png', picture(0, 8, 9))
+    command = [sys.executable, ROOT / 'src' / 'main.py', '--model', 'Bicubic', '--scale', '2', '--test_only', '--cpu']
+    more = ['--data_test', 'Demo', '--dir_demo', tmp_path / 'HR', '--save_dir', tmp_path, '--save', 'run']
+    line = f'{shlex.join(map(str, [*command, *more]))} {closed}'
+    assert subprocess.run(line, shell=True).returncode == 0
+    assert read_rgb(tmp_path / 'run' / 'results-Demo' / 'a_x2_SR.png').shape == (16, 18, 3)
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):

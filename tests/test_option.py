@@ -399,6 +399,13 @@ def test_numbers_that_no_library_takes(name):
         parse([f'--{name}', str(10**20)])
 
 
+@pytest.mark.parametrize('name', ['dir_demo', 'dir_data', 'save_dir', 'score', 'extend'])
+def test_an_empty_path_is_not_the_current_folder(name):
+    """As of a variable of the shell that is not set."""
+    with pytest.raises(UserError, match=f"^Argument --{name}: '' is not a path"):
+        parse([f'--{name}', ''])
+
+
 def test_a_path_from_a_folder_that_was_deleted(tmp_path, monkeypatch):
     gone = tmp_path / 'gone'
     gone.mkdir()

@@ -167,6 +167,8 @@ def weights(text: str) -> str:
 
 def folder(text: str) -> Path:
     """A path, made absolute so that a run can be continued from anywhere."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path; the current folder is .")
     path = at_home(text)
     try:
         return path.absolute()
