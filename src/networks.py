@@ -33,8 +33,6 @@ def shown(value: object) -> str:
     """A setting's value as it is typed."""
     if value is None:
         return 'by scale'
-    if isinstance(value, list):
-        return ','.join(map(str, value))
     return f'{value:g}' if type(value) is float else str(value)
 
 
@@ -73,9 +71,7 @@ def parse_value(text: str, value: str, example: object) -> object:
             return {'true': True, 'false': False}[value.lower()]
         if isinstance(example, float):
             return float(value)
-        if isinstance(example, list):
-            return tuple(int(number) for number in value.strip('()').split(','))
         return int(value) if isinstance(example, int) else json.loads(value)
     except (KeyError, ValueError) as error:
-        kinds = {bool: 'True or False', float: 'a number', int: 'a whole number', list: 'a list such as 2,4'}
+        kinds = {bool: 'True or False', float: 'a number', int: 'a whole number'}
         raise UserError(f'--net {text}: {value!r} is not {kinds.get(type(example), "a number")}; give one.') from error

@@ -25,9 +25,11 @@ def rehearse(out, *options: str, **more: str) -> subprocess.CompletedProcess:
 
 
 def test_all_checks_can_be_run(shared, tmp_path) -> None:
-    done = rehearse(tmp_path, 'check')
+    done = rehearse(tmp_path, 'check', 'speed')
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'check: passed' in done.stdout
+    assert 'speed: passed' in done.stdout
+    assert json.loads((tmp_path / 'latency.json').read_text())[0]['forms']['float32']['ms'] > 0
     rows = [json.loads(line) for line in (tmp_path / 'check.jsonl').read_text().splitlines()]
     wanted = {'parity', 'gradients', 'half', 'kernels', 'graph', 'limited', 'group'}
     assert wanted <= {row['what'] for row in rows}

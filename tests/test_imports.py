@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 # From above to below, modules and packages of src/: each imports what stands in its own line or below it.
 ORDER = (
-    ('app', 'prepare', 'results', 'tables'),
+    ('app', 'league', 'prepare', 'results', 'tables'),
     ('web',),
     ('main',),
     ('api',),

@@ -555,15 +555,15 @@ def test_net_is_another_way_to_give_a_setting():
 @pytest.fixture
 def new_network(monkeypatch):
     """A network with settings that have no option of their own."""
-    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None, 'sizes': [8, 4]}
+    settings = {'depth': 3, 'rate': 0.5, 'mode': 'a', 'wide': False, 'side': None}
     monkeypatch.setitem(networks.TABLE, 'ASID', {'scales': [2], 'settings': settings})
 
 
 def test_net_reaches_settings_without_an_option(new_network, tmp_path):
-    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7 --net sizes=3,2,1'
+    line = '--model ASID --net depth=4 --net rate=1 --net mode=b --net wide=True --net side=7'
     found = option.network_settings(options(line))
-    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7, 'sizes': (3, 2, 1)}
-    assert [type(value) for value in found.values()] == [int, float, str, bool, int, tuple]
+    assert found == {'depth': 4, 'rate': 1.0, 'mode': 'b', 'wide': True, 'side': 7}
+    assert [type(value) for value in found.values()] == [int, float, str, bool, int]
     (tmp_path / 'old').mkdir()
     (tmp_path / 'old' / 'config.txt').write_text(write_config(options(line), found))
     assert option.network_settings(options(f'--save_dir {tmp_path} --load old')) == found
@@ -571,7 +571,7 @@ def test_net_reaches_settings_without_an_option(new_network, tmp_path):
         options(f'--save_dir {tmp_path} --load old --net depth=5')
 
 
-@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'sizes=4;2', 'sizes=4,', 'n_feats=4'])
+@pytest.mark.parametrize('text', ['depth=1.5', 'rate=x', 'wide=1', 'side=x', 'n_feats=4'])
 def test_what_is_no_value_of_a_setting(new_network, text):
     with pytest.raises(UserError, match=rf'^--net {text.partition("=")[0]}.*\.$'):
         options(f'--model ASID --net {text}')
@@ -587,8 +587,8 @@ def test_how_a_setting_is_typed(new_network):
     for name, value in (('n_feats', 64), ('res_scale', 1.0), ('shift_mean', False), ('depth', 4), ('wide', True)):
         typed = setting_option(name, value).split()
         assert option.network_settings(parse(['--model', 'ASID', *typed])) == {name: value}
-    sizes = {'sizes': (2, 2)}
-    for typed in ('', ' --net sizes=2,2'):
+    sizes = {'mode': '2-2'}
+    for typed in ('', ' --net mode=2-2'):
         args = options(f'--model auto --pre_train x.pt --test_only{typed}')
         option.apply_detected_network(args, 'ASID', 2, sizes)
         assert option.network_settings(args) == sizes

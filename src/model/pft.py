@@ -18,15 +18,15 @@ Departures from the official code:
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import GELU
 from model.blocks.swin import Frame
@@ -45,6 +45,7 @@ from model.common import (
     NetworkSpec,
     at_least_float32,
     check_divides,
+    check_numbers,
     check_odd,
     full_precision,
     how_many,
@@ -234,9 +235,9 @@ class PFT(Frame):
     Args:
         scale: 2, 3 or 4.
         n_feats: feature channels.
-        depths: layers of each block.
-        topk: entries of a row of its maps that each block keeps, if a row has more; the last number holds for further
-            blocks.
+        depths: layers of each block, with a dash between two.
+        topk: entries of a row of its maps that each block keeps, if a row has more, with a dash between two; the last
+            number holds for further blocks.
         n_heads: attention heads.
         window_size: pixels along a window's side.
         kernel_size: of the depthwise convolutions.
@@ -245,7 +246,7 @@ class PFT(Frame):
     Maps (N, 3, H, W) to (N, 3, scale * H, scale * W), each image on its own; black is 0, white is 1.
 
     Raises:
-        UserError: heads do not divide the channels, an even kernel, no blocks, or blocks without layers or keys.
+        UserError: heads do not divide the channels, an even kernel, or no numbers from 1 on with dashes.
     """
 
     relative_position_index_SA: Tensor
@@ -254,8 +255,8 @@ class PFT(Frame):
         self,
         scale: int,
         n_feats: int = 52,
-        depths: Sequence[int] = (2, 4, 6, 6, 6),
-        topk: Sequence[int] = (1024, 256, 128, 64, 32),
+        depths: str = '2-4-6-6-6',
+        topk: str = '1024-256-128-64-32',
         n_heads: int = 4,
         window_size: int = 32,
         kernel_size: int = 7,
@@ -264,13 +265,11 @@ class PFT(Frame):
         check_divides('n_heads', n_heads, n_feats)
         check_odd('kernel_size', kernel_size)
         check_window(window_size)
-        check_numbers('depths', depths)
-        check_numbers('topk', topk)
+        layers, kept = check_numbers('depths', depths), check_numbers('topk', topk)
         hidden = hidden_width(n_feats, mlp_ratio)
-        kept = [*topk, *[topk[-1]] * (len(depths) - len(topk))]
         groups = (
             ResidualGroup([Layer(n_feats, n_heads, window_size, most, kernel_size, hidden) for _ in range(depth)])
-            for depth, most in zip(depths, kept, strict=False)
+            for depth, most in zip(layers, chain(kept, repeat(kept[-1])), strict=False)
         )
         super().__init__(scale, n_feats, window_size, groups)
         self.register_buffer('relative_position_index_SA', relative_positions(window_size))
@@ -280,12 +279,6 @@ class PFT(Frame):
     def shared(self, x: Tensor) -> tuple[object, ...]:
         focus: list[Focus] = [None, None]
         return self.relative_position_index_SA, plain_and_shifted(x, self.multiple), focus
-
-
-def check_numbers(setting: str, numbers: Sequence[int]) -> None:
-    """Refuse an empty list, and numbers below 1."""
-    if not numbers or min(numbers) < 1:
-        raise UserError(f'--net {setting}={",".join(map(str, numbers))} has to be numbers of 1 or more: give such.')
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
@@ -300,7 +293,7 @@ def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:
     return {
         'scale': math.isqrt(len(state['upsample.0.weight']) // 3),
         'n_feats': n_feats,
-        'depths': tuple(depths),
+        'depths': '-'.join(map(str, depths)),
         'window_size': math.isqrt(len(state['relative_position_index_SA'])),
         'kernel_size': state[layer + own[0]].shape[-1],
         'mlp_ratio': len(state[layer + own[2]]) / n_feats,

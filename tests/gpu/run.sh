@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in steps: check (tests/gpu), speed (--profile), train (a run). A step that fails or runs out
-# of time does not keep the next one from running. OUT gets what all of them print as log.txt, and figures: at most
-# eight files.
+# What only a GPU can show, in steps: check (tests/gpu), speed (latency, training step, attention), train (a run). A
+# step that fails or runs out of time does not keep the next one from running. OUT gets what all of them print as
+# log.txt, and figures: at most eight files.
 #     bash tests/gpu/run.sh OUT [--rehearse] [--train_seconds N] [check|speed|train ...]
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -35,10 +35,10 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 MPLCONFIGDIR=$work/matplotlib
-limit_check=${CHECK_SECONDS:-120} limit_speed=${SPEED_SECONDS:-240} where=()
+limit_check=${CHECK_SECONDS:-180} limit_speed=${SPEED_SECONDS:-300}
 if [ "$rehearse" = 1 ]; then
     export FRUGALSR_REHEARSE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    limit_check=${CHECK_SECONDS:-1500} limit_speed=${SPEED_SECONDS:-600} where=(--cpu)
+    limit_check=${CHECK_SECONDS:-1500} limit_speed=${SPEED_SECONDS:-600}
 fi
 
 # Runs a command until the time of its step is up; then it and its children are ended, first in good order.
@@ -48,24 +48,41 @@ limited() {
     timeout --signal=TERM --kill-after=10 "$left" "$@" </dev/null
 }
 
+# One process for each group of checks, side by side: each builds networks on the host for most of its time.
 check() {
+    local groups=('test_parity and outputs' 'test_parity and not outputs' 'not test_parity')
+    local i one status=5 pids=() # 5: no test was selected
+    [ "$rehearse" = 0 ] || groups=('test_parity or not test_parity')
     rm -f "$out/check.jsonl"
-    FRUGALSR_GPU_SECONDS=$limit_check FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu tests/model/ops/test_layer_norm.py ${CHECK_ONLY:+-k "$CHECK_ONLY"} -vv -s -rfEs \
-        --tb=short --durations=25 -p no:cacheprovider --basetemp="$work/tests"
+    for i in "${!groups[@]}"; do
+        FRUGALSR_GPU_SECONDS=$limit_check FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu \
+            tests/model/ops/test_layer_norm.py tests/model/ops/test_kept_attention_triton.py \
+            -k "(${groups[i]})${CHECK_ONLY:+ and ($CHECK_ONLY)}" -vv -s -rfEs --tb=short --durations=25 \
+            -p no:cacheprovider --basetemp="$work/tests$i" >"$work/check$i.txt" 2>&1 &
+        pids+=($!)
+    done
+    for i in "${!groups[@]}"; do
+        wait "${pids[i]}"
+        one=$?
+        if [ "$one" = 0 ]; then
+            [ "$status" != 5 ] || status=0
+        elif [ "$one" != 5 ]; then
+            status=$one
+        fi
+        cat "$work/check$i.txt"
+    done
+    return "$status"
 }
 
 speed() {
-    local models=all more=() status
-    [ "$rehearse" = 0 ] || { models=EDSR-baseline more=(--rehearse); where+=(--forms float32+bf16); }
-    # The last networks are the heavy ones: what has been measured until the time is up stays.
-    limited timeout --signal=INT --kill-after=10 "${PROFILE_SECONDS:-170}" "$python" src/main.py --profile --model "$models" \
-        --scale 2+4 "${where[@]}" --save_dir "$work" --save speed
-    status=$?
-    cp "$work/speed/profile.json" "$out/profile.json" 2>/dev/null
+    local small=() status=0
+    [ "$rehearse" = 0 ] || small=(--rehearse)
     export PYTHONPATH=$root/src
-    limited "$python" tests/gpu/measure_step.py "$out/step.json" "${more[@]}" || status=$?
-    limited "$python" tests/gpu/measure_attention.py "$out/attention.json" "${more[@]}" || status=$?
-    return $status
+    # The last networks are the heavy ones: what has been measured until the time is up stays.
+    limited "$python" tests/gpu/measure_latency.py "$out/latency.json" --seconds 200 "${small[@]}" || status=$?
+    limited "$python" tests/gpu/measure_step.py "$out/step.json" "${small[@]}" || status=$?
+    limited "$python" tests/gpu/measure_attention.py "$out/attention.json" "${small[@]}" || status=$?
+    return "$status"
 }
 
 # Goes on from models/ASID_x2.pt with the images of pack.sh, and brings the run back: --load continues it elsewhere.
@@ -124,7 +141,7 @@ for step in "${steps[@]}"; do
             for outcome in passed failed skipped; do
                 echo "  $outcome: $(grep -c "\"what\": \"test\".*\"outcome\": \"$outcome\"" "$out/check.jsonl")"
             done
-            printed | grep -aE '(passed|failed|skipped|deselected|error|no tests).* in [0-9.]+s' | tail -1 | tr -d =
+            printed | grep -aE '(passed|failed|skipped|deselected|error|no tests).* in [0-9.]+s' | tail -3 | tr -d =
             printed | grep -aE '^(FAILED|ERROR) ' | cut -c 1-300
         elif [ "$status" != 0 ]; then
             printed | tail -n 5 | cut -c 1-300

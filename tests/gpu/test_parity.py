@@ -70,7 +70,8 @@ def test_gradients_are_those_of_the_cpu(name: str) -> None:
     note('gradients', network=name, float64=error, float32=single, float32_on_cpu=on_cpu, where=where_single)
     assert error < 1e-7, where
     if name not in SORTING:
-        assert single < max(1e-3, 3 * on_cpu), where_single
+        # Where a value is next to zero, rounding decides on which side of the kink of a ReLU it lies.
+        assert single < max(1e-3, 10 * on_cpu), where_single
 
 
 @pytest.mark.parametrize('name', chosen(SORTING))

@@ -28,7 +28,9 @@ from tests.gpu.parts import (
 CARDS = ['LCoAN-small_x2', 'LCoAN-small_x4', 'ASID_x2', 'ASID_x3', 'ASID_x4', 'DLGSANet-tiny_x2', 'ATD-light_x2']
 CARDS = CARDS[:1] if REHEARSE else CARDS
 LOSS = {'ATD-light_x2': 0.02}  # dB; that of the others 0.01. On a CPU bfloat16 costs these weights 0.013 dB.
-LIMIT = 0.1  # of untrained networks: what rounding may come to through all layers
+# Of untrained networks: what rounding may come to through all layers. ASIDd8's come to 0.16 on a CPU too.
+LIMIT = 0.1
+LIMITS = {'ASIDd8': 0.3} | dict.fromkeys(SORTING, 0.5)  # where pixels are sorted by it, they end in other groups
 NAMES = ['bird'] if REHEARSE else ['baby', 'bird', 'butterfly', 'head', 'woman']
 
 
@@ -73,8 +75,7 @@ def test_untrained_networks_stay_close(name: str) -> None:
             y = net(x.to(DEVICE))
         note('untrained', network=name, type=type_name(dtype), distance=(error := distance(y, truth)))
         assert y.isfinite().all()
-        # It did compute in less than float32. Where pixels are sorted by it, they end in other groups.
-        assert 1e-6 < error < (0.5 if name in SORTING else LIMIT)
+        assert 1e-6 < error < LIMITS.get(name, LIMIT)  # it did compute in less than float32
 
 
 @pytest.mark.parametrize('card', [pytest.param(card, marks=background(programs.on_the_card, card)) for card in CARDS])

@@ -49,8 +49,8 @@ def test_dynamic_convolution_is_counted():
 
 def test_products_with_kept_keys_are_counted():
     """A layer of PFT that sees 5 of the 16 keys of a window; another one adds nothing but such a layer."""
-    sizes = {'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'kernel_size': 3, 'topk': (5,)}
-    four, six = (multiply_adds('PFT-light', 4, 8, 8, depths=(n,), **sizes) for n in (4, 6))
+    sizes = {'n_feats': 12, 'n_heads': 2, 'window_size': 4, 'kernel_size': 3, 'topk': '5'}
+    four, six = (multiply_adds('PFT-light', 4, 8, 8, depths=str(n), **sizes) for n in (4, 6))
     layer = 12 * 36 + 9 * 12 + 2 * 5 * 12 + 12 * 12 + 12 * 12 + 9 * 12 + 12 * 12
     assert six - four == 2 * 64 * layer
 

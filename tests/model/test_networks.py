@@ -43,7 +43,7 @@ SMALL = {
         'n_feats': 20, 'n_resgroups': 2, 'n_resblocks': 2, 'n_heads': 2, 'window_sizes': '8-16', 'mlp_ratio': 1.5,
     },
     'PFT-light': {
-        'depths': (3, 2), 'topk': (20, 5), 'n_feats': 8, 'n_heads': 2, 'window_size': 4, 'kernel_size': 3,
+        'depths': '3-2', 'topk': '20-5', 'n_feats': 8, 'n_heads': 2, 'window_size': 4, 'kernel_size': 3,
         'mlp_ratio': 1.5,
     },
     'SwinIR-light': {

@@ -11,8 +11,8 @@ from tests.conftest import kept_for_gradients, numbers
 
 SMALL = {
     'n_feats': 8,
-    'depths': (2, 2, 2),
-    'topk': (16, 6, 3),
+    'depths': '2-2-2',
+    'topk': '16-6-3',
     'n_heads': 2,
     'window_size': 4,
     'kernel_size': 3,
@@ -153,7 +153,7 @@ def test_keys_are_narrowed_block_by_block() -> None:
 
 
 def test_maps_over_all_keys_are_not_kept_for_the_gradients() -> None:
-    net = small(depths=(4,), topk=(16,))
+    net = small(depths='4', topk='16')
     kept = kept_for_gradients(lambda: net(images(1, 3, 32, 32)))
     assert max(tensor.numel() for tensor in kept) < 32 * 32 * SMALL['n_heads'] * 16
 
@@ -217,8 +217,8 @@ def test_starts_as_the_official_network() -> None:
         ({'n_heads': 3}, '--n_heads 3 does not divide --n_feats 8'),
         ({'kernel_size': 4}, '--kernel_size 4 has no pixel in its middle'),
         ({'window_size': 65}, '--window_size 65 makes windows of 65x65 pixels'),
-        ({'depths': ()}, '--net depths= has to be numbers of 1 or more'),
-        ({'topk': (16, 0)}, '--net topk=16,0 has to be numbers of 1 or more'),
+        ({'depths': ''}, '--net depths=: whole numbers from 1 on with a dash between two'),
+        ({'topk': '16-0'}, '--net topk=16-0: whole numbers from 1 on with a dash between two'),
     ],
 )
 def test_refuses_what_cannot_be(settings: dict, message: str) -> None:

@@ -1,11 +1,13 @@
 """Attention within windows of an image, as in transformers (SwinIR, ATD; parts in OmniSR and ASID)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from error import UserError
 from model.blocks.tokens import inverse_of
@@ -14,6 +16,8 @@ from model.ops.cached_attention import CACHED_LOGITS, cached_attention
 from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
+CUDNN_TOKENS = 128  # from which on cuDNN's attention with a mask is faster than PyTorch's own (docs/GPU.md)
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def check_window(size: int) -> None:
@@ -53,7 +57,7 @@ def attention(
     On a CPU it is computed by `cached_attention`, since PyTorch's kernel there is slow with the few channels of a head
     and gives no gradient by the mask. PyTorch's kernel takes over in traces, which must not fix the number of windows,
     and where the map of a window is too large for the cache. On CUDA the channels of a head are filled up by zeros to
-    whole 16 bytes, which its memory-efficient kernels want.
+    whole 16 bytes, which its memory-efficient kernels want, and cuDNN's kernel is left out where it is the slower one.
 
     Args:
         q, k, v: (B, T, heads, d), (B, S, heads, d) and (B, S, heads, e).
@@ -77,9 +81,36 @@ def attention(
     q, k, v = (F.pad(x, (0, -n % whole)) if n % whole else x for x, n in ((q, d), (k, d), (v, e)))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask_of: list[Tensor | None] = [None] if masks is None else [mask.unsqueeze(0) for mask in masks.unbind(1)]
+    insisting = q.is_cuda and not traced and torch.is_deterministic_algorithms_warn_only_enabled()
+    insisting = insisting and torch.are_deterministic_algorithms_enabled()
+    if insisting:
+        q, k, v = Insisting.apply(False, q, k, v)
     parts = zip(*([x] if counts is None else x.split(counts) for x in (q, k, v)), mask_of, strict=True)
-    out = [F.scaled_dot_product_attention(q, k, v, mask, scale=scale) for q, k, v, mask in parts]
-    return (out[0] if len(out) == 1 else torch.cat(out))[..., :e].transpose(1, 2).flatten(2)
+    slow = q.is_cuda and not traced and masks is not None and q.shape[2] < CUDNN_TOKENS
+    with sdpa_kernel(WITHOUT_CUDNN) if slow else nullcontext():
+        out = [F.scaled_dot_product_attention(q, k, v, mask, scale=scale) for q, k, v, mask in parts]
+    found = out[0] if len(out) == 1 else torch.cat(out)
+    if insisting:
+        (found,) = Insisting.apply(True, found)
+    return found[..., :e].transpose(1, 2).flatten(2)
+
+
+class Insisting(torch.autograd.Function):
+    """Tensors as they are; on the way back PyTorch insists from here on algorithms that repeat themselves, or warns.
+
+    Where it only warns, as it has to where some operation has no such algorithm, its memory-efficient attention adds
+    up gradients in any order, although it could always in the same one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, insist: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.insist = insist
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        torch.use_deterministic_algorithms(True, warn_only=not ctx.insist)
+        return None, *grads
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ def describe(model: Model) -> Description:
 
 
 def described(state: Mapping[str, Tensor], description: Description) -> OrderedDict[str, Tensor]:
-    """The state dict with its description in it; `state` itself stays as it is."""
-    found = OrderedDict(state)
+    """The state dict with its description in it, on the CPU, as a machine without a GPU opens it; `state` stays as it is."""
+    found = OrderedDict((key, value.cpu()) for key, value in state.items())
     found._metadata = {**getattr(state, '_metadata', {}), KEY: asdict(description)}  # type: ignore[attr-defined]
     return found
 
@@ -83,6 +83,4 @@ def _checked(found: object) -> Description | None:
     model, scale, settings = found['model'], found['scale'], found['settings']
     if not isinstance(model, str) or type(scale) is not int or not isinstance(settings, dict):
         return None
-    # JSON has lists where settings are tuples.
-    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    return Description(model, scale, plain)
+    return Description(model, scale, settings)

@@ -2,8 +2,6 @@
 
 A program has the kept keys of one query and head, in blocks. It reads their rows where they are, which is in the cache
 since the queries of a window share them, and sums in float32 or more, in an order that is always the same.
-
-Not yet run on a GPU: tested in Triton's interpreter, and compiled for one.
 """
 
 import torch

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.blocks.windows import attention
+from model.blocks.windows import Insisting, attention
 from tests.conftest import numbers
 
 
@@ -29,3 +29,38 @@ def test_attention_is_a_mean_weighted_by_a_softmax(n_tokens: int, masks_of: list
     half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), expected, rtol=0.1, atol=0.1)
+
+
+class Looking(torch.autograd.Function):
+    """Its input; notes on the way back whether PyTorch insists on algorithms that repeat themselves."""
+
+    seen: list[bool]
+
+    @staticmethod
+    def forward(ctx, *tensors: Tensor) -> Tensor:
+        return tensors[0].clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        Looking.seen.append(not torch.is_deterministic_algorithms_warn_only_enabled())
+        return grad, grad, grad
+
+
+@pytest.fixture
+def warning_only():
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def test_gradients_of_what_is_marked_alone_have_to_repeat_themselves(warning_only: None) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    Looking.seen = []
+    first = Looking.apply(x, x, x)
+    inside = Looking.apply(*Insisting.apply(False, 2 * first, 3 * first, 4 * first))
+    (out,) = Insisting.apply(True, inside)
+    Looking.apply(out, x, x).sum().backward()
+    assert Looking.seen == [False, True, False]  # after, within and before the marks
+    assert torch.equal(x.grad, torch.full((2, 3), 9.0 * 3 + 2))
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
