@@ -145,7 +145,7 @@ def _find_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:  # the latter: PyTorch was built without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: built without CUDA
         raise UserError(f'The device {device} cannot be used here: give auto or cpu.') from error
     return found
 
