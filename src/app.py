@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         run(build_parser().parse_args(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         pass

@@ -84,6 +84,10 @@ class RunFolder:
         """Whether a training run left its state here."""
         return any((self.folder / name).exists() for name in STATES)
 
+    def holds_state_before(self) -> bool:
+        """Whether the state before the latest is here too."""
+        return all((self.folder / name).exists() for name in STATES)
+
     def clear(self) -> None:
         """Delete what a run leaves, and nothing else.
 
@@ -283,7 +287,7 @@ class RunFolder:
 def read_state(path: Path) -> dict[str, Any]:
     """One state file."""
     state = read_torch(path)
-    if not isinstance(state, dict) or not state.keys() >= STATE:
+    if not isinstance(state, dict) or not state.keys() >= STATE or not isinstance(state['model'], dict):
         raise UserError(f'{path} is not a state of this program: name another run with --load.')
     if not all(bool(value.isfinite().all()) for value in state['model'].values()):
         raise UserError(f'{path} holds weights that are not finite: name another run with --load.')

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, more = build_parser().parse_known_args(argv)
         run(args, more)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         print('Interrupted: the same command goes on where this one stopped.', file=sys.stderr)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune_malloc()
     try:
         run(option.parse(argv), argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)

@@ -12,7 +12,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from data.limit import pillow_allows
-from data.png import HEAD_BYTES, is_png16, read_chunks, read_png16
+from data.png import HEAD_BYTES, check_whole, is_png16, read_chunks, read_png16
 from data.profile import cmyk_to_rgb
 from data.source import Source, note, reading, swaps_sides, upright
 
@@ -102,6 +102,8 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
             file.seek(0)
             return upright(read_png16(file.read()), orientation)
         samples = _read_8bit(image)
+        if image.format == 'PNG' and (image.info.get('interlace') or _ends_in_zeros(image)):
+            check_whole(file)
         # Pillow has turned a TIFF file then, and says so.
         return upright(samples, orientation_of(image) if isinstance(image, TiffImageFile) else orientation)
 
@@ -123,6 +125,11 @@ def png_chunks(image: ImageFile, file: BinaryIO) -> dict[bytes, bytes]:
         with suppress(Exception):  # what is damaged there does not touch the pixels
             image.info.update(Image.open(BytesIO(late), formats=('PNG',)).info)
     return chunks
+
+
+def _ends_in_zeros(image: ImageFile) -> bool:
+    """Whether the last row is what Pillow leaves of one that the file lacks."""
+    return image.crop((0, image.height - 1, *image.size)).getbbox(alpha_only=False) is None
 
 
 def _pixel_bytes(image: ImageFile) -> int:

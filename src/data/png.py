@@ -24,6 +24,8 @@ DEFLATE_RATIO = 1032  # deflate never packs more bytes into one
 # Section 8.1: first row and column, and steps, of the pixels that each pass holds.
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
 KEPT, REPLACED = 0, 0  # section 11.3.6.2: the next frame is drawn on this one, which replaces what was there
+TOO_SHORT = 'the PNG file holds less image data than its header declares'
+ONE_PASS = ((0, 0, 1, 1),)
 FRAMES = (b'IDAT', b'acTL', b'fcTL', b'fdAT')  # chunks with pixels, and what arranges them into an animation
 COLORS = {b'cICP': 4, b'cHRM': 32, b'gAMA': 4, b'sRGB': 1, b'mDCV': 24, b'cLLI': 8}  # what colours mean, and its bytes
 
@@ -52,8 +54,8 @@ def read_png16(data: bytes) -> np.ndarray:
         elif name == b'IDAT':
             packed.append(body)
     height, width, channels, interlaced = _shape(header)
-    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
-    shapes = [(len(range(y, height, down)), len(range(x, width, right)), channels) for y, x, down, right in passes]
+    passes = ADAM7 if interlaced else ONE_PASS
+    shapes = [(*sides, channels) for sides in _pass_sides(height, width, passes)]
     parts = list(_reduced_images(b''.join(packed), shapes))
     if not interlaced:
         image = parts[0].astype(np.uint16)
@@ -62,6 +64,41 @@ def read_png16(data: bytes) -> np.ndarray:
         for (y, x, down, right), part in zip(passes, parts, strict=True):
             image[y::down, x::right] = part
     return image if key is None else _with_alpha(image, key)
+
+
+def check_whole(file: BinaryIO) -> None:
+    """Make sure that a PNG file of at most 8 bits a channel lacks no rows, which Pillow would make black.
+
+    Raises:
+        ValueError: it does.
+    """
+    unpacker, left = zlib.decompressobj(), 0
+    file.seek(len(SIGNATURE))
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack('>I4s', head)
+        end = file.tell() + length
+        if name == b'IHDR':
+            left = _filtered_bytes(file.read(13))
+        while name == b'IDAT' and left > 0 and (packed := file.read(min(CHUNK_BYTES, end - file.tell()))):
+            while packed and left > 0:
+                left -= len(unpacker.decompress(packed, CHUNK_BYTES))
+                packed = unpacker.unconsumed_tail
+        file.seek(end + 4)
+    if left > len(unpacker.flush()):
+        raise ValueError(TOO_SHORT)
+
+
+def _filtered_bytes(header: bytes) -> int:
+    """How many bytes of filtered rows an image has that the IHDR chunk declares."""
+    width, height, depth, color_type, _, _, interlaced = struct.unpack('>IIBBBBB', header)
+    bits = depth * CHANNELS.get(color_type, 1)  # a palette has one channel
+    sides = _pass_sides(height, width, ADAM7 if interlaced else ONE_PASS)
+    return sum(h * (1 + -(-w * bits // 8)) for h, w in sides if w)  # without columns there are no rows either
+
+
+def _pass_sides(height: int, width: int, passes: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+    """Rows and columns of the reduced image of each pass."""
+    return [(len(range(y, height, down)), len(range(x, width, right))) for y, x, down, right in passes]
 
 
 def read_chunks(file: BinaryIO) -> tuple[dict[bytes, bytes], bytes]:
@@ -240,13 +277,13 @@ def _reduced_images(packed: bytes, shapes: Sequence[tuple[int, int, int]]) -> It
 def _inflate(packed: bytes, size: int) -> np.ndarray:
     """The first `size` bytes, uint8; never takes more memory than they do, or than the file's size allows."""
     if size > DEFLATE_RATIO * len(packed):
-        raise ValueError('the PNG file holds less image data than its header declares')
+        raise ValueError(TOO_SHORT)
     try:
         data = zlib.decompressobj().decompress(packed, size)
     except zlib.error as error:
         raise ValueError(f'the image data of the PNG file is damaged ({error})') from error
     if len(data) < size:
-        raise ValueError('the PNG file holds less image data than its header declares')
+        raise ValueError(TOO_SHORT)
     return np.frombuffer(data, np.uint8)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def reading(path: Path) -> Iterator[None]:
         found = f'{path} ({path.stat().st_size} bytes) is not an image that can be read'
         raise UserError(f'{found}: replace it by a PNG, JPEG, BMP, TIFF, WebP or GIF file.') from error
     except Exception as error:  # on a damaged file the decoders raise nearly anything
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = textwrap.shorten(str(error), 200, placeholder=' ...') or type(error).__name__
         raise UserError(f'{path} cannot be read ({reason}): restore it, or save it again as PNG.') from error
     finally:
         _being_read.reset(token)

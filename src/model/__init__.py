@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from error import UserError
+from error import NotFiniteError, UserError
 from model import (
     asid,
     atd,
@@ -197,7 +197,7 @@ class Model(nn.Module):
         """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together.
 
         Raises:
-            UserError: a result is not finite.
+            NotFiniteError: a result is not finite.
         """
         height, width, channels = image.shape
         sr, done = np.empty((height * self.scale, width * self.scale, channels), image.dtype), 0
@@ -215,7 +215,7 @@ class Model(nn.Module):
         Leaves the network in evaluation mode.
 
         Raises:
-            UserError: a result is not finite.
+            NotFiniteError: a result is not finite.
         """
         self.net.eval()
         lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
@@ -235,7 +235,7 @@ class Model(nn.Module):
         Leaves the network in evaluation mode.
 
         Raises:
-            UserError: a result is not finite.
+            NotFiniteError: a result is not finite.
         """
         self.net.eval()
         channels, height, width = image.shape
@@ -268,7 +268,7 @@ class Model(nn.Module):
         """Float rows on the host, which as pixels would be black or white where they are not finite."""
         if not torch.stack(rows.aminmax()).isfinite().all():
             less = '' if self.dtype == torch.float32 else f', or compute in float32 instead of {type_name(self.dtype)}'
-            raise UserError(
+            raise NotFiniteError(
                 f'{self.name} x{self.scale} with {self.weights} gives values that are not finite: '
                 f'take other weights{less}.'
             )

@@ -150,7 +150,7 @@ def _add_test(g: Group) -> None:
     g.add_argument(
         '--pad_to',
         metavar='N',
-        type=count,
+        type=number(int, 1, 1024),
         default=1,
         help='continue images by reflection to multiples of N pixels before the network, in tests',
     )

@@ -77,7 +77,7 @@ def gpus() -> int:
 
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
-    if int(os.environ.get('SLURM_NTASKS', '1')) > 1 and 'SLURM_PROCID' in os.environ:
+    if int(os.environ.get('SLURM_NTASKS', '1')) > 1 and os.environ.keys() >= {*SLURM.values()}:
         for name, theirs in SLURM.items():
             os.environ.setdefault(name, os.environ[theirs])
         os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', 'localhost'))
