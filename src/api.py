@@ -18,20 +18,19 @@ from PIL import Image
 from torch import Tensor
 
 from data.image import from_pillow, to_pillow
-from enlarge import enlarged
 from error import UserError
 from model import Model, type_name
-from model.loading.weights import load_model
+from model.loading.weights import SUFFIXES, load_model
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
 from options.kinds import at_home
 from options.table import ROOT
+from photo.engine import enlarged
 from system.files import some
 from system.machine import best_device
 from system.numerics import exact_float32
 
 FOLDER = ROOT / 'models'
-SUFFIXES = ('.pt', '.pth', '.safetensors')
 OVERLAP = 20  # of neighbouring tiles, LR pixels
 BATCH = 4  # tiles a call, on a GPU
 

@@ -1,4 +1,4 @@
-"""A page in the browser: drop an image, choose a network, compare before and after, download the result."""
+"""A page in the browser: drop images, choose a network, compare before and after, download the results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def run(args: Namespace) -> None:
             import uvicorn
 
             from checkpoint import start_screen
-            from web.enlarging import enlarge, find_choices
+            from web.choices import find_choices
+            from web.enlarging import enlarge
             from web.page import site
         except ModuleNotFoundError as error:
             raise UserError(

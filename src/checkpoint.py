@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from tqdm import tqdm
 
 from data.outputs import KINDS, SOURCE
 from data.source import name_warnings
@@ -305,10 +306,21 @@ class Remembered(logging.Handler):
             self.records.append(record)
 
 
+class Screen(logging.StreamHandler):
+    """Writes each message in place of a progress bar, which goes on below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As in the base class."""
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 def start_screen(quiet: bool = False) -> None:
     """Send the program's messages to standard output, or nowhere; warnings on image files are among them."""
     log.setLevel(logging.INFO)
-    log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout), Remembered()]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a line with a name that it cannot show would be lost
+    log.handlers = [logging.NullHandler() if quiet else Screen(sys.stdout), Remembered()]
     name_warnings()
     log.propagate = False
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line

@@ -6,6 +6,8 @@ Follows the PNG specification, third edition (https://www.w3.org/TR/png-3/): chu
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import chain
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -21,6 +23,7 @@ CHUNK_BYTES = 2**16  # written at a time, or more
 DEFLATE_RATIO = 1032  # deflate never packs more bytes into one
 # Section 8.1: first row and column, and steps, of the pixels that each pass holds.
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+KEPT, REPLACED = 0, 0  # section 11.3.6.2: the next frame is drawn on this one, which replaces what was there
 TOO_SHORT = 'the PNG file holds less image data than its header declares'
 ONE_PASS = ((0, 0, 1, 1),)
 FRAMES = (b'IDAT', b'acTL', b'fcTL', b'fdAT')  # chunks with pixels, and what arranges them into an animation
@@ -139,17 +142,65 @@ def encode_png(
         icc: a colour profile to put in.
         chunks: others to put before the pixels, by name.
     """
-    packer, packed, above = zlib.compressobj(1), b'', None
-    for block in _blocks(rows):
-        if above is None:
-            _, width, channels = block.shape
-            shape = width, height, 8 * block.itemsize, COLOR_TYPES[channels], 0, 0, 0
-            yield SIGNATURE + _chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))
-            if icc is not None:
-                yield _chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc))
-            yield b''.join(_chunk(name, body) for name, body in chunks.items())
-            above = np.zeros(width * channels * block.itemsize, np.uint8)
+    blocks = _blocks(rows)
+    first = next(blocks)
+    yield _head(first, height, icc, chunks)
+    for packed in _packed(chain([first], blocks)):
+        yield _chunk(b'IDAT', packed)
+    yield _chunk(b'IEND', b'')
+
+
+def encode_apng(
+    frames: Iterable[tuple[np.ndarray, float]],
+    count: int,
+    plays: int,
+    icc: bytes | None = None,
+    chunks: Mapping[bytes, bytes] = MappingProxyType({}),
+) -> Iterator[bytes]:
+    """An animated PNG file in pieces (section 11.3.6), each of whose frames replaces the one before it.
+
+    Args:
+        frames: each as it is seen, all of one shape and type, as of `encode_png`, and for how many milliseconds.
+        count: how many there are.
+        plays: how often they are shown, 0 for ever.
+        icc, chunks: as of `encode_png`.
+    """
+    number = 0  # in the sequence of all fcTL and fdAT chunks
+    for at, (pixels, duration) in enumerate(frames):
+        height, width = pixels.shape[:2]
+        if at == 0:
+            (first, *_) = _blocks([pixels[:1]])
+            yield _head(first, height, icc, {b'acTL': struct.pack('>II', count, plays), **chunks})
+        delay = Fraction(min(duration / 1000, 65535)).limit_denominator(1000)
+        delay = delay if delay.numerator < 2**16 else Fraction(round(delay))
+        place = number, width, height, 0, 0, delay.numerator, delay.denominator
+        yield _chunk(b'fcTL', struct.pack('>IIIIIHHBB', *place, KEPT, REPLACED))
+        number += 1
+        for packed in _packed(_blocks([pixels])):
+            if at == 0:
+                yield _chunk(b'IDAT', packed)
+            else:
+                yield _chunk(b'fdAT', struct.pack('>I', number) + packed)
+                number += 1
+    yield _chunk(b'IEND', b'')
+
+
+def _head(block: np.ndarray, height: int, icc: bytes | None, chunks: Mapping[bytes, bytes]) -> bytes:
+    """What stands before the pixels, of which `block` are some rows."""
+    _, width, channels = block.shape
+    shape = width, height, 8 * block.itemsize, COLOR_TYPES[channels], 0, 0, 0
+    parts = [SIGNATURE, _chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))]
+    if icc is not None:
+        parts.append(_chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc)))
+    return b''.join(parts + [_chunk(name, body) for name, body in chunks.items()])
+
+
+def _packed(blocks: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """The rows of an image filtered and packed, in pieces of CHUNK_BYTES or more."""
+    packer, packed, above = zlib.compressobj(1), b'', np.zeros(0, np.uint8)
+    for block in blocks:
         pixels = np.ascontiguousarray(block, block.dtype.newbyteorder('>')).reshape(len(block), -1).view(np.uint8)
+        above = above if len(above) else np.zeros_like(pixels[0])
         filtered = np.empty((len(pixels), 1 + len(above)), np.uint8)
         filtered[:, 0] = UP
         np.subtract(pixels[0], above, out=filtered[0, 1:])
@@ -157,9 +208,9 @@ def encode_png(
         above = pixels[-1].copy()
         packed += packer.compress(filtered.data)
         if len(packed) > CHUNK_BYTES:
-            yield _chunk(b'IDAT', packed)
+            yield packed
             packed = b''
-    yield _chunk(b'IDAT', packed + packer.flush()) + _chunk(b'IEND', b'')
+    yield packed + packer.flush()
 
 
 def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

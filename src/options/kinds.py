@@ -53,6 +53,23 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, 3, 0.75)
         return f', similar to {" and ".join(near)}' if near else ''
 
+    def page(self, without: str) -> str:
+        """What --help says of the options, in Markdown below a heading of the program, without a text such as a folder.
+
+        It depends on nothing of this machine but `without`.
+        """
+        formatter = self._get_formatter()
+        parts = [f'## src/{self.prog}']
+        for group in self._action_groups:
+            rows = [
+                f'- `{" ".join(formatter._format_action_invocation(action).split())}`: {formatter._expand_help(action)}'
+                for action in group._group_actions
+                if action.dest != 'help'
+            ]
+            if rows:
+                parts += [f'### {group.title}', '\n'.join(rows).replace(without, '')]
+        return '\n\n'.join(parts)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; {self.prog} --help lists the options.')
 

@@ -23,6 +23,8 @@ from system.files import SAFETENSORS, is_safetensors, read_safetensors, read_tor
 
 log = logging.getLogger('frugalsr')
 
+SUFFIXES = ('.pt', '.pth', '.safetensors')  # of files of weights
+
 # What state dicts are wrapped in, the first choice first: averages of weights before the weights themselves. BasicSR
 # has 'params_ema' and 'params', a state of this program 'average' and 'model'.
 WRAPPERS = (
@@ -231,6 +233,8 @@ def load_model(
     tiler: Tiler | None = None,
     settings: Mapping[str, object] = MappingProxyType({}),
     scale: int | None = None,
+    ensemble: bool = False,
+    half: bool = False,
 ) -> Model:
     """The network that a file of weights belongs to, found as by `--model auto`, with these weights.
 
@@ -240,6 +244,7 @@ def load_model(
         tiler: cuts large images into tiles.
         settings: of the network, which neither the file says nor its weights show.
         scale: for weights that are alike at several.
+        ensemble, half: as of `Model`.
 
     Raises:
         UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
@@ -249,7 +254,7 @@ def load_model(
         found = recognise(state, description, settings, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    model = Model(found.name, found.scale, device, tiler, **found.settings)
+    model = Model(found.name, found.scale, device, tiler, ensemble, half, **found.settings)
     load_weights(model.net, state, str(path))
     model.weights = f'weights from {path}'
     log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
