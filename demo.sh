@@ -56,6 +56,9 @@ for scale in 2 3 4; do
 done
 add costs 'print what every network costs, beside the published figures' '--costs --model all --scale 2+3+4'
 add LCoAN-small_x2 "train the small LCoAN x2 on SR291 (ours)" "--template LCoAN-small_x2"
+for scale in 2 4; do
+    add ASID-photo_x$scale "train ASID x$scale for photographs, from the weights for clean images (ours)" "--template ASID-photo_x$scale"
+done
 add LCoAN-small_x4 "train the small LCoAN x4 from the x2 weights (ours)" "--template LCoAN-small_x4"
 
 program() {

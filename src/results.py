@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ STUDIES = {
     'self-ensemble': f'{WHOLE} --self_ensemble',
     'bfloat16': f'{WHOLE} --precision half',
 }
+DEGRADATIONS = ('jpeg75', 'jpeg40', 'noise5+jpeg60')
 NOTE = """# Results
 
 Written by `python src/results.py --dir_data DATA` from the `results.json` of its runs. Measured on {where}.
@@ -44,6 +45,12 @@ PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the reci
 says. Their cards say how they were trained: in short runs on few images. Published figures stand in tables of
 their own: they are of networks trained for long on DIV2K (800 images), DF2K (3,450 images) or SR291, and are
 copied from their sources ([src/measure/published.py](../src/measure/published.py)), not measured.
+"""
+
+PHOTOS = """## Photographs as they are
+
+PSNR in dB / SSIM where the LR images are degraded as `--degradation` says ([docs/PROTOCOLS.md](PROTOCOLS.md)), in the
+same way in every run: bicubic, weights for clean images, and those trained with `--degradation photo`.
 """
 
 AUTHORS = """## The authors' weights
@@ -108,8 +115,13 @@ def run(args: Namespace) -> None:
         for name, options in weights.items()
         for what, more in STUDIES.items()
     }
+    photos = {
+        (name, what): measured(args, f'{name} {what}', [*options, '--degradation', what])
+        for name, options in degraded(weights).items()
+        for what in DEGRADATIONS
+    }
     authors = {name: measured(args, f'authors {name}', options, WHOLE_SETS) for name, options in theirs.items()}
-    write_atomic(args.out, page(found, studied, authors).encode())
+    write_atomic(args.out, page(found, studied, photos, authors).encode())
     print(f'Written: {args.out}')
 
 
@@ -130,8 +142,19 @@ def scale_of(name: str) -> int:
 
 
 def network(file: Path) -> list[str]:
-    """Options that test weights by the recipe of their name."""
-    return ['--template', file.stem, '--pre_train', str(file)]
+    """Options that test weights by the recipe of their name, on clean images."""
+    return ['--template', file.stem, '--pre_train', str(file), '--degradation', '']
+
+
+def degraded(weights: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Options of what is tested on degraded images: bicubic, weights for clean images, and those for photographs."""
+    found: dict[str, list[str]] = {}
+    for name in weights:
+        if '-photo_x' in name:
+            scale, clean = name.rpartition('_x')[2], name.replace('-photo', '')
+            found |= {f'Bicubic_x{scale}': ['--model', 'Bicubic', '--scale', scale], clean: weights[clean]}
+            found[name] = weights[name]
+    return found
 
 
 def measured(args: Namespace, name: str, options: Sequence[str], sets: Sequence[str] = MEASURED) -> Row:
@@ -145,12 +168,19 @@ def measured(args: Namespace, name: str, options: Sequence[str], sets: Sequence[
     return json.loads((folder / 'results.json').read_text())
 
 
-def page(found: dict[str, Row], studied: dict[tuple[str, str], Row], authors: dict[str, Row]) -> str:
+def page(
+    found: dict[str, Row],
+    studied: dict[tuple[str, str], Row],
+    photos: dict[tuple[str, str], Row],
+    authors: dict[str, Row],
+) -> str:
     """The whole of RESULTS.md."""
     parts = [NOTE.format(where=machines((*found.values(), *studied.values())))]
     for scale in sorted({row['scale'] for row in found.values()}):
         ours = {name: row for name, row in found.items() if row['scale'] == scale}
         parts += [f'## x{scale}\n', *measured_table(ours), '', *published_table(scale), '']
+    if photos:
+        parts += [PHOTOS, *photo_table(photos), '']
     parts += ['## Self-ensemble, tiles, bfloat16\n', *study_table(studied), '']
     if authors:
         parts += [AUTHORS.format(where=machines(authors.values())), *authors_table(authors), '']
@@ -200,6 +230,17 @@ def published_table(scale: int) -> list[str]:
     ]
     rows += [[name, 'SR291', number(psnr[scale]), *['-'] * (len(SETS) - 1)] for name, psnr in SAME_IMAGES.items()]
     return table(['Published PSNR', 'Trained on', *SETS], rows)
+
+
+def photo_table(rows: dict[tuple[str, str], Row]) -> list[str]:
+    """The scores on degraded images by degradation and set."""
+    sets = next(iter(rows.values()))['sets']
+    head = ('LR', 'Weights', *(title(name, len(result['images'])) for name, result in sets.items()))
+    ordered = sorted(rows.items(), key=lambda item: (item[1]['scale'], DEGRADATIONS.index(item[0][1])))
+    return table(
+        head,
+        ([f'{what}, x{row["scale"]}', link(name), *map(scores, row['sets'].values())] for (name, what), row in ordered),
+    )
 
 
 def authors_table(rows: dict[str, Row]) -> list[str]:

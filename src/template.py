@@ -29,9 +29,11 @@ def from_x2(name: str, recipe: Recipe, lr_patch: int, scales: tuple[int, ...] = 
     return {key: own if own['scale'] == 2 else {**own, 'pre_train': f'{name}_x2.pt'} for key, own in found.items()}
 
 
-def tuned(name: str, recipe: Recipe, lr_patch: int, scales: tuple[int, ...] = (2, 3, 4)) -> dict[str, Recipe]:
-    """Recipes `name`-finetune, which start from the weights of `name` at the same scale."""
-    found = at_scales(f'{name}-finetune', recipe, lr_patch, scales)
+def tuned(
+    name: str, recipe: Recipe, lr_patch: int, scales: tuple[int, ...] = (2, 3, 4), kind: str = 'finetune'
+) -> dict[str, Recipe]:
+    """Recipes `name`-`kind`, which start from the weights of `name` at the same scale."""
+    found = at_scales(f'{name}-{kind}', recipe, lr_patch, scales)
     return {key: {**own, 'pre_train': f'{name}_x{own["scale"]}.pt'} for key, own in found.items()}
 
 
@@ -149,6 +151,13 @@ SMALL: Recipe = {
     'test_every': 500,
 }
 
+# Ours: from the weights for clean images to those for photographs, in short runs
+PHOTO: Recipe = {
+    'model': 'ASID', **TILES, 'degradation': 'photo', 'data_train': ['SR291', 'W216'], 'sampling': 'area',
+    'batch_size': 8, 'lr': 4e-4, 'schedule': 'cosine', 'decay_unit': 'steps', 'warmup': 100, 'weight_ema': 0.998,
+    'test_every': 500, 'epochs': 4,
+}  # fmt: skip
+
 TEMPLATES: dict[str, Recipe] = {
     **from_x2('EDSR-baseline', BASELINE, 48),
     **from_x2('EDSR', EDSR, 48),
@@ -185,4 +194,5 @@ TEMPLATES: dict[str, Recipe] = {
     **at_scales('BSRN', BSRN, 48),
     **at_scales('LCoAN-small', {**SMALL, **milestones(10, 14, 17, 19, 20)}, 32, (2,)),
     **from_x2('LCoAN-small', {**SMALL, **milestones(6, 9, 11, 12)}, 32, (4,)),
+    **tuned('ASID', PHOTO, 48, (2, 4), 'photo'),
 }

@@ -20,7 +20,8 @@ def folder(tmp_path_factory) -> Path:
             write_png(tmp_path / 'data' / 'benchmark' / name / 'HR' / f'{j}.png', picture(2 * i + j, 28, 24))
     (tmp_path / 'models').mkdir()
     torch.manual_seed(0)
-    torch.save(build('ASID', 4).state_dict(), tmp_path / 'models' / 'ASID_x4.pt')
+    for name in ('ASID_x4', 'ASID-photo_x4'):
+        torch.save(build('ASID', 4).state_dict(), tmp_path / 'models' / f'{name}.pt')
     (tmp_path / 'authors').mkdir()
     torch.save(build('PAN', 3).state_dict(), tmp_path / 'authors' / 'PAN_x3.pth')
     assert results.main(options(tmp_path)) == 0
@@ -52,6 +53,22 @@ def test_the_page_has_what_was_measured_and_what_was_published(folder):
     assert cells(page, 'ATD-light')[1:] == ['DIV2K', *(f'{PUBLISHED["ATD-light"][4].psnr[name]:.2f}' for name in SETS)]
     assert cells(page, 'IDN')[1:3] == ['SR291', '31.82']
     assert f'torch {torch.__version__}' in page
+
+
+def test_weights_for_photographs_are_scored_on_degraded_images(folder):
+    _, section = (folder / 'docs' / 'RESULTS.md').read_text().split('## Photographs as they are\n')
+    rows = [line for line in section.split('\n## ')[0].splitlines() if line.startswith('| ')][2:]
+    names = ['Bicubic', '[ASID_x4](../models/ASID_x4.md)', '[ASID-photo_x4](../models/ASID-photo_x4.md)']
+    assert [row.split(' | ')[:2] for row in rows] == [
+        [f'| {what}, x4', name] for what in ('jpeg75', 'jpeg40', 'noise5+jpeg60') for name in names
+    ]
+    for row in rows:
+        _, what, name, psnr = row.replace(', x4', '').split('| ')[:4]
+        run = f'{name.split("]")[0].strip("[ ")} {what.strip()}'.replace('Bicubic', 'Bicubic_x4').replace(' ', '_')
+        found = json.loads((folder / 'runs' / run / 'results.json').read_text())
+        assert psnr.startswith(f'{found["sets"]["Set5"]["psnr"]:.2f} / ')
+    clean = json.loads((folder / 'runs' / 'ASID-photo_x4' / 'results.json').read_text())
+    assert 'degradation' not in json.dumps(clean['sets']['Set5'])
 
 
 def test_the_weights_of_authors_stand_beside_what_they_published(folder):

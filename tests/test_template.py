@@ -83,7 +83,7 @@ PUBLISHED = {
     'PAN': (64, 32, 'ADAM', [0.9, 0.99], 0.0, 7e-4, 1000, COSINES, 0, 0, DF2K),
     'BSRN': (48, 64, *ADAM, 1e-3, 1000, COSINE, 0, 0, DF2K),
 }
-OFFICIAL = [name for name in TEMPLATES if not name.startswith('LCoAN-small')]
+OFFICIAL = [name for name in TEMPLATES if not name.startswith(('LCoAN-small', 'ASID-photo'))]
 TILES = {'chop': True, 'chop_size': 64, 'chop_overlap': 24, 'chop_blend': 'mean', 'shave': None}
 WHOLE = {'chop': False, 'shave': None}
 TESTS = {
@@ -157,6 +157,8 @@ STARTS = {
     **{f'{name}-finetune_x{s}': f'{name}_x{s}.pt' for name in ('ASID', 'ASIDd8') for s in (2, 3, 4)},
     'ATD-finetune_x2': 'ATD_x2.pt', 'ATD_x3': 'ATD-finetune_x2.pt', 'ATD_x4': 'ATD-finetune_x2.pt',
     'LCoAN-small_x4': 'LCoAN-small_x2.pt',
+    'ASID-photo_x2': 'ASID_x2.pt',
+    'ASID-photo_x4': 'ASID_x4.pt',
 }  # fmt: skip
 
 
