@@ -94,10 +94,13 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
 def run_here(args: Namespace) -> None:
     """Do what the options say with this process alone, or with it as one of several that share the run."""
     from checkpoint import RunFolder, start_screen
+    from model.ops.fast import leave_out_kernels
     from system import parallel
     from wiring import apply_detected_network
 
     start_screen(quiet=parallel.rank() > 0)
+    if args.kernels == 'off':
+        leave_out_kernels()
     if args.model == 'auto':
         apply_detected_network(args)
     folder = RunFolder(args.save_dir / args.save, writes=parallel.rank() == 0)

@@ -15,7 +15,7 @@ from model.ops.fast import by_llvm, is_for_llvm
 
 CACHED_LOGITS = 2**20  # that a CPU's cache holds: 4 MB in float32, twice that in the backward pass
 LOG2_E = 1 / math.log(2)
-MOST_CHANNELS = 64  # of a head, that a kernel takes
+MOST_CHANNELS = 40  # of a head, that a kernel takes
 LEAST_QUERIES = 16  # of a window, that fill a vector of a kernel
 
 

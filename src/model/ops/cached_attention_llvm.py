@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.ops.llvm import BIT, INT, Code, Kernel, lanes
 
-KEYS = 4  # at once
+KEYS = 8  # at once
 LOG2_E = 1 / math.log(2)
 NAMES = (
     'counter', 'q', 'k', 'v', 'out', 'biases', 'kinds', 'by_key', 'by_query', 'windows', 'heads', 'queries', 'keys',
@@ -27,9 +27,8 @@ NAMES = (
 def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
     """Attention of queries and keys of `d` channels and values of `e`.
 
-    Of query i and key j of a window, the bias is at `by_key[j] + by_query[i]` of those of its head and kind. Queries that
-    are a multiple of `lanes` and what follows them there have biases that follow one another. Of the last queries, a
-    vector that would not be full takes some again that came before.
+    The bias of query i and key j is at `by_key[j] + by_query[i]` among those of its head and kind, where the queries
+    of a vector follow one another. A last vector that would not be full takes queries again that came before.
     """
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
@@ -101,7 +100,7 @@ def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
             def greatest(j: ir.Value, found: list[ir.Value]) -> list[ir.Value]:
                 return [code.select_greater(logit(j, code.vector(0)), found[0])]
 
-            # The greatest logits are subtracted only where powers of 2 without that were out of range.
+            # The greatest logit of a query is subtracted only where powers of 2 without that were out of range.
             before, once, again, end = to.block, *(to.append_basic_block() for _ in range(3))
             to.branch(once)
             to.position_at_end(once)
@@ -115,7 +114,8 @@ def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
             to.cbranch(to.or_(safe, to.not_(is_first)), end, again)
             to.position_at_end(again)
             (most,) = code.loop(INT(0), given['keys'], 1, greatest, [code.vector(-math.inf)])
-            for block, value, first_time in ((before, code.vector(0), 1), (to.block, to.fsub(code.vector(0), most), 0)):
+            subtracted = to.select(in_range, code.vector(0), to.fsub(code.vector(0), most))
+            for block, value, first_time in ((before, code.vector(0), 1), (to.block, subtracted, 0)):
                 start.add_incoming(value, block)
                 is_first.add_incoming(BIT(first_time), block)
             to.branch(once)
@@ -134,9 +134,16 @@ def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, biases: Tensor | None, kinds: Tensor, by_key: Tensor, by_query: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    biases: Tensor | None,
+    kinds: Tensor,
+    by_key: Tensor,
+    by_query: Tensor,
 ) -> Tensor:
-    """Biases are (heads, kinds, ...); see `kernel`."""
+    """See `kernel`; `biases` are (heads, kinds, ...)."""
     windows, queries, heads, d = q.shape
     keys, e = k.shape[1], v.shape[3]
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
@@ -154,3 +161,12 @@ def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kin
     queries = torch.arange(q.shape[1])
     by_key = torch.arange(k.shape[1]) * q.shape[1]
     return attend(q, k, v, scale, None if masks is None else masks.mT.contiguous(), kinds, by_key, queries)
+
+
+def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """See `table_attention`, for `bias` (heads, size, size, size, size) of square windows, read where it is."""
+    by_query, by_key = (
+        (torch.arange(bias.shape[y]).view(-1, 1) * bias.stride(y) + torch.arange(bias.shape[y]) * bias.stride(y + 1))
+        for y in (1, 3)
+    )
+    return attend(q, k, v, scale, bias.unsqueeze(1), torch.zeros(len(q), dtype=torch.int64), by_key, by_query)

@@ -1,7 +1,11 @@
-"""The door to kernels: in Triton on a GPU, in LLVM on a CPU, where these work; else the plain form of the same operation."""
+"""The door to kernels: in Triton on a GPU, in LLVM on a CPU, where these work; else the plain form of the operation.
+
+With FRUGALSR_KERNELS=off in the environment, as --kernels off has it, none is used.
+"""
 
 import importlib
 import logging
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -13,13 +17,14 @@ from torch import Tensor
 T = TypeVar('T')
 log = logging.getLogger('frugalsr')
 failed: set[str] = set()  # modules whose kernels did not run
-wanted = True
+wanted = os.environ.get('FRUGALSR_KERNELS') != 'off'
 
 
-def use_kernels(use: bool) -> None:
-    """Whether this program uses kernels, or plain PyTorch alone; at first it does."""
+def leave_out_kernels() -> None:
+    """Have this program, and those that it starts, use plain PyTorch alone."""
     global wanted
-    wanted = use
+    wanted = False
+    os.environ['FRUGALSR_KERNELS'] = 'off'
 
 
 @cache
@@ -59,6 +64,6 @@ def by_kernel(module: str, plain: Callable[..., T], *arguments: Any) -> T:
         except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
             failed.add(module)
             what, _, how = module.rpartition('_')
-            name = {'triton': 'Triton', 'llvm': 'llvmlite'}[how]
-            log.warning('The %s runs without %s, slower: %s: %s', what.replace('_', ' '), name, type(error).__name__, error)
+            what, how = what.replace('_', ' '), {'triton': 'Triton', 'llvm': 'llvmlite'}[how]
+            log.warning('The %s runs without %s, slower: %s: %s', what, how, type(error).__name__, error)
     return plain(*arguments)

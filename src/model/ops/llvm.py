@@ -106,7 +106,10 @@ class Code:
         return self.to.select(self.to.fcmp_ordered('>', x, y), x, y)
 
     def exp2(self, x: ir.Value) -> ir.Value:
-        """2^x to 2^-22 of it: 2^n times the series of the rest, n the nearest integer. 0 below 2^-126, infinite at 2^128."""
+        """2^x to 2^-22 of it: 2^n, with n the nearest integer, times the series of the rest.
+
+        0 takes the place of numbers below 2^-126, infinity that of those from 2^128 on.
+        """
         x = self.select_less(self.vector(128), self.select_greater(self.vector(-127), x))
         shifted = self.to.fadd(x, self.vector(ROUNDING))
         rest = self.to.fsub(x, self.to.fsub(shifted, self.vector(ROUNDING)))
