@@ -2,6 +2,7 @@
 # bash demo.sh          score bicubic, then super-resolve sample photographs with the weights in models/
 # bash demo.sh list     name the published commands
 # bash demo.sh NAME     run one of them; what follows NAME is added to its options
+# bash demo.sh league   train every light network for an hour and compare them (src/league.py, which has options)
 set -euo pipefail
 source "$(dirname "$0")/.ci/setup.sh"
 
@@ -75,6 +76,11 @@ case ${1-} in
 list)
     echo 'bash demo.sh NAME [options of src/main.py, such as --dir_data FOLDER]'
     for i in "${!names[@]}"; do printf '  %-24s %s\n' "${names[i]}" "${about[i]}"; done
+    printf '  %-24s %s\n' league 'train every light network for an hour (--minutes) and compare them'
+    ;;
+league)
+    set_up "$root/requirements.txt"
+    "$root/.venv/bin/python" "$root/src/league.py" "${@:2}"
     ;;
 *)
     for i in "${!names[@]}"; do

@@ -8,6 +8,7 @@ Pixels are those of `main.py --data_test Demo`. Nothing is written, and PyTorch'
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -17,19 +18,19 @@ from PIL import Image
 from torch import Tensor
 
 from data.image import from_pillow, to_pillow
-from enlarge import enlarged
 from error import UserError
 from model import Model, type_name
-from model.loading.weights import load_model
+from model.loading.weights import SUFFIXES, load_model
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
+from options.kinds import at_home
 from options.table import ROOT
+from photo.engine import enlarged
 from system.files import some
 from system.machine import best_device
 from system.numerics import exact_float32
 
 FOLDER = ROOT / 'models'
-SUFFIXES = ('.pt', '.pth', '.safetensors')
 OVERLAP = 20  # of neighbouring tiles, LR pixels
 BATCH = 4  # tiles a call, on a GPU
 
@@ -113,9 +114,10 @@ def load(
     if bicubic := re.fullmatch(r'Bicubic_x(\d+)', str(weights)):
         if settings:
             raise UserError(f'Bicubic has no setting {next(iter(settings))!r}: leave it out.')
-        return Upscaler(Model('Bicubic', int(bicubic[1]), where, tiler))
-    path = find_weights(weights)
-    model = load_model(path, where, tiler, settings, scale)
+        path, model = weights, Model('Bicubic', int(bicubic[1]), where, tiler)
+    else:
+        path = find_weights(weights)
+        model = load_model(path, where, tiler, settings, scale)
     if scale not in (None, model.scale):
         raise UserError(f'{path} holds weights of {model.name} x{model.scale}, not x{scale}: leave the scale out.')
     return Upscaler(model)
@@ -127,10 +129,11 @@ def find_weights(weights: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(weights).expanduser()
+    path = at_home(weights)
     for file in (path, FOLDER / path, *(FOLDER / f'{path}{suffix}' for suffix in SUFFIXES)):
-        if file.is_file():
-            return file
+        with suppress(OSError):  # a name that is too long
+            if file.is_file():
+                return file
     there = some(sorted(file.name for file in FOLDER.glob('*') if file.suffix in SUFFIXES)) or 'none'
     raise UserError(f'{weights}: no such file of weights here or in {FOLDER}, which holds {there}.')
 
@@ -141,7 +144,7 @@ def _find_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # the latter: PyTorch was built without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: built without CUDA
         raise UserError(f'The device {device} cannot be used here: give auto or cpu.') from error
     return found
 

@@ -1,4 +1,4 @@
-"""A page in the browser: drop an image, choose a network, compare before and after, download the result."""
+"""A page in the browser: drop images, choose a network, compare before and after, download the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         run(build_parser().parse_args(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         pass
@@ -70,7 +70,8 @@ def run(args: Namespace) -> None:
             import uvicorn
 
             from checkpoint import start_screen
-            from web.enlarging import enlarge, find_choices
+            from web.choices import find_choices
+            from web.enlarging import enlarge
             from web.page import site
         except ModuleNotFoundError as error:
             raise UserError(

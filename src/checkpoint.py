@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from tqdm import tqdm
 
 from data.outputs import KINDS, SOURCE
 from data.source import name_warnings
@@ -82,6 +83,10 @@ class RunFolder:
     def holds_training(self) -> bool:
         """Whether a training run left its state here."""
         return any((self.folder / name).exists() for name in STATES)
+
+    def holds_state_before(self) -> bool:
+        """Whether the state before the latest is here too."""
+        return all((self.folder / name).exists() for name in STATES)
 
     def clear(self) -> None:
         """Delete what a run leaves, and nothing else.
@@ -282,7 +287,7 @@ class RunFolder:
 def read_state(path: Path) -> dict[str, Any]:
     """One state file."""
     state = read_torch(path)
-    if not isinstance(state, dict) or not state.keys() >= STATE:
+    if not isinstance(state, dict) or not state.keys() >= STATE or not isinstance(state['model'], dict):
         raise UserError(f'{path} is not a state of this program: name another run with --load.')
     if not all(bool(value.isfinite().all()) for value in state['model'].values()):
         raise UserError(f'{path} holds weights that are not finite: name another run with --load.')
@@ -301,10 +306,21 @@ class Remembered(logging.Handler):
             self.records.append(record)
 
 
+class Screen(logging.StreamHandler):
+    """Writes each message in place of a progress bar, which goes on below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As in the base class."""
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 def start_screen(quiet: bool = False) -> None:
     """Send the program's messages to standard output, or nowhere; warnings on image files are among them."""
     log.setLevel(logging.INFO)
-    log.handlers = [logging.NullHandler() if quiet else logging.StreamHandler(sys.stdout), Remembered()]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a line with a name that it cannot show would be lost
+    log.handlers = [logging.NullHandler() if quiet else Screen(sys.stdout), Remembered()]
     name_warnings()
     log.propagate = False
     logging.raiseExceptions = False  # a log on a full disk is no reason to stop, nor for a traceback a line

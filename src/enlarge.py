@@ -1,141 +1,214 @@
-"""--data_test Demo: folders of photographs, whatever they are, enlarged."""
+"""Enlarges photographs: files, folders, several of them, to a factor or a size, with all that their files say."""
+
+from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
-from collections.abc import Iterator
-from functools import partial
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+from error import UserError, report_error, run_program
+from options.kinds import Parser, count, folder, memory_size, natural, number
+from options.table import ROOT
+from system.allocator import tune_malloc
 
-from data.image import Photo, bytes_to_read, fill_hidden, find_images, read_photo, read_rgb, write_rows
-from data.outputs import output_names
-from error import UserError, WriteError
-from model import Model
-from model.tiles.tiling import Tiler, out_of_memory
-from report.page import Saved
-from system import memory, parallel
-from system.allocator import trim_heap
-from system.background import Prefetcher, WorkerPool
-from system.files import some
+if TYPE_CHECKING:
+    from photo.choice import Networks
 
 log = logging.getLogger('frugalsr')
 
-REACH = 4  # input pixels on each side that a bicubic enlargement depends on, with some to spare
+EXAMPLES = """examples:
+  python enlarge.py photo.jpg                                  photo_x4.png beside it
+  python enlarge.py HOLIDAY -r -o BIG --scale 2 --format jpg   a folder and its folders
+  python enlarge.py *.jpg --fit 3840x2160                      as large as a screen
+"""
 
 
-def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None = None) -> None:
-    """Enlarge every image of a folder; what fails is named at the end, after the others are done.
-
-    With several processes each has its share. Images are written as their rows are made; beside the network's part of
-    the memory there is the image, decoded, and if there is no `limit` the one after it.
-
-    Raises:
-        UserError: no folder, no images in it, or some that could not be read, enlarged or written.
-    """
-    files = find_photos(source)
-    names, ahead = output_names(files), Prefetcher()
-    failures: dict[int, str] = {}
-    start = time.perf_counter()
-
-    def read(index: int) -> Photo:
-        return read_photo(files[index])
-
-    def write(rows: Iterator[np.ndarray], index: int, *about: Any) -> None:
-        try:
-            write_rows(rows, target / f'{names[index]}_x{model.scale}_SR.png', *about)
-        except WriteError as error:
-            failures[index] = str(error)
-
-    with WorkerPool() as background:
-        for first, own in parallel.progress(list(parallel.rank_indices(len(files))), source.name):
-            if own is None:
-                continue
-            try:
-                if limit is not None:
-                    check_fits(files[own], limit)
-                # Not while what the network takes is measured, with the first image.
-                photo = read(own) if limit is not None or first == 0 else ahead(read, own, len(files))
-                height = len(photo.color) * model.scale
-                background.feed(enlarged(model, photo), write, own, height, photo.icc, photo.chunks)
-            except UserError as error:
-                failures[own] = str(error)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                failures[own] = 'memory ran out: give --chop, or a smaller --chop_size.'
-            finally:
-                photo = None  # type: ignore[assignment]  # or it would stay while the next one is read
-    trim_heap()  # what follows takes some of its own
-    failures = {index: said for own in parallel.gather(failures) for index, said in own.items()}
-    seconds = (time.perf_counter() - start) / len(files)
-    log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, len(files) - len(failures), target)
-    if others := [path for path in source.iterdir() if path not in files]:
-        log.info('Left out, no image files of a known kind: %s', some(sorted(path.name for path in others)))
-    if failures:
-        said = ' '.join(_about(files[index], failures[index]) for index in sorted(failures))
-        raise UserError(f'{len(failures)} of {len(files)} images could not be enlarged: {said}')
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    tune_malloc()
+    try:
+        run(parse(argv), argv)
+    except UserError as error:
+        return report_error(error, '--debug' in argv)
+    except KeyboardInterrupt:
+        print('Interrupted: the same command goes on with what is left.', file=sys.stderr)
+        return 130
+    return 0
 
 
-def find_photos(source: Path) -> list[Path]:
-    """The images of a folder.
+def build_parser() -> Parser:
+    """The options."""
+    parser = Parser('enlarge.py', 'Enlarge photographs.', 'PHOTO... [options]', EXAMPLES)
+    add = parser.add_argument_group('what and where to').add_argument
+    add('photos', metavar='PHOTO', nargs='+', help='files, folders, or patterns such as "*.jpg"')
+    add('-r', '--recursive', action='store_true', help='the folders in a folder too')
+    add('-o', '--output', metavar='PATH', type=folder, help='folder, or for a single photograph file, of the results; '
+        'left out: beside each photograph')  # fmt: skip
+    add('--name', metavar='PATTERN', help='of the names, without suffix, with {stem}, {name} (with suffix), {scale}, '
+        '{width}, {height} (default: {stem}_x{scale}, for a size {stem}_{width}x{height})')  # fmt: skip
+    add('--again', action='store_true', help='make what is done already too, and replace files of other programs')
+    add = parser.add_argument_group('size').add_argument
+    add('--scale', metavar='X', type=number(float, 0, 8, open_low=True), help='factor, such as 2 or 1.5 (default: 4)')
+    add('--fit', metavar='WxH', type=frame, help='as large as fits into a frame, such as 3840x2160')
+    add('--width', metavar='N', type=count, help='pixels of the result')
+    add('--height', metavar='N', type=count, help='pixels of the result')
+    add = parser.add_argument_group('format').add_argument
+    add('--format', choices=('png', 'jpg', 'webp', 'tif', 'gif', 'same'), help='of the results; same: that of each '
+        'photograph (default: png, for several pages tif, or as -o FILE says)')  # fmt: skip
+    add('--quality', metavar='N', type=number(int, 1, 100), default=95, help='of jpg and webp')
+    add('--background', metavar='COLOUR', default='white', help='behind what is transparent, in jpg')
+    add = parser.add_argument_group('network').add_argument
+    add('--model', metavar='NAME', help='network whose weights in models/ to take (default: the best there by Set5)')
+    add('--weights', metavar='FILE', help='weights of any network known here')
+    add('--self_ensemble', action='store_true', help='average over flips and rotations: slower, a little better')
+    add('--seamless', action='store_true', help='for textures that are laid out in tiles: the border goes on at the '
+        'opposite one')  # fmt: skip
+    add('--precision', choices=('single', 'half'), default='single', help='half: faster on a GPU')
+    add = parser.add_argument_group('machine').add_argument
+    add('--cpu', action='store_true', help='leave the GPU alone')
+    add('--n_GPUs', metavar='N', type=natural, default=1, help='GPUs that share the photographs')
+    add('--max_memory', metavar='N', type=memory_size, help='most memory of a process on a CPU, or of the GPU, such '
+        'as 2G or 700M')  # fmt: skip
+    add('--debug', action='store_true', help='show the traceback of an error')
+    return parser
 
-    Raises:
-        UserError: no folder, or no images in it.
-    """
-    if not source.is_dir():
-        raise UserError(f'--dir_demo {source} is not a folder: give a folder of images.')
-    files = find_images(source)
-    if not files:
-        raise UserError(f'--dir_demo {source} holds no images: expected png, jpg, bmp, tif or webp files.')
-    return files
+
+def frame(text: str) -> tuple[int, int]:
+    """Width and height, from text such as 3840x2160."""
+    try:
+        width, height = (int(count(part)) for part in text.lower().split('x'))
+    except (ValueError, ArgumentTypeError) as error:
+        raise ArgumentTypeError(f'{text!r} is not a frame such as 3840x2160') from error
+    return width, height
 
 
-def _about(file: Path, said: str) -> str:
-    return said if str(file) in said else f'{file}: {said}'
-
-
-def check_fits(path: Path, limit: int) -> None:
-    """Make sure that an image can be read within a limit of what the process has in memory, in bytes.
+def colour(text: str) -> tuple[int, int, int]:
+    """Red, green and blue, from a name or #rrggbb.
 
     Raises:
-        UserError: there is no room for it.
+        UserError: it is none.
     """
-    trim_heap()
-    needs = (memory.in_use('cpu') or 0) + bytes_to_read(path)
-    if needs > limit:
+    from PIL import ImageColor
+
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise UserError(f'--background {text} is not a colour: give one such as white or #808080.') from error
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Options of a command line.
+
+    Raises:
+        UserError: one that is unknown or out of range, or a combination that cannot be.
+    """
+    args = build_parser().parse_args(argv)
+    sizes = [name for name in ('scale', 'fit', 'width', 'height') if getattr(args, name)]
+    if len(sizes) > 1:
+        raise UserError(f'--{sizes[0]} and --{sizes[1]}: give one of them; --fit WxH has both width and height.')
+    if args.model and args.weights:
+        raise UserError('--model and --weights: weights say their network; give one of them.')
+    return args
+
+
+def run(args: Namespace, argv: Sequence[str]) -> None:
+    """Enlarge what the options say, in several processes if they say so."""
+    try:
+        from system import parallel
+    except ModuleNotFoundError as error:
         raise UserError(
-            f'{path}: with what the program takes itself, reading it takes up to {needs // 2**20 + 1}M; give a larger '
-            '--max_memory.'
-        )
+            f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
+        ) from error
+
+    script = os.path.abspath(__file__)  # noqa: PTH100
+    parallel.share(script, argv, args.n_GPUs, args.cpu, lambda: enlarge(args))
 
 
-def saved_photos(source: Path, target: Path, scale: int) -> list[Saved]:
-    """Those of the images of a folder whose enlargement is in `target`."""
-    files = find_images(source) if source.is_dir() else []
-    images = [
-        Saved(name, target / f'{name}_x{scale}_SR.png', scale, partial(read_rgb, file))
-        for name, file in zip(output_names(files), files, strict=True)
-    ]
-    there = set(target.iterdir()) if target.is_dir() else set()
-    return [image for image in images if image.file in there]
+def enlarge(args: Namespace) -> None:
+    """Enlarge what the options say, with this process alone or with it as one of several.
 
-
-def enlarged(model: Model, photo: Photo) -> Iterator[np.ndarray]:
-    """Rows (some, W) or (some, W, 2 to 4) of a photograph enlarged, of its own channels and depth, from top to bottom.
-
-    Alpha is enlarged apart from the colour and by bicubic: what is opaque stays opaque, which a network does not
-    guarantee.
+    Raises:
+        UserError: a mistake in the options, before anything is done; or photographs that were not enlarged, at the end.
     """
-    if photo.alpha is None:
-        for rows in model.rows(photo.color):
-            yield rows[..., 1] if photo.grey else rows
+    from checkpoint import start_screen
+    from photo.engine import enlarge_photos, raise_failures
+    from photo.plan import make_plan
+    from photo.size import Size
+    from photo.targets import check_name, choose_place, find_sources
+    from photo.writing import Format
+    from system import parallel
+    from system.files import sweep
+
+    start_screen(quiet=parallel.rank() > 0)
+    start = time.perf_counter()
+    scale = args.scale if args.fit or args.width or args.height else args.scale or 4
+    width, height = args.fit or (args.width, args.height)
+    name = check_name(args.name or ('{stem}_x{scale}' if scale else '{stem}_{width}x{height}'))
+    format = Format(args.format, args.quality, colour(args.background))
+    networks = make_networks(args)
+    plan = None
+    if parallel.rank() == 0:
+        sources, results = find_sources(args.photos, args.recursive, args.output)
+        if results:
+            log.info('Left out, results of an earlier run: %d', results)
+        place, format = choose_place(args.output, name, format, sources)
+        settings = f'{args.self_ensemble} {args.precision} {args.seamless}'
+        size = Size(scale, width, height)
+        plan = make_plan(sources, size, place, format, networks, settings, args.again)
+        for target in {job.target.parent for job in plan.jobs}:
+            sweep(target)
+    plan, format = parallel.broadcast((plan, format))
+    limit = args.max_memory if networks.device == 'cpu' else None
+    outcome = enlarge_photos(plan.jobs, networks, format, limit, args.seamless)
+    if parallel.rank():
         return
-    plain, done = Model('Bicubic', model.scale, model.device, Tiler(512, 2 * REACH, 1)), 0
-    for rows in model.rows(fill_hidden(photo.color, photo.alpha)):
-        first, done = done, done + len(rows)
-        top = max(0, first // model.scale - REACH)
-        alpha = photo.alpha[top : -(-done // model.scale) + REACH]
-        alpha = plain.upscale(np.repeat(alpha[..., None], 3, -1))[first - top * model.scale :, :, :1]
-        yield np.concatenate((rows[..., 1:2] if photo.grey else rows, alpha[: len(rows)]), -1)
+    there = f'; {plan.done} were done before (--again makes them anew)' if plan.done else ''
+    where = {str(job.target.parent) for job in plan.jobs}
+    seconds = time.perf_counter() - start
+    log.info(
+        'Enlarged in %.1f s: %d%s%s', seconds, outcome.done, f' in {where.pop()}' if len(where) == 1 else '', there
+    )
+    raise_failures(plan.failures + outcome.failures, outcome.left, plan.done + len(plan.jobs) + len(plan.failures))
+
+
+def make_networks(args: Namespace) -> Networks:
+    """The networks that the options leave to choose from."""
+    from api import BATCH, OVERLAP, find_weights
+    from model import Model
+    from model.loading.weights import load_model
+    from model.tiles.autotile import AutoTiler
+    from photo.choice import Networks, Weights, list_weights
+    from system.machine import best_device
+    from system.numerics import set_numerics
+
+    device = 'cpu' if args.cpu or args.n_GPUs == 0 else best_device()
+    set_numerics(seed=1, deterministic=device == 'cpu', tf32=False)
+    half = args.precision == 'half'
+
+    def tiler() -> AutoTiler:
+        return AutoTiler(OVERLAP, BATCH if device == 'cuda' else 1, device, args.max_memory)
+
+    def load(file: Path, scale: int | None) -> Model:
+        return load_model(file, device, tiler(), scale=scale, ensemble=args.self_ensemble, half=half)
+
+    def load_known(weights: Weights) -> Model:
+        if weights.network == 'Bicubic':
+            return Model('Bicubic', weights.scale, device, tiler(), args.self_ensemble, half)
+        return load(weights.file, weights.scale)
+
+    if not args.weights:
+        return Networks(list_weights(ROOT / 'models', args.model), load_known, device)
+    file = find_weights(args.weights)
+    whole = int(args.scale) if args.scale and args.scale == int(args.scale) else None
+    model = load(file, whole)
+    return Networks([Weights(file, model.name, model.scale)], lambda _: model, device)
+
+
+if __name__ == '__main__':
+    run_program(main)

@@ -23,6 +23,10 @@ class WriteError(UserError):
     """A file could not be written; what was there before is unchanged."""
 
 
+class NotFiniteError(UserError):
+    """What a network gives is infinite or not a number."""
+
+
 @contextmanager
 def noting(failures: list[UserError]) -> Iterator[None]:
     """Within this block a `UserError` is noted, so that what follows is done all the same."""
@@ -38,11 +42,19 @@ def raise_noted(failures: Sequence[UserError]) -> None:
         raise UserError(' '.join(map(str, failures))) from failures[0]
 
 
-def report_error(error: UserError, debug: bool) -> int:
-    """Print an error, after its traceback if `debug`; returns the exit status of the program, 2."""
+def report_error(error: UserError | OSError, debug: bool) -> int:
+    """Print an error, after its traceback if `debug`; returns the exit status of the program, 2.
+
+    Of the system's errors those are the user's that name a file, as a folder that may not be read; others are raised.
+    """
+    said = str(error)
+    if isinstance(error, OSError):
+        if not isinstance(error.filename, str | bytes):
+            raise error
+        said = f'{os.fsdecode(error.filename)} cannot be used ({error.strerror}): check the path and its permissions.'
     if debug:
         traceback.print_exception(error)
-    print(f'Error: {error}', file=sys.stderr)
+    print(f'Error: {said}', file=sys.stderr)
     return 2
 
 
@@ -52,6 +64,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     A log finds that no reason to stop: a run goes on, and has its own status. What the screen cannot show, as a name
     that is no UTF-8, is written in escapes.
     """
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # closed by who started it, and its place would be taken by a file
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: PTH123, SIM115
     for stream in _screens():
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')

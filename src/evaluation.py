@@ -213,7 +213,7 @@ def timed(model: Model) -> Upscale:
         try:
             sr = model.upscale(lr)
         except UserError as error:
-            raise UserError(f'{images.names[index]} of {images.name}: {error}') from error
+            raise type(error)(f'{images.names[index]} of {images.name}: {error}') from error
         return sr, time.perf_counter() - start
 
     return upscale

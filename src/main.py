@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     let_threads_sleep()
     try:
         run(option.parse(argv), argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
@@ -79,18 +79,8 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
             f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
         ) from error
 
-    if parallel.launched():
-        from wiring import device
-
-        parallel.start(device(args) == 'cpu')
-        run_here(args)
-        parallel.finish()
-    elif args.n_GPUs > 1:
-        if not args.cpu and (found := parallel.gpus()) < args.n_GPUs:
-            raise UserError(f'--n_GPUs {args.n_GPUs}: this host has {found}; give as many or fewer, or --cpu.')
-        parallel.launch(os.path.abspath(__file__), args.n_GPUs, argv)  # noqa: PTH100
-    else:
-        run_here(args)
+    script = os.path.abspath(__file__)  # noqa: PTH100
+    parallel.share(script, argv, args.n_GPUs, args.cpu, lambda: run_here(args))
 
 
 def run_here(args: Namespace) -> None:
@@ -214,8 +204,8 @@ def score(args: Namespace, folder: RunFolder) -> None:
 def test(args: Namespace, folder: RunFolder) -> None:
     """Score a network on the test sets, and enlarge the Demo folder."""
     from data.outputs import claim
-    from enlarge import enlarge_folder, find_photos
     from evaluation import SHEET_ROWS, table, timed
+    from photo.demo import enlarge_folder, find_photos
     from report import attention
     from report.run import describe, facts, show_attention
     from system import parallel
@@ -388,7 +378,7 @@ def write_report(
 
 def saved_images(args: Namespace, folder: RunFolder, evaluation: Evaluation) -> dict[str, list[Saved]]:
     """The enlarged images that a run left in its folder, by set."""
-    from enlarge import saved_photos
+    from photo.demo import saved_photos
 
     found = evaluation.saved()
     if 'Demo' in args.data_test and args.max_memory is None:  # which they might exceed

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         saved = {'net': [], **read_config(args.save_dir / args.load / 'config.txt')}
         for key, value in saved.items():
             if key in args and key not in NOT_RESTORED:  # numbers as text, to be checked like typed ones
+                _check_kind(args.load, key, value, parser.get_default(key))
                 parser.set_defaults(**{key: str(value) if type(value) in (int, float) else value})
     chop = args.chop
     args = parser.parse_args(argv)
@@ -63,6 +65,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         network_settings(args)  # which complains
         args.save = args.save or _default_name(args)
     return args
+
+
+def _check_kind(run: str, key: str, value: object, default: object) -> None:
+    """Refuse what is no number or no switch in config.txt where there is one; texts are checked like typed ones."""
+    kinds = {bool: (bool,), int: (int, float, str), float: (int, float, str)}.get(type(default))
+    if kinds and type(value) not in kinds:
+        raise UserError(f'config.txt of the run {run} has {key}: {json.dumps(value)}, which cannot be: mend that line.')
 
 
 def apply_detected_network(args: argparse.Namespace, name: str, scale: int, settings: Mapping[str, object]) -> None:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ['weights']:
             return get_weights(build_weights_parser().parse_args(argv[1:]))
         return run(build_parser().parse_args(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         return report_error(error, '--debug' in argv)
     except KeyboardInterrupt:
         print('Interrupted: the same command goes on where this one stopped.', file=sys.stderr)

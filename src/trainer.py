@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoint import RunFolder
 from data.traindata import Failure, Sample, WorkerDied, whole_batches
-from error import UserError
+from error import NotFiniteError, UserError
 from evaluation import table
 from loss import Loss
 from metric import METRICS
@@ -164,17 +164,24 @@ class Trainer:
         self.not_finite = 0  # how many batches in a row had a loss that is not finite
         self.unusable: set[str] = set()  # names of images that could not be read, each warned of once
         self.saved = self.saved_before = ''
-        self.proven = True  # whether a finite loss has followed the latest state
+        self.proven = True  # whether the latest state has led to a loss that a step was made on
         self.rewound = False  # whether --resume went back, and nothing is saved yet
         self.log: list[dict[str, Any]] = []
 
     def resume(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state` gave; hyperparameters stay those of `optimizer`."""
-        step = self.train_step
         try:
-            load_optimizer(step.optimizer, state['optimizer'])
-        except (ValueError, KeyError) as error:
-            raise UserError(f'The optimiser of {self.run.folder} does not fit ({error}): start another run.') from error
+            self._restore(state)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f'The state in {self.run.folder} is not one that can be continued ({error!r}): start another run.'
+            ) from error
+        self.saved, self.proven = self._place(), False
+        self.saved_before = 'the state before it' if self.run.holds_state_before() else ''
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        step = self.train_step
+        load_optimizer(step.optimizer, state['optimizer'])
         if step.ema and state['average']:
             step.ema.load(state['average'])
         if state['scaler']:
@@ -187,7 +194,6 @@ class Trainer:
         fresh, self.partial = self._fresh().totals, EpochStats(**state['partial'])
         if self.partial.totals.keys() != fresh.keys():  # the terms of the loss have changed
             self.partial.totals, self.partial.learned = fresh, 0
-        self.saved = self._place()
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
         """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
@@ -367,7 +373,13 @@ class Trainer:
         self.run.keep_folder()
         ema = self.train_step.ema
         with ema.applied() if ema else nullcontext():
-            results = self.evaluate(self.epoch + 1)
+            try:
+                results = self.evaluate(self.epoch + 1)
+            except NotFiniteError as error:
+                if self.model.dtype != torch.float32:  # which is said to be a cure
+                    raise
+                said = f'What the weights of epoch {self.epoch + 1} give is not finite'
+                raise UserError(f'{said}; {self._advice()}') from error
         log.info('%s', table(results))
         return results
 
@@ -404,7 +416,7 @@ class Trainer:
         """
         loss = values['total']
         self.not_finite = 0 if math.isfinite(loss) else self.not_finite + 1
-        self.proven |= not self.not_finite
+        self.proven |= bool(values['applied'])
         where = f'in epoch {self.epoch + 1}, on patches of {self._names(numbers)}'
         if self.not_finite and not self._weights_are_finite():
             raise UserError(f'The loss is {loss} {where}, and so are weights; {self._advice()}')

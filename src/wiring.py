@@ -31,6 +31,7 @@ from model.tiles.tiling import MeanTiler, Tiler
 from muon import hidden_matrices
 from networks import shown
 from optimizer import Schedule, make_optimizer
+from options.kinds import at_home
 from options.table import ROOT, setting_option
 from step import TrainStep
 from system import parallel
@@ -69,7 +70,7 @@ def weights_file(args: Namespace, option: str = 'pre_train') -> Path:
     if given == 'download':
         with parallel.main_process_first():
             return fetch_official(official_weights(args), args.extend, read_weights)
-    path = Path(given).expanduser()
+    path = at_home(given)
     if not path.is_file():
         path = args.extend / path
     if not path.is_file():

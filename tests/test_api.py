@@ -191,10 +191,21 @@ def test_weights_by_path_and_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         load('Bicubic_x9', 'cpu')
 
 
-@pytest.mark.parametrize('device', ['gpu', 'cpu:x', 'xla'])
-def test_a_device_that_is_not_there(device: str) -> None:
+@pytest.mark.parametrize('device', ['gpu', 'cpu:x', 'xla', None])
+def test_a_device_that_is_not_there(device: str | None) -> None:
     with pytest.raises(UserError, match=f'device {device} cannot be used here: give auto or cpu'):
         load('Bicubic_x2', device)
+
+
+def test_bicubic_at_another_scale_than_its_name_says():
+    assert load('Bicubic_x2', scale=2).scale == 2
+    with pytest.raises(UserError, match=r'Bicubic_x2 holds weights of Bicubic x2, not x4: leave the scale out'):
+        load('Bicubic_x2', scale=4)
+
+
+def test_weights_of_a_name_that_cannot_be():
+    with pytest.raises(UserError, match='no such file of weights'):
+        load('x' * 5000)
 
 
 @pytest.mark.parametrize('tiles', [20, 0, -1, 'all', 3.5, True])

@@ -1,8 +1,10 @@
+import io
 import json
 import logging
 import math
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from checkpoint import RunFolder, finite, start_screen
 from error import UserError, WriteError
@@ -293,3 +296,16 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('x')
     with pytest.raises(UserError, match=r'file/run cannot be written .*--save_dir'):
         RunFolder(tmp_path / 'file' / 'run').start_log()
+
+
+def test_a_message_takes_the_place_of_a_progress_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    start_screen()
+    with tqdm(total=2, desc='bar', file=terminal, ncols=40, leave=False):
+        logging.getLogger('frugalsr').info('said')
+    bar, blank, said, *_ = re.split('[\r\n]', terminal.getvalue().lstrip('\r'))
+    assert bar.startswith('bar:')
+    assert not blank.strip()
+    assert said == 'said'

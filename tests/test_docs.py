@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import app
+import enlarge
 import main
 import networks
 import option
@@ -46,6 +47,9 @@ RUN = {
 }
 # Only read by the parser of their program.
 READ = {
+    'python src/enlarge.py photo.jpg': 'tests/test_enlarge.py has it',
+    'python src/enlarge.py HOLIDAY -o BIG --scale 2 --format jpg': 'tests/test_enlarge.py has it',
+    'python src/enlarge.py HOLIDAY -r -o BIG --fit 3840x2160': 'tests/test_enlarge.py has it',
     'python src/main.py --template ATD_x2 --n_GPUs 4 --amp bf16 --dir_data DATA': 'wants four GPUs',
     'python src/main.py --template ASID_x4 --pre_train ASID_x4.pt --dir_data DATA --data_train SR291': 'trains long',
     'python src/main.py --costs --model all --scale 2+3+4': 'measures for half an hour',
@@ -88,6 +92,7 @@ NOT_CHECKED = {
     'bash test.sh full': 'runs this test',
     'bash tests/gpu/run.sh OUT': 'wants a GPU; tests/test_gpu_rehearsal.py rehearses it',
     'bash tests/gpu/pack.sh': 'wants the reference data',
+    'bash demo.sh league --dir_data DATA': 'trains for a day; tests/test_league.py has it',
     'bash tests/speedrun.sh DATA': 'trains for an hour; tests/test_speedrun.py has it',
     'PYTHONPATH=src python tests/gpu/measure_latency.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
     'PYTHONPATH=src python tests/gpu/measure_step.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
@@ -161,7 +166,7 @@ def test_commands_that_run(places, monkeypatch, capsys):
 @pytest.mark.parametrize('command', READ)
 def test_commands_that_are_read(command, places):
     _, program, *arguments = words(command, places)
-    parsers = {'prepare.py': prepare, 'results.py': results, 'app.py': app}
+    parsers = {'enlarge.py': enlarge, 'prepare.py': prepare, 'results.py': results, 'app.py': app}
     if Path(program).name == 'main.py':
         option.parse(arguments)
     elif arguments[:1] == ['weights']:

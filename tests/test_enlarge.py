@@ -1,181 +1,408 @@
+import errno
 import os
+import re
+import shutil
+import struct
 import subprocess
 import sys
+from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.image import Photo, bytes_to_read, read_photo, write_png
-from enlarge import check_fits, enlarge_folder, enlarged
-from error import UserError
-from model import Model
-from model.tiles.tiling import Tiler
-from tests.conftest import ROOT, slow
-from tests.data.test_profile import cmyk_profile
+import enlarge
+from data.frames import Series, read_frames, read_series
+from data.image import read_photo, write_png
+from data.imresize import resize, upscale_bicubic
+from error import WriteError
+from photo.metadata import made_by
+from tests.conftest import ROOT, picture
 
-RNG = np.random.default_rng(0)
-
-
-@pytest.mark.parametrize('scale', [2, 3])
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_alpha_in_parts_is_alpha_as_a_whole(scale, dtype):
-    peak = np.iinfo(dtype).max
-    color = RNG.integers(0, peak, (70, 40, 3), endpoint=True).astype(dtype)
-    alpha = RNG.integers(1, peak, (70, 40), endpoint=True).astype(dtype)
-    model = Model('Bicubic', scale, tiler=Tiler(24, 8, 2))
-    parts = list(enlarged(model, Photo(color, alpha, grey=False)))
-    assert len(parts) > 3
-    sr = np.concatenate(parts)
-    plain = Model('Bicubic', scale).upscale(alpha[..., None].repeat(3, 2))
-    assert np.array_equal(sr[..., 3], plain[..., 0])
-    assert np.abs(sr[..., :3].astype(int) - Model('Bicubic', scale).upscale(color)).max() <= 1
+PLAIN = ['--cpu', '--model', 'Bicubic']
 
 
-def test_grey_stays_grey():
-    grey = RNG.integers(0, 256, (9, 8, 1)).astype(np.uint8)
-    (rows,) = enlarged(Model('Bicubic', 2), Photo(grey.repeat(3, 2), None, grey=True))
-    assert rows.shape == (18, 16)
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Photographs in a folder and in one in it, in several formats."""
+    folder = tmp_path / 'photos'
+    write_png(folder / 'a.png', picture(0, 9, 12))
+    Image.fromarray(picture(1, 10, 8)).save(folder / 'b.jpg')
+    (folder / 'deeper').mkdir()
+    Image.fromarray(picture(2, 8, 8)).save(folder / 'deeper' / 'a.tif')
+    return folder
 
 
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_grey_with_alpha_stays_grey(tmp_path, dtype):
-    """As enlarged by a network that makes colours of it; with its grey profile."""
-    peak, icc = np.iinfo(dtype).max, bytes(16) + b'GRAY' + bytes(108)
-    pixels = RNG.integers(0, peak, (9, 8, 2), endpoint=True).astype(dtype)
-    write_png(tmp_path / 'photos' / 'a.png', pixels, icc)
-    model = Model('EDSR-baseline', 2, n_feats=4, n_resblocks=1)
-    enlarge_folder(model, tmp_path / 'photos', tmp_path / 'out')
-    path = tmp_path / 'out' / 'a_x2_SR.png'
-    photo = read_photo(path)
-    assert photo.grey
-    assert (photo.icc, photo.color.dtype) == (icc, dtype)
-    assert path.read_bytes()[25] == 4  # PNG's colour type of grey and alpha
-    bicubic = Model('Bicubic', 2).upscale(pixels[..., [1, 1, 1]])[..., 0]
-    assert np.array_equal(photo.alpha, bicubic)
+def run(*options: object) -> int:
+    return enlarge.main([*map(str, options), *PLAIN])
 
 
-def test_what_a_png_file_says_of_its_colours_is_kept(tmp_path):
-    chunks = {b'cICP': bytes((12, 13, 0, 1)), b'gAMA': (45455).to_bytes(4, 'big')}
-    write_png(tmp_path / 'photos' / 'a.png', np.zeros((5, 6, 3), np.uint8), chunks=chunks)
-    enlarge_folder(Model('Bicubic', 2), tmp_path / 'photos', tmp_path / 'out')
-    assert read_photo(tmp_path / 'out' / 'a_x2_SR.png').chunks == chunks
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
 
 
-def test_further_frames_and_pipes_are_told(tmp_path, messages):
-    frames = [Image.new('RGB', (6, 5), colour) for colour in ('red', 'green', 'blue')]
-    (tmp_path / 'photos').mkdir()
-    frames[0].save(tmp_path / 'photos' / 'a.webp', save_all=True, append_images=frames[1:], lossless=True)
-    os.mkfifo(tmp_path / 'photos' / 'b.png')
-    enlarge_folder(Model('Bicubic', 2), tmp_path / 'photos', tmp_path / 'out')
-    assert f'{tmp_path}/photos/a.webp: only the first of its 3 images is read' in messages
-    assert 'Left out, no image files of a known kind: b.png' in messages
-    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['a_x2_SR.png']
+def error_of(capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    """What a run that fails says, in one line."""
+    assert run(*options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith('Error: ')
+    assert said.count('\n') == 1
+    return said
 
 
-def test_an_image_too_large_to_be_read_within_the_limit_is_named(tmp_path):
-    write_png(tmp_path / 'a.png', np.zeros((50, 60, 3), np.uint8))
-    check_fits(tmp_path / 'a.png', 10**12)
-    with pytest.raises(UserError, match=r'a\.png: .* larger --max_memory'):
-        check_fits(tmp_path / 'a.png', 10**6)
+def test_a_file_beside_its_source(photos):
+    assert run(photos / 'a.png') == 0
+    sr = read_photo(photos / 'a_x4.png').color
+    expected = upscale_bicubic(picture(0, 9, 12), 4)  # which rounds and cuts between its passes
+    assert np.abs(sr.astype(int) - expected).max() <= 6
 
 
-MEMORY = """
-import sys
-sys.path.insert(0, {source!r})
-from system.allocator import tune_malloc
-tune_malloc()
-from system import memory
-{setup}
-before = memory.start_peak('cpu')
-{work}
-print(memory.peak('cpu') - before)
-"""
+def test_a_tree_of_folders(photos, tmp_path):
+    assert run(photos, '-r', '-o', tmp_path / 'big', '--scale', 2, '--format', 'jpg') == 0
+    assert names(tmp_path / 'big') == ['a_x2.jpg', 'b_x2.jpg', 'deeper/a_x2.jpg']
+    assert (
+        run(photos, '-o', tmp_path / 'flat', '--scale', 3, '--format', 'same', '--name', '{scale}-{width}-{stem}') == 0
+    )
+    assert names(tmp_path / 'flat') == ['3-24-b.jpg', '3-36-a.png']
 
 
-def taken(setup: str, work: str) -> int:
-    """Bytes that a piece of a program takes, in a process of its own."""
-    program = MEMORY.format(source=str(ROOT / 'src'), setup=setup, work=work)
-    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def test_patterns_and_a_file_that_is_named(photos, tmp_path):
+    assert run(f'{photos}/*.jpg', photos / 'deeper', '-o', tmp_path / 'big') == 0
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png']
+    assert run(photos / 'a.png', '-o', tmp_path / 'mine.webp') == 0
+    with Image.open(tmp_path / 'mine.webp') as image:
+        assert (image.format, image.size) == ('WEBP', (48, 36))
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')
 @pytest.mark.parametrize(
-    'kind',
-    ['grey', 'jpeg', *slow('rgb', 'cmyk', 'profile', 'webp', 'palette', 'clear', 'deep', 'tif', 'planes')],
+    ('options', 'name', 'steps', 'size'),
+    [
+        ('--scale 1.5', 'a_x1.5', [2], (14, 18)),  # 13.5 is rounded up
+        ('--width 30', 'a_30x23', [3], (23, 30)),
+        ('--fit 60x45', 'a_60x45', [3, 2], (45, 60)),
+        ('--scale 8', 'a_x8', [4, 2], (72, 96)),
+        ('--fit 8x8', 'a_8x6', [], (6, 8)),
+    ],
 )
-def test_reading_takes_no_more_than_is_said(tmp_path, kind):
-    low = RNG.integers(0, 256, (1500, 2000, 4)).astype(np.uint8)
-    suffixes = {'jpeg': 'jpg', 'cmyk': 'jpg', 'profile': 'jpg', 'webp': 'webp', 'tif': 'tif', 'planes': 'tif'}
-    path = tmp_path / f'a.{suffixes.get(kind, "png")}'
-    if kind == 'deep':
-        write_png(path, low.astype(np.uint16) * 257)
-    elif kind == 'tif':
-        import tifffile
+def test_any_size(photos, capsys, options, name, steps, size):
+    assert run(photos / 'a.png', *options.split()) == 0
+    expected = picture(0, 9, 12)
+    for scale in steps:
+        expected = upscale_bicubic(expected, scale)
+    found = read_photo(photos / f'{name}.png').color
+    assert found.shape[:2] == size
+    assert np.abs(found.astype(int) - resize(expected, *size)).max() <= 6  # several times so
+    assert ('made smaller' in capsys.readouterr().out) == (not steps)
 
-        tifffile.imwrite(path, low[..., :3].astype(np.uint16), photometric='rgb')
-    elif kind == 'planes':
-        import tifffile
 
-        planes = np.moveaxis(low.astype(np.uint16), 2, 0)
-        tifffile.imwrite(path, planes, photometric='rgb', planarconfig='separate', extrasamples=['unassalpha'])
-    elif kind in ('cmyk', 'profile'):
-        icc = cmyk_profile() if kind == 'profile' else None
-        Image.fromarray(low[..., :3]).convert('CMYK').save(path, icc_profile=icc)
-    elif kind == 'palette':
-        Image.fromarray(low[..., :3]).quantize(16).save(path)
+def test_what_is_done_is_not_done_again(photos, tmp_path, capsys):
+    command = (photos, '-r', '-o', tmp_path / 'big', '--format', 'jpg')
+    run(*command)
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / 'big').rglob('*.jpg')}
+    assert len(first) == 3
+    assert run(*command) == 0
+    assert '3 were done before' in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+
+    def changed() -> set[str]:
+        return {path.name for path, before in first.items() if path.stat().st_mtime_ns != before}
+
+    os.utime(photos / 'b.jpg', ns=(1, 2**62))  # the photograph is newer now
+    assert run(*command) == 0
+    assert changed() == {'b_x4.jpg'}
+    first = {path: path.stat().st_mtime_ns for path in first}
+    os.utime(photos / 'b.jpg', ns=(1, 1))
+    assert run(*command, '--quality', 50) == 0  # other settings
+    assert changed() == {'a_x4.jpg', 'b_x4.jpg'}
+    first = {path: path.stat().st_mtime_ns for path in first}
+    assert run(*command, '--quality', 50, '--again') == 0
+    assert len([path for path, before in first.items() if path.stat().st_mtime_ns != before]) == 3
+
+
+def test_results_are_not_enlarged_in_their_turn(photos, tmp_path):
+    for _ in range(2):
+        assert run(photos, '-r', '--scale', 2) == 0
+        assert run(photos, '-r', '-o', photos / 'big', '--scale', 3) == 0
+        assert run(f'{photos}/*.png', '--scale', 2) == 0
+    assert names(photos) == [
+        'a.png', 'a_x2.png', 'b.jpg', 'b_x2.png', 'big/a_x3.png', 'big/b_x3.png', 'big/deeper/a_x3.png', 'deeper/a.tif',
+        'deeper/a_x2.png',
+    ]  # fmt: skip
+
+
+def test_the_folder_of_results_is_left_out_whatever_is_in_it(photos):
+    write_png(photos / 'big' / 'foreign.png', picture(3, 8, 8))
+    assert run(photos, '-r', '-o', photos / 'big', '--scale', 2) == 0
+    assert 'big/big/foreign_x2.png' not in names(photos)
+
+
+def empty_bmp() -> bytes:
+    return b'BM' + struct.pack('<IHHI IiiHHIIiiII', 54, 0, 0, 54, 40, 0, 5, 1, 24, *[0] * 6)
+
+
+def cut_gif(path: Path) -> None:
+    """An animation whose last frame is not whole."""
+    path.write_bytes(animation(path).read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'words'),
+    [
+        ('text.jpg', b'no image', 'text.jpg (8 bytes) is not an image'),
+        ('empty.png', b'', 'empty.png (0 bytes) is not an image'),
+        ('size0.bmp', empty_bmp(), 'size0.bmp (54 bytes) is not an image'),
+        ('size0.gif', b'GIF89a' + bytes(7) + b';', 'size0.gif (14 bytes) is not an image'),
+        ('cut.png', None, 'cut.png cannot be read'),
+        ('cut.gif', cut_gif, 'cut.gif cannot be read'),
+        ('circle.png', 'circle.png', 'circle.png'),
+        ('nowhere.png', 'missing.png', 'nowhere.png does not exist'),
+        ('pipe.png', os.mkfifo, 'pipe.png is not a file'),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path, capsys, name, content, words):
+    """Alone and beside another one, which is enlarged."""
+    write_png(tmp_path / 'good.png', picture(0, 9, 12))
+    path = tmp_path / name
+    if content is None:
+        path.write_bytes((tmp_path / 'good.png').read_bytes()[:-60])
+    elif callable(content):
+        content(path)
+    elif isinstance(content, str):
+        path.symlink_to(content)
     else:
-        Image.fromarray(low if kind == 'clear' else low[..., 0] if kind == 'grey' else low[..., :3]).save(path)
-    setup = 'from pathlib import Path; from data.image import read_photo, fill_hidden; import scipy.ndimage'
-    work = f'photo = read_photo(Path({str(path)!r}))\nif photo.alpha is not None: fill_hidden(photo.color, photo.alpha)'
-    used, said = taken(setup, work), bytes_to_read(path)
-    assert read_photo(path).color.nbytes < used
-    assert used < said * 1.05 + 2**23  # and what libraries take once
+        path.write_bytes(content)
+    said = error_of(capsys, path, '-o', tmp_path / 'big')
+    assert '1 of 1 images could not be enlarged' in said
+    assert words in said
+    assert names(tmp_path / 'big') == [] or not (tmp_path / 'big').exists()
+    assert words in error_of(capsys, tmp_path / 'good.png', path, '-o', tmp_path / 'big')
+    assert names(tmp_path / 'big') == ['good_x4.png']
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')
-def test_a_limit_of_memory_is_held(tmp_path):
-    """The image at x4 has 92 MB, as floats 369, and in one piece the network would take much more."""
-    write_png(tmp_path / 'photos' / 'a.png', RNG.integers(0, 256, (1200, 1600, 3)).astype(np.uint8))
-    options = (
-        f'--model EDSR-baseline --cpu --n_feats 32 --n_resblocks 1 --scale 4 --test_only --data_test Demo --dir_demo '
-        f'{tmp_path}/photos --max_memory {{}}M --save_dir {tmp_path}/runs --save demo --pre_train {tmp_path}/net.pt'
-    )
-    setup = (
-        'import torch, main; from model import build; '
-        f"torch.save(build('EDSR-baseline', 4, n_feats=32, n_resblocks=1).state_dict(), {str(tmp_path / 'net.pt')!r}); "
-        'used = memory.in_use("cpu") >> 20'
-    )
-    for more in (360, 480):
-        work = f'main.main({options!r}.format(used + {more}).split())'
-        assert taken(setup, work) <= more * 2**20
-        (tmp_path / 'runs' / 'demo' / 'results-Demo' / 'a_x4_SR.png').unlink()
+def test_a_bad_file_is_named_at_the_end(photos, tmp_path, capsys):
+    (photos / '0.jpg').write_text('no image')
+    (photos / 'z.png').write_bytes(b'')
+    said = error_of(capsys, photos, '-o', tmp_path / 'big')
+    assert '2 of 4 images could not be enlarged' in said
+    assert '0.jpg (8 bytes)' in said
+    assert 'z.png (0 bytes)' in said
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png']
 
 
-def test_an_image_that_does_not_fit_is_named_and_no_other_is_lost(tmp_path, monkeypatch):
-    for i in range(5):
-        write_png(tmp_path / 'photos' / f'{i}.png', np.full((9, 20 if i == 1 else 8, 3), 9, np.uint8))
-    model = Model('Bicubic', 2)
-    plain = model.rows
+def test_a_full_disk_leaves_what_was_done_whole(photos, tmp_path, capsys, monkeypatch):
+    for i in range(6):
+        write_png(photos / f'c{i}.png', picture(i, 8, 8))
+    plain, written, lock = os.fsync, [], Lock()
 
-    def rows(image):
-        if image.shape[1] == 20:
-            raise UserError('too large.')
-        yield from plain(image)
+    def fsync(descriptor: int) -> None:
+        with lock:
+            if written and Path(f'/proc/self/fd/{descriptor}').readlink().suffix == '.tmp':
+                raise OSError(errno.ENOSPC, 'No space left on device')
+            written.append(descriptor)
+        plain(descriptor)
 
-    monkeypatch.setattr(model, 'rows', rows)
-    with pytest.raises(UserError, match=r'^1 of 5 images could not be enlarged: \S*1\.png: too large\.$'):
-        enlarge_folder(model, tmp_path / 'photos', tmp_path / 'out')
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == [f'{i}_x2_SR.png' for i in (0, 2, 3, 4)]
+    monkeypatch.setattr(os, 'fsync', fsync)
+    said = error_of(capsys, photos, '-o', tmp_path / 'big')
+    assert 'of 8 images could not be enlarged' in said
+    assert 'The disk is full' in said
+    monkeypatch.undo()
+    assert len(names(tmp_path / 'big')) == 1
+    assert run(photos, '-o', tmp_path / 'big') == 0
+    assert len(names(tmp_path / 'big')) == 8
 
 
-def test_memory_that_was_freed_counts_as_room(tmp_path):
-    """The allocator keeps it, unless asked."""
-    write_png(tmp_path / 'a.png', np.zeros((50, 60, 3), np.uint8))
-    setup = 'import torch; from pathlib import Path; from enlarge import check_fits; used = memory.in_use("cpu")'
-    work = (
-        'blocks = [torch.ones(2**20) for _ in range(50)]; last = torch.ones(9); del blocks; '
-        f'check_fits(Path({str(tmp_path / "a.png")!r}), used + 2**26)'
-    )
-    assert taken(setup, work) > 2**27
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        ('none.jpg', ['none.jpg', 'does not exist']),
+        ('{photos}/*.gif', ['*.gif', 'does not exist']),
+        ('{photos} -o {photos}/x.png', ['x.png', '2 photographs', 'folder']),
+        ('{photos}/a.png -o x.bmp', ['x.bmp', 'bmp is not written']),
+        ('{photos}/a.png -o x.png --format jpg', ['x.png', '--format']),
+        ('{photos}/a.png --name a --format same', ['would replace']),
+        ('{photos}/a.png --name b --format jpg', ['b.jpg', 'not made by this program']),
+        ('{photos} --name x', ['a.png', 'b.jpg', 'would both become', '--name']),
+        ('{photos} {photos}/deeper -o {photos}/big', ['would both become']),
+        ('{photos}/a.png --name {{size}}', ['{size}', '{stem}']),
+        ('{photos}/a.png --name ../x', ['../x', 'without folders']),
+        ('{photos}/a.png --name {{stem.x}}', ['{stem.x}', '{width}']),
+        ('{photos}/a.png --scale 0', ['--scale', "'0'", 'above 0']),
+        ('{photos}/a.png --scale 9', ['--scale', "'9'", 'at most 8']),
+        ('{photos}/a.png --width 0', ['--width', "'0'"]),
+        ('{photos}/a.png --fit 100', ['--fit', "'100'", '3840x2160']),
+        ('{photos}/a.png --fit 9x9 --scale 2', ['--scale', '--fit', 'one of them']),
+        ('{photos}/a.png --quality 101', ['--quality', "'101'", 'at most 100']),
+        ('{photos}/a.png -o {photos}/b.jpg/x', ['could not be written']),
+        ('{photos}/a.png --max_memory 9M', ['--max_memory']),
+        ('{photos}/a.png --fit 999x999', ['a.png', '83.25 times', '8 times']),
+        ('{photos}/a.png --background pinkish', ['--background', 'pinkish']),
+        ('{photos}/a.png --weights x.pt', ['--model and --weights']),
+        ('{photos}/a.png --scaal 2', ['unknown option --scaal', '--scale']),
+        ('', ['PHOTO']),
+    ],
+)
+def test_mistakes_are_one_sentence_and_nothing_is_written(photos, capsys, options, words):
+    before = names(photos)
+    said = error_of(capsys, *options.format(photos=photos).split())
+    assert [word for word in words if word.lower() not in said.lower()] == []
+    assert names(photos) == before
+
+
+def test_a_file_of_another_program_is_not_replaced(photos, capsys):
+    write_png(photos / 'a_x4.png', picture(5, 6, 6))
+    before = (photos / 'a_x4.png').read_bytes()
+    assert 'was not made by this program' in error_of(capsys, photos / 'a.png')
+    assert (photos / 'a_x4.png').read_bytes() == before
+    assert run(photos / 'a.png', '--again') == 0
+    assert made_by(photos / 'a_x4.png').startswith('FrugalSR Bicubic_x4 ')
+
+
+def test_a_side_beyond_jpeg_is_told(tmp_path, capsys):
+    write_png(tmp_path / 'long.png', np.zeros((1, 9000, 3), np.uint8))
+    said = error_of(capsys, tmp_path / 'long.png', '--scale', 8, '--format', 'jpg')
+    assert '72000x8 pixels do not fit into jpg' in said
+    assert 'png, tif' in said
+
+
+def test_weights_that_do_not_reach_are_told(photos, capsys):
+    assert enlarge.main([str(photos / 'a.png'), '--cpu', '--model', 'ATD-light', '--scale', '5']) == 2
+    assert 'no two of the weights' in capsys.readouterr().err
+
+
+def test_any_file_of_weights(photos):
+    """The same network by its name in models/ and by its file gives the same pixels."""
+    for options in ('--weights ASID_x2.pt --name file', '--model ASID --name name'):
+        assert enlarge.main([str(photos / 'a.png'), '--cpu', '--scale', '2', *options.split()]) == 0
+    assert np.array_equal(read_photo(photos / 'file.png').color, read_photo(photos / 'name.png').color)
+
+
+def test_interrupted_and_continued(photos, tmp_path, capsys, monkeypatch):
+    import photo.engine
+
+    plain = photo.engine.read_frames
+
+    def read(path: Path):
+        if path.name == 'b.jpg':
+            raise KeyboardInterrupt
+        return plain(path)
+
+    monkeypatch.setattr(photo.engine, 'read_frames', read)
+    assert run(photos, '-r', '-o', tmp_path / 'big') == 130
+    assert 'Interrupted: the same command goes on' in capsys.readouterr().err
+    assert names(tmp_path / 'big') == ['a_x4.png']
+    monkeypatch.undo()
+    assert run(photos, '-r', '-o', tmp_path / 'big') == 0
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png', 'deeper/a_x4.png']
+
+
+def test_an_error_of_writing_has_its_cause(tmp_path):
+    """By which a full disk is told from other faults."""
+    from system.files import write_atomic
+
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(WriteError) as caught:
+        write_atomic(tmp_path / 'file' / 'x', b'')
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def animation(path: Path, count: int = 3) -> Path:
+    frames = [Image.fromarray(picture(i, 9, 12)) for i in range(count)]
+    frames = [frame.quantize(16) for frame in frames] if path.suffix == '.gif' else frames
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[50, 70, 90][:count], loop=0)
+    return path
+
+
+@pytest.mark.parametrize('suffix', ['gif', 'webp', 'png'])
+@pytest.mark.parametrize('format', ['png', 'webp', 'gif'])
+def test_animations_go_on_moving(tmp_path, suffix, format):
+    """Every frame as if it were alone."""
+    path = animation(tmp_path / f'a.{suffix}')
+    assert run(path, '--scale', 2, '--format', format, '--name', 'big') == 0
+    assert read_series(tmp_path / f'big.{format}') == Series(((18, 24),) * 3, 0)
+    pairs = zip(read_frames(path), read_frames(tmp_path / f'big.{format}'), strict=True)
+    for (photo, duration), (big, shown) in pairs:
+        assert shown == duration
+        expected = upscale_bicubic(photo.color, 2).astype(int)
+        assert np.abs(big.color - expected).mean() < (2 if format == 'png' else 16)
+
+
+@pytest.mark.parametrize(
+    ('options', 'name', 'pages', 'said'),
+    [
+        ('', 'a_x2.tif', 2, ''),
+        ('--format same', 'a_x2.tif', 2, ''),
+        ('--format jpg', 'a_x2.jpg', 1, 'jpg has one image, the first of its 2; tif keeps all'),
+        ('--format png', 'a_x2.png', 1, 'png has one image, the first of its 2; tif keeps all'),
+    ],
+)
+def test_pages_of_a_tiff(tmp_path, capsys, options, name, pages, said):
+    """Each by its own size."""
+    first, second = Image.fromarray(picture(0, 9, 12)), Image.fromarray(picture(1, 7, 5))
+    first.save(tmp_path / 'a.tif', save_all=True, append_images=[second])
+    assert run(tmp_path / 'a.tif', '--scale', 2, *options.split()) == 0
+    assert said in capsys.readouterr().out
+    assert read_series(tmp_path / name).sizes == ((18, 24), (14, 10))[:pages]
+
+
+def test_frames_as_pages_and_a_first_frame_alone(tmp_path, capsys):
+    path = animation(tmp_path / 'a.gif')
+    assert run(path, '--format', 'tif') == 0
+    assert read_series(tmp_path / 'a_x4.tif') == Series(((36, 48),) * 3)
+    assert 'tif keeps its 3 images, but not how long each is shown' in capsys.readouterr().out
+    assert run(path, '--format', 'jpg') == 0
+    assert 'jpg has one image, the first of its 3; png, webp and gif keep the animation' in capsys.readouterr().out
+
+
+def test_an_animation_that_is_done_is_not_done_again(tmp_path, capsys):
+    path = animation(tmp_path / 'a.gif')
+    for again in range(2):
+        assert run(path, '--format', 'same') == 0
+        assert ('1 were done before' in capsys.readouterr().out) == bool(again)
+    assert names(tmp_path) == ['a.gif', 'a_x4.gif']
+
+
+def test_a_seamless_texture_is_another_result(photos):
+    assert run(photos / 'a.png', '--scale', 2) == 0
+    plain = read_photo(photos / 'a_x2.png').color.astype(int)
+    assert run(photos / 'a.png', '--scale', 2, '--seamless') == 0  # other settings: made anew
+    seamless = read_photo(photos / 'a_x2.png').color.astype(int)
+    tiled = np.tile(picture(0, 9, 12), (3, 3, 1))
+    expected = upscale_bicubic(tiled, 2)[18:36, 24:48].astype(int)
+    assert np.abs(seamless - expected).max() <= 6
+    assert np.abs(plain - seamless).max() > 6
+
+
+def test_photographs_with_loss_get_the_weights_made_for_them(photos, tmp_path, capsys, monkeypatch):
+    models = tmp_path / 'models'
+    models.mkdir()
+    for name in ('ASID_x2', 'ASID-photo_x2'):
+        shutil.copy(ROOT / 'models' / 'ASID_x2.pt', models / f'{name}.pt')
+    monkeypatch.setattr(enlarge, 'ROOT', tmp_path)
+    assert enlarge.main([str(photos), '-o', str(tmp_path / 'big'), '--scale', '2', '--cpu']) == 0
+    said = capsys.readouterr().out
+    assert 'x2, JPEG and lossy WebP: ASID-photo_x2.pt, made for such photographs' in said
+    assert 'x2, clean images: ASID_x2.pt' in said
+    assert made_by(tmp_path / 'big' / 'b_x2.png').startswith('FrugalSR ASID-photo_x2 ')
+    assert made_by(tmp_path / 'big' / 'a_x2.png').startswith('FrugalSR ASID_x2 ')
+
+
+def test_a_file_of_weights_is_loaded_once(photos, monkeypatch):
+    import model.loading.weights as loading
+
+    plain, read = loading.read_weights, []
+
+    def read_weights(path: Path, *arguments):
+        read.append(path)
+        return plain(path, *arguments)
+
+    monkeypatch.setattr(loading, 'read_weights', read_weights)
+    assert enlarge.main([str(photos), '--cpu', '--scale', '2', '--weights', 'ASID_x2.pt']) == 0
+    assert len(read) == 1
+
+
+def test_missing_packages_are_one_sentence(photos):
+    command = [sys.executable, '-S', str(ROOT / 'src' / 'enlarge.py'), str(photos / 'a.png')]  # -S: only Python's own
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r'Error: \w+ is missing in .*: use \.venv/bin/python, or pip install .*\n', done.stderr)

@@ -12,11 +12,11 @@ from tests.conftest import ROOT
 
 # From above to below, modules and packages of src/: each imports what stands in its own line or below it.
 ORDER = (
-    ('app', 'prepare', 'results', 'tables'),
+    ('app', 'enlarge', 'league', 'prepare', 'results', 'tables'),
     ('web',),
     ('main',),
     ('api',),
-    ('trainer', 'enlarge', 'export', 'wiring'),
+    ('trainer', 'photo', 'export', 'wiring'),
     ('evaluation', 'step'),
     ('checkpoint', 'report', 'measure'),
     ('data', 'model', 'loss'),
@@ -182,16 +182,16 @@ def test_an_import_by_dots_is_found(tmp_path: Path) -> None:
 
 def test_a_circle_is_found(tmp_path: Path) -> None:
     late = 'def late():\n    from {} import f'
-    files = {'trainer.py': late.format('enlarge'), 'enlarge.py': late.format('export'), 'export.py': 'import trainer'}
+    files = {'trainer.py': late.format('wiring'), 'wiring.py': late.format('export'), 'export.py': 'import trainer'}
     (fault,) = faults_of(tmp_path, files)
     assert fault.endswith(': a circle')
-    assert all(name in fault for name in ('trainer', 'enlarge', 'export'))
+    assert all(name in fault for name in ('trainer', 'wiring', 'export'))
 
 
 def test_types_alone_make_no_circle(tmp_path: Path) -> None:
-    files = {'trainer.py': 'import enlarge', 'enlarge.py': TYPES + 'from trainer import Trainer'}
+    files = {'trainer.py': 'import wiring', 'wiring.py': TYPES + 'from trainer import Trainer'}
     assert faults_of(tmp_path, files) == []
-    files['enlarge.py'] = TYPES + 'pass\nelse:\n    from trainer import Trainer'
+    files['wiring.py'] = TYPES + 'pass\nelse:\n    from trainer import Trainer'
     (fault,) = faults_of(tmp_path, files)
     assert fault.endswith(': a circle')
 

@@ -1,10 +1,12 @@
 """The program as a user runs it."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -503,10 +505,10 @@ def test_a_full_disk_names_every_photograph(data_folder, photos, capsys):
 def test_a_photograph_too_large_for_memory_does_not_keep_the_others(data_folder, photos, capsys, monkeypatch, error):
     plain = model.Model.rows
 
-    def rows(self, image):
+    def rows(self, image, *report):
         if image.shape[0] == 1:
             raise error
-        return plain(self, image)
+        return plain(self, image, *report)
 
     monkeypatch.setattr(model.Model, 'rows', rows)
     assert demo(data_folder, photos) == 2
@@ -664,6 +666,12 @@ def malice(name: str) -> Callable[[Path], None]:
     return lambda folder: torch.save({'model': Malice(folder / 'proof')}, folder / name)
 
 
+def not_finite(folder: Path) -> None:
+    state = torch.load(folder / 'runs/edsr/model/model_best.pt', weights_only=True)
+    state['head.0.weight'][0, 0, 0, 0] = torch.nan
+    torch.save(state, folder / 'w.pt')
+
+
 def wrong_lr(folder: Path) -> None:
     write_png(folder / 'data' / 'SR291' / 'LR_bicubic' / 'X2' / '0002x2.png', picture(0, 9, 8))
 
@@ -757,6 +765,21 @@ BAD = {
         edit('runs/edsr/model/model_best.pt', half), f'{TEST_EDSR} --pre_train FOLDER/runs/edsr/model/model_best.pt',
         ['model_best.pt', 'damaged'],
     ),
+    'weights that are not finite': (
+        not_finite, f'{TEST_EDSR} --pre_train FOLDER/w.pt', ['w.pt', 'head.0.weight', 'not finite'],
+    ),
+    'training from weights that are not finite': (
+        not_finite, f'{EDSR} --pre_train FOLDER/w.pt', ['w.pt', 'head.0.weight', 'not finite'],
+    ),
+    'weights of a user who is none': (
+        nothing, f'{TEST_EDSR} --pre_train ~nobody.here/w.pt', ['~nobody.here/w.pt', 'without ~'],
+    ),
+    'images of a user who is none': (
+        nothing, f'{BICUBIC} --scale 2 --data_test Demo --dir_demo ~nobody.here', ['~nobody.here', 'without ~'],
+    ),
+    'a folder whose name cannot be': (
+        nothing, f'{BICUBIC} --scale 2 --data_test Demo --dir_demo FOLDER/{"x" * 300}', ['x' * 300],
+    ),
     'no state dict': (put('w.pt', [1, 2]), f'{TEST_EDSR} --pre_train FOLDER/w.pt', ['w.pt', 'no state dict']),
     'a run in the way': (nothing, f'{EDSR} --save edsr', ['runs/edsr', '--load edsr', '--reset', '--save']),
     'no such run': (nothing, '--load none', ['FOLDER/runs/none', 'edsr, lcoan']),
@@ -779,6 +802,14 @@ BAD = {
     'numbers that are none': (
         edit('runs/edsr/config.txt', lambda text: text.replace(b'\nlr: ', b'\nlr: -')), '--load edsr',
         ['--lr', "'-0.0"],
+    ),
+    'null for a number': (
+        edit('runs/edsr/config.txt', lambda text: re.sub(rb'\nlr: .*', b'\nlr: null', text)), '--load edsr',
+        ['run edsr', 'lr: null', 'mend'],
+    ),
+    'a text for a switch': (
+        edit('runs/edsr/config.txt', lambda text: re.sub(rb'\nssim: .*', b'\nssim: "no"', text)), '--load edsr',
+        ['run edsr', 'ssim: "no"', 'mend'],
     ),
     'a range that is none': (
         edit('runs/edsr/config.txt', lambda text: re.sub(rb'data_range: .*', b'data_range: 5', text)), '--load edsr',
@@ -818,6 +849,26 @@ def test_bad_input(trained, capsys, monkeypatch, trouble):
     assert {name: after.get(name) for name in before} == before
     assert [name for name in set(after) - set(before) if not name.startswith('runs/new') and 'LR_' not in name] == []
     assert not (trained / 'runs' / 'new' / 'state.pt').exists()
+
+
+@pytest.mark.parametrize('command', ['Demo --dir_demo FOLDER/data/SR291/HR', 'FOLDER/data/SR291/HR', 'SR291'])
+def test_a_folder_that_may_not_be_read(trained, capsys, monkeypatch, command):
+    folder = trained / 'data' / 'SR291' / 'HR'
+
+    def refuse(path: Path, *args: object) -> None:
+        raise PermissionError(errno.EACCES, 'Permission denied', str(folder))
+
+    monkeypatch.setattr(Path, 'iterdir', refuse)
+    typed = f'{BICUBIC} --scale 2 --save new --data_test {command}'.replace('FOLDER', str(trained))
+    assert main.main(arguments(trained / 'data', typed)) == 2
+    said = f'Error: {folder} cannot be used (Permission denied): check the path and its permissions.\n'
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_of_the_system_that_names_no_file_is_none_of_the_users(monkeypatch):
+    monkeypatch.setattr(main, 'run', lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, 'Input/output error')))
+    with pytest.raises(OSError, match='Input/output error'):
+        main.main([])
 
 
 def test_a_test_in_the_folder_of_a_training_run_leaves_the_run_whole(trained):
@@ -863,6 +914,17 @@ def test_the_status_of_the_process(tmp_path):
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr == f"Error: Unknown network 'Foo': choose one of {', '.join(networks.MODELS)}.\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('closed', ['2>&-', '>&- 2>&-'])
+def test_closed_output_ends_nothing(tmp_path, closed):
+    """As in a task of cron that closes it: no file is opened in its place, and the work is done."""
+    write_png(tmp_path / 'HR' / 'a.png', picture(0, 8, 9))
+    command = [sys.executable, ROOT / 'src' / 'main.py', '--model', 'Bicubic', '--scale', '2', '--test_only', '--cpu']
+    more = ['--data_test', 'Demo', '--dir_demo', tmp_path / 'HR', '--save_dir', tmp_path, '--save', 'run']
+    line = f'{shlex.join(map(str, [*command, *more]))} {closed}'
+    assert subprocess.run(line, shell=True).returncode == 0
+    assert read_rgb(tmp_path / 'run' / 'results-Demo' / 'a_x2_SR.png').shape == (16, 18, 3)
 
 
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path):

@@ -386,6 +386,35 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize('name', ['lr', 'save', 'epochs', 'template', 'data_test', 'patch_schedule', 'help'])
+def test_two_dashes_are_no_value(name):
+    """Python up to 3.12 takes them for an empty list."""
+    with pytest.raises(UserError, match=f'^Argument --{name}: -- is no value; '):
+        parse([f'--{name}=--'])
+
+
+@pytest.mark.parametrize('name', ['pad_to', 'batch_size', 'patch_size', 'patch_schedule', 'n_feats', 'save_every'])
+def test_numbers_that_no_library_takes(name):
+    with pytest.raises(UserError, match=f'^Argument --{name}: .*is not a '):
+        parse([f'--{name}', str(10**20)])
+
+
+@pytest.mark.parametrize('name', ['dir_demo', 'dir_data', 'save_dir', 'score', 'extend'])
+def test_an_empty_path_is_not_the_current_folder(name):
+    """As of a variable of the shell that is not set."""
+    with pytest.raises(UserError, match=f"^Argument --{name}: '' is not a path"):
+        parse([f'--{name}', ''])
+
+
+def test_a_path_from_a_folder_that_was_deleted(tmp_path, monkeypatch):
+    gone = tmp_path / 'gone'
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UserError, match=r'^photos: the folder that this shell is in was deleted: '):
+        parse(['--dir_demo', 'photos'])
+
+
 @pytest.mark.parametrize('name, text', BAD)
 def test_out_of_range(name, text):
     values = text.split(' ') if name == 'betas' else [text]

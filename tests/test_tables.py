@@ -18,15 +18,16 @@ def test_the_table_of_losses_is_up_to_date():
 
 
 def test_the_page_of_options_is_up_to_date():
-    assert tables.OPTIONS.read_text() == table.page(), 'run python src/tables.py'
+    assert tables.OPTIONS.read_text() == tables.options_page(), 'run python src/tables.py'
 
 
 def test_the_page_depends_on_nothing_of_this_machine(monkeypatch):
-    page = table.page()
+    page = tables.options_page()
+    assert '\n## src/enlarge.py\n' in page
     assert str(table.ROOT) not in page
     monkeypatch.setattr('os.cpu_count', lambda: 1)
     monkeypatch.setenv('COLUMNS', '30')
-    assert table.page() == page
+    assert tables.options_page() == page
 
 
 def test_settings_are_shown_as_in_the_papers():

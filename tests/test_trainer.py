@@ -374,6 +374,36 @@ def test_a_run_that_diverges_keeps_a_state_from_before(data_folder, capsys):
     assert metrics(run)[-1]['loss']['total'] < 1.5 * metrics(run)[0]['loss']['total']
 
 
+def test_a_run_whose_tests_are_not_finite_keeps_a_state_from_before(data_folder, capsys):
+    """Its epochs are too short for ten losses in a row that are not finite."""
+    run = train(data_folder, EDSR)
+    before = state(run)
+    assert main.main(arguments(data_folder, '--load run --epochs 9 --lr 1e20 --test_every 6 --save_every 1')) == 2
+    said = 'the weights of epoch 2 give is not finite; epoch 1 is kept: --load run continues it, with a lower --lr'
+    assert said in capsys.readouterr().err
+    assert equal(state(run)['model'], before['model'])
+
+
+def test_a_loaded_state_that_leads_to_nothing_gives_way_to_the_one_before(data_folder, capsys):
+    """As after a kill right after a step at such a rate had been saved."""
+    run = train(data_folder, EDSR)
+    before = state(run)
+    (run / 'state.pt').rename(run / 'state_before.pt')
+    far = before | {'model': {key: 1e30 * value for key, value in before['model'].items()}}
+    torch.save(far, run / 'state.pt')
+    assert main.main(arguments(data_folder, '--load run --epochs 2')) == 2
+    assert 'the state before it is kept: --load run continues it' in capsys.readouterr().err
+    assert equal(state(run)['model'], before['model'])
+
+
+@pytest.mark.parametrize('broken', [{'partial': {}}, {'optimizer': None}, {'epoch': 'one'}])
+def test_a_state_of_another_form_is_not_continued(data_folder, capsys, broken):
+    run = train(data_folder, EDSR)
+    torch.save(state(run) | broken, run / 'state.pt')
+    assert main.main(arguments(data_folder, '--load run --epochs 2')) == 2
+    assert f'The state in {run} is not one that can be continued' in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_at_once_keeps_no_state(data_folder, capsys):
     assert main.main(arguments(data_folder, EDSR, '--lr 1e30 --test_every 30 --save_every 1 --save run')) == 2
     assert 'start again with a lower --lr' in capsys.readouterr().err

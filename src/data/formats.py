@@ -12,43 +12,66 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from data.limit import pillow_allows
-from data.png import HEAD_BYTES, is_png16, read_chunks, read_png16
+from data.png import HEAD_BYTES, check_whole, is_png16, read_chunks, read_png16
 from data.profile import cmyk_to_rgb
 from data.source import Source, note, reading, swaps_sides, upright
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
-FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.gif')
+FORMATS = ('PNG', 'JPEG', 'BMP', 'TIFF', 'WEBP', 'GIF')
 TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how such a file begins
 MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr')  # of Pillow, that convert to 8 bits
-ANIMATED = ('PNG', 'TIFF', 'WEBP')  # the other images of a JPEG file are none of its own: thumbnails, gain maps
+SEVERAL = ('PNG', 'TIFF', 'WEBP', 'GIF')  # the other images of a JPEG file are none of its own: thumbnails, gain maps
 MAX_PIXELS = 2**28
 OPAQUE, CONVERTED, PROFILED, WEBP, CLEAR, DEEP = 8, 13, 18, 22, 40, 46  # bytes a pixel while an image is read, measured
 
 
 @contextmanager
 def open_image(path: Path) -> Iterator[Source]:
-    """A PNG, JPEG, BMP, TIFF or WebP file, open within this block.
+    """A PNG, JPEG, BMP, TIFF, WebP or GIF file, open within this block.
 
     Raises:
         UserError: the file is missing, damaged, larger than MAX_PIXELS, or holds something else, floats for example.
     """
     with reading(path), pillow_allows(MAX_PIXELS), path.open('rb') as file:
-        head = file.read(HEAD_BYTES)
-        try:
-            image: ImageFile | None = Image.open(file, formats=FORMATS)  # seeks to the start itself
-        except UnidentifiedImageError:
-            if not head.startswith(TIFF):
-                raise
-            image = None
-        if image is None or _is_beyond_pillow(image):
-            from data.tiff import open_tiff  # tifffile is rarely needed
+        yield source_of(path, file, identify(file))
 
-            source = open_tiff(path, file)
-        else:
-            source = _open_with_pillow(image, file, is_png16(head))
-        if source.width * source.height > MAX_PIXELS:
-            raise ValueError(f'{source.width} x {source.height} pixels, at most {MAX_PIXELS} are allowed')
-        yield source
+
+def identify(file: BinaryIO) -> ImageFile | None:
+    """An open file as Pillow has it; None: a TIFF file of a kind that it does not know.
+
+    Raises:
+        UnidentifiedImageError: it is no file of FORMATS.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)  # seeks to the start itself
+    except UnidentifiedImageError:
+        file.seek(0)
+        if not file.read(4).startswith(TIFF):
+            raise
+        return None
+
+
+def source_of(path: Path, file: BinaryIO, image: ImageFile | None, page: int = 0) -> Source:
+    """An image of a file that was identified: the first one, or of a TIFF file any page.
+
+    Raises:
+        ValueError: it is larger than MAX_PIXELS, or what decoders raise.
+    """
+    if image is not None and page:
+        image.seek(page)
+    if image is None or _is_beyond_pillow(image):
+        from data.tiff import open_tiff  # tifffile is rarely needed
+
+        source = open_tiff(path, file, page)
+    else:
+        place = file.tell()
+        file.seek(0)
+        head = file.read(HEAD_BYTES)
+        file.seek(place)
+        source = _open_with_pillow(image, file, is_png16(head))
+    if source.width * source.height > MAX_PIXELS:
+        raise ValueError(f'{source.width} x {source.height} pixels, at most {MAX_PIXELS} are allowed')
+    return source
 
 
 def _is_beyond_pillow(image: ImageFile) -> bool:
@@ -67,14 +90,7 @@ def _is_beyond_pillow(image: ImageFile) -> bool:
 
 def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
     """A file that Pillow opened as `file`; `deep`: it is a PNG file of 16 bits a channel."""
-    chunks: dict[bytes, bytes] = {}
-    if image.format == 'PNG':
-        place = file.tell()
-        chunks, late = read_chunks(file)
-        file.seek(place)
-        if late:  # as Pillow itself finds once it has decoded the pixels
-            with suppress(Exception):  # what is damaged there does not touch the pixels
-                image.info.update(Image.open(BytesIO(late), formats=('PNG',)).info)
+    chunks = png_chunks(image, file) if image.format == 'PNG' else {}
     frames = _count_frames(image)
     orientation = orientation_of(image)
     width, height = image.size
@@ -86,6 +102,8 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
             file.seek(0)
             return upright(read_png16(file.read()), orientation)
         samples = _read_8bit(image)
+        if image.format == 'PNG' and (image.info.get('interlace') or _ends_in_zeros(image)):
+            check_whole(file)
         # Pillow has turned a TIFF file then, and says so.
         return upright(samples, orientation_of(image) if isinstance(image, TiffImageFile) else orientation)
 
@@ -93,6 +111,25 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
         width, height = height, width
     icc = None if image.mode == 'CMYK' else image.info.get('icc_profile')
     return Source(height, width, read, DEEP if deep else _pixel_bytes(image), frames, icc, chunks)
+
+
+def png_chunks(image: ImageFile, file: BinaryIO) -> dict[bytes, bytes]:
+    """What a PNG file that Pillow opened says of its colours, by chunk; the image is told what stands after the pixels.
+
+    Pillow itself finds that only once it has decoded them.
+    """
+    place = file.tell()
+    chunks, late = read_chunks(file)
+    file.seek(place)
+    if late:
+        with suppress(Exception):  # what is damaged there does not touch the pixels
+            image.info.update(Image.open(BytesIO(late), formats=('PNG',)).info)
+    return chunks
+
+
+def _ends_in_zeros(image: ImageFile) -> bool:
+    """Whether the last row is what Pillow leaves of one that the file lacks."""
+    return image.crop((0, image.height - 1, *image.size)).getbbox(alpha_only=False) is None
 
 
 def _pixel_bytes(image: ImageFile) -> int:
@@ -104,7 +141,7 @@ def _pixel_bytes(image: ImageFile) -> int:
 
 
 def _count_frames(image: ImageFile) -> int:
-    if image.format not in ANIMATED:
+    if image.format not in SEVERAL:
         return 1
     try:
         return getattr(image, 'n_frames', 1)

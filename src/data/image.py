@@ -56,7 +56,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_photo(path: Path) -> Photo:
-    """Reads the first image of a PNG, JPEG, BMP, TIFF or WebP file, turned as its EXIF orientation says.
+    """Reads the first image of a PNG, JPEG, BMP, TIFF, WebP or GIF file, turned as its EXIF orientation says.
 
     PNG and TIFF with 16 bits a channel give uint16 in [0, 65535], everything else uint8 in [0, 255]. CMYK becomes sRGB
     by its colour profile. Where there are more images, a warning says so.
@@ -68,16 +68,16 @@ def read_photo(path: Path) -> Photo:
         samples = source.read()
         if source.frames > 1:
             note(f'only the first of its {source.frames} images is read')
-        return _as_photo(samples, source.icc, source.chunks, source.frames)
+        return as_photo(samples, source.icc, source.chunks, source.frames)
 
 
-def _as_photo(
+def as_photo(
     samples: np.ndarray,
     icc: bytes | None,
     chunks: Mapping[bytes, bytes] = MappingProxyType({}),
     frames: int = 1,
 ) -> Photo:
-    """(H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
+    """A photograph of samples (H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
     channels = samples.shape[2]
     grey = channels < 3
     color = samples[..., :1].repeat(3, axis=2) if grey else np.ascontiguousarray(samples[..., :3])
@@ -91,9 +91,13 @@ def read_rgb(path: Path) -> np.ndarray:
     Raises:
         UserError: as in `read_photo`.
     """
-    color = read_photo(path).color
+    return eight_bits(read_photo(path).color)
+
+
+def eight_bits(samples: np.ndarray) -> np.ndarray:
+    """uint8 as it is, uint16 rounded to uint8."""
     # 65535 = 255 * 257, and 257 is odd: adding half of it before the division rounds without ties.
-    return color if color.dtype == np.uint8 else ((color.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return samples if samples.dtype == np.uint8 else ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -132,7 +136,7 @@ def from_pillow(image: Image.Image) -> Photo:
         raise UserError(
             f'This image of Pillow cannot be used ({error}): convert it to RGB, RGBA, L or I;16.'
         ) from error
-    return _as_photo(samples, image.info.get('icc_profile'))
+    return as_photo(samples, image.info.get('icc_profile'))
 
 
 def to_pillow(samples: np.ndarray, icc: bytes | None = None) -> Image.Image:

@@ -112,7 +112,7 @@ def _find_in(folder: Path, hr: Sequence[Path], scale: int) -> dict[Path, Path]:
     if strange := [str(file) for file in doubtful if read_origin(file) is None]:
         raise UserError(
             f'No HR image goes by the name of {some(strange)}: the LR of {hr[0].name} is called '
-            f'{home / hr[0].stem}{ending}.png (or jpg, bmp, tif, webp); rename LR, and move away what is none.'
+            f'{home / hr[0].stem}{ending}.png (or jpg, bmp, tif, webp, gif); rename LR, and move away what is none.'
         )
     return found
 

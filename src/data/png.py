@@ -6,6 +6,8 @@ Follows the PNG specification, third edition (https://www.w3.org/TR/png-3/): chu
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import chain
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -21,6 +23,9 @@ CHUNK_BYTES = 2**16  # written at a time, or more
 DEFLATE_RATIO = 1032  # deflate never packs more bytes into one
 # Section 8.1: first row and column, and steps, of the pixels that each pass holds.
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+KEPT, REPLACED = 0, 0  # section 11.3.6.2: the next frame is drawn on this one, which replaces what was there
+TOO_SHORT = 'the PNG file holds less image data than its header declares'
+ONE_PASS = ((0, 0, 1, 1),)
 FRAMES = (b'IDAT', b'acTL', b'fcTL', b'fdAT')  # chunks with pixels, and what arranges them into an animation
 COLORS = {b'cICP': 4, b'cHRM': 32, b'gAMA': 4, b'sRGB': 1, b'mDCV': 24, b'cLLI': 8}  # what colours mean, and its bytes
 
@@ -49,8 +54,8 @@ def read_png16(data: bytes) -> np.ndarray:
         elif name == b'IDAT':
             packed.append(body)
     height, width, channels, interlaced = _shape(header)
-    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
-    shapes = [(len(range(y, height, down)), len(range(x, width, right)), channels) for y, x, down, right in passes]
+    passes = ADAM7 if interlaced else ONE_PASS
+    shapes = [(*sides, channels) for sides in _pass_sides(height, width, passes)]
     parts = list(_reduced_images(b''.join(packed), shapes))
     if not interlaced:
         image = parts[0].astype(np.uint16)
@@ -59,6 +64,41 @@ def read_png16(data: bytes) -> np.ndarray:
         for (y, x, down, right), part in zip(passes, parts, strict=True):
             image[y::down, x::right] = part
     return image if key is None else _with_alpha(image, key)
+
+
+def check_whole(file: BinaryIO) -> None:
+    """Make sure that a PNG file of at most 8 bits a channel lacks no rows, which Pillow would make black.
+
+    Raises:
+        ValueError: it does.
+    """
+    unpacker, left = zlib.decompressobj(), 0
+    file.seek(len(SIGNATURE))
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack('>I4s', head)
+        end = file.tell() + length
+        if name == b'IHDR':
+            left = _filtered_bytes(file.read(13))
+        while name == b'IDAT' and left > 0 and (packed := file.read(min(CHUNK_BYTES, end - file.tell()))):
+            while packed and left > 0:
+                left -= len(unpacker.decompress(packed, CHUNK_BYTES))
+                packed = unpacker.unconsumed_tail
+        file.seek(end + 4)
+    if left > len(unpacker.flush()):
+        raise ValueError(TOO_SHORT)
+
+
+def _filtered_bytes(header: bytes) -> int:
+    """How many bytes of filtered rows an image has that the IHDR chunk declares."""
+    width, height, depth, color_type, _, _, interlaced = struct.unpack('>IIBBBBB', header)
+    bits = depth * CHANNELS.get(color_type, 1)  # a palette has one channel
+    sides = _pass_sides(height, width, ADAM7 if interlaced else ONE_PASS)
+    return sum(h * (1 + -(-w * bits // 8)) for h, w in sides if w)  # without columns there are no rows either
+
+
+def _pass_sides(height: int, width: int, passes: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+    """Rows and columns of the reduced image of each pass."""
+    return [(len(range(y, height, down)), len(range(x, width, right))) for y, x, down, right in passes]
 
 
 def read_chunks(file: BinaryIO) -> tuple[dict[bytes, bytes], bytes]:
@@ -102,17 +142,65 @@ def encode_png(
         icc: a colour profile to put in.
         chunks: others to put before the pixels, by name.
     """
-    packer, packed, above = zlib.compressobj(1), b'', None
-    for block in _blocks(rows):
-        if above is None:
-            _, width, channels = block.shape
-            shape = width, height, 8 * block.itemsize, COLOR_TYPES[channels], 0, 0, 0
-            yield SIGNATURE + _chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))
-            if icc is not None:
-                yield _chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc))
-            yield b''.join(_chunk(name, body) for name, body in chunks.items())
-            above = np.zeros(width * channels * block.itemsize, np.uint8)
+    blocks = _blocks(rows)
+    first = next(blocks)
+    yield _head(first, height, icc, chunks)
+    for packed in _packed(chain([first], blocks)):
+        yield _chunk(b'IDAT', packed)
+    yield _chunk(b'IEND', b'')
+
+
+def encode_apng(
+    frames: Iterable[tuple[np.ndarray, float]],
+    count: int,
+    plays: int,
+    icc: bytes | None = None,
+    chunks: Mapping[bytes, bytes] = MappingProxyType({}),
+) -> Iterator[bytes]:
+    """An animated PNG file in pieces (section 11.3.6), each of whose frames replaces the one before it.
+
+    Args:
+        frames: each as it is seen, all of one shape and type, as of `encode_png`, and for how many milliseconds.
+        count: how many there are.
+        plays: how often they are shown, 0 for ever.
+        icc, chunks: as of `encode_png`.
+    """
+    number = 0  # in the sequence of all fcTL and fdAT chunks
+    for at, (pixels, duration) in enumerate(frames):
+        height, width = pixels.shape[:2]
+        if at == 0:
+            (first, *_) = _blocks([pixels[:1]])
+            yield _head(first, height, icc, {b'acTL': struct.pack('>II', count, plays), **chunks})
+        delay = Fraction(min(duration / 1000, 65535)).limit_denominator(1000)
+        delay = delay if delay.numerator < 2**16 else Fraction(round(delay))
+        place = number, width, height, 0, 0, delay.numerator, delay.denominator
+        yield _chunk(b'fcTL', struct.pack('>IIIIIHHBB', *place, KEPT, REPLACED))
+        number += 1
+        for packed in _packed(_blocks([pixels])):
+            if at == 0:
+                yield _chunk(b'IDAT', packed)
+            else:
+                yield _chunk(b'fdAT', struct.pack('>I', number) + packed)
+                number += 1
+    yield _chunk(b'IEND', b'')
+
+
+def _head(block: np.ndarray, height: int, icc: bytes | None, chunks: Mapping[bytes, bytes]) -> bytes:
+    """What stands before the pixels, of which `block` are some rows."""
+    _, width, channels = block.shape
+    shape = width, height, 8 * block.itemsize, COLOR_TYPES[channels], 0, 0, 0
+    parts = [SIGNATURE, _chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))]
+    if icc is not None:
+        parts.append(_chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc)))
+    return b''.join(parts + [_chunk(name, body) for name, body in chunks.items()])
+
+
+def _packed(blocks: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """The rows of an image filtered and packed, in pieces of CHUNK_BYTES or more."""
+    packer, packed, above = zlib.compressobj(1), b'', np.zeros(0, np.uint8)
+    for block in blocks:
         pixels = np.ascontiguousarray(block, block.dtype.newbyteorder('>')).reshape(len(block), -1).view(np.uint8)
+        above = above if len(above) else np.zeros_like(pixels[0])
         filtered = np.empty((len(pixels), 1 + len(above)), np.uint8)
         filtered[:, 0] = UP
         np.subtract(pixels[0], above, out=filtered[0, 1:])
@@ -120,9 +208,9 @@ def encode_png(
         above = pixels[-1].copy()
         packed += packer.compress(filtered.data)
         if len(packed) > CHUNK_BYTES:
-            yield _chunk(b'IDAT', packed)
+            yield packed
             packed = b''
-    yield _chunk(b'IDAT', packed + packer.flush()) + _chunk(b'IEND', b'')
+    yield packed + packer.flush()
 
 
 def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -189,13 +277,13 @@ def _reduced_images(packed: bytes, shapes: Sequence[tuple[int, int, int]]) -> It
 def _inflate(packed: bytes, size: int) -> np.ndarray:
     """The first `size` bytes, uint8; never takes more memory than they do, or than the file's size allows."""
     if size > DEFLATE_RATIO * len(packed):
-        raise ValueError('the PNG file holds less image data than its header declares')
+        raise ValueError(TOO_SHORT)
     try:
         data = zlib.decompressobj().decompress(packed, size)
     except zlib.error as error:
         raise ValueError(f'the image data of the PNG file is damaged ({error})') from error
     if len(data) < size:
-        raise ValueError('the PNG file holds less image data than its header declares')
+        raise ValueError(TOO_SHORT)
     return np.frombuffer(data, np.uint8)
 
 

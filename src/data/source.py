@@ -2,6 +2,7 @@
 
 import logging
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class Source:
         width: of it.
         read: gives its pixels, upright: (H, W, C) uint8 or uint16, where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
         pixel_bytes: memory that this takes at most, bytes a pixel.
-        frames: how many images the file holds; only the first one is read.
+        frames: how many images the file holds, of which this is one.
         icc: the colour profile of these pixels.
         chunks: other statements on their colours, PNG chunks by name.
     """
@@ -68,6 +69,8 @@ def reading(path: Path) -> Iterator[None]:
     """Within this block `path` is read: errors become a `UserError` that names it, and so do notes and warnings."""
     token = _being_read.set(path)
     try:
+        if path.exists() and not path.is_file():  # such as a pipe, from which nothing may ever come
+            raise UserError(f'{path} is not a file: give an image file.')
         yield
     except UserError:
         raise
@@ -75,9 +78,9 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f'{path} does not exist: check the path.') from error
     except UnidentifiedImageError as error:
         found = f'{path} ({path.stat().st_size} bytes) is not an image that can be read'
-        raise UserError(f'{found}: replace it by a PNG, JPEG, BMP, TIFF or WebP file.') from error
+        raise UserError(f'{found}: replace it by a PNG, JPEG, BMP, TIFF, WebP or GIF file.') from error
     except Exception as error:  # on a damaged file the decoders raise nearly anything
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = textwrap.shorten(str(error), 200, placeholder=' ...') or type(error).__name__
         raise UserError(f'{path} cannot be read ({reason}): restore it, or save it again as PNG.') from error
     finally:
         _being_read.reset(token)

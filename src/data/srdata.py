@@ -143,14 +143,21 @@ class SRData:
             names = some([self.names[index] for index in changed])
             log.info('%s x%d: LR is made anew where its HR has changed: %s', self.name, self.scale, names)
         todo = sorted([*missing, *changed])
+        if old := [path for path, origin in origins.items() if path and origin and not origin.hr]:
+            log.warning(
+                '%s: an older version made the LR there, and kept no record of what from: remove it if HR has changed.',
+                some([*dict.fromkeys(str(path.parent) for path in old)]),
+            )
         for folder in {path.parent for index in todo if (path := self._lr[index])}:
             sweep(folder)
         errors = [error for error in self._each(pool, self._make_lr, todo, f'Making LR of {self.name}') if error]
         if errors:
             self._unwritten['LR images are kept in memory'] = errors[0]
-        self.lr_made = len(todo) + sum(origin is not None for origin in origins.values())
-        self.lr_border = self.border if self.lr_made else None
-        now = f', {len(todo)} of them now' if 0 < len(todo) < self.lr_made else ''
+        made_now = {*todo} - self._bad.keys()
+        made = made_now | {index for index, (origin, _) in found.items() if origin} - self._bad.keys()
+        self.lr_made = len(made)
+        self.lr_border = self.border if made else None
+        now = f', {len(made_now)} of them now' if 0 < len(made_now) < len(made) else ''
         places = some([str(folder) for folder in dict.fromkeys(path.parent for path in self._lr if path)]) or 'memory'
         log.info('%s x%d: LR made: %d of %d%s; in %s', self.name, self.scale, self.lr_made, len(self), now, places)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from error import UserError
+from error import NotFiniteError, UserError
 from model import (
     asid,
     atd,
@@ -34,7 +34,7 @@ from model.bicubic import Bicubic
 from model.common import NetworkSpec, reflect_pad, rgb_to_ycbcr, ycbcr_to_rgb
 from model.ops.graphed import Graphed
 from model.tiles.ensemble import self_ensemble
-from model.tiles.tiling import Tiler
+from model.tiles.tiling import Report, Tiler, unreported
 
 NETWORKS: dict[str, NetworkSpec] = {
     **bicubic.NETWORKS,
@@ -197,7 +197,7 @@ class Model(nn.Module):
         """(H, W, 3) uint8 or uint16 to (scale * H, scale * W, 3) of the same type: the `rows` together.
 
         Raises:
-            UserError: a result is not finite.
+            NotFiniteError: a result is not finite.
         """
         height, width, channels = image.shape
         sr, done = np.empty((height * self.scale, width * self.scale, channels), image.dtype), 0
@@ -207,13 +207,15 @@ class Model(nn.Module):
         return sr
 
     @torch.inference_mode()
-    def rows(self, image: np.ndarray) -> Iterator[np.ndarray]:
+    def rows(self, image: np.ndarray, report: Report = unreported) -> Iterator[np.ndarray]:
         """Rows of (H, W, 3) uint8 or uint16 enlarged, (some, scale * W, 3) of the same type from top to bottom.
+
+        `report` is told how many tiles are done and how many there are; what it raises ends the work.
 
         Leaves the network in evaluation mode.
 
         Raises:
-            UserError: a result is not finite.
+            NotFiniteError: a result is not finite.
         """
         self.net.eval()
         lr = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
@@ -223,7 +225,7 @@ class Model(nn.Module):
         def finish(rows: Tensor) -> Tensor:
             return self._checked(rows).mul_(peak).round_().clamp_(0, peak).to(lr.dtype)
 
-        for rows in self._pieces(upscale_tile, lr, finish):
+        for rows in self._pieces(upscale_tile, lr, finish, report):
             yield rows.permute(1, 2, 0).numpy()
 
     @torch.no_grad()
@@ -233,7 +235,7 @@ class Model(nn.Module):
         Leaves the network in evaluation mode.
 
         Raises:
-            UserError: a result is not finite.
+            NotFiniteError: a result is not finite.
         """
         self.net.eval()
         channels, height, width = image.shape
@@ -248,18 +250,25 @@ class Model(nn.Module):
         return sr
 
     def _pieces(
-        self, upscale_tile: Callable[[Tensor], Tensor], image: Tensor, finish: Callable[[Tensor], Tensor]
+        self,
+        upscale_tile: Callable[[Tensor], Tensor],
+        image: Tensor,
+        finish: Callable[[Tensor], Tensor],
+        report: Report = unreported,
     ) -> Iterator[Tensor]:
         """Rows of (3, H, W) enlarged, tile by tile or all at once; see `Tiler.rows`."""
         if self.tiler:
-            return self.tiler.rows(upscale_tile, image, self.scale, finish)
-        return iter([finish(upscale_tile(image.unsqueeze(0))[0].cpu())])
+            return self.tiler.rows(upscale_tile, image, self.scale, finish, report)
+        report(0, 1)
+        whole = finish(upscale_tile(image.unsqueeze(0))[0].cpu())
+        report(1, 1)
+        return iter([whole])
 
     def _checked(self, rows: Tensor) -> Tensor:
         """Float rows on the host, which as pixels would be black or white where they are not finite."""
         if not torch.stack(rows.aminmax()).isfinite().all():
             less = '' if self.dtype == torch.float32 else f', or compute in float32 instead of {type_name(self.dtype)}'
-            raise UserError(
+            raise NotFiniteError(
                 f'{self.name} x{self.scale} with {self.weights} gives values that are not finite: '
                 f'take other weights{less}.'
             )

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in the base class, but an unknown option is answered with those of a similar name."""
+        args = sys.argv[1:] if args is None else args
+        if lost := next((word for word in args if re.fullmatch('--[a-zA-Z_]+=--', word)), ''):
+            self.error(f'argument {lost[:-3]}: -- is no value')  # argparse would take it for an empty list
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             first = next((word for word in unknown if word.startswith('-')), unknown[0])
@@ -48,6 +52,23 @@ class Parser(argparse.ArgumentParser):
         name = word.partition('=')[0]
         near = difflib.get_close_matches(name, self._option_string_actions, 3, 0.75)
         return f', similar to {" and ".join(near)}' if near else ''
+
+    def page(self, without: str) -> str:
+        """What --help says of the options, in Markdown below a heading of the program, without a text such as a folder.
+
+        It depends on nothing of this machine but `without`.
+        """
+        formatter = self._get_formatter()
+        parts = [f'## src/{self.prog}']
+        for group in self._action_groups:
+            rows = [
+                f'- `{" ".join(formatter._format_action_invocation(action).split())}`: {formatter._expand_help(action)}'
+                for action in group._group_actions
+                if action.dest != 'help'
+            ]
+            if rows:
+                parts += [f'### {group.title}', '\n'.join(rows).replace(without, '')]
+        return '\n\n'.join(parts)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; {self.prog} --help lists the options.')
@@ -72,8 +93,9 @@ def number(kind: type, low: float, high: float = float('inf'), open_low: bool = 
     return parse
 
 
-count = number(int, 1)
-natural = number(int, 0)
+MOST = 10**9  # far beyond every use, and within what libraries take
+count = number(int, 1, MOST)
+natural = number(int, 0, MOST)
 positive = number(float, 0, 1e30, open_low=True)
 fraction = number(float, 0, 1)
 
@@ -157,9 +179,27 @@ def data_range(text: str) -> tuple[tuple[int, int], ...]:
 
 def weights(text: str) -> str:
     """A path to a file, made absolute so that a run can be continued from anywhere, or a name to look up."""
-    return str(folder(text)) if Path(text).expanduser().is_file() else text
+    return str(folder(text)) if at_home(text).is_file() else text
 
 
 def folder(text: str) -> Path:
     """A path, made absolute so that a run can be continued from anywhere."""
-    return Path(text).expanduser().absolute()
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path; the current folder is .")
+    path = at_home(text)
+    try:
+        return path.absolute()
+    except FileNotFoundError as error:
+        raise UserError(f'{text}: the folder that this shell is in was deleted: change to another one.') from error
+
+
+def at_home(path: str | Path) -> Path:
+    """A path, a home folder in place of ~.
+
+    Raises:
+        UserError: nobody has such a home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f'{path}: no such home folder is known: give the path without ~.') from error

@@ -150,7 +150,7 @@ def _add_test(g: Group) -> None:
     g.add_argument(
         '--pad_to',
         metavar='N',
-        type=count,
+        type=number(int, 1, 1024),
         default=1,
         help='continue images by reflection to multiples of N pixels before the network, in tests',
     )
@@ -570,21 +570,3 @@ GROUPS: dict[str, Callable[[Group], None]] = {
     'optimisation': _add_optimisation,
     'run folder': _add_run_folder,
 }
-
-
-def page() -> str:
-    """docs/OPTIONS.md: what --help says, in Markdown, with paths from the checkout."""
-    parser = build_parser()
-    formatter = parser._get_formatter()
-    parts = ['# Options of src/main.py', 'Written by `python src/tables.py` from what `--help` prints.']
-    for group in parser._action_groups:
-        options = [action for action in group._group_actions if action.dest != 'help']
-        if not options:
-            continue
-        rows = []
-        for action in options:
-            words = ' '.join(formatter._format_action_invocation(action).split())
-            text = formatter._expand_help(action).replace(f'{ROOT}{os.sep}', '')
-            rows.append(f'- `{words}`: {text}')
-        parts += [f'## {group.title}', '\n'.join(rows)]
-    return '\n\n'.join(parts) + '\n'

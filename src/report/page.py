@@ -15,6 +15,7 @@ from data.image import read_rgb, read_size
 from data.imresize import upscale_bicubic
 from error import UserError
 from metric import METRICS
+from report import pair
 from report.picture import centre
 
 MOST = 20  # images of a set
@@ -85,7 +86,8 @@ def page(
         *(_images(name, images, results.get(name, {}).get('images', {}), title) for name, images in saved.items()),
         _options(options, changed),
     ]
-    text = PAGE.format(title=escape(title), style=STYLE, script=SCRIPT, body='\n'.join(filter(None, parts)))
+    body = '\n'.join(filter(None, parts))
+    text = PAGE.format(title=escape(title), style=STYLE + pair.STYLE, script=pair.SCRIPT, body=body)
     return text.encode(errors='replace')  # a file's name may be no text
 
 
@@ -163,7 +165,7 @@ def _figure(image: Saved, scores: Mapping[str, float] | None, label: str) -> str
     score = f', {first.text_with_unit(scores[first.name])}' if scores else ''
     return f"""<figure style="width:{width}px">
 <div class="pair"><img src="{sources['sr']}" alt="{name}, {right}" width="{width}" height="{height}">{layers}
-<input type="range" min="0" max="100" step="any" value="50" autocomplete="off" aria-label="{name}: left or right">
+{pair.slider(f'{name}: left or right')}
 </div>
 <figcaption><b>{name}</b>{score}<br>{names} | {right}{choice}</figcaption>
 </figure>
@@ -223,23 +225,5 @@ img { display: block; max-width: 100%; height: auto; }
 figure { margin: 0; min-width: min(14rem, 100%); max-width: 100%; }
 figcaption { margin-top: .3rem; }
 figcaption label { display: block; width: fit-content; }
-.pair { --at: 50%; position: relative; width: fit-content; overflow: hidden; }
-.pair .left { position: absolute; inset: 0; width: 100%; height: 100%;
-  clip-path: inset(0 calc(100% - var(--at)) 0 0); }
-.pair::before, .pair::after { content: ''; position: absolute; z-index: 1; left: var(--at); pointer-events: none; }
-.pair::before { top: 0; bottom: 0; width: 2px; margin-left: -1px; background: #fff; box-shadow: 0 0 2px #000; }
-.pair::after { content: '\\2194'; top: 50%; width: 2rem; line-height: 2rem; margin: -1rem; border-radius: 1rem;
-  text-align: center; background: #fff; color: #000; box-shadow: 0 0 3px #000; }
-.pair:focus-within { outline: 3px solid #4a90ff; }
-.pair input { position: absolute; inset: 0 -1rem; width: calc(100% + 2rem); height: 100%; margin: 0; opacity: 0;
-  cursor: ew-resize; touch-action: pan-y; appearance: none; }
-.pair input::-webkit-slider-thumb { appearance: none; width: 2rem; height: 2rem; }
-.pair input::-moz-range-thumb { width: 2rem; height: 2rem; border: 0; }
 figure:has(:checked) .bicubic, figure:not(:has(:checked)) span.hr { display: none; }
-"""
-
-SCRIPT = """
-addEventListener('input', ({ target }) => {
-  if (target.type === 'range') target.parentElement.style.setProperty('--at', target.value + '%');
-});
 """

@@ -107,7 +107,13 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _check_there(path: Path) -> None:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+        if there:
+            path.open('rb').close()
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): check its permissions.') from error
+    if not there:
         raise UserError(f'No weights at {path}: check the path.')
 
 

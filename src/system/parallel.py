@@ -5,7 +5,7 @@ Started by torchrun, by srun (one task a GPU), or by `--n_GPUs N`, which calls t
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -17,8 +17,34 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from error import UserError, silence_closed
+from system.machine import best_device
 
 SLURM = {'RANK': 'SLURM_PROCID', 'WORLD_SIZE': 'SLURM_NTASKS', 'LOCAL_RANK': 'SLURM_LOCALID'}
+
+
+def share(script: str, argv: Sequence[str], processes: int, cpu: bool, work: Callable[[], None]) -> None:
+    """Do a program's work: as one of several processes if a launcher started it so, or in so many, or here alone.
+
+    Args:
+        script: the program, to be started anew for several processes.
+        argv: its options.
+        processes: how many share the work, on a GPU each; 0 and 1: this one alone.
+        cpu: leave GPUs alone.
+        work: what one process does.
+
+    Raises:
+        UserError: there are not as many GPUs; or what `work` raises.
+    """
+    if launched():
+        start(cpu or processes == 0 or best_device() == 'cpu')
+        work()
+        finish()
+    elif processes > 1:
+        if not cpu and (found := gpus()) < processes:
+            raise UserError(f'--n_GPUs {processes}: this host has {found}; give as many or fewer, or --cpu.')
+        launch(script, processes, argv)
+    else:
+        work()
 
 
 def launch(script: str, processes: int, argv: Sequence[str]) -> None:
@@ -51,7 +77,7 @@ def gpus() -> int:
 
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
-    if int(os.environ.get('SLURM_NTASKS', '1')) > 1 and 'SLURM_PROCID' in os.environ:
+    if int(os.environ.get('SLURM_NTASKS', '1')) > 1 and os.environ.keys() >= {*SLURM.values()}:
         for name, theirs in SLURM.items():
             os.environ.setdefault(name, os.environ[theirs])
         os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', 'localhost'))

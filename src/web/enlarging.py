@@ -1,75 +1,43 @@
-"""Image files enlarged one at a time, with any weights of a folder: what the page of app.py does, without the page."""
+"""An image file enlarged into another file: what the page of app.py does, without the page."""
 
-import logging
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import api
-from data.image import Photo, read_photo, read_size, write_png
-from enlarge import enlarged
+from data.frames import read_frames, read_series
+from data.image import Photo
 from error import UserError
 from model import Model
-from model.loading.detect import recognise
-from model.loading.weights import read_weights
+from model.tiles.tiling import Report
+from photo.engine import enlarged
+from photo.metadata import read_metadata
+from photo.targets import MADE
+from photo.writing import Colours, Format, check_size, keeps, write_frames, write_result
 from system.machine import best_device
 from system.numerics import set_numerics
+from web.choices import Choice
+from web.comparing import Comparison, compare
 
-log = logging.getLogger('frugalsr')
-
-SHOWN = 2_000_000  # pixels before and after are shown with, at most
+FORMATS = {'PNG': 'png', 'JPEG': 'jpg', 'WebP': 'webp', 'TIFF': 'tif'}  # as photo.writing calls them
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A network at a scale, and the file of its weights; None if it has none."""
-
-    network: str
-    scale: int
-    file: Path | None = None
-
-    @property
-    def weights(self) -> str:
-        """The name of the file."""
-        return self.file.name if self.file else 'none'
-
-    def __str__(self) -> str:
-        return f'{self.network} x{self.scale}' + (f' ({self.weights})' if self.file else '')
+class Stopped(Exception):
+    """The visitor does not want the image any more."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Files that show an image before and after at one size, the enlarged image, and a sentence about it."""
+    """The enlarged image, a sentence about it, and what shows it beside the original."""
 
-    before: Path
-    after: Path
     image: Path
     about: str
-
-
-def find_choices(folder: Path) -> list[Choice]:
-    """What the files of weights in `folder` hold, by network, scale and name, and bicubic after them.
-
-    Raises:
-        UserError: `folder` is not a folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f'--extend {folder} is not a folder: give a folder of weights.')
-    found = []
-    for file in sorted(folder.glob('*')):
-        if file.suffix in ('.pt', '.pth', '.safetensors'):
-            try:
-                state, _, description = read_weights(file)
-                network = recognise(state, description)
-                found.append(Choice(network.name, network.scale, file))
-            except UserError as error:
-                log.warning('%s is left out: %s', file, error)
-    found.sort(key=lambda choice: (choice.network, choice.scale))
-    return found + [Choice('Bicubic', scale) for scale in (2, 3, 4)]
+    shown: Comparison
 
 
 @lru_cache(maxsize=2)
@@ -80,42 +48,91 @@ def load(choice: Choice, cpu: bool) -> Model:
     return api.load(choice.file or f'{choice.network}_x{choice.scale}', device).model
 
 
-def enlarge(image: Path, choice: Choice, folder: Path, max_pixels: int, cpu: bool) -> Result:
-    """Enlarge an image file into a folder.
+def enlarge(
+    image: Path,
+    choice: Choice,
+    folder: Path,
+    format: str,
+    progress: Report,
+    stop: Callable[[], bool],
+    *,
+    max_pixels: int,
+    cpu: bool,
+) -> Result:
+    """Enlarge an image file into a folder, with all its images where the format holds them.
+
+    Args:
+        image: the file.
+        choice: what enlarges it.
+        folder: where the result goes, and what shows it.
+        format: of the result, a key of FORMATS.
+        progress: is told how many tiles are done, and how many there are.
+        stop: is asked after each tile whether to end.
+        max_pixels: of the result, millions.
+        cpu: leave the GPU alone.
 
     Raises:
-        UserError: no image, or a damaged one, or the result would have more than `max_pixels` million pixels.
+        UserError: no image, or a damaged one, or the result would have more than `max_pixels` million pixels or more
+            than the format holds; nothing was written.
+        Stopped: `stop` said so; nothing was written.
     """
-    (height, width), scale = read_size(image), choice.scale
-    pixels = height * width * scale**2 / 1e6
-    if pixels > max_pixels:
-        raise UserError(
-            f'{image} has {width}x{height} pixels, which x{scale} makes {pixels:,.1f} million; '
-            f'at most {max_pixels} million are allowed: give a smaller image.'
-        )
-    photo = read_photo(image)
+    series, name, scale = read_series(image), FORMATS[format], choice.scale
+    count = len(series.sizes) if keeps(name, series.plays) else 1
+    check_pixels(image, series.sizes[:count], scale, max_pixels)
+    try:
+        check_size(name, [(scale * height, scale * width) for height, width in series.sizes[:count]])
+    except UserError as error:
+        raise UserError(f'{image}: {error}') from error
     model = load(choice, cpu)
     start = time.perf_counter()
-    sr = np.concatenate(list(enlarged(model, photo)))
+    frames = read_frames(image)
+    photo, duration = next(frames)
+
+    def whole(photo: Photo, number: int) -> np.ndarray:
+        def report(done: int, total: int) -> None:
+            if stop():
+                raise Stopped
+            progress(number * total + done, count * total)
+
+        return np.concatenate(list(enlarged(model, photo, report)))
+
+    first = whole(photo, 0)
+
+    def results() -> Iterator[tuple[np.ndarray, float]]:
+        yield first, duration
+        for number, (other, shown) in zip(range(1, count), frames, strict=False):
+            yield whole(other, number), shown
+
+    result = folder / f'{image.stem}_x{scale}.{name}'
+    made = f'{MADE} {choice.file.stem if choice.file else choice.network}'
+    metadata = read_metadata(image).adapted(len(first), first.shape[1], made)
+    colours = Colours(photo.icc, photo.chunks)
+    if count > 1:
+        write_frames(results(), result, name, count, series.plays, colours, metadata, Format(name))
+    else:
+        write_result([first], result, name, len(first), colours, metadata, Format(name))
     seconds = time.perf_counter() - start
-    result = folder / f'{image.stem}_x{scale}.png'
-    write_png(result, sr, photo.icc, photo.chunks)
-    sizes = f'{width}x{height} to {sr.shape[1]}x{sr.shape[0]} pixels'
+    (height, width), images = series.sizes[0], f', {count} images,' if count > 1 else ''
+    sizes = f'{width}x{height} to {first.shape[1]}x{first.shape[0]} pixels{images}'
     about = f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
-    if photo.frames > 1:
-        about += f'; only the first of {photo.frames} images in the file'
-    return Result(*preview(photo, sr, folder), result, about)
+    if count < len(series.sizes):
+        about += f'; only the first of {len(series.sizes)} images in the file, as {format} holds one'
+    if colours.lost_in(name, photo.grey):
+        about += f'; without its colour profile, which {format} cannot hold: choose PNG for exact colours'
+    return Result(result, about, compare(photo, first, folder))
 
 
-def preview(photo: Photo, sr: np.ndarray, folder: Path) -> tuple[Path, Path]:
-    """Write an image, enlarged by bicubic interpolation, and its enlargement, both at a size that a browser likes."""
-    lr = photo.samples.squeeze(2) if photo.samples.shape[2] == 1 else photo.samples
-    height, width = sr.shape[:2]
-    share = min(1, (SHOWN / (height * width)) ** 0.5)
-    size = (max(1, round(width * share)), max(1, round(height * share)))
-    before, after = folder / 'before.png', folder / 'after.png'
-    for file, pixels in ((before, lr), (after, sr)):
-        eight = pixels if pixels.dtype == np.uint8 else (pixels // 257).astype(np.uint8)
-        shown = np.asarray(Image.fromarray(eight).resize(size, Image.Resampling.BICUBIC))
-        write_png(file, shown, photo.icc, photo.chunks)
-    return before, after
+def check_pixels(image: Path, sizes: tuple[tuple[int, int], ...], scale: int, max_pixels: int) -> None:
+    """Make sure that images of these sizes may be enlarged.
+
+    Raises:
+        UserError: the result would have too many pixels.
+    """
+    pixels = sum(map(prod, sizes)) * scale**2 / 1e6
+    if pixels > max_pixels:
+        height, width = sizes[0]
+        times = f'{len(sizes)} images of ' if len(sizes) > 1 else ''
+        raise UserError(
+            f'{image} has {times}{width}x{height} pixels, which x{scale} makes {pixels:,.1f} million; '
+            f'at most {max_pixels} million are allowed: give a smaller image.'
+        )

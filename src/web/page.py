@@ -1,121 +1,263 @@
 """The page of app.py, made with Gradio: what a visitor sees, and what happens on a click."""
 
-import html
-import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 
 from data.image import SUFFIXES
-from error import UserError
-from model.tiles.tiling import out_of_memory
-from web.enlarging import Choice, Result
+from error import WriteError
+from model.tiles.tiling import Report
+from report import pair
+from web import markup
+from web.choices import Choice, fitting, kinds_at
+from web.enlarging import FORMATS, Result
+from web.keeping import sweeping
 from web.visitors import COOKIE, Visitors
+from web.work import Line, State, work
 
 TITLE = 'FrugalSR'
 ABOUT = (
-    'Drop an image, choose a network, and have it enlarged. It stays on the machine that runs this page, no other '
-    'visitor is given it, and it is deleted after an hour.'
+    'Drop images, choose a network, and have them enlarged. They stay on the machine that runs this page, no other '
+    'visitor is given them, and they are deleted after an hour.'
 )
+KINDS = {
+    'clean': 'Clean: a sharp original without flaws, whose every detail is kept.',
+    'photo': 'Photo: from a camera or the web, with noise, blur or traces of JPEG, which are taken away.',
+}
 KEPT = 3600  # seconds
-WAITING = 20  # visitors at most
+WAITING = 20  # visitors in line, at most
+MOST = 20  # images at once
+PREVIEWED = 50  # million pixels of an image that a preview is made of, at most
 MB = 2**20
 
-Enlarge = Callable[[Path, Choice, Path], Result]
+Enlarge = Callable[[Path, Choice, Path, str, Report, Callable[[], bool]], Result]
+
+
+@dataclass
+class Visit:
+    """A page that is open: what stops its work."""
+
+    stop: Event | None = None
 
 
 def site(choices: Sequence[Choice], enlarge: Enlarge, folder: Path, max_upload: int) -> Visitors:
     """The whole site.
 
     Args:
-        choices: what enlarges, the first one chosen at first.
-        enlarge: an image file with a choice, into a folder.
+        choices: what enlarges, of a scale the first one chosen at first.
+        enlarge: an image file with a choice, into a folder, in a format; see `web.enlarging`.
         folder: where the files of visitors go, the GRADIO_TEMP_DIR of the environment.
         max_upload: size of an image file, MB.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    visitors = Visitors(app, (max_upload + 1) * MB)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=sweeping(folder, KEPT))
+    visitors = Visitors(app, (MOST * max_upload + 1) * MB)
     gr.mount_gradio_app(
         app, page(choices, enlarge, visitors, folder), '/', show_error=False, ssr_mode=False, enable_monitoring=False,
         max_file_size=max_upload * MB, footer_links=[], run_history=False, mcp_server=False,
-        theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
+        theme=theme(),
+        css=STYLE + pair.STYLE, head=f'<script>{pair.SCRIPT}{SCRIPT}</script>',
     )  # fmt: skip
     return visitors
 
 
+def theme() -> gr.themes.Base:
+    """Gradio's with fonts of the visitor's machine, and more contrast where it has less than 4.5 to 1 (WCAG 2.2)."""
+    return gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']).set(
+        button_primary_background_fill='*primary_700',
+        button_primary_background_fill_dark='*primary_700',
+        button_primary_background_fill_hover='*primary_800',
+        button_primary_background_fill_hover_dark='*primary_800',
+        block_info_text_color='*neutral_600',
+        link_text_color_dark='*secondary_300',
+    )
+
+
 def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder: Path) -> gr.Blocks:
     """The page."""
+    line = Line(WAITING)
 
-    def options(network: str, scale: int) -> tuple[list[int], int, list[str]]:
-        """The scales of a network, the chosen one or else the largest, and the weights for it."""
-        scales = unique(choice.scale for choice in choices if choice.network == network)
-        scale = scale if scale in scales else scales[-1]
-        return scales, scale, [c.weights for c in choices if (c.network, c.scale) == (network, scale)]
+    def networks(scale: int, kind: str) -> list[tuple[str, str]]:
+        return [(label(choice), choice.weights) for choice in fitting(choices, scale, kind)]
 
-    def narrow_scales(network: str, scale: int) -> gr.Radio:
-        scales, known, _ = options(network, scale)
-        if known == scale:
-            return gr.Radio(scales)  # and no value, which could undo a later choice
-        return gr.Radio(scales, value=known)
+    def narrow(scale: int, kind: str) -> tuple[gr.Radio, gr.Dropdown]:
+        names = networks(scale, kind)
+        return gr.Radio(visible=len(kinds_at(choices, scale)) > 1), gr.Dropdown(names, value=names[0][1])
 
-    def narrow_weights(network: str, scale: int) -> gr.Dropdown:
-        files = options(network, scale)[2]
-        return gr.Dropdown(files, value=files[0])
+    def look(images: list[str] | None) -> str:
+        return markup.previews([Path(image) for image in images or []], PREVIEWED)
 
     def click(
-        image: str | None, network: str, scale: int, weights: str, request: gr.Request
-    ) -> tuple[tuple[str, str], str, gr.DownloadButton]:
-        own = folder / secrets.token_hex(16)
-        try:
-            if image is None:
-                raise UserError('No image: drop one first.')
-            chosen = [c for c in choices if (c.network, c.scale, c.weights) == (network, scale, weights)]
-            if not chosen:
-                raise UserError('These weights are not of that network and scale: choose again.')
-            result = enlarge(Path(image), chosen[0], own)
-        except (UserError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, UserError) and not out_of_memory(error):
-                raise
-            text = str(error) if isinstance(error, UserError) else 'Memory ran out: give a smaller image.'
-            raise gr.Error(html.escape(without_folders(text)), duration=None, print_exception=False) from error
-        visitors.grant(request.cookies[COOKIE], (result.before, result.after, result.image))
-        download = gr.DownloadButton(value=str(result.image), interactive=True)
-        return (str(result.before), str(result.after)), result.about, download
+        images: list[str] | None, scale: int, kind: str, weights: str, format: str, visit: Visit, request: gr.Request
+    ) -> Iterator[dict]:
+        chosen = [choice for choice in fitting(choices, scale, kind) if choice.weights == weights]
+        if problem := reason_against(images or [], chosen):
+            yield {told: markup.refusal(problem)}
+            return
+        own, visit.stop = folder / secrets.token_hex(16), Event()
+        said, known = '', 0
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as blocks:
+        def one(image: Path, folder: Path, progress: Report, stop: Callable[[], bool]) -> Result:
+            return enlarge(image, chosen[0], folder, format, progress, stop)
+
+        yield {shown: '', download: gr.DownloadButton('Download', interactive=False), stop: gr.Button(interactive=True)}
+        for state in work([Path(image) for image in images or []], one, own, line, visit.stop):
+            update: dict = {progress: markup.bar(state)}
+            if (text := markup.status(state)) != said:
+                said = update[told] = text  # only what is new, since it is read aloud
+            if len(state.results) > known:
+                known = len(state.results)
+                visitors.grant(request.cookies[COOKIE], shown_files(state))
+                update[shown] = markup.comparisons(state.results.items())
+            if state.ended:
+                update[stop] = gr.Button(interactive=False)
+                if state.results:
+                    try:
+                        file = pack(state, own)
+                    except WriteError as error:
+                        update[told] = said + markup.refusal(str(error))
+                    else:
+                        visitors.grant(request.cookies[COOKIE], [file])
+                        update[download] = gr.DownloadButton(f'Download {file.name}', str(file), interactive=True)
+            yield update
+
+    def end(visit: Visit) -> gr.Button:
+        if visit.stop:
+            visit.stop.set()
+        return gr.Button(interactive=False)
+
+    scales = sorted({choice.scale for choice in choices})
+    first = 4 if 4 in scales else scales[-1]
+    names = networks(first, 'clean')
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.Markdown(f'# {TITLE}\n{ABOUT}')
+        visit = gr.State(Visit())
         with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                image = gr.File(label='Image', file_types=list(SUFFIXES), type='filepath')
-                first = choices[0].network
-                scales, x4, files = options(first, 4)
-                networks = unique(choice.network for choice in choices)
-                network = gr.Dropdown(networks, value=first, label='Network', filterable=False)
-                scale = gr.Radio(scales, value=x4, label='Scale')
-                weights = gr.Dropdown(files, value=files[0], label='Weights', filterable=False)
-                button = gr.Button('Enlarge', variant='primary')
-            with gr.Column(scale=2, min_width=300):
-                slider = gr.ImageSlider(
-                    label='Bicubic | network', interactive=False, max_height=700, buttons=['fullscreen']
+            with gr.Column(scale=1, min_width=280):
+                images = gr.File(label='Images', file_count='multiple', file_types=list(SUFFIXES), type='filepath')
+                seen = html('seen')
+                scale = gr.Radio([(f'x{scale}', scale) for scale in scales], value=first, label='Scale')
+                kind = gr.Radio(
+                    [(text, kind) for kind, text in KINDS.items()],
+                    value='clean', label='Kind of image', visible=len(kinds_at(choices, first)) > 1,
+                )  # fmt: skip
+                network = gr.Dropdown(
+                    names,
+                    value=names[0][1],
+                    label='Network',
+                    info='By PSNR on the benchmark Set5, the best first.',
+                    filterable=False,
                 )
-                about = gr.Markdown()
-                download = gr.DownloadButton('Download PNG', interactive=False)
-        chosen = [network, scale, weights]
-        narrowed = network.input(narrow_scales, chosen[:2], scale, concurrency_limit=None, show_progress='hidden')
-        for event in (narrowed.then, scale.input):
-            event(narrow_weights, chosen[:2], weights, concurrency_limit=None, show_progress='hidden')
-        button.click(click, [image, *chosen], [slider, about, download])
-    return blocks.queue(max_size=WAITING, default_concurrency_limit=1)
+                format = gr.Radio(list(FORMATS), value='PNG', label='Format')
+                with gr.Row():
+                    button = gr.Button('Enlarge', variant='primary', min_width=120)
+                    stop = gr.Button('Stop', interactive=False, min_width=120)
+            with gr.Column(scale=2, min_width=280):
+                told = html('told')
+                progress = html('progress')
+                shown = html('shown')
+                download = gr.DownloadButton('Download', interactive=False)
+        quick: Any = {'concurrency_limit': None, 'show_progress': 'hidden'}
+        images.change(look, images, seen, show_progress='hidden')
+        scale.input(narrow, [scale, kind], [kind, network], **quick)
+        kind.input(narrow, [scale, kind], [kind, network], **quick)
+        asked = [images, scale, kind, network, format, visit]
+        button.click(click, asked, [told, progress, shown, download, stop], **quick)
+        stop.click(end, visit, stop, **quick)
+    return blocks.queue(max_size=WAITING)
 
 
-def unique(items: Iterable) -> list:
-    """Without repetitions, in order."""
-    return list(dict.fromkeys(items))
+def html(name: str) -> gr.Markdown:
+    """A place for HTML; `gr.HTML` would run code made from strings, which the headers of the page forbid."""
+    return gr.Markdown(elem_id=name, sanitize_html=False, latex_delimiters=[])
 
 
-def without_folders(text: str) -> str:
-    """A message whose files are named without where they are."""
-    return re.sub(r'/\S+/', '', text)
+def label(choice: Choice) -> str:
+    """What a visitor sees of a choice."""
+    if choice.file is None:
+        return choice.network
+    name = choice.file.stem
+    name = name if name.startswith(choice.network) else f'{name} ({choice.network})'
+    return name if choice.psnr is None else f'{name}, {choice.psnr:.2f} dB'
+
+
+def reason_against(images: Sequence[str], chosen: Sequence[Choice]) -> str:
+    """Why this is not enlarged; nothing if it is."""
+    if not images:
+        return 'No image: drop one first.'
+    if len(images) > MOST:
+        return f'{len(images)} images; at most {MOST} are enlarged at once: leave some out.'
+    return '' if chosen else 'This network is not of that scale and kind: choose again.'
+
+
+def shown_files(state: State) -> list[Path]:
+    """What the page shows of the results."""
+    return [file for result in state.results.values() for file in result.shown.files]
+
+
+def pack(state: State, folder: Path) -> Path:
+    """The file that a visitor takes along: the enlarged image, or several of them in a ZIP file.
+
+    Raises:
+        WriteError: the ZIP file cannot be written.
+    """
+    files = {name: result.image for name, result in state.results.items()}
+    if len(files) == 1:
+        return next(iter(files.values()))
+    path = folder / f'{len(files)}_images.zip'
+    try:
+        with zipfile.ZipFile(path, 'w') as archive:  # without compression, since images have their own
+            for name, file in files.items():
+                archive.write(file, f'{name}_{file.name.rpartition("_")[2]}')
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise WriteError(f'The ZIP file could not be written ({error.strerror or error}): try fewer images.') from error
+    for file in files.values():
+        file.unlink()
+    return path
+
+
+STYLE = """
+#live { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+#told p { margin: 0 0 .4rem; }
+.failure { color: #b91c1c; }
+.dark .failure { color: #fca5a5; }
+.or { color: inherit; }
+#progress progress { display: block; width: 100%; height: .75rem; margin-bottom: .3rem; appearance: none; border: 0;
+  border-radius: .4rem; overflow: hidden; background: var(--neutral-300); }
+.dark #progress progress { background: var(--neutral-700); }
+#progress ::-webkit-progress-bar { background: none; }
+#progress ::-webkit-progress-value { background: var(--color-accent); }
+#progress ::-moz-progress-bar { background: var(--color-accent); }
+.previews { display: flex; flex-wrap: wrap; gap: .75rem; list-style: none; margin: 0; padding: 0; }
+.previews li { display: grid; align-content: start; gap: .1rem; max-width: 160px; font-size: .85rem;
+  overflow-wrap: anywhere; }
+.previews li:has(.failure) { max-width: none; }
+.previews img { max-width: 100%; border-radius: .4rem; }
+#shown figure { margin: 0 0 1.5rem; }
+#shown .pair { max-width: 100%; border-radius: .4rem; }
+#shown img { display: block; max-width: 100%; height: auto; }
+#shown figcaption { margin-top: .4rem; overflow-wrap: anywhere; }
+#shown label { display: block; width: fit-content; margin-top: .2rem; }
+#shown .two:has(:checked) .detail, #shown .two:not(:has(:checked)) .whole { display: none; }
+"""
+# What `told` says is read aloud from an element that stays; Gradio makes its own anew, which is not noticed.
+SCRIPT = """
+{
+  const live = Object.assign(document.createElement('div'), { id: 'live', role: 'status' });
+  document.body.append(live);
+  new MutationObserver(() => {
+    const said = document.getElementById('told')?.innerText.trim() ?? '';
+    if (live.textContent !== said) live.textContent = said;
+    for (const button of document.querySelectorAll('[aria-label="common.upload"]')) {
+      button.ariaLabel = button.title = 'Add images';  // Gradio 6.31 has no words for it
+    }
+  }).observe(document.body, { childList: true, subtree: true, characterData: true });
+}
+"""

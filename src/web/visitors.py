@@ -20,6 +20,7 @@ COOKIE = 'visitor'
 API = '/gradio_api/'
 FILE, JOIN, UPLOAD = f'{API}file=', f'{API}queue/join', f'{API}upload'
 PAGES = ('/', '/theme.css', '/manifest.json', '/favicon.ico', f'{API}queue/data', f'{API}upload_progress')
+MAX_JOIN = 2**20  # bytes of a request to run something, which names files and holds none
 FOLDERS = ('/assets/', '/static/')
 HEADERS = {
     'content-security-policy': "default-src 'self' 'unsafe-inline' data: blob:; frame-ancestors 'none'",
@@ -33,7 +34,7 @@ class Visitors:
 
     Args:
         app: of Gradio.
-        max_bytes: of a request.
+        max_bytes: of an upload.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -79,8 +80,9 @@ class Visitors:
             if not visitor:
                 return refuse(403, 'Cookies are needed: allow them, and load the page again.')
             length = request.headers.get('content-length', '')
-            if not length.isdecimal() or int(length) > self.max_bytes:
-                return refuse(413, f'At most {self.max_bytes} bytes can be sent.')
+            most = self.max_bytes if path == UPLOAD else MAX_JOIN
+            if not length.isdecimal() or int(length) > most:
+                return refuse(413, f'At most {most} bytes can be sent.')
             return None
         if request.method not in ('GET', 'HEAD'):
             return refuse(404, 'No such page.')

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from checkpoint import start_screen
 from data.image import bytes_to_read, find_images, read_photo, read_size, write_png
+from data.source import reading
 from error import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
@@ -182,6 +183,58 @@ def test_pipes_and_sockets_are_no_images(tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind('e.png')
         assert [path.name for path in find_images(tmp_path)] == ['a.png']
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+
+
+def png_of_rows(rows: int, height: int, width: int, kind: tuple[int, int], interlaced: bool, value: int) -> bytes:
+    """A PNG file that declares (height, width) pixels of this depth and colour type, and holds so many bytes of them.
+
+    `rows` counts rows as in an image that is not interlaced; all filters are none.
+    """
+    depth, color_type = kind
+    row = b'\0' + bytes([value]) * -(-width * depth * {0: 1, 2: 3, 3: 1, 6: 4}[color_type] // 8)
+    header = struct.pack('>IIBBBBB', width, height, depth, color_type, 0, 0, interlaced)
+    palette = chunk(b'PLTE', bytes(range(1, 13))) if color_type == 3 else b''
+    pixels = chunk(b'IDAT', zlib.compress(rows * row))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + palette + pixels + chunk(b'IEND', b'')
+
+
+@pytest.mark.parametrize('kind', [(8, 2), (8, 0), (8, 6), (1, 0), (2, 3)])
+@pytest.mark.parametrize(('rows', 'interlaced'), [(10, False), (22, False), (9, True)])
+def test_rows_that_a_png_lacks_are_not_black(tmp_path, kind, rows, interlaced):
+    """Its data are a whole stream of too few rows, which Pillow takes for an image."""
+    path, width = tmp_path / 'x.png', 1 if interlaced else 37
+    path.write_bytes(png_of_rows(rows, 23, width, kind, interlaced, 0 if kind == (2, 3) else 85))
+    with pytest.raises(UserError, match=r'x.png cannot be read \(the PNG file holds less image data than its header'):
+        read_photo(path)
+
+
+@pytest.mark.parametrize('kind', [(8, 2), (8, 0), (8, 6), (1, 0), (2, 3)])
+@pytest.mark.parametrize('end', [0, 12])
+def test_a_black_png_is_whole(tmp_path, kind, end):
+    """Without its last chunk too."""
+    path, data = tmp_path / 'x.png', png_of_rows(23, 23, 37, kind, False, 0)
+    path.write_bytes(data[: len(data) - end])
+    assert read_photo(path).color.shape == (23, 37, 3)
+
+
+def test_an_interlaced_png_is_whole(tmp_path):
+    path = tmp_path / 'x.png'  # of one column: of the passes 1, 3, 5 and 7 alone, each row of its own
+    path.write_bytes(png_of_rows(23, 23, 1, (8, 2), True, 85))
+    assert (read_photo(path).color == 85).all()
+
+
+def test_a_reason_is_cut_short(tmp_path):
+    """Decoders may put what they found in a damaged file into their errors."""
+    with (
+        pytest.raises(UserError, match=r'^\S+x.tif cannot be read \(tags 1 1 .* \.\.\.\): restore it') as caught,
+        reading(tmp_path / 'x.tif'),
+    ):
+        raise ValueError('tags' + 5000 * ' 1')
+    assert len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):

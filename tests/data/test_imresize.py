@@ -1,11 +1,12 @@
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.imresize import shrink, upscale_bicubic
+from data.imresize import resize, shrink, upscale_bicubic
 from tests.conftest import slow
 
 SIZES = [(1, 1), (2, 3), (5, 4), (7, 13)]
@@ -114,6 +115,74 @@ def test_constant_images_stay_constant(value, scale, border):
     assert (upscale_bicubic(small, scale, border) == value).all()
 
 
+def plain_resize(plane: np.ndarray, height: int, width: int, border: str, peak: int) -> np.ndarray:
+    """MATLAB's formula for any size, tap by tap in exact numbers; the side with the smaller factor first."""
+
+    def line(pixels: list[int], count: int) -> list[int]:
+        scale = Fraction(count, len(pixels))
+        stretch = min(scale, Fraction(1))
+        result = []
+        for i in range(1, count + 1):
+            centre = i / scale + (1 - 1 / scale) / 2
+            first = math.floor(centre - 2 / stretch)
+            taps = range(first, first + math.ceil(4 / stretch) + 2)
+            weights = [exact_cubic(stretch * (centre - tap)) for tap in taps]
+            value = sum(w * pixels[inside(tap, len(pixels), border) - 1] for w, tap in zip(weights, taps, strict=True))
+            result.append(math.floor(min(max(value / sum(weights), 0), peak) + Fraction(1, 2)))
+        return result
+
+    def columns(rows: list[list[int]]) -> list[list[int]]:
+        return [list(column) for column in zip(*rows, strict=True)]
+
+    def along_height(rows: list[list[int]]) -> list[list[int]]:
+        return columns([line(column, height) for column in columns(rows)])
+
+    def along_width(rows: list[list[int]]) -> list[list[int]]:
+        return [line(row, width) for row in rows]
+
+    rows = plane.tolist()
+    if Fraction(height, len(rows)) <= Fraction(width, len(rows[0])):
+        return np.array(along_width(along_height(rows)))
+    return np.array(along_height(along_width(rows)))
+
+
+def exact_cubic(x: Fraction) -> Fraction:
+    x = abs(x)
+    if x <= 1:
+        return (3 * x**3 - 5 * x**2) / 2 + 1
+    return (-(x**3) + 5 * x**2) / 2 - 4 * x + 2 if x <= 2 else Fraction(0)
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+@pytest.mark.parametrize('border', ['mirror', 'clamp'])
+@pytest.mark.parametrize(
+    ('old', 'new'),
+    [((7, 11), (10, 17)), ((11, 7), (5, 6)), ((9, 8), (9, 13)), ((6, 9), (13, 4)), ((9, 6), (4, 13)), ((1, 3), (7, 2)),
+     ((23, 20), (41, 37))],
+)  # fmt: skip
+def test_any_size_is_the_formula(old, new, border, dtype):
+    peak = np.iinfo(dtype).max
+    image = noise(*old).astype(dtype) * dtype(peak // 255)
+    result = resize(image, *new, border)
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result, plain_resize(image, *new, border, peak))
+    colour = np.stack((image, image[::-1], image), 2)
+    np.testing.assert_array_equal(resize(colour, *new, border)[..., 0], result)
+
+
+@pytest.mark.parametrize('scale', [2, 3, 4])
+def test_a_size_of_an_integer_factor_is_that_factor(scale):
+    image = noise(24, 36, 3)
+    np.testing.assert_array_equal(resize(image, 24 * scale, 36 * scale), upscale_bicubic(image, scale))
+    np.testing.assert_array_equal(resize(image, 24 // scale, 36 // scale), shrink(image, scale))
+    np.testing.assert_array_equal(resize(image, 24, 36), image)
+
+
+def test_no_size_is_refused():
+    with pytest.raises(ValueError, match='0x5'):
+        resize(noise(4, 4), 0, 5)
+
+
 def test_the_image_given_is_left_alone():
     image = noise(9, 9, 3)
     before = image.copy()
@@ -128,12 +197,12 @@ def test_too_small_to_shrink(shape):
         shrink(np.zeros(shape, np.uint8), 4)
 
 
-@pytest.mark.parametrize('resize', [shrink, upscale_bicubic])
-def test_wrong_arguments(resize):
+@pytest.mark.parametrize('change', [shrink, upscale_bicubic])
+def test_wrong_arguments(change):
     with pytest.raises(ValueError, match='float64'):
-        resize(np.zeros((8, 8)), 2)
-    with pytest.raises(ValueError, match='wrap'):
-        resize(np.zeros((8, 8), np.uint8), 2, 'wrap')
+        change(np.zeros((8, 8)), 2)
+    with pytest.raises(ValueError, match='reflect'):
+        change(np.zeros((8, 8), np.uint8), 2, 'reflect')
 
 
 def rgb(path: Path) -> np.ndarray:
@@ -149,3 +218,12 @@ def test_official_files_bit_for_bit(shared, name, count, scale):
     for file in files:
         official = rgb(folder / 'LR_bicubic' / f'X{scale}' / f'{file.stem}x{scale}.png')
         np.testing.assert_array_equal(shrink(rgb(file), scale), official, err_msg=file.name)
+
+
+@pytest.mark.parametrize('sides', [(14, 33), (5, 4), (7, 11)])
+def test_a_wrapped_image_goes_on_at_the_opposite_border(sides):
+    """As the one in the middle of nine copies."""
+    image = np.random.default_rng(0).integers(0, 256, (7, 11, 3)).astype(np.uint8)
+    height, width = sides
+    whole = resize(np.tile(image, (3, 3, 1)), 3 * height, 3 * width)
+    assert np.array_equal(resize(image, height, width, 'wrap'), whole[height : 2 * height, width : 2 * width])

@@ -185,12 +185,13 @@ def test_changed_hr_where_lr_cannot_be_written(tmp_path, cached):
     np.testing.assert_array_equal(data.lr(0), shrink(picture(9, 20, 24), 2))
 
 
-def test_lr_of_older_versions_is_known_by_the_note_beside_it(tmp_path):
+def test_lr_of_older_versions_is_known_by_the_note_beside_it(tmp_path, messages):
     data = own_set(tmp_path, 'LR_bicubic/X2/ax2.png')
     (tmp_path / 'LR_bicubic' / 'X2' / '.lr_border').write_text('mirror\n')
     data.prepare()
     assert (data.lr_made, data.lr_border) == (1, 'mirror')
     np.testing.assert_array_equal(data.lr(0), OWN)
+    assert f'{tmp_path}/LR_bicubic/X2: an older version made the LR there, and kept no record' in messages[0]
 
 
 def test_a_link_to_lr_that_leads_nowhere_is_named(tmp_path):

@@ -182,6 +182,7 @@ def test_images_that_cannot_be_used_are_counted_and_passed_over(tmp_path, warnin
             data.lr(index)
     np.testing.assert_array_equal(data.lr(3), shrink(read_rgb(images.hr[3]), 2))
     assert len(data) == 4
+    assert data.lr_made == 2
 
 
 def test_one_warning_where_nothing_can_be_written(tmp_path, warnings):

@@ -108,6 +108,8 @@ def test_the_clock_ends_a_run_in_good_order(result: tuple[Run, float]) -> None:
     assert run.state['step'] > 0
     assert 10 < seconds < 90
     assert 'continues' in run.text
+    weights = torch.load(run.folder / 'model' / 'model_latest.pt', weights_only=True)
+    assert {value.device.type for value in weights.values()} == {'cpu'}  # any machine opens them
 
 
 @background(programs.group_of_one)

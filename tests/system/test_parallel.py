@@ -169,6 +169,14 @@ def test_torchrun_starts_a_run_again_from_its_last_state(data_folder):
     assert learned(again)[0]['loss'] == pytest.approx(learned(whole)[0]['loss'], rel=1e-4)
 
 
+def test_a_job_of_slurm_without_srun_is_one_process(monkeypatch):
+    for name in parallel.SLURM.values():
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('SLURM_NTASKS', '2')
+    monkeypatch.setenv('SLURM_PROCID', '0')
+    assert not parallel.launched()
+
+
 @pytest.mark.slow
 @pytest.mark.serial
 def test_tasks_of_slurm_find_each_other(data_folder):

@@ -1,31 +1,40 @@
-"""Choices among weights, and single files enlarged with them."""
+"""Single files enlarged with weights: pixels, formats, limits, progress, an end before the end."""
 
 import re
 import shutil
+from io import BytesIO
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import pytest
-from PIL import Image
-from safetensors.torch import save_file
+from PIL import Image, ImageCms
 
 import main
 from data.image import read_photo, write_png
 from data.imresize import upscale_bicubic
 from error import UserError
-from system.files import read_torch
+from model.tiles.tiling import Report, unreported
 from tests.conftest import ROOT, picture
-from web import enlarging
-from web.enlarging import Choice, Result, enlarge, find_choices
+from web.choices import Choice
+from web.enlarging import Result, Stopped, enlarge
 
-WEIGHTS = ROOT / 'models' / 'LCoAN-small_x2.pt'
-X2 = Choice('LCoAN', 2, WEIGHTS)
-BICUBIC = [Choice('Bicubic', 2), Choice('Bicubic', 3), Choice('Bicubic', 4)]
+X2 = Choice('LCoAN', 2, ROOT / 'models' / 'LCoAN-small_x2.pt')
+BICUBIC = {scale: Choice('Bicubic', scale) for scale in (2, 3, 4)}
 
 
-def run(image: Path, choice: Choice, max_pixels: int = 1) -> Result:
-    return enlarge(image, choice, image.parent / 'own', max_pixels, cpu=True)
+class Told:
+    """What is told of the progress."""
+
+    def __init__(self) -> None:
+        self.tiles: list[tuple[int, int]] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        self.tiles.append((done, total))
+
+
+def run(image: Path, choice: Choice, format: str = 'PNG', progress: Report = unreported, stop=lambda: False) -> Result:
+    return enlarge(image, choice, image.parent / 'own', format, progress, stop, max_pixels=1, cpu=True)
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -39,98 +48,132 @@ def photo(tmp_path) -> Path:
     return tmp_path / 'photo.png'
 
 
-def test_choices_are_what_files_hold(tmp_path):
-    shutil.copy(ROOT / 'models' / 'LCoAN-small_x4.pt', tmp_path / 'a.pt')
-    save_file(read_torch(WEIGHTS), tmp_path / 'b.safetensors')
-    (tmp_path / 'LCoAN_x3.pt').write_text('no weights')
-    (tmp_path / 'README.md').write_text('no weights either')
-    own = [Choice('LCoAN', 2, tmp_path / 'b.safetensors'), Choice('LCoAN', 4, tmp_path / 'a.pt')]
-    assert find_choices(tmp_path) == own + BICUBIC
-    assert [str(choice) for choice in own + BICUBIC[:1]] == [
-        'LCoAN x2 (b.safetensors)',
-        'LCoAN x4 (a.pt)',
-        'Bicubic x2',
-    ]
-
-
-def test_choices_of_no_folder(tmp_path):
-    with pytest.raises(UserError, match=r'--extend .*/none is not a folder'):
-        find_choices(tmp_path / 'none')
-
-
 def test_result_is_that_of_demo(tmp_path):
     colors = picture(2, 16, 700)  # two tiles
     alpha = np.full((16, 700), 40000, np.uint16)
     photos = {'plain': colors, 'grey': colors[..., 0], 'deep': np.dstack((colors * np.uint16(257), alpha))}
     for name, image in photos.items():
         write_png(tmp_path / 'photos' / f'{name}.png', image)
-    options = ['--model', 'auto', '--pre_train', str(WEIGHTS), '--test_only', '--data_test', 'Demo', '--cpu']
+    options = ['--model', 'auto', '--pre_train', str(X2.file), '--test_only', '--data_test', 'Demo', '--cpu']
     options += ['--dir_demo', str(tmp_path / 'photos'), '--save_dir', str(tmp_path), '--save', 'demo']
     assert main.main(options) == 0
     for name, image in photos.items():
-        result = enlarge(tmp_path / 'photos' / f'{name}.png', X2, tmp_path / name, 1, cpu=True)
-        assert result.image == tmp_path / name / f'{name}_x2.png'
+        told = Told()
+        result = run(tmp_path / 'photos' / f'{name}.png', X2, progress=told)
+        assert result.image == tmp_path / 'photos' / 'own' / f'{name}_x2.png'
         expected = tmp_path / 'demo' / 'results-Demo' / f'{name}_x2_SR.png'
         assert np.array_equal(pixels(result.image), pixels(expected))
         assert read_photo(result.image).color.dtype == image.dtype
-        assert pixels(result.before).shape[:2] == pixels(result.after).shape[:2] == (32, 1400)
+        assert told.tiles == [(0, 2), (1, 2), (2, 2)]
 
 
 def test_grey_with_alpha_is_grey_before_and_after_and_further_frames_are_told(tmp_path):
     icc = bytes(16) + b'GRAY' + bytes(108)
     write_png(tmp_path / 'grey.png', picture(2, 16, 20)[..., :2], icc)
     result = run(tmp_path / 'grey.png', X2)
-    for file in (result.before, result.after, result.image):
+    for file in (*result.shown.files, result.image):
         with Image.open(file) as image:
             assert image.mode == 'LA'
             assert image.info['icc_profile'] == icc
     assert 'images in the file' not in result.about
     frames = [Image.new('RGB', (6, 5), colour) for colour in ('red', 'green')]
     frames[0].save(tmp_path / 'frames.png', save_all=True, append_images=frames[1:])
-    assert run(tmp_path / 'frames.png', BICUBIC[0]).about.endswith('; only the first of 2 images in the file')
+    moving = run(tmp_path / 'frames.png', BICUBIC[2])
+    with Image.open(moving.image) as image:
+        assert image.n_frames == 2
+    assert '6x5 to 12x10 pixels, 2 images, in' in moving.about
+    still = run(tmp_path / 'frames.png', BICUBIC[2], 'JPEG')
+    assert still.about.endswith('; only the first of 2 images in the file, as JPEG holds one')
 
 
-def test_before_and_after(photo):
-    result = run(photo, BICUBIC[1])
+def test_what_is_said_and_shown(photo):
+    result = run(photo, BICUBIC[3])
     exact = upscale_bicubic(picture(1, 20, 30), 3)
     assert np.abs(pixels(result.image) - exact).mean() < 0.1  # MATLAB rounds between its two passes
-    assert np.array_equal(pixels(result.after), pixels(result.image))
-    inner = (slice(12, -12), slice(12, -12))  # at the border, Pillow follows another rule
-    assert np.abs(pixels(result.before)[inner] - exact[inner]).max() <= 2
+    assert np.array_equal(pixels(result.shown.whole.after), pixels(result.image))
     size = round(result.image.stat().st_size / 1000)
     assert re.fullmatch(rf'30x20 to 90x60 pixels in \d+\.\d s by Bicubic x3, {size} kB', result.about)
 
 
-def test_shown_at_a_size_that_a_browser_likes(photo, monkeypatch):
-    monkeypatch.setattr(enlarging, 'SHOWN', 600)
-    result = run(photo, BICUBIC[2])
-    assert pixels(result.before).shape == pixels(result.after).shape == (20, 30, 3)
-    assert pixels(result.image).shape == (80, 120, 3)
-    assert np.abs(pixels(result.after) - picture(1, 20, 30)).mean() < 8
+@pytest.mark.parametrize(('format', 'name', 'error'), [('JPEG', 'photo_x2.jpg', 3), ('WebP', 'photo_x2.webp', 6)])
+def test_other_formats(photo, format, name, error):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+    smooth = np.dstack([np.add.outer(np.arange(20), 4 * np.arange(30))] * 2 + [np.full((20, 30), 90)]).astype(np.uint8)
+    write_png(photo, smooth, profile)
+    exact, result = run(photo, BICUBIC[2]), run(photo, BICUBIC[2], format)
+    assert result.image.name == name
+    with Image.open(result.image) as image:
+        assert image.format == format.upper()
+        assert image.info['icc_profile'] == profile
+    assert np.abs(pixels(result.image) - pixels(exact.image)).max() <= error
 
 
-def test_16_bits_are_shown_with_8(tmp_path):
-    deep = picture(3, 10, 10) * np.uint16(257)
-    write_png(tmp_path / 'deep.png', deep)
-    write_png(tmp_path / 'flat.png', picture(3, 10, 10))
-    shown = [pixels(run(tmp_path / name, BICUBIC[0]).after) for name in ('deep.png', 'flat.png')]
-    assert np.abs(shown[0] - shown[1]).max() <= 1
+def test_jpeg_keeps_the_resolution_of_colours(photo):
+    red = np.zeros((20, 30, 3), np.uint8)
+    red[:, ::2] = 255, 0, 0
+    write_png(photo, red)
+    with Image.open(run(photo, BICUBIC[2], 'JPEG').image) as image:
+        assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # ITU T.81, B.2.2: sampling factors
 
 
-def refused(image: Path, choice: Choice = X2) -> str:
+@pytest.mark.parametrize('format', ['JPEG', 'WebP'])
+def test_transparency(photo, format):
+    alpha = np.zeros((20, 30), np.uint8)
+    alpha[:, 15:] = 255
+    write_png(photo, np.dstack((np.full((20, 30, 3), 60, np.uint8), alpha)))
+    found = pixels(run(photo, BICUBIC[2], format).image)
+    if format == 'JPEG':  # on white
+        assert found.shape == (40, 60, 3)
+        assert found[:, :20].min() >= 250
+    else:
+        assert found.shape == (40, 60, 4)
+        assert found[:, :20, 3].max() == 0
+    assert np.abs(found[:, 40:, :3] - 60).max() <= 4
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'WebP'])
+def test_grey_and_16_bits(photo, format):
+    write_png(photo, picture(1, 20, 30)[..., 0] * np.uint16(257))
+    found = Image.open(BytesIO(run(photo, BICUBIC[2], format).image.read_bytes()))
+    exact = upscale_bicubic(picture(1, 20, 30)[..., :1].repeat(3, 2), 2)[..., 0]
+    assert np.abs(np.asarray(found.convert('L')).astype(int) - exact).mean() < 8
+    assert found.mode == ('L' if format == 'JPEG' else 'RGB')
+
+
+def refused(image: Path, choice: Choice = X2, format: str = 'PNG') -> str:
     with pytest.raises(UserError) as caught:
-        run(image, choice)
+        run(image, choice, format)
     assert not (image.parent / 'own').exists()
     return str(caught.value)
 
 
 def test_too_many_pixels(tmp_path):
     write_png(tmp_path / 'wide.png', np.zeros((1, 62500, 3), np.uint8))
-    assert run(tmp_path / 'wide.png', BICUBIC[2]).image.exists()  # one million, which is allowed
+    assert run(tmp_path / 'wide.png', BICUBIC[4]).image.exists()  # one million, which is allowed
     shutil.rmtree(tmp_path / 'own')
     write_png(tmp_path / 'wider.png', np.zeros((1, 70000, 3), np.uint8))
-    said = refused(tmp_path / 'wider.png', BICUBIC[2])
+    said = refused(tmp_path / 'wider.png', BICUBIC[4])
     assert 'wider.png has 70000x1 pixels, which x4 makes 1.1 million; at most 1 million are allowed' in said
+
+
+@pytest.mark.parametrize(('format', 'most'), [('JPEG', 65500), ('WebP', 16383)])
+def test_more_pixels_a_side_than_the_format_holds(tmp_path, format, most):
+    write_png(tmp_path / 'long.png', np.zeros((1, most // 4, 3), np.uint8))
+    assert run(tmp_path / 'long.png', BICUBIC[4], format).image.exists()
+    shutil.rmtree(tmp_path / 'own')
+    write_png(tmp_path / 'long.png', np.zeros((1, most // 4 + 1, 3), np.uint8))
+    said = refused(tmp_path / 'long.png', BICUBIC[4], format)
+    assert f'at most {most:,}: choose another format, of png' in said
+    assert 'long.png' in said
+
+
+def test_stopped_work_leaves_nothing(tmp_path):
+    write_png(tmp_path / 'wide.png', picture(2, 16, 700))
+    told = Told()
+    with pytest.raises(Stopped):
+        run(tmp_path / 'wide.png', X2, progress=told, stop=lambda: len(told.tiles) == 2)
+    assert told.tiles == [(0, 2), (1, 2)]
+    assert [path.name for path in tmp_path.iterdir()] == ['wide.png']
 
 
 def test_header_of_a_bomb_is_enough(photo):
@@ -146,3 +189,19 @@ def test_bad_files(photo, name, content):
     bad = photo.with_name(name)
     bad.write_bytes(photo.read_bytes()[:-60] if content is None else content)
     assert name in refused(bad)
+
+
+def test_a_colour_profile_that_the_format_cannot_hold_is_told(photo):
+    grey = bytes(16) + b'GRAY' + bytes(108)
+    write_png(photo, picture(1, 20, 30)[..., 0], grey)
+    assert 'profile' not in run(photo, BICUBIC[2]).about
+    assert 'profile' not in run(photo, BICUBIC[2], 'JPEG').about
+    result = run(photo, BICUBIC[2], 'WebP')
+    assert 'without its colour profile, which WebP cannot hold' in result.about
+    with Image.open(result.image) as image:
+        assert 'icc_profile' not in image.info
+    write_png(photo, picture(1, 20, 30), chunks={b'gAMA': (100000).to_bytes(4, 'big')})
+    assert 'without its colour profile, which JPEG cannot hold' in run(photo, BICUBIC[2], 'JPEG').about
+    assert 'profile' not in run(photo, BICUBIC[2]).about
+    write_png(photo, picture(1, 20, 30), chunks={b'gAMA': (45455).to_bytes(4, 'big'), b'sRGB': b'\0'})
+    assert 'profile' not in run(photo, BICUBIC[2], 'JPEG').about

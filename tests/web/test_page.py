@@ -7,9 +7,14 @@ import secrets
 import shutil
 import urllib.error
 import urllib.request
+import zipfile
+from collections.abc import Iterator
+from html import unescape
 from http.cookiejar import CookieJar
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -18,7 +23,6 @@ from PIL import Image
 from data.image import write_png
 from tests.conftest import ROOT, picture
 from tests.test_app import Program
-from web.page import without_folders
 
 WAIT = 60  # seconds, at most
 BROWSER = [
@@ -63,24 +67,42 @@ class Visitor:
         )
         return path
 
-    def ask(self, event: str, *data: object) -> dict:
-        """What the server says in the end: 'success', and 'output' with 'data' or an 'error'."""
+    def start(self, event: str, *data: object) -> str:
+        """Have something done; returns its name."""
         body = {'data': data, 'fn_index': self.events[event], 'session_hash': self.session}
-        self.post('/gradio_api/queue/join', json.dumps(body).encode())
-        for line in self.get(f'/gradio_api/queue/data?session_hash={self.session}').decode().splitlines():
-            message = json.loads(line.removeprefix('data: ')) if line else {}
-            if message.get('msg') == 'process_completed':
-                return message
+        return self.post('/gradio_api/queue/join', json.dumps(body).encode())['event_id']
+
+    def send(self, event: str, *data: object) -> Iterator[dict]:
+        """What the server says until it is done."""
+        name = self.start(event, *data)
+        with self.opener.open(f'{self.url}/gradio_api/queue/data?session_hash={self.session}', timeout=WAIT) as answer:
+            for line in answer:
+                message = json.loads(line.removeprefix(b'data: ')) if line.strip() else {}
+                if message.get('event_id') != name:
+                    continue
+                if message.get('msg') in ('process_generating', 'process_completed'):
+                    yield message
+                if message.get('msg') == 'process_completed':
+                    return
         raise AssertionError('no answer')
 
-    def enlarge(self, path: str, network: str, scale: int, weights: str) -> dict:
-        """Choose, and press the button."""
-        self.ask('narrow_weights', network, scale)
-        return self.press(path, network, scale, weights)
+    def ask(self, event: str, *data: object) -> dict:
+        """What the server says in the end: 'success', and 'output' with 'data' or an 'error'."""
+        *_, done = self.send(event, *data)
+        return done
 
-    def press(self, path: str, *chosen: object) -> dict:
+    def enlarge(self, paths: list[str], scale: int, weights: str, format: str = 'PNG') -> 'Shown':
+        """Choose, and press the button."""
+        self.ask('narrow', scale, 'clean')
+        return self.press(paths, scale, weights, format)
+
+    def press(self, paths: list[str], scale: int, weights: str, format: str = 'PNG') -> 'Shown':
         """Press the button."""
-        return self.ask('click', {'path': path, 'meta': {'_type': 'gradio.FileData'}}, *chosen)
+        return Shown(self.send('click', self.files(paths), scale, 'clean', weights, format, None))
+
+    def files(self, paths: list[str]) -> list[dict]:
+        """Uploaded files, as Gradio names them."""
+        return [{'path': path, 'meta': {'_type': 'gradio.FileData'}} for path in paths]
 
     def status(self, path: str, content: bytes | None = None) -> int:
         try:
@@ -88,6 +110,59 @@ class Visitor:
                 return answer.status
         except urllib.error.HTTPError as error:
             return error.code
+
+
+class Shown:
+    """What the page shows after a click on the button, at the end of the work.
+
+    Attributes:
+        told: what is said, each time that it changed.
+        bars: what the bar was, likewise.
+        images: addresses of what is shown.
+        download: address of the file to take along; None if there is none.
+    """
+
+    def __init__(self, messages: Iterator[dict]) -> None:
+        self.told, self.bars, self.images = [], [], []
+        self.download: str | None = None
+        values: list = []
+        for message in messages:
+            assert message['success'], message
+            data = message['output'].get('data', [])
+            if message['msg'] == 'process_generating' and values:  # from the second on, what has changed
+                values = [changed(*pair) for pair in zip(values, data, strict=True)]
+            else:
+                values = data or values
+            told, bar, shown, download, _ = values
+            for seen, value in ((self.told, told), (self.bars, bar)):
+                if isinstance(value, str) and value and seen[-1:] != [value]:
+                    seen.append(value)
+            if isinstance(shown, str):
+                self.images = re.findall('src="(gradio_api/file=[^"]*)"', shown)
+            if isinstance(download, dict) and isinstance(download.get('value'), dict):
+                self.download = download['value']['path']
+
+    @property
+    def text(self) -> str:
+        """What is said in the end, without elements."""
+        return unescape(re.sub('<[^>]*>', '', self.told[-1]))
+
+
+def changed(value, edits):
+    """A value after what Gradio sends of its changes: operation, path, new value."""
+    for operation, path, new in edits if isinstance(edits, list) else []:
+        if not path:
+            value = value + new if operation == 'append' else new
+            continue
+        *above, last = path
+        inner = value
+        for key in above:
+            inner = inner[key]
+        if operation == 'delete':
+            del inner[last]
+        else:
+            inner[last] = inner[last] + new if operation == 'append' else new
+    return value
 
 
 def png(image: np.ndarray) -> bytes:
@@ -102,20 +177,66 @@ PHOTO = png(picture(5, 24, 32))
 def test_a_result_is_served_to_its_visitor_alone(program):
     a, b = Visitor(program.url), Visitor(program.url)
     path = a.upload('my photo.png', PHOTO)
-    done = a.enlarge(path, 'LCoAN', 2, 'LCoAN-small_x2.pt')
-    assert done['success'], done
-    shown, about, download = done['output']['data']
-    files = [image['url'].removeprefix(program.url) for image in (*shown, download['value'])]
+    shown = a.enlarge([path], 2, 'LCoAN-small_x2.pt')
+    assert shown.text == 'Done.'
+    files = [f'/{image}' for image in shown.images] + [served(shown.download)]
     sizes = []
     for file in files:
         with Image.open(BytesIO(a.get(file))) as image:
             sizes.append(image.size)
     assert sizes == [(64, 48)] * 3
-    assert about.startswith('32x24 to 64x48 pixels in ')
     assert files[-1].endswith('/my%20photo_x2.png')
-    assert [b.status(file) for file in [*files, f'/gradio_api/file={path.replace(" ", "%20")}']] == [404] * 4
+    assert [b.status(file) for file in [*files, served(path)]] == [404] * 4
     with pytest.raises(urllib.error.HTTPError, match='403'):
-        b.enlarge(path, 'Bicubic', 2, 'none')
+        b.enlarge([path], 2, 'none')
+
+
+def test_several_results_are_a_zip_file_of_their_visitor(program):
+    a, b = Visitor(program.url), Visitor(program.url)
+    paths = [a.upload(name, content) for name, content in (('x.png', PHOTO), ('bad.png', b'no'), ('x.jpg', PHOTO))]
+    shown = a.enlarge(paths, 3, 'none', 'WebP')
+    assert shown.text.startswith('2 of 3 images are done.bad.png (2 bytes) is not an image')
+    with zipfile.ZipFile(BytesIO(a.get(served(shown.download)))) as archive:
+        assert archive.namelist() == ['x.png_x3.webp', 'x.jpg_x3.webp']
+        for name in archive.namelist():
+            with Image.open(BytesIO(archive.read(name))) as image:
+                assert (image.format, image.size) == ('WEBP', (96, 72))
+    assert len(shown.images) == 4
+    assert [b.status(file) for file in [served(shown.download), *(f'/{image}' for image in shown.images)]] == [404] * 5
+
+
+def test_progress_is_told_by_tiles(program):
+    a = Visitor(program.url)
+    shown = a.enlarge([a.upload('wide.png', png(np.zeros((8, 15000), np.uint8)))], 2, 'ASID_x2.pt')
+    assert shown.told[0] == '<p>wide: 0 percent.</p>'
+    assert any('<progress max="1"' in bar for bar in shown.bars)
+    assert any(re.search(r'\d of \d+ tiles, about \d+ s left', bar) for bar in shown.bars)
+
+
+def test_stopped_work_leaves_nothing(program):
+    a = Visitor(program.url)
+    path = a.upload('large.png', png(np.zeros((8, 15000), np.uint8)))
+    folder = Path(path).parents[1]
+    before = set(folder.glob('*/0/*'))
+    a.ask('narrow', 2, 'clean')
+    messages = a.send('click', a.files([path]), 2, 'clean', 'ASID_x2.pt', 'PNG', None)
+    first = next(messages)
+    a.start('end', None)
+    shown = Shown(chain([first], messages))
+    assert shown.text == 'Stopped.'
+    assert shown.download is None and not shown.images
+    assert set(folder.glob('*/0/*')) == before
+
+
+def test_leaving_ends_the_work(program):
+    a, b = Visitor(program.url), Visitor(program.url)
+    path = a.upload('left.png', png(np.zeros((8, 15000), np.uint8)))
+    a.ask('narrow', 2, 'clean')
+    messages = a.send('click', a.files([path]), 2, 'clean', 'ASID_x2.pt', 'PNG', None)
+    next(messages)
+    messages.close()  # and with it the connection
+    assert b.enlarge([b.upload('photo.png', PHOTO)], 2, 'none').text == 'Done.'  # whose turn comes after that work
+    assert not list(Path(path).parents[1].glob('*/0/left*'))
 
 
 def test_other_files_are_served_to_nobody(program):
@@ -130,7 +251,7 @@ def test_other_files_are_served_to_nobody(program):
     ):
         assert a.status(f'/gradio_api/file={file}') == 404
         with pytest.raises(urllib.error.HTTPError, match='403'):
-            a.enlarge(str(file), 'Bicubic', 2, 'none')
+            a.enlarge([str(file)], 2, 'none')
     for closed in (
         'config',
         'docs',
@@ -156,16 +277,23 @@ def test_other_files_are_served_to_nobody(program):
 )
 def test_a_bad_file_gets_a_sentence(program, name, content, sentence):
     a = Visitor(program.url)
-    done = a.enlarge(a.upload(name, content), 'Bicubic', 2, 'none')
-    assert not done['success']
-    assert done['output']['error'].startswith(sentence)
+    shown = a.enlarge([a.upload(name, content)], 2, 'none')
+    assert shown.text.startswith(sentence)
+    assert shown.download is None
 
 
 def test_a_choice_there_is_not(program):
     a = Visitor(program.url)
-    a.ask('narrow_weights', 'LCoAN', 4)
-    done = a.press(a.upload('photo.png', PHOTO), 'LCoAN', 2, 'LCoAN-small_x4.pt')
-    assert done['output']['error'].startswith('These weights are not of that network and scale')
+    a.ask('narrow', 4, 'clean')
+    shown = a.press([a.upload('photo.png', PHOTO)], 2, 'LCoAN-small_x4.pt')
+    assert shown.text == 'This network is not of that scale and kind: choose again.'
+
+
+def test_no_image_and_too_many(program):
+    a = Visitor(program.url)
+    assert a.enlarge([], 2, 'none').text == 'No image: drop one first.'
+    path = a.upload('photo.png', PHOTO)
+    assert a.enlarge([path] * 21, 2, 'none').text == '21 images; at most 20 are enlarged at once: leave some out.'
 
 
 def test_an_upload_that_is_too_large(program):
@@ -174,8 +302,9 @@ def test_an_upload_that_is_too_large(program):
     assert Visitor(program.url).upload('a.png', bytes(2**20))
 
 
-def test_messages_do_not_tell_folders():
-    assert without_folders('/tmp/a-b/c d.png is no image, and/or x/y') == 'c d.png is no image, and/or x/y'
+def served(path: str) -> str:
+    """The address of a file."""
+    return f'/gradio_api/file={quote(path)}'
 
 
 @pytest.fixture
@@ -202,8 +331,8 @@ def browser(tmp_path):
 
 @pytest.mark.slow
 def test_in_a_browser(program, browser, tmp_path):
-    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
     def find(path: str):
@@ -216,32 +345,34 @@ def test_in_a_browser(program, browser, tmp_path):
     browser.get(program.url)
     wait(lambda: browser.find_elements(By.XPATH, '//input[@type="file"]'), 'page')
     find('//input[@type="file"]').send_keys(str(tmp_path / 'photo.png'))
-    wait(lambda: 'photo' in find('//body').text, 'upload')
-    weights = find('//input[@aria-label="Weights"]')
-    scale = '//label[.//input[@type="radio"] and normalize-space()="3"]'
-    find('//input[@aria-label="Network"]').click()
+    assert find('//img[@alt="Preview of photo.png"]').get_property('naturalWidth') == 32
+    network = find('//input[@aria-label="Network"]')
+    assert network.get_attribute('value').startswith('ASID_x4, 31.')
+    find('//label[.//input[@type="radio"] and normalize-space()="x3"]').click()
+    wait(lambda: network.get_attribute('value').startswith('ASID_x3, 33.'), 'networks of the scale')
+    network.click()
     find('//*[@role="option"][contains(., "Bicubic")]').click()
-    find(scale).click()  # at once, which what follows from the network must leave alone
-    wait(lambda: weights.get_attribute('value') == 'none', 'weights of the network')
-    find('//input[@aria-label="Network"]').click()
-    find('//*[@role="option"][contains(., "ASID")]').click()
-    wait(lambda: weights.get_attribute('value') == 'ASID_x3.pt', 'weights of network and scale')
-    find('//input[@aria-label="Network"]').click()
-    find('//*[@role="option"][contains(., "Bicubic")]').click()
-    wait(lambda: weights.get_attribute('value') == 'none', 'weights of the network again')
-    assert find(f'{scale}/input').is_selected()
-    find('//button[normalize-space()="Enlarge"]').click()
+    find('//label[normalize-space()="JPEG"]').click()
+    find('//button[normalize-space()="Enlarge"]').send_keys(Keys.ENTER)
     wait(lambda: '32x24 to 96x72 pixels' in find('//body').text, 'result')
-    slider = find('//*[@data-testid="slider"]')
-    images = browser.find_elements(By.XPATH, '//img[contains(@src, "/gradio_api/file=")]')
+    wait(lambda: find('//*[@id="live"][@role="status"]').get_property('textContent') == 'Done.', 'what is read aloud')
+    images = browser.find_elements(By.XPATH, '//img[contains(@src, "gradio_api/file=")]')
     wait(lambda: [image.get_property('naturalWidth') for image in images] == [96, 96], 'before and after')
-    place = slider.rect['x']
-    ActionChains(browser).drag_and_drop_by_offset(find('//*[@data-testid="slider"]/span'), 100, 0).perform()
-    wait(lambda: slider.rect['x'] > place + 50, 'slider that moves')
-    find('//button[normalize-space()="Download PNG"]').click()
-    wait((tmp_path / 'photo_x3.png').is_file, 'download')
-    with Image.open(tmp_path / 'photo_x3.png') as image:
+    slider = find('//*[@class="pair whole"]/input')
+    place = float(slider.get_property('value'))
+    slider.send_keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 3)
+    assert 0 < float(slider.get_property('value')) < 15 <= place <= 85
+    at = slider.get_property('value')
+    assert f'--at: {at}%' in find('//*[@class="pair whole"]').get_attribute('style')
+    find('//button[normalize-space()="Download photo_x3.jpg"]').click()
+    wait((tmp_path / 'photo_x3.jpg').is_file, 'download')
+    with Image.open(tmp_path / 'photo_x3.jpg') as image:
         assert image.size == (96, 72)
+    browser.execute_cdp_cmd(
+        'Emulation.setDeviceMetricsOverride', {'width': 360, 'height': 800, 'deviceScaleFactor': 2, 'mobile': True}
+    )
+    wait(lambda: browser.execute_script('return innerWidth') == 360, 'narrow window')
+    assert browser.execute_script('return document.documentElement.scrollWidth') == 360
     assert {re.match(r'\w+:(//[^/]*)?', url)[0] for url in asked(browser, program.url)} <= {
         program.url,
         'data:',

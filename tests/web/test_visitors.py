@@ -125,7 +125,9 @@ def test_request_arrives_as_it_was_sent(visitors):
 def test_size_of_a_request(visitors):
     a = client(visitors)
     assert a.post('/gradio_api/upload', content=b'x' * 200).status_code == 200
-    assert a.post('/gradio_api/queue/join', content=b'x' * (MAX_BYTES + 1)).status_code == 413
+    assert a.post('/gradio_api/upload', content=b'x' * (MAX_BYTES + 1)).status_code == 413
+    assert a.post('/gradio_api/queue/join', content=b' ' * MAX_BYTES + b'   {}').status_code == 200
+    assert a.post('/gradio_api/queue/join', content=b' ' * 2**20 + b'{}').status_code == 413  # kept in memory
     assert a.post('/gradio_api/upload', content=iter([b'x'])).status_code == 413  # chunks, of a length not told
 
 

@@ -132,8 +132,10 @@ def recognise_ends(state: Mapping[str, Tensor]) -> dict[str, object] | None:
     shift_mean = shape_of(state, 'sub_mean.bias') == (n_colors,)
     found = {'scale': scale, 'n_feats': n_feats, 'n_colors': n_colors, 'shift_mean': shift_mean}
     if shift_mean and not state['sub_mean.bias'].is_meta:
-        # To the digits that float32 keeps, so that it is the number that was typed.
-        found['rgb_range'] = float(f'{-float(state["sub_mean.bias"][0] / mean_colour(n_colors)[0]):.6g}')
+        shown = -float(state['sub_mean.bias'][0] / mean_colour(n_colors)[0])
+        # The number that was typed: float32 keeps 6 digits of it, float16 and bfloat16 3 and 2.
+        usual = next((white for white in (1.0, 255.0) if math.isclose(shown, white, rel_tol=2**-7)), shown)
+        found['rgb_range'] = float(f'{usual:.6g}')
     return found
 
 

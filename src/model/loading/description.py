@@ -40,8 +40,8 @@ def describe(model: Model) -> Description:
 
 
 def described(state: Mapping[str, Tensor], description: Description) -> OrderedDict[str, Tensor]:
-    """The state dict with its description in it; `state` itself stays as it is."""
-    found = OrderedDict(state)
+    """The state dict with its description in it, on the CPU, for machines without a GPU too; `state` stays as it is."""
+    found = OrderedDict((key, value.cpu()) for key, value in state.items())
     found._metadata = {**getattr(state, '_metadata', {}), KEY: asdict(description)}  # type: ignore[attr-defined]
     return found
 

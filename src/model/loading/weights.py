@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
-from model import Model
+from model import Model, type_name
 from model.common import at_least_float32
 from model.loading.description import Description, from_metadata, from_options, from_state
 from model.loading.detect import mismatches, nearest, recognise
 from model.tiles.tiling import Tiler
-from system.files import is_safetensors, read_safetensors, read_torch, some
+from system.files import SAFETENSORS, is_safetensors, read_safetensors, read_torch, some
 
 log = logging.getLogger('frugalsr')
+
+SUFFIXES = ('.pt', '.pth', '.safetensors')  # of files of weights
 
 # What state dicts are wrapped in, the first choice first: averages of weights before the weights themselves. BasicSR
 # has 'params_ema' and 'params', a state of this program 'average' and 'model'.
@@ -99,10 +101,12 @@ def read_weights(path: Path) -> Weights:
         content = content[wrapper]  # type: ignore[index]
         taken.append(wrapper)
     found = content if isinstance(content, dict) else {}
-    state = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    state = {key: value.detach() for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not state:
         holds = f' but {some([f"{key}: {type(value).__name__}" for key, value in found.items()])}' if found else ''
         raise UserError(f'{path} holds no state dict{holds}: give a file with the tensors of a network by name.')
+    if odd := [f'{key} ({type_name(value.dtype)})' for key, value in state.items() if not _is_plain(value)]:
+        raise UserError(f'{path} holds tensors in forms that are not read, {some(odd)}: get it in float32.')
     if others := [str(key) for key in found if key not in state]:
         taken.append(f'without {some(others)}')
     prefix = _shared_prefix(state)
@@ -110,6 +114,11 @@ def read_weights(path: Path) -> Weights:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
         taken.append(f"without the prefix '{prefix}'")
     return Weights(state, ', '.join(taken), from_state(content) or description)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether all its values are there, as floats or integers: it is not sparse, quantised or complex."""
+    return tensor.layout == torch.strided and not tensor.is_meta and tensor.dtype in SAFETENSORS.values()
 
 
 def _wrapper(content: object) -> str | None:
@@ -156,7 +165,8 @@ def load_weights(
         Keys of `net` that `state` did not fill as they are (all of them below `upsampler`).
 
     Raises:
-        UserError: missing or extra keys, or other shapes; nothing was copied.
+        UserError: missing or extra keys, other shapes, whole numbers in place of weights, or values that are not
+            finite; nothing was copied.
     """
     own = net.state_dict()
     missing, extra, reshaped = mismatches(own, state)
@@ -167,6 +177,10 @@ def load_weights(
         counts = f'{len(missing)} missing, {len(extra)} unknown and {len(reshaped)} of another shape'
         raise UserError(f'{source} does not fit this network: {counts}, first {some(wrong)}; {_cause(state)}')
     fitting = {key: value for key, value in state.items() if key in own and key not in reshaped}
+    if whole := [k for k, value in fitting.items() if own[k].is_floating_point() and not value.is_floating_point()]:
+        raise UserError(f'{source} holds whole numbers where weights belong, in {some(whole)}: get it in float32.')
+    if broken := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f'{source} holds values that are not finite, in {some(broken)}: take other weights.')
     made = for_this_scale(net, state) if missing or reshaped else {}
     net.load_state_dict({**own, **made, **fitting}, strict=True)
     left = [*missing, *reshaped]
@@ -219,6 +233,8 @@ def load_model(
     tiler: Tiler | None = None,
     settings: Mapping[str, object] = MappingProxyType({}),
     scale: int | None = None,
+    ensemble: bool = False,
+    half: bool = False,
 ) -> Model:
     """The network that a file of weights belongs to, found as by `--model auto`, with these weights.
 
@@ -228,6 +244,7 @@ def load_model(
         tiler: cuts large images into tiles.
         settings: of the network, which neither the file says nor its weights show.
         scale: for weights that are alike at several.
+        ensemble, half: as of `Model`.
 
     Raises:
         UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
@@ -237,7 +254,7 @@ def load_model(
         found = recognise(state, description, settings, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    model = Model(found.name, found.scale, device, tiler, **found.settings)
+    model = Model(found.name, found.scale, device, tiler, ensemble, half, **found.settings)
     load_weights(model.net, state, str(path))
     model.weights = f'weights from {path}'
     log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import set_stance
 
 from error import UserError
-from model.tiles.tiling import SMALLEST_STEP, Function, Tiler
+from model.tiles.tiling import SMALLEST_STEP, Function, Report, Tiler, unreported
 from system import memory, parallel
 from system.allocator import trim_heap
 
@@ -50,7 +50,9 @@ class AutoTiler(Tiler):
         self.measured: list[int] = []  # bytes for the squares
 
     @torch.no_grad()
-    def rows(self, upscale_tile: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
+    def rows(
+        self, upscale_tile: Function, image: Tensor, scale: int, finish: Function, report: Report = unreported
+    ) -> Iterator[Tensor]:
         """As of `Tiler`.
 
         Raises:
@@ -58,7 +60,7 @@ class AutoTiler(Tiler):
         """
         if self.fixed or self.limit is not None or max(image.shape[-2:]) > TRIED[-1]:
             self._choose(upscale_tile, image, scale)
-        yield from super().rows(upscale_tile, image, scale, finish)
+        yield from super().rows(upscale_tile, image, scale, finish, report)
 
     def _choose(self, upscale_tile: Function, image: Tensor, scale: int) -> None:
         trim_heap()

@@ -18,8 +18,13 @@ ROWS = 16  # of the input, finished at a time
 SMALLEST_STEP = 16
 
 Function = Callable[[Tensor], Tensor]
+Report = Callable[[int, int], None]
 
 log = logging.getLogger('frugalsr')
+
+
+def unreported(done: int, total: int) -> None:
+    """Report to nobody that so many of all tiles are done."""
 
 
 def split(length: int, size: int, overlap: int, fixed: bool = False) -> tuple[int, list[int]]:
@@ -62,14 +67,17 @@ class Tiler:
         return torch.cat([rows.clone() for rows in self.rows(upscale_tile, image, scale, finish)], -2)
 
     @torch.no_grad()
-    def rows(self, upscale_tile: Function, image: Tensor, scale: int, finish: Function) -> Iterator[Tensor]:
+    def rows(
+        self, upscale_tile: Function, image: Tensor, scale: int, finish: Function, report: Report = unreported
+    ) -> Iterator[Tensor]:
         """Give the rows of the result for a (C, H, W) image, H and W >= 1, both on the host, from top to bottom.
 
         `upscale_tile` maps a batch of tiles (n, C, h, w), on the host and in the dtype and value range of the image, to
         (n, C, h*scale, w*scale) on any device; all tiles of an image have one shape. `finish` turns float32 rows
         (C, some, W*scale), in the value range of `upscale_tile`, into as many final rows; it may work in place. It is
         given all rows, from top to bottom, a few at a time, in memory that is used again for those that follow; beside
-        them the host holds one row of tiles as floats.
+        them the host holds one row of tiles as floats. `report` is told how many tiles are done and how many there are,
+        before the first and after each call; there are more of them after memory ran out. What it raises ends the work.
 
         Raises the out-of-memory error of `upscale_tile` if even one smallest tile does not fit; other errors pass
         through.
@@ -77,9 +85,20 @@ class Tiler:
         done, (height, width) = 0, image.shape[-2:]
         if self.fixed:
             image = _continue(image, max(height, self.size), max(width, self.size))
+        tiles = total = 0
+
+        def reporting(batch: Tensor) -> Tensor:
+            nonlocal tiles
+            results = upscale_tile(batch)
+            tiles += len(batch)
+            report(tiles, total)
+            return results
+
         while done < height:
+            total = tiles + self._tiles_from(image.shape[-2], image.shape[-1], done)
+            report(tiles, total)
             try:
-                for piece in self._pieces(upscale_tile, image, scale, done):
+                for piece in self._pieces(reporting, image, scale, done):
                     for rows in piece[:, : (height - done) * scale, : width * scale].split(ROWS * scale, -2):
                         finished = finish(rows)
                         done += rows.shape[-2] // scale
@@ -117,6 +136,11 @@ class Tiler:
 
     def _split(self, length: int) -> tuple[int, list[int]]:
         return split(length, self.size, self.overlap, self.fixed)
+
+    def _tiles_from(self, height: int, width: int, done: int) -> int:
+        """Tiles of an image from input row `done` on."""
+        tops, lefts = (self._split(length)[1] for length in (height - max(0, done - self.overlap // 2), width))
+        return len(tops) * len(lefts)
 
     def _shrink(self, height: int, width: int) -> bool:
         """Halve what the image really used, which may be less than what was allowed; False if nothing is left."""
@@ -159,6 +183,10 @@ class MeanTiler(Tiler):
                 rows = counts[top + skip : below].repeat_interleave(scale, 0)
                 yield band[:, skip * scale : (below - top) * scale] / rows
             shared = band[:, (below - top) * scale :].clone()
+
+    def _tiles_from(self, height: int, width: int, done: int) -> int:
+        side = min(self.size, height, width)
+        return sum(top + side > done for top in self._starts(height, side)) * len(self._starts(width, side))
 
     def _starts(self, length: int, side: int) -> list[int]:
         step = side - self.overlap if side > self.overlap else -(-side // 2)

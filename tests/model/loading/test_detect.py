@@ -41,6 +41,13 @@ def test_what_the_file_says_counts() -> None:
         assert found.assumed == ()
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('name', ['EDSR-baseline', 'NLSN'])  # white is 255 in one, 1 in the other
+def test_white_is_not_taken_from_rounded_numbers(name: str, dtype: torch.dtype) -> None:
+    state = {key: value.to(dtype) for key, value in weights(name).items()}
+    assert recognise(state) == Found(name, 2, {}, recognise(state).assumed, name)
+
+
 def test_nobody_guesses_the_factor_of_residual_branches() -> None:
     state = weights('EDSR-baseline', **SIZES)
     said = r'^Nothing shows the res_scale of these weights, .*\(0\.1 in EDSR, 1 in EDSR-baseline\).*--res_scale 0\.1 or'

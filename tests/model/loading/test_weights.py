@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -437,3 +438,65 @@ def test_another_network_is_refused(upsampler: str | None) -> None:
     with pytest.raises(UserError, match=r'does not fit this network.*these are weights of LCoAN x2 '):
         load_weights(net, network('LCoAN', 2).state_dict(), 'x.pt', upsampler)
     assert same(net.state_dict(), before)
+
+
+# Values that no network can use.
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_taken(dtype: torch.dtype) -> None:
+    source, target = network('EDSR', 2, 1), network('EDSR', 2, 2)
+    load_weights(target, {key: value.to(dtype) for key, value in source.state_dict().items()}, 'x.pt')
+    for own, value in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own, value, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights(dtype: torch.dtype) -> None:
+    """Quantised weights without their scales; cast to floats nearly all of them would be 0."""
+    net = network('EDSR', 2)
+    state = {key: value.to(dtype) for key, value in net.state_dict().items()}
+    before = snapshot(net)
+    with pytest.raises(UserError, match=r'^x.pt holds whole numbers where weights belong, in sub_mean.weight'):
+        load_weights(net, state, 'x.pt')
+    assert same(net.state_dict(), before)
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    net = network('EDSR', 2)
+    state = snapshot(net)
+    state['tail.1.bias'][2] = value
+    with pytest.raises(UserError, match=r'^x.pt holds values that are not finite, in tail.1.bias: take other weights'):
+        load_weights(net, state, 'x.pt')
+
+
+@pytest.mark.parametrize('kind', ['complex', 'sparse', '8-bit floats', 'without values'])
+def test_tensors_in_other_forms_are_refused(tmp_path: Path, kind: str) -> None:
+    state = network('EDSR', 2).state_dict()
+    change = {
+        'complex': lambda value: value.to(torch.complex64),
+        'sparse': Tensor.to_sparse,
+        '8-bit floats': lambda value: value.to(torch.float8_e4m3fn),
+        'without values': lambda value: value.to('meta'),
+    }[kind]
+    torch.save({**state, 'head.0.bias': change(state['head.0.bias'])}, tmp_path / 'x.pt')
+    with pytest.raises(UserError, match=r'x.pt holds tensors in forms that are not read, head.0.bias'):
+        read_weights(tmp_path / 'x.pt')
+
+
+def test_parameters_are_read_without_their_gradients(tmp_path: Path) -> None:
+    torch.save(dict(network('EDSR', 2).named_parameters()), tmp_path / 'x.pt')
+    assert not any(value.requires_grad for value in read_weights(tmp_path / 'x.pt').state.values())
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(network('EDSR', 2).state_dict(), tmp_path / 'x.pt')
+
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+    monkeypatch.setattr(Path, 'open', refuse)
+    with pytest.raises(UserError, match=r'x.pt cannot be read \(Permission denied\): check its permissions'):
+        read_weights(tmp_path / 'x.pt')

@@ -372,3 +372,51 @@ def test_no_rows_are_empty_after_memory_ran_out() -> None:
     found = [rows.clone() for rows in MeanTiler(32, 8, 4).rows(run, image, 1, identity)]
     assert all(rows.shape[-2] for rows in found)
     assert torch.allclose(torch.cat(found, -2), image)
+
+
+def reports(tiler: Tiler, image: Tensor, network: Function = identity) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    rows = tiler.rows(network, image, 1, to_uint8, lambda done, total: told.append((done, total)))
+    assert sum(piece.shape[-2] for piece in rows) == image.shape[-2]
+    return told
+
+
+@pytest.mark.parametrize('kind', [Tiler, MeanTiler])
+@pytest.mark.parametrize('batch', [1, 4])
+def test_tiles_are_counted(kind: type[Tiler], batch: int) -> None:
+    seen: list[int] = []
+
+    def network(tiles: Tensor) -> Tensor:
+        seen.append(len(tiles))
+        return tiles
+
+    told = reports(kind(16, 4, batch), noise(3, 70, 45), network)
+    assert told[0] == (0, sum(seen))
+    assert [done for done, _ in told[1:]] == [sum(seen[: i + 1]) for i in range(len(seen))]
+    assert {total for _, total in told} == {sum(seen)}
+
+
+@pytest.mark.parametrize('size', [(1, 1), (5, 40), (16, 16)])
+@pytest.mark.parametrize('fixed', [False, True])
+def test_tiles_of_small_images_are_counted(size: tuple[int, int], fixed: bool) -> None:
+    done, total = reports(Tiler(16, 4, 1, fixed), noise(3, *size))[-1]
+    assert done == total
+
+
+def test_tiles_are_counted_when_memory_runs_out() -> None:
+    told = reports(Tiler(64, 4, 2), noise(3, 150, 150), Limited(1000))
+    assert told[-1][0] == told[-1][1]
+    assert all(done <= total for done, total in told)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_what_a_report_raises_ends_the_work() -> None:
+    calls = Limited(10**6)
+
+    def report(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        list(Tiler(16, 4, 1).rows(calls, noise(3, 70, 45), 1, to_uint8, report))
+    assert len(calls.shapes) == 2

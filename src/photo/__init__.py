@@ -1,0 +1,1 @@
+"""Photographs enlarged from file to file, with all that their files say."""

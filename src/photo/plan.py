@@ -1,0 +1,187 @@
+"""What is to be done with each photograph, and what is done already."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from data.frames import Series, read_series
+from error import UserError
+from photo.choice import Networks
+from photo.metadata import is_lossy, made_by
+from photo.size import Size, steps
+from photo.targets import MADE, Place, Source
+from photo.writing import Format, check_size, keeps
+from system.files import some
+
+log = logging.getLogger('frugalsr')
+
+
+@dataclass(frozen=True)
+class Part:
+    """An image of a photograph's file; most have one.
+
+    Attributes:
+        old: height and width, upright.
+        new: of its result.
+        steps: factors of the networks that enlarge it, one after the other.
+    """
+
+    old: tuple[int, int]
+    new: tuple[int, int]
+    steps: tuple[int, ...]
+
+    @property
+    def pixels(self) -> int:
+        """Those that its networks give, for the time it takes."""
+        total, factor = 0, 1
+        for step in self.steps:
+            factor *= step
+            total += prod(self.old) * factor**2
+        return total or prod(self.new)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A photograph and its result.
+
+    Attributes:
+        source: the file.
+        target: the file of the result.
+        parts: the images of it that are enlarged.
+        plays: of an animation, as of `data.frames.Series`.
+        lossy: whether the file was compressed with loss.
+        format: of the result.
+        made: how it is made, for its metadata: the weights, and a digest of all that has a say in its pixels.
+    """
+
+    source: Path
+    target: Path
+    parts: tuple[Part, ...]
+    plays: int | None
+    lossy: bool
+    format: str
+    made: str
+
+    @property
+    def new(self) -> tuple[int, int]:
+        """Height and width of the result, or of its first image."""
+        return self.parts[0].new
+
+    @property
+    def pixels(self) -> int:
+        """Those that its networks give."""
+        return sum(part.pixels for part in self.parts)
+
+
+@dataclass
+class Plan:
+    """Jobs to be done, how many are done already, and the faults of others, each with its file."""
+
+    jobs: list[Job] = field(default_factory=list)
+    done: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def make_plan(
+    sources: Sequence[Source], size: Size, place: Place, format: Format, networks: Networks, settings: str, again: bool
+) -> Plan:
+    """Jobs for all sources that need one.
+
+    Args:
+        sources: the photographs.
+        size: how large their results are to be.
+        place: where they go.
+        format: how they are written.
+        networks: what enlarges them.
+        settings: what else has a say in the pixels.
+        again: make also what is done already, and replace files that this program did not make.
+
+    Raises:
+        UserError: two results have one name, or a result would replace a photograph; nothing was done.
+    """
+    plan, jobs = Plan(), []
+    for source in sources:
+        try:
+            jobs.append(_make_job(source, size, place, format, networks, settings))
+        except UserError as error:
+            plan.failures.append(about(source.path, str(error)))
+    firsts = [(job.source.name, job.parts[0]) for job in jobs]
+    smaller = [name for name, part in firsts if not part.steps and part.new != part.old]
+    if smaller:
+        log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
+    _check_targets(jobs)
+    for job in jobs:
+        if again or not job.target.exists():
+            plan.jobs.append(job)
+            continue
+        made = made_by(job.target)
+        if made == job.made and job.target.stat().st_mtime_ns >= job.source.stat().st_mtime_ns:
+            plan.done += 1
+        elif made.startswith(MADE):
+            plan.jobs.append(job)
+        else:
+            plan.failures.append(
+                f'{job.source}: {job.target} is there and was not made by this program; --again replaces it, another '
+                '--name or -o keeps it.'
+            )
+    return plan
+
+
+def about(path: Path, said: str) -> str:
+    """A sentence that names a file."""
+    return said if str(path) in said else f'{path}: {said}'
+
+
+def _make_job(source: Source, size: Size, place: Place, format: Format, networks: Networks, settings: str) -> Job:
+    series, lossy = read_series(source.path), is_lossy(source.path)
+    name = format.of(source.path, pages=len(series.sizes) > 1 and series.plays is None)
+    parts = [_part(old, size, networks.scales) for old in kept_sizes(source.path, series, name)]
+    check_size(name, [part.new for part in parts])
+    old, new = parts[0].old, parts[0].new
+    scale = f'{size.scale or max(new[0] / old[0], new[1] / old[1]):.4g}'
+    target = place.of(source, name, format, {'scale': scale, 'width': new[1], 'height': new[0]})
+    weights = networks.chain(parts[0].steps, lossy)
+    digests = [networks.digest(each) for each in weights]
+    said = json.dumps([[part.new for part in parts], digests, settings, name, format.quality, format.background])
+    names = ' '.join(each.file.stem for each in weights) or 'bicubic'
+    made = f'{MADE} {names} {hashlib.sha256(said.encode()).hexdigest()[:12]}'
+    return Job(source.path, target, tuple(parts), series.plays, lossy, name, made)
+
+
+def _part(old: tuple[int, int], size: Size, scales: Sequence[int]) -> Part:
+    new = size.of(*old)
+    return Part(old, new, steps(old, new, scales))
+
+
+def kept_sizes(path: Path, series: Series, name: str) -> tuple[tuple[int, int], ...]:
+    """The sizes of the images of a file that a result of a format keeps; the log says what it does not."""
+    several = len(series.sizes) > 1
+    if several and not keeps(name, series.plays):
+        able = 'tif keeps all' if series.plays is None else 'png, webp and gif keep the animation'
+        log.warning('%s: %s has one image, the first of its %d; %s.', path, name, len(series.sizes), able)
+        return series.sizes[:1]
+    if several and name == 'tif' and series.plays is not None:
+        log.warning('%s: tif keeps its %d images, but not how long each is shown.', path, len(series.sizes))
+    return series.sizes
+
+
+def _check_targets(jobs: list[Job]) -> None:
+    """Refuse results that would replace a photograph, or one another."""
+    sources = {job.source.resolve() for job in jobs}
+    taken: dict[str, Path] = {}
+    for job in jobs:
+        if job.target.resolve() in sources:
+            raise UserError(
+                f'The result of {job.source} would replace the photograph {job.target}: give another --name or -o.'
+            )
+        key = str(job.target.absolute()).lower()  # some file systems take both for one
+        if key in taken:
+            raise UserError(
+                f'{taken[key]} and {job.source} would both become {job.target}: give --name {{name}}_x{{scale}}, '
+                'or -r with -o.'
+            )
+        taken[key] = job.source

@@ -1,0 +1,294 @@
+"""Results as files: the formats, what each can hold, and the metadata in them."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.image import eight_bits
+from data.png import encode_apng, encode_png
+from data.profile import fits
+from error import UserError
+from photo.metadata import MOST, Metadata
+from system.files import write_atomic
+
+log = logging.getLogger('frugalsr')
+
+SUFFIXES = {
+    '.png': 'png', '.jpg': 'jpg', '.jpeg': 'jpg', '.webp': 'webp', '.tif': 'tif', '.tiff': 'tif', '.gif': 'gif'
+}  # fmt: skip
+SIDES = {'png': 2**31 - 1, 'tif': 2**31 - 1, 'jpg': 65_500, 'gif': 65_535, 'webp': 16_383}  # most pixels of a side
+TIFF_BYTES = 2**32 - 2**24  # of pixels; offsets have 32 bits
+ANIMATED = ('png', 'webp', 'gif')
+XMP_IN_PNG = b'XML:com.adobe.xmp\0\0\0\0\0'  # XMP specification, part 3, section 1.1.5
+COLOURS = 255  # of a GIF image, beside the transparent one
+
+
+@dataclass(frozen=True)
+class Format:
+    """How results are written.
+
+    Attributes:
+        name: png, jpg, webp, tif, gif, or same: as the source, of which BMP becomes PNG; None: TIFF for files of
+            several pages and PNG for others.
+        quality: of JPEG and WebP, 1 to 100.
+        background: what stands behind transparent pixels in JPEG, RGB.
+    """
+
+    name: str | None = None
+    quality: int = 95
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def of(self, source: Path, pages: bool = False) -> str:
+        """The name of the format of a result; `pages` tells that the source has several."""
+        if self.name == 'same':
+            return SUFFIXES.get(source.suffix.lower(), 'png')
+        return self.name or ('tif' if pages else 'png')
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What a file says of its colours: a profile, and PNG chunks by name."""
+
+    icc: bytes | None
+    chunks: Mapping[bytes, bytes]
+
+    def fitting(self, grey: bool) -> bytes | None:
+        """The profile, if it is one for such images."""
+        return self.icc if fits(self.icc, grey) else None
+
+    def lost_in(self, name: str, grey: bool) -> bool:
+        """Whether a format cannot say of an image's colours what its file says.
+
+        GIF has no profiles, WebP no grey images, and only PNG has chunks. By its third edition, section 4.3, cICP comes
+        before a profile, and a profile and sRGB come before the others.
+        """
+        if name == 'png':
+            return False
+        icc = self.fitting(grey) is not None
+        chunks = b'cICP' in self.chunks or (self.chunks and not icc and b'sRGB' not in self.chunks)
+        return bool(chunks) or (icc and (name == 'gif' or (name == 'webp' and grey)))
+
+
+def check_size(name: str, sizes: Sequence[tuple[int, int]]) -> None:
+    """Refuse a result of images (height, width) that its format cannot hold.
+
+    Raises:
+        UserError: it cannot, and others can.
+    """
+    side, (height, width) = max((max(size), size) for size in sizes)
+    if side > SIDES[name]:
+        able = ', '.join(other for other, most in SIDES.items() if side <= most)
+        raise UserError(
+            f'{width}x{height} pixels do not fit into {name}, whose sides have at most {SIDES[name]:,}: choose another '
+            f'format, of {able}.'
+        )
+    if name == 'tif' and sum(map(prod, sizes)) * 8 > TIFF_BYTES:
+        raise UserError(f'{width}x{height} pixels may not fit into the 4 GB of a TIFF file: choose the format png.')
+
+
+def keeps(name: str, plays: int | None) -> bool:
+    """Whether a format holds the images of an animation, shown so often, or all pages."""
+    return name in ('tif', *ANIMATED) if plays is not None else name == 'tif'
+
+
+def write_result(
+    rows: Iterable[np.ndarray],
+    path: Path,
+    name: str,
+    height: int,
+    colours: Colours,
+    metadata: Metadata,
+    format: Format,
+) -> None:
+    """Write rows (some, W) or (some, W, 2 to 4) of uint8 or uint16, `height` in all, as a file, whole or not at all.
+
+    PNG is written as its rows come, others from the whole image. PNG and TIFF keep 16 bits, others are rounded to 8;
+    where a format has no alpha, the background takes its place. GIF has 256 colours. A colour profile that does not fit
+    the colours is left out; what else a format cannot keep is said.
+
+    Raises:
+        WriteError: the file cannot be written; an older one stays as it was. Errors of `rows` pass through.
+    """
+    rows = iter(rows)
+    first = next(rows)
+    if name == 'png':
+        chunks = {**colours.chunks, **_png_chunks(metadata)}
+        icc = colours.fitting(_is_grey(first))
+        write_atomic(path, encode_png(chain([first], rows), height, icc, chunks))
+        return
+    samples = _gather(first, rows, height)
+    _say_losses(samples, path, name, colours)
+    if name == 'tif':
+        write_atomic(path, _tiff([samples], 1, colours, metadata))
+    else:
+        write_atomic(path, _encode([samples], path, name, colours, metadata, format))
+
+
+def write_frames(
+    frames: Iterable[tuple[np.ndarray, float]],
+    path: Path,
+    name: str,
+    count: int,
+    plays: int | None,
+    colours: Colours,
+    metadata: Metadata,
+    format: Format,
+) -> None:
+    """Write several images (H, W) or (H, W, 2 to 4), each shown for some milliseconds, as a file, whole or not at all.
+
+    PNG and TIFF are written as the images come.
+
+    Args:
+        name: of a format that `keeps` them.
+        count: how many there are.
+        plays: how often the animation is shown, 0 for ever; None: they are pages.
+        frames, path, colours, metadata, format: as of `write_result`.
+
+    Raises:
+        WriteError: the file cannot be written; an older one stays as it was. Errors of `frames` pass through.
+    """
+    frames = iter(frames)
+    first = next(frames)
+    frames = chain([first], frames)
+    _say_losses(first[0], path, name, colours)
+    if name == 'png':
+        chunks = {**colours.chunks, **_png_chunks(metadata)}
+        icc = colours.fitting(_is_grey(first[0]))
+        write_atomic(path, encode_apng(frames, count, plays or 0, icc, chunks))
+    elif name == 'tif':
+        write_atomic(path, _tiff((samples for samples, _ in frames), count, colours, metadata))
+    else:
+        images, durations = zip(*frames, strict=True)
+        options: dict[str, Any] = {'save_all': True, 'duration': [round(each) for each in durations]}
+        if name == 'webp':
+            options['loop'] = plays
+        elif plays != 1:  # a GIF file says how often after the first time
+            options['loop'] = plays and plays - 1
+        write_atomic(path, _encode(images, path, name, colours, metadata, format, **options))
+
+
+def _is_grey(samples: np.ndarray) -> bool:
+    return samples.ndim < 3 or samples.shape[2] < 3
+
+
+def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) -> None:
+    """Log what a format cannot keep."""
+    if colours.lost_in(name, _is_grey(samples)):
+        log.warning('%s: %s cannot keep all that the file says of its colours.', path, name)
+    if name == 'gif':
+        log.info('%s: gif has 256 colours an image, to which others are reduced.', path)
+    elif samples.dtype != np.uint8 and name != 'tif':
+        log.info('%s: %s has 8 bits a channel, to which 16 are rounded.', path, name)
+
+
+def _png_chunks(metadata: Metadata) -> dict[bytes, bytes]:
+    exif = {b'eXIf': metadata.exif.tobytes()[6:]}
+    return exif | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
+
+
+def _tiff(pages: Iterable[np.ndarray], count: int, colours: Colours, metadata: Metadata) -> Iterator[bytes]:
+    from data.tiff import encode_tiff  # tifffile is rarely needed
+
+    return encode_tiff(pages, count, metadata.exif, metadata.xmp, metadata.iptc, colours.icc)
+
+
+def _gather(first: np.ndarray, rows: Iterator[np.ndarray], height: int) -> np.ndarray:
+    """All rows in one array, whose memory is in use from the start, so that tiles are chosen with it in mind."""
+    samples, done = np.full((height, *first.shape[1:]), 1, first.dtype), 0
+    for piece in chain([first], rows):
+        samples[done : done + len(piece)] = piece
+        done += len(piece)
+    return samples
+
+
+def over(samples: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """(H, W, 2 or 4) uint8 before a background: (H, W, 3), or (H, W) where all is grey."""
+    alpha = samples[..., -1:].astype(np.uint32)
+    grey = samples.shape[2] == 2 and len(set(background)) == 1
+    behind = np.array(background[:1] if grey else background, np.uint32)
+    seen = (samples[..., :-1] * alpha + behind * (255 - alpha) + 127) // 255
+    return seen.astype(np.uint8)[..., 0] if grey else seen.astype(np.uint8)
+
+
+def _encode(
+    frames: Sequence[np.ndarray],
+    path: Path,
+    name: str,
+    colours: Colours,
+    metadata: Metadata,
+    format: Format,
+    **options: object,
+) -> memoryview:
+    """A JPEG, WebP or GIF file."""
+    frames = [eight_bits(samples) for samples in frames]
+    if name == 'jpg':
+        frames = [over(each, format.background) if each.shape[2:] in ((2,), (4,)) else each for each in frames]
+        options |= _jpeg_options(metadata, format.quality, path)
+    elif name == 'webp':
+        options |= {'quality': format.quality, 'exact': True, 'exif': metadata.exif.tobytes()}
+        options |= {'xmp': metadata.xmp} if metadata.xmp else {}
+    else:
+        options['comment'] = metadata.made.encode()
+    images = [Image.fromarray(samples) for samples in frames]
+    if name == 'gif':
+        images = [_palette_image(image) for image in images]
+        if any(image.getextrema()[1] == COLOURS for image in images):  # each is taken away before the next one
+            options |= {'transparency': COLOURS, 'disposal': 2, 'optimize': False}  # which would number them anew
+    grey = _is_grey(frames[0])
+    if not (name == 'gif' or (name == 'webp' and grey)):
+        options['icc_profile'] = colours.fitting(grey)
+    stream = BytesIO()
+    more = {'append_images': images[1:]} if len(images) > 1 else {}
+    images[0].save(stream, {'jpg': 'JPEG'}.get(name, name.upper()), **more, **options)
+    return stream.getbuffer()
+
+
+def _jpeg_options(metadata: Metadata, quality: int, path: Path) -> dict[str, object]:
+    """What Pillow is to put into a JPEG file."""
+    parts = {'EXIF': metadata.exif.tobytes(), 'XMP': metadata.xmp, 'IPTC': metadata.iptc}
+    for kind, data in parts.items():
+        if len(data) > MOST:
+            log.warning('%s: JPEG has no room for %d bytes of %s data, which is not kept.', path, len(data), kind)
+            parts[kind] = _noted(metadata) if kind == 'EXIF' else b''
+    options: dict[str, object] = {'quality': quality, 'exif': parts['EXIF']}
+    # Colours in full resolution from the quality on at which it shows.
+    options['subsampling'] = 0 if quality >= 90 else 2
+    if parts['XMP']:
+        options['xmp'] = parts['XMP']
+    if parts['IPTC']:
+        options['extra'] = photoshop_segment(parts['IPTC'])
+    return options
+
+
+def photoshop_segment(iptc: bytes) -> bytes:
+    """IPTC data as the segment APP13 of a JPEG file (Adobe Photoshop file formats, "Image resource blocks")."""
+    block = b'8BIM\x04\x04\0\0' + len(iptc).to_bytes(4, 'big') + iptc + bytes(len(iptc) % 2)
+    body = b'Photoshop 3.0\0' + block
+    return b'\xff\xed' + (len(body) + 2).to_bytes(2, 'big') + body
+
+
+def _palette_image(image: Image.Image) -> Image.Image:
+    """An image of at most 256 colours, dithered where it has more; what is less than half opaque is transparent."""
+    colour = image.convert('RGB')
+    few = colour.quantize(COLOURS)
+    indexed = colour.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG)
+    indexed.putpalette(bytes(few.getpalette() or ()).ljust(3 * (COLOURS + 1), b'\0'))
+    if image.has_transparency_data:
+        indexed.paste(COLOURS, mask=Image.fromarray(np.asarray(image.getchannel('A')) < 128))
+    return indexed
+
+
+def _noted(metadata: Metadata) -> bytes:
+    """EXIF data that say nothing but how the image was made."""
+    exif = Image.Exif()
+    for tag in (0x000B, 0x0112):
+        exif[tag] = metadata.exif[tag]
+    return exif.tobytes()

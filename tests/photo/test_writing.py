@@ -1,0 +1,254 @@
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageCms
+from PIL.ExifTags import IFD, Base
+from PIL.IptcImagePlugin import getiptcinfo
+from PIL.PngImagePlugin import PngInfo
+
+from data.frames import Series, read_frames, read_series
+from data.image import read_photo
+from error import UserError
+from photo.metadata import Metadata, is_lossy, made_by, read_metadata
+from photo.writing import Colours, Format, check_size, over, photoshop_segment, write_frames, write_result
+
+RNG = np.random.default_rng(0)
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" exif:PixelXDimension="5" '
+    b'xmp:Rating="4">'
+    b'<exif:PixelYDimension>9</exif:PixelYDimension><xmp:Thumbnails><rdf:Alt>AAAA</rdf:Alt></xmp:Thumbnails>'
+    b'</rdf:Description></x:xmpmeta>'
+)
+TIME = '2020:01:02 03:04:05'
+
+
+def photograph(path: Path) -> Path:
+    """5x9 pixels that are to be turned, with all kinds of metadata, and a thumbnail in its EXIF data."""
+    exif = Image.Exif()
+    exif[Base.Orientation], exif[Base.Make], exif[Base.DateTime] = 6, 'Maker', TIME
+    exif[Base.ImageWidth] = 9
+    exif.get_ifd(IFD.Exif).update({Base.DateTimeOriginal: TIME, Base.ExifImageWidth: 9, Base.MakerNote: b'secret' * 9})
+    exif.get_ifd(IFD.GPSInfo).update({1: 'N', 2: (1.0, 2.0, 3.5)})
+    data = exif.tobytes()[6:]
+    end = struct.unpack('>I', data[4:8])[0]
+    end += 2 + 12 * struct.unpack('>H', data[end : end + 2])[0]  # where the offset of the thumbnail's directory stands
+    thumbnail = struct.pack('>HHHIHHI', 1, Base.Compression, 3, 1, 6, 0, 0) + b'THUMBNAIL'
+    data = data[:end] + struct.pack('>I', len(data)) + data[end + 4 :] + thumbnail
+    pixels = Image.fromarray(RNG.integers(0, 256, (5, 9, 3)).astype(np.uint8))
+    text = PngInfo()
+    text.add_itxt('XML:com.adobe.xmp', XMP.decode())
+    pixels.save(path, exif=b'Exif\0\0' + data, xmp=XMP, pnginfo=text, icc_profile=ICC)
+    return path
+
+
+def write(path: Path, samples: np.ndarray, source: Path, **options: object) -> None:
+    metadata = read_metadata(source).adapted(*samples.shape[:2], 'FrugalSR test')
+    name = path.suffix[1:]
+    write_result(iter([samples]), path, name, len(samples), Colours(ICC, {}), metadata, Format(name, **options))
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif'])
+@pytest.mark.parametrize('origin', ['jpg', 'png', 'webp'])
+def test_metadata_is_kept_and_fits_the_result(tmp_path, origin, suffix):
+    source, path = photograph(tmp_path / f'a.{origin}'), tmp_path / f'b.{suffix}'
+    samples = np.full((18, 10, 3), 100, np.uint8)
+    write(path, samples, source)
+    assert np.abs(read_photo(path).color.astype(int) - samples).max() <= 2  # and is not turned once more
+    with Image.open(path) as image:
+        exif, xmp = image.getexif(), image.tag_v2[Base.XMLPacket] if suffix == 'tif' else image.info['xmp']
+        image.load()
+        assert image.info['icc_profile'] == ICC
+        assert (exif[Base.Orientation], exif[Base.Make], exif[Base.DateTime]) == (1, 'Maker', TIME)
+        own = exif.get_ifd(IFD.Exif)
+        assert (own[Base.ExifImageWidth], own[Base.ExifImageHeight]) == (10, 18)
+        assert (own[Base.DateTimeOriginal], own[Base.MakerNote]) == (TIME, b'secret' * 9)
+        assert exif.get_ifd(IFD.GPSInfo)[2] == (1.0, 2.0, 3.5)
+        assert not exif.get_ifd(IFD.IFD1)
+        assert exif.get(Base.ImageWidth, 10) == 10
+    for part in (b'tiff:Orientation="1"', b'PixelXDimension="10"', b'PixelYDimension>18<', b'xmp:Rating="4"'):
+        assert part in xmp
+    assert b'AAAA' not in xmp
+    assert b'THUMBNAIL' in source.read_bytes()
+    assert b'THUMBNAIL' not in path.read_bytes()
+    assert made_by(path) == 'FrugalSR test'
+    assert made_by(source) == ''
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_png_and_tiff_keep_every_bit(tmp_path, suffix, channels, dtype):
+    """As other programs read them."""
+    samples = RNG.integers(0, np.iinfo(dtype).max, (700, 300, channels), endpoint=True).astype(dtype)
+    samples = samples[..., 0] if channels == 1 else samples
+    path = tmp_path / f'b.{suffix}'
+    write(path, samples, photograph(tmp_path / 'a.jpg'))
+    read = read_photo(path).samples
+    assert read.dtype == dtype
+    assert np.array_equal(read.squeeze(), samples)
+    if suffix == 'tif':
+        assert np.array_equal(tifffile.imread(path), samples)
+        if dtype == np.uint8:
+            with Image.open(path) as image:
+                assert np.array_equal(np.asarray(image), samples)
+
+
+@pytest.mark.parametrize(('suffix', 'mode'), [('jpg', 'RGB'), ('webp', 'RGBA')])
+def test_what_a_format_does_not_have(tmp_path, messages, suffix, mode):
+    """16 bits are rounded, not cut; alpha lies on the background where there is none."""
+    samples = np.zeros((16, 16, 4), np.uint16)
+    samples[:, :] = (200 * 257 + 129, 100 * 257, 50 * 257 - 129, 65535)  # rounded to 201, 100, 49
+    samples[:, 8:, 3] = 0
+    path = tmp_path / f'b.{suffix}'
+    write(path, samples, photograph(tmp_path / 'a.jpg'), quality=100, background=(10, 20, 30))
+    with Image.open(path) as image:
+        assert image.mode == mode
+        pixels = np.asarray(image).astype(int)
+    assert np.abs(pixels[8, 2, :3] - (201, 100, 49)).max() <= 2
+    if suffix == 'jpg':
+        assert np.abs(pixels[8, 14] - (10, 20, 30)).max() <= 2
+    else:
+        assert pixels[8, 14, 3] == 0
+    assert any('has 8 bits a channel' in line for line in messages)
+
+
+def test_over_by_hand():
+    pixels = np.array([[[100, 255], [100, 0], [100, 51]]], np.uint8)
+    assert over(pixels, (200, 200, 200)).tolist() == [[100, 200, 180]]
+    assert over(pixels, (200, 0, 50)).tolist() == [[[100] * 3, [200, 0, 50], [180, 20, 60]]]
+
+
+def test_quality_is_that_of_the_file(tmp_path):
+    source, samples = photograph(tmp_path / 'a.jpg'), RNG.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    sizes = []
+    for quality in (50, 95):
+        write(tmp_path / f'{quality}.jpg', samples, source, quality=quality)
+        sizes.append((tmp_path / f'{quality}.jpg').stat().st_size)
+    assert sizes[0] < sizes[1] / 2
+
+
+@pytest.mark.parametrize(
+    ('name', 'size', 'able'), [('jpg', (65_501, 9), 'png, tif, gif'), ('webp', (9, 16_384), 'png, tif, jpg, gif')]
+)
+def test_a_size_that_a_format_has_no_room_for(name, size, able):
+    check_size(name, [(9, 9), (min(size[0], 16_383), 9)])
+    with pytest.raises(UserError, match=f'do not fit into {name}, .* of {able}'):
+        check_size(name, [(9, 9), size])
+
+
+def test_metadata_too_large_for_jpeg_is_told(tmp_path, messages):
+    source = tmp_path / 'a.webp'
+    exif = Image.Exif()
+    exif.get_ifd(IFD.Exif)[Base.MakerNote] = bytes(70_000)
+    Image.new('RGB', (5, 5)).save(source, exif=exif)
+    write(tmp_path / 'b.jpg', np.zeros((9, 9, 3), np.uint8), source)
+    assert made_by(tmp_path / 'b.jpg') == 'FrugalSR test'
+    assert any('no room for' in line and 'EXIF' in line for line in messages)
+
+
+def test_damaged_metadata_costs_no_photograph(tmp_path, messages):
+    source = tmp_path / 'a.jpg'
+    Image.new('RGB', (5, 5)).save(source, exif=b'Exif\0\0II*\0\x08\0\0\0\xff\xff' + bytes(range(256)))
+    write(tmp_path / 'b.png', np.zeros((9, 9, 3), np.uint8), source)
+    assert made_by(tmp_path / 'b.png') == 'FrugalSR test'
+
+
+def test_the_shape_that_tifffile_notes_is_not_taken_along(tmp_path):
+    source = tmp_path / 'a.tif'
+    tifffile.imwrite(source, np.zeros((5, 6, 3), np.uint16), photometric='rgb')
+    write(tmp_path / 'b.tif', np.zeros((10, 12, 3), np.uint16), source)
+    with tifffile.TiffFile(tmp_path / 'b.tif') as tif:
+        assert tif.pages.first.description == ''
+        assert tif.series[0].shape == (10, 12, 3)
+
+
+def test_which_files_are_lossy(tmp_path):
+    image = Image.fromarray(RNG.integers(0, 256, (20, 20, 3)).astype(np.uint8))
+    frames = {'save_all': True, 'append_images': [image.rotate(90)]}
+    files = {'a.jpg': {}, 'b.webp': {'exif': Image.Exif()}, 'c.webp': frames, 'd.webp': {'lossless': True}, 'e.png': {}}
+    for name, options in files.items():
+        image.save(tmp_path / name, **options)
+    assert [name for name in files if is_lossy(tmp_path / name)] == ['a.jpg', 'b.webp', 'c.webp']
+
+
+def moving(path: Path, frames: list[np.ndarray], plays: int, times: list[float]) -> None:
+    exif = Image.Exif()
+    metadata = Metadata(exif).adapted(*frames[0].shape[:2], 'FrugalSR test')
+    name = path.suffix[1:]
+    about = len(frames), plays, Colours(None, {}), metadata, Format(name, quality=100)
+    write_frames(zip(frames, times, strict=True), path, name, *about)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'webp', 'gif'])
+@pytest.mark.parametrize('plays', [0, 1, 4])
+def test_animations_keep_times_and_repetition(tmp_path, suffix, plays):
+    """What is transparent shows nothing of the frame before."""
+    blocks = np.kron(RNG.integers(0, 4, (4, 3, 3)), np.ones((10, 10, 1), int)) * 80
+    frames = [np.dstack((blocks, np.full((40, 30), 255))).astype(np.uint8)]
+    frames += [np.roll(frames[0], 11, 0), frames[0][::-1].copy()]
+    frames[1][10:20, 5:9, 3] = 0
+    path, times = tmp_path / f'a.{suffix}', [40.0, 100.0, 250.0]
+    moving(path, frames, plays, times)
+    assert made_by(path) == 'FrugalSR test'
+    assert read_series(path) == Series(((40, 30),) * 3, plays)
+    read = list(read_frames(path))
+    assert [time for _, time in read] == times
+    for (photo, _), frame in zip(read, frames, strict=True):
+        assert np.array_equal(photo.alpha, frame[..., 3])
+        seen = frame[..., 3] == 255
+        error = np.abs(photo.color[seen].astype(int) - frame[..., :3][seen])
+        assert error.mean() <= (20 if suffix == 'webp' else 0)  # compressed with loss
+
+
+def test_gif_has_few_colours(tmp_path, messages):
+    """A gradient of 1,600 colours: dithered, so that on average they are right."""
+    ramp = np.add.outer(np.arange(40) * 3, np.arange(40) * 2)
+    samples = np.dstack((ramp, ramp[::-1], np.full((40, 40), 90))).astype(np.uint8)
+    write(tmp_path / 'a.gif', samples, photograph(tmp_path / 'a.jpg'))
+    with Image.open(tmp_path / 'a.gif') as image:
+        assert len(image.getcolors()) <= 256
+        found = np.asarray(image.convert('RGB')).astype(int)
+    assert np.abs(found - samples).mean() < 6
+    assert np.abs((found - samples).mean((0, 1))).max() < 2
+    assert any('gif has 256 colours' in line for line in messages)
+    assert made_by(tmp_path / 'a.gif') == 'FrugalSR test'
+
+
+IPTC = b'\x1c\x02\x78\x00\x05Titel'  # IIM 4.2, dataset 2:120, a caption
+
+
+@pytest.mark.parametrize('origin', ['jpg', 'tif'])
+@pytest.mark.parametrize('suffix', ['jpg', 'tif'])
+def test_iptc_data_is_kept(tmp_path, origin, suffix):
+    source, samples = tmp_path / f'a.{origin}', np.zeros((9, 9, 3), np.uint8)
+    if origin == 'jpg':
+        Image.fromarray(samples).save(source, extra=photoshop_segment(IPTC))
+    else:
+        tifffile.imwrite(source, samples, photometric='rgb', extratags=[(33723, 7, len(IPTC), IPTC, True)])
+    with Image.open(source) as image:
+        assert getiptcinfo(image) == {(2, 120): b'Titel'}
+    write(tmp_path / f'b.{suffix}', samples, source)
+    with Image.open(tmp_path / f'b.{suffix}') as image:
+        assert getiptcinfo(image) == {(2, 120): b'Titel'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'grey', 'icc', 'chunks', 'lost'),
+    [
+        ('jpg', False, ICC, {}, False),
+        ('gif', False, ICC, {}, True),
+        ('webp', False, ICC, {}, False),
+        ('webp', True, bytes(16) + b'GRAY', {}, True),
+        ('jpg', False, None, {b'gAMA': b''}, True),
+        ('jpg', False, None, {b'gAMA': b'', b'sRGB': b''}, False),
+        ('jpg', False, ICC, {b'gAMA': b''}, False),
+        ('tif', False, ICC, {b'cICP': b''}, True),
+        ('png', False, None, {b'cICP': b''}, False),
+    ],
+)
+def test_what_a_format_cannot_say_of_colours(name, grey, icc, chunks, lost):
+    assert Colours(icc, chunks).lost_in(name, grey) == lost
