@@ -15,6 +15,7 @@ from error import UserError, report_error, run_program
 from options.kinds import Parser, count, folder, memory_size, natural, number
 from options.table import ROOT
 from system.allocator import tune_malloc
+from system.threads import let_threads_sleep
 
 if TYPE_CHECKING:
     from photo.choice import Networks
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
+    let_threads_sleep()
     try:
         run(parse(argv), argv)
     except UserError as error:

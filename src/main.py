@@ -18,6 +18,7 @@ from error import UserError, noting, raise_noted, report_error, run_program
 from options.config import changes, write_config
 from options.measured import cost_models, cost_scales, several_forms
 from system.allocator import tune_malloc
+from system.threads import let_threads_sleep
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
+    let_threads_sleep()
     try:
         run(option.parse(argv), argv)
     except (UserError, OSError) as error:
@@ -84,10 +86,13 @@ def run(args: Namespace, argv: Sequence[str] = ()) -> None:
 def run_here(args: Namespace) -> None:
     """Do what the options say with this process alone, or with it as one of several that share the run."""
     from checkpoint import RunFolder, start_screen
+    from model.ops.fast import leave_out_kernels
     from system import parallel
     from wiring import apply_detected_network
 
     start_screen(quiet=parallel.rank() > 0)
+    if args.kernels == 'off':
+        leave_out_kernels()
     if args.model == 'auto':
         apply_detected_network(args)
     folder = RunFolder(args.save_dir / args.save, writes=parallel.rank() == 0)

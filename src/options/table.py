@@ -404,6 +404,13 @@ def _add_hardware(g: Group) -> None:
         help='on a GPU: the same bits in every run, which costs time; on a CPU always so',
     )
     g.add_argument(
+        '--kernels',
+        choices=('auto', 'off'),
+        default='auto',
+        help="auto: where they work, this program's kernels, in Triton on a GPU and, with llvmlite, in LLVM on a CPU; "
+        'off: plain PyTorch',
+    )
+    g.add_argument(
         '--seed', metavar='N', type=number(int, 0, 2**63 - 1), default=1, help='of everything that is random'
     )
 

@@ -13,6 +13,7 @@ from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
 from model.ops.cached_attention import CACHED_LOGITS, cached_attention
+from model.ops.fast import is_for_llvm
 from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
@@ -151,8 +152,14 @@ def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
 
 
 def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T)."""
-    return table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
+    """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T).
+
+    For kernels in LLVM its memory has query after query, as they want it.
+    """
+    table = table.t().contiguous()
+    if is_for_llvm(table):
+        return table.index_select(1, index.t().flatten()).unflatten(1, index.shape).mT
+    return table.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
 def shift_masks(size: int, shift: int, like: Tensor, kinds: Sequence[int] = range(4)) -> Tensor:
@@ -208,6 +215,6 @@ def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
     heads, pixels, _ = bias.shape
     rows = qkv.reshape(-1, channels).index_select(0, windows.order)
     q, k, v = rows.view(-1, pixels, 3, heads, channels // (3 * heads)).unbind(2)
-    masks = (bias.unsqueeze(1) + windows.masks).to(q.dtype)
+    masks = (bias.unsqueeze(1) + windows.masks.mT).to(q.dtype)  # which are symmetric
     out = attention(q, k, v, masks, windows.counts)
     return out.flatten(0, 1).index_select(0, windows.inverse).view(n, length, -1)

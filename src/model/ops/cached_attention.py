@@ -1,4 +1,7 @@
-"""Softmax attention on a CPU, for many windows of few channels: maps are made a few at a time, and none is kept."""
+"""Softmax attention on a CPU, for many windows of few channels: maps are made a few at a time, and none is kept.
+
+Without gradients a kernel of `cached_attention_llvm` makes no maps at all, where llvmlite is installed.
+"""
 
 import math
 from collections.abc import Iterator
@@ -8,8 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ops.fast import by_llvm, is_for_llvm
+
 CACHED_LOGITS = 2**20  # that a CPU's cache holds: 4 MB in float32, twice that in the backward pass
 LOG2_E = 1 / math.log(2)
+MOST_CHANNELS = 40  # of a head, that a kernel takes
+LEAST_QUERIES = 16  # of a window, that fill a vector of a kernel
 
 
 def at_once(q: Tensor, k: Tensor) -> int:
@@ -115,5 +122,25 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kind
         kinds: (B,) int64, which of the masks is a window's.
         scale: factor of the products.
     """
-    arguments = (q, k, v, masks, kinds, scale)
-    return CachedAttention.apply(*arguments) if torch.is_grad_enabled() else forward(*arguments)[0]
+    if torch.is_grad_enabled():
+        return CachedAttention.apply(q, k, v, masks, kinds, scale)
+    return (fast_without_gradients if is_for_kernel(q, v) else without_gradients)(q, k, v, masks, kinds, scale)
+
+
+def is_for_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether a kernel computes the attention of these queries and values."""
+    few = max(q.shape[3], v.shape[3]) <= MOST_CHANNELS and q.shape[1] >= LEAST_QUERIES
+    return few and q.dtype == torch.float32 and is_for_llvm(q)
+
+
+def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
+    """See `cached_attention`."""
+    return forward(q, k, v, masks, kinds, scale)[0]
+
+
+@torch.library.custom_op('frugalsr::cached_attention', mutates_args=())
+def fast_without_gradients(
+    q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> Tensor:
+    """An operation with a name, by which its time is told from that of others."""
+    return by_llvm('cached_attention_llvm', without_gradients, q, k, v, masks, kinds, scale)

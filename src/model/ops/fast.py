@@ -1,8 +1,14 @@
-"""The door to kernels in Triton: used on a GPU where Triton works, else the plain form of the same operation is."""
+"""The door to kernels: in Triton on a GPU, in LLVM on a CPU, where these work; else the plain form of the operation.
+
+With FRUGALSR_KERNELS=off in the environment, as --kernels off has it, none is used.
+"""
 
 import importlib
 import logging
+import os
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -11,23 +17,53 @@ from torch import Tensor
 T = TypeVar('T')
 log = logging.getLogger('frugalsr')
 failed: set[str] = set()  # modules whose kernels did not run
+wanted = os.environ.get('FRUGALSR_KERNELS') != 'off'
+
+
+def leave_out_kernels() -> None:
+    """Have this program, and those that it starts, use plain PyTorch alone."""
+    global wanted
+    wanted = False
+    os.environ['FRUGALSR_KERNELS'] = 'off'
+
+
+@cache
+def is_installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def is_for_triton(x: Tensor) -> bool:
     """Whether `x` is on a GPU of NVIDIA or AMD."""
-    return x.is_cuda
+    return wanted and x.is_cuda
+
+
+def is_for_llvm(x: Tensor) -> bool:
+    """Whether `x` is on a CPU with llvmlite, in an eager call without gradients."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return wanted and x.is_cpu and not traced and not torch.is_grad_enabled() and is_installed('llvmlite')
 
 
 def by_triton(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
     """What `plain` gives; on a GPU by the function of its name in a module here, until one there fails."""
-    if is_for_triton(first) and module not in failed:
+    return by_kernel(module, plain, first, *others) if is_for_triton(first) else plain(first, *others)
+
+
+def by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
+    """What `plain` gives; where `is_for_llvm` by the function of its name in a module here, until one there fails."""
+    return by_kernel(module, plain, first, *others) if is_for_llvm(first) else plain(first, *others)
+
+
+def by_kernel(module: str, plain: Callable[..., T], *arguments: Any) -> T:
+    """What `plain` gives, by the function of its name in a module here, until one there fails."""
+    if module not in failed:
         try:
-            # Only where it is needed: Triton is no part of every PyTorch.
-            return getattr(importlib.import_module(f'model.ops.{module}'), plain.__name__)(first, *others)
+            # Only where they are needed: Triton and llvmlite are optional.
+            return getattr(importlib.import_module(f'model.ops.{module}'), plain.__name__)(*arguments)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
             failed.add(module)
-            what = module.removesuffix('_triton').replace('_', ' ')
-            log.warning('The %s runs without Triton, slower: %s: %s', what, type(error).__name__, error)
-    return plain(first, *others)
+            what, _, how = module.rpartition('_')
+            what, how = what.replace('_', ' '), {'triton': 'Triton', 'llvm': 'llvmlite'}[how]
+            log.warning('The %s runs without %s, slower: %s: %s', what, how, type(error).__name__, error)
+    return plain(*arguments)

@@ -1,13 +1,15 @@
 """Softmax attention on a CPU, without gradients, within windows of very many pixels with a position bias.
 
 One map of a window of 32x32 pixels fills a cache by itself. Here a few queries of all heads are taken at a time, and
-their biases are copied from a small table, so that no array of all pairs is ever written.
+their biases are copied from a small table, so that no array of all pairs is ever written. A kernel of
+`cached_attention_llvm` reads them there, where llvmlite is installed.
 """
 
 import torch
 from torch import Tensor
 
-from model.ops.cached_attention import CACHED_LOGITS, LOG2_E, in_range
+from model.ops.cached_attention import CACHED_LOGITS, LEAST_QUERIES, LOG2_E, in_range, is_for_kernel
+from model.ops.fast import by_llvm
 
 
 def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -15,9 +17,22 @@ def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
 
     Args:
         q, k, v: (B, T, heads, d), float32 or float64.
-        bias: of the same type, (heads, rows, ...), which reshaped is (heads, T, T); a view of something smaller.
+        bias: of the same type, (heads, size, size, size, size), which reshaped is (heads, T, T); a view of something
+            smaller.
         scale: factor of the products.
     """
+    rows_are_vectors = bias.stride(2) == 1 and bias.shape[2] % LEAST_QUERIES == 0
+    return (fast_by_rows if rows_are_vectors and is_for_kernel(q, v) else by_rows)(q, k, v, bias, scale)
+
+
+@torch.library.custom_op('frugalsr::table_attention', mutates_args=())
+def fast_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """An operation with a name, by which its time is told from that of others."""
+    return by_llvm('cached_attention_llvm', by_rows, q, k, v, bias, scale)
+
+
+def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """See `table_attention`."""
     _, t, heads, _ = q.shape
     per_row = t // bias.shape[1]
     rows = min(max(1, CACHED_LOGITS // (2 * heads * per_row * t)), bias.shape[1])

@@ -1,0 +1,199 @@
+"""Kernels for CPUs, written in LLVM's language and compiled in memory by llvmlite: `pip install llvmlite`, no compiler.
+
+A vector holds `LANES` numbers of float32. What is written vector by vector stays in registers, where PyTorch's
+operations go through memory, and needs no luck with the vectorisation of loops.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+
+FLOAT, INT, BIT = ir.FloatType(), ir.IntType(64), ir.IntType(1)
+ROUNDING = 1.5 * 2**23  # a float32 plus this has no room for digits after the point: its last bits are an integer
+TERMS = 7  # of the series of 2^x for |x| <= 1/2, whose rest is 2^-23 of it
+
+
+@cache
+def lanes() -> int:
+    """Numbers of float32 that a vector register holds, as far as kernels make use of that."""
+    features = llvm.get_host_cpu_features()
+    return 16 if features.get('avx512f') else 8
+
+
+class Code:
+    """A function `run(arguments, memory, factor)` that is being written.
+
+    Attributes:
+        given: the arguments by their names, int64.
+        memory: pointer to float32 that a thread has for itself.
+        factor: a number of float32.
+    """
+
+    def __init__(self, names: Sequence[str], lanes: int) -> None:
+        self.module, self.lanes = ir.Module(), lanes
+        self.module.triple = llvm.get_process_triple()
+        self.vector_type = ir.VectorType(FLOAT, lanes)
+        kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer(), FLOAT.as_pointer(), FLOAT])
+        function = ir.Function(self.module, kind, 'run')
+        arguments, self.memory, self.factor = function.args
+        self.memory.add_attribute('noalias')
+        multiply_add = ir.FunctionType(self.vector_type, [self.vector_type] * 3)
+        self._multiply_add = ir.Function(self.module, multiply_add, f'llvm.fmuladd.v{lanes}f32')
+        self.to = ir.IRBuilder(function.append_basic_block())
+        self.given = {name: self.to.load(self.to.gep(arguments, [INT(i)])) for i, name in enumerate(names)}
+
+    def vector(self, x: float) -> ir.Value:
+        """The same number in all lanes."""
+        return self.vector_type([x] * self.lanes)
+
+    def integers(self, x: int) -> ir.Value:
+        return ir.VectorType(ir.IntType(32), self.lanes)([x] * self.lanes)
+
+    def spread(self, number: ir.Value) -> ir.Value:
+        """A number in all lanes."""
+        nothing = self.vector_type(ir.Undefined)
+        return self.to.shuffle_vector(self.to.insert_element(nothing, number, INT(0)), nothing, self.integers(0))
+
+    def pointer(self, name: str, to: ir.Type = FLOAT) -> ir.Value:
+        """An argument that is an address."""
+        return self.to.inttoptr(self.given[name], to.as_pointer())
+
+    def offset(self, *products: Sequence[ir.Value]) -> ir.Value:
+        """A sum of products of integers."""
+        total = INT(0)
+        for first, *others in products:
+            for other in others:
+                first = self.to.mul(first, other)
+            total = self.to.add(total, first)
+        return total
+
+    def at(self, pointer: ir.Value, offset: ir.Value) -> ir.Value:
+        return self.to.gep(pointer, [offset])
+
+    def load(self, pointer: ir.Value, count: int) -> ir.Value:
+        """`count` numbers that follow one another."""
+        return self.to.load(self.to.bitcast(pointer, ir.VectorType(FLOAT, count).as_pointer()), align=4)
+
+    def store(self, vector: ir.Value, pointer: ir.Value) -> None:
+        self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=4)
+
+    def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """Vectors of what stands at the same place of each row."""
+        columns = []
+        for place in range(rows[0].type.count):
+            column = ir.VectorType(FLOAT, len(rows))(ir.Undefined)
+            for i, row in enumerate(rows):
+                column = self.to.insert_element(column, self.to.extract_element(row, INT(place)), INT(i))
+            columns.append(column)
+        return columns
+
+    def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """x * y + z, in one instruction where there is one."""
+        return self.to.call(self._multiply_add, [x, y, z])
+
+    def select_less(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """The lesser in each lane; `y` where one is not a number."""
+        return self.to.select(self.to.fcmp_ordered('<', x, y), x, y)
+
+    def select_greater(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """The greater in each lane; `y` where one is not a number."""
+        return self.to.select(self.to.fcmp_ordered('>', x, y), x, y)
+
+    def exp2(self, x: ir.Value) -> ir.Value:
+        """2^x to 2^-22 of it: 2^n, with n the nearest integer, times the series of the rest.
+
+        0 takes the place of numbers below 2^-126, infinity that of those from 2^128 on.
+        """
+        x = self.select_less(self.vector(128), self.select_greater(self.vector(-127), x))
+        shifted = self.to.fadd(x, self.vector(ROUNDING))
+        rest = self.to.fsub(x, self.to.fsub(shifted, self.vector(ROUNDING)))
+        *others, series = (self.vector(math.log(2) ** n / math.factorial(n)) for n in range(TERMS))
+        for factor in reversed(others):
+            series = self.multiply_add(series, rest, factor)
+        exponent = self.to.shl(self.to.bitcast(shifted, self.integers(0).type), self.integers(23))
+        power = self.to.bitcast(self.to.add(exponent, self.integers(127 << 23)), self.vector_type)
+        return self.to.fmul(series, power)
+
+    def loop(
+        self,
+        start: ir.Value,
+        stop: ir.Value,
+        step: int,
+        body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]],
+        carried: Sequence[ir.Value] = (),
+    ) -> list[ir.Value]:
+        """Write `for i in range(start, stop, step): carried = body(i, carried)`; what is carried in the end."""
+        before, head, inside, after = self.to.block, *(self.to.append_basic_block() for _ in range(3))
+        self.to.branch(head)
+        self.to.position_at_end(head)
+        variables = [self.to.phi(x.type) for x in (start, *carried)]
+        self.to.cbranch(self.to.icmp_signed('<', variables[0], stop), inside, after)
+        self.to.position_at_end(inside)
+        found = [*body(variables[0], variables[1:]), self.to.add(variables[0], INT(step))]
+        for variable, first, later in zip(variables, (start, *carried), (found[-1], *found[:-1]), strict=True):
+            variable.add_incoming(first, before)
+            variable.add_incoming(later, self.to.block)
+        self.to.branch(head)
+        self.to.position_at_end(after)
+        return variables[1:]
+
+    def tasks(self, counter: ir.Value, count: ir.Value, body: Callable[[ir.Value], None]) -> None:
+        """Write the rest: `body(i)` for numbers i below `count` that no other thread has taken from the counter."""
+        head, work, end = (self.to.append_basic_block() for _ in range(3))
+        self.to.branch(head)
+        self.to.position_at_end(head)
+        task = self.to.atomic_rmw('add', counter, INT(1), 'monotonic')
+        self.to.cbranch(self.to.icmp_signed('<', task, count), work, end)
+        self.to.position_at_end(end)
+        self.to.ret_void()
+        self.to.position_at_end(work)
+        body(task)
+        self.to.branch(head)
+
+
+class Kernel:
+    """`Code` as a function of this machine."""
+
+    def __init__(self, code: Code) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        module = llvm.parse_assembly(str(code.module))
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        )
+        options = llvm.create_pipeline_tuning_options(speed_level=2)
+        options.loop_unrolling = False  # is done where it pays
+        builder = llvm.create_pass_builder(machine, options)
+        builder.getModulePassManager().run(module, builder)
+        self._engine = llvm.create_mcjit_compiler(module, machine)  # which owns the memory of the function
+        self._engine.finalize_object()
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float)
+        self._run = function(self._engine.get_function_address('run'))
+
+    def __call__(self, given: Sequence[int | torch.Tensor], memory: int, factor: float) -> None:
+        """Run it in as many threads as PyTorch has.
+
+        Args:
+            given: numbers, and tensors that stand for their addresses.
+            memory: numbers of float32 that each thread needs.
+            factor: see `Code`.
+        """
+        arguments = (ctypes.c_int64 * len(given))(*(x if isinstance(x, int) else x.data_ptr() for x in given))
+        threads = torch.get_num_threads()
+        memories = torch.empty(threads, memory)
+        work = [(arguments, x.data_ptr(), factor) for x in memories]
+        others = [pool(threads).submit(self._run, *x) for x in work[1:]]
+        self._run(*work[0])
+        for other in others:
+            other.result()
+
+
+@cache
+def pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, 'kernel')
