@@ -17,7 +17,7 @@ from model.loading import detect
 from model.loading.description import Description, described
 from model.loading.detect import Found, recognise
 from tests.conftest import ROOT, picture
-from web.enlarging import find_choices
+from web.choices import find_choices
 
 State = dict[str, Tensor]
 SIZES = {'n_resblocks': 8, 'n_feats': 32}  # of which EDSR and EDSR-baseline are equally far
