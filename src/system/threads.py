@@ -3,13 +3,14 @@
 import os
 
 CHOICES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME')  # of OpenMP, of GNU's, of LLVM's and Intel's
+LOOKS = 3000  # for work before a thread sleeps, some tens of microseconds (docs/LOG.md)
 
 
 def let_threads_sleep() -> None:
-    """Have the threads of OpenMP sleep while they wait, once it is loaded, which `import torch` does.
+    """Have the threads of GNU's OpenMP sleep sooner, once it is loaded, which `import torch` does.
 
-    By default they keep a core busy for milliseconds after each operation. Beside another program they then wait for
-    each other's cores, and small operations take ten times as long. Variables of the environment have the last word.
+    By default they look for work 300,000 times, which keeps a core busy for milliseconds after each operation: beside
+    another program they then wait for each other's cores. Variables of the environment have the last word.
     """
     if not any(name in os.environ for name in CHOICES):
-        os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'
+        os.environ['GOMP_SPINCOUNT'] = str(LOOKS)
