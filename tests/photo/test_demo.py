@@ -133,7 +133,7 @@ def test_reading_takes_no_more_than_is_said(tmp_path, kind):
     work = f'photo = read_photo(Path({str(path)!r}))\nif photo.alpha is not None: fill_hidden(photo.color, photo.alpha)'
     used, said = taken(setup, work), bytes_to_read(path)
     assert read_photo(path).color.nbytes < used
-    assert used < said * 1.05 + 2**23  # and what libraries take once
+    assert used < said * 1.05 + 2**24  # the file, and what libraries take once, the more where they are compiled first
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')

@@ -96,7 +96,7 @@ def test_every_file_in_models_says_what_its_recipe_does() -> None:
     assert said['ATD-light_x2'].settings['category_size'] == 128
     for stem, description in said.items():
         assert description.scale == int(stem[-1])
-        assert description.model == stem[:-3].removesuffix('-small')
+        assert description.model == stem[:-3].removesuffix('-small').removesuffix('-photo')
 
 
 @pytest.fixture
