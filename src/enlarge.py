@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from error import UserError, report_error, run_program
+from error import UserError, exit_status, run_program
 from options.kinds import Parser, count, folder, memory_size, natural, number
 from options.table import ROOT
 from system.allocator import tune_malloc
@@ -34,14 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
     let_threads_sleep()
-    try:
-        run(parse(argv), argv)
-    except UserError as error:
-        return report_error(error, '--debug' in argv)
-    except KeyboardInterrupt:
-        print('Interrupted: the same command goes on with what is left.', file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(parse(argv), argv), '--debug' in argv, 'the same command goes on with what is left.')
 
 
 def build_parser() -> Parser:

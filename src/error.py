@@ -58,6 +58,24 @@ def report_error(error: UserError | OSError, debug: bool) -> int:
     return 2
 
 
+def exit_status(
+    work: Callable[[], int | None],
+    debug: bool,
+    interrupted: str = 'the same command goes on where this one stopped.',
+) -> int:
+    """Do the work of a program; its status: what the work gives or 0, 2 after an error of the user, 130 after Ctrl-C.
+
+    `debug` is as of `report_error`; `interrupted` says after Ctrl-C how to go on.
+    """
+    try:
+        return work() or 0
+    except (UserError, OSError) as error:
+        return report_error(error, debug)
+    except KeyboardInterrupt:
+        print(f'Interrupted: {interrupted}', file=sys.stderr)
+        return 130
+
+
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run a program and exit with its status, or with 141 if what it printed found no reader any more.
 

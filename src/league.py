@@ -14,19 +14,18 @@ from typing import Any
 
 import main as program
 import option
-from error import UserError, report_error, run_program
+from error import UserError, exit_status, run_program
+from networks import MODELS, settings_of
 from options.kinds import Parser, folder, number
 from options.table import ROOT
 from system.allocator import tune_malloc
 from system.files import write_atomic
+from template import TEMPLATES
 
 NETWORKS = (
     'EDSR-baseline', 'IMDN', 'PAN', 'BSRN', 'SwinIR-light', 'OmniSR', 'DLGSANet-tiny', 'DLGSANet-light', 'ASID',
     'ASIDd8', 'ATD-light', 'HiT-SRF', 'CATANet', 'PFT-light', 'ESC', 'ESC-light', 'ESC-FP', 'LCoAN-small',
 )  # fmt: skip
-SMALL = {  # what is no network of a paper
-    'LCoAN-small': 'LCoAN --n_resgroups 4 --n_resblocks 2 --n_feats 32 --n_clusters 32 --window_size 96',
-}
 SCALE = 2
 OUTPUT = (1280, 720)
 # LR patches of 64 pixels: a multiple of nearly all windows. One epoch that never ends, so that no test takes time.
@@ -56,15 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C or SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
-    try:
-        args, more = build_parser().parse_known_args(argv)
-        run(args, more)
-    except (UserError, OSError) as error:
-        return report_error(error, '--debug' in argv)
-    except KeyboardInterrupt:
-        print('Interrupted: the same command goes on where this one stopped.', file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        lambda: run(*build_parser().parse_known_args(argv)),
+        '--debug' in argv,
+        'the same command goes on where this one stopped.',
+    )
 
 
 def build_parser() -> Parser:
@@ -116,7 +111,7 @@ def train(args: Namespace, name: str, recipe: Sequence[str]) -> None:
     what = (
         ['--load', name]
         if had['seconds']
-        else ['--save', name, '--reset', '--model', *SMALL.get(name, name).split(), '--scale', str(SCALE), *recipe]
+        else ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
     )
     line = [*what, '--max_time', f'{left:.1f}', '--save_dir', str(args.save_dir)]
     start = time.monotonic()
@@ -125,6 +120,17 @@ def train(args: Namespace, name: str, recipe: Sequence[str]) -> None:
     write_atomic(place, json.dumps({**asked, 'seconds': had['seconds'] + took}).encode())
     if took < left:
         raise KeyboardInterrupt
+
+
+def network(name: str) -> list[str]:
+    """The options that choose a network: its name, or the settings of our recipe where no paper has it."""
+    recipe = TEMPLATES.get(f'{name}_x{SCALE}')
+    if name in MODELS or recipe is None:
+        return ['--model', name]
+    settings = (
+        word for key in settings_of(recipe['model']) if key in recipe for word in (f'--{key}', str(recipe[key]))
+    )
+    return ['--model', recipe['model'], *settings]
 
 
 def scored(args: Namespace, name: str, where: Sequence[str]) -> Row:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import option
-from error import UserError, noting, raise_noted, report_error, run_program
+from error import UserError, exit_status, noting, raise_noted, run_program
 from options.config import changes, write_config
 from options.measured import cost_models, cost_scales, several_forms
 from system.allocator import tune_malloc
@@ -38,20 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
     let_threads_sleep()
+    resuming = '--load NAME continues a training run from its last state.'
     try:
-        run(option.parse(argv), argv)
-    except (UserError, OSError) as error:
-        return report_error(error, '--debug' in argv)
-    except KeyboardInterrupt:
-        print('Interrupted: --load NAME continues a training run from its last state.', file=sys.stderr)
-        return 130
+        return exit_status(lambda: run(option.parse(argv), argv), '--debug' in argv, resuming)
     except (MemoryError, RuntimeError) as error:
         said = explain(error)
         if not said or '--debug' in argv:
             raise
         print(f'Error: {said}', file=sys.stderr)
         return 2
-    return 0
 
 
 def explain(error: Exception) -> str:

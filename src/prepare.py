@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from error import UserError, WriteError, report_error, run_program
+from error import UserError, WriteError, exit_status, run_program
 from options import kinds
 from options.table import ROOT
 
@@ -40,15 +40,13 @@ class Difference:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if --check found a difference, 2 for an error the user can fix, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work() -> int:
         if argv[:1] == ['weights']:
             return get_weights(build_weights_parser().parse_args(argv[1:]))
         return run(build_parser().parse_args(argv))
-    except (UserError, OSError) as error:
-        return report_error(error, '--debug' in argv)
-    except KeyboardInterrupt:
-        print('Interrupted: the same command goes on where this one stopped.', file=sys.stderr)
-        return 130
+
+    return exit_status(work, '--debug' in argv)
 
 
 def build_parser() -> kinds.Parser:

@@ -13,7 +13,7 @@ from typing import Any
 
 import main as program
 import option
-from error import UserError, report_error, run_program
+from error import UserError, exit_status, run_program
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 from metric import METRICS
 from options.kinds import Parser, folder
@@ -66,14 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
-    try:
-        run(build_parser().parse_args(argv))
-    except (UserError, OSError) as error:
-        return report_error(error, '--debug' in argv)
-    except KeyboardInterrupt:
-        print('Interrupted: the same command goes on where this one stopped.', file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        lambda: run(build_parser().parse_args(argv)),
+        '--debug' in argv,
+        'the same command goes on where this one stopped.',
+    )
 
 
 def build_parser() -> Parser:

@@ -14,7 +14,8 @@ from system.files import some
 
 log = logging.getLogger('frugalsr')
 
-NAME = re.compile(r'(?P<network>.+?)(?P<photo>-photo)?_x(?P<scale>[2-9])')
+PHOTO = '-photo'  # in the names of weights that were trained for photographs
+NAME = re.compile(rf'(?P<network>.+?)(?P<photo>{PHOTO})?_x(?P<scale>[2-9])')
 SCORE = re.compile(r'^\| *Set5 *\| *(\d+(?:\.\d+)?)', re.MULTILINE)
 
 

@@ -120,9 +120,7 @@ def write_result(
     rows = iter(rows)
     first = next(rows)
     if name == 'png':
-        chunks = {**colours.chunks, **_png_chunks(metadata)}
-        icc = colours.fitting(_is_grey(first))
-        write_atomic(path, encode_png(chain([first], rows), height, icc, chunks))
+        write_atomic(path, encode_png(chain([first], rows), height, *_png_says(first, colours, metadata)))
         return
     samples = _gather(first, rows, height)
     _say_losses(samples, path, name, colours)
@@ -160,9 +158,7 @@ def write_frames(
     frames = chain([first], frames)
     _say_losses(first[0], path, name, colours)
     if name == 'png':
-        chunks = {**colours.chunks, **_png_chunks(metadata)}
-        icc = colours.fitting(_is_grey(first[0]))
-        write_atomic(path, encode_apng(frames, count, plays or 0, icc, chunks))
+        write_atomic(path, encode_apng(frames, count, plays or 0, *_png_says(first[0], colours, metadata)))
     elif name == 'tif':
         write_atomic(path, _tiff((samples for samples, _ in frames), count, colours, metadata))
     else:
@@ -189,9 +185,10 @@ def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) ->
         log.info('%s: %s has 8 bits a channel, to which 16 are rounded.', path, name)
 
 
-def _png_chunks(metadata: Metadata) -> dict[bytes, bytes]:
-    exif = {b'eXIf': metadata.exif.tobytes()[6:]}
-    return exif | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
+def _png_says(samples: np.ndarray, colours: Colours, metadata: Metadata) -> tuple[bytes | None, dict[bytes, bytes]]:
+    """The profile and the chunks of a PNG file."""
+    chunks = {**colours.chunks, b'eXIf': metadata.exif.tobytes()[6:]}
+    return colours.fitting(_is_grey(samples)), chunks | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
 
 
 def _tiff(pages: Iterable[np.ndarray], count: int, colours: Colours, metadata: Metadata) -> Iterator[bytes]:

@@ -8,11 +8,9 @@ from pathlib import Path
 from error import UserError
 from model.loading.detect import recognise
 from model.loading.weights import SUFFIXES, read_weights
-from photo.choice import read_score
+from photo.choice import PHOTO, read_score
 
 log = logging.getLogger('frugalsr')
-
-PHOTO = '-photo'  # in the names of weights that were trained for photographs
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from model.ops.cached_attention import LOG2_E
 from model.ops.llvm import BIT, INT, Code, Kernel, lanes
 
 KEYS = 8  # at once
-LOG2_E = 1 / math.log(2)
 NAMES = (
     'counter', 'q', 'k', 'v', 'out', 'biases', 'kinds', 'by_key', 'by_query', 'windows', 'heads', 'queries', 'keys',
     'q_window', 'q_token', 'q_head', 'k_window', 'k_token', 'k_head', 'v_window', 'v_token', 'v_head',
