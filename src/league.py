@@ -55,11 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C or SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     tune_malloc()
-    return exit_status(
-        lambda: run(*build_parser().parse_known_args(argv)),
-        '--debug' in argv,
-        'the same command goes on where this one stopped.',
-    )
+    return exit_status(lambda: run(*build_parser().parse_known_args(argv)), '--debug' in argv)
 
 
 def build_parser() -> Parser:
