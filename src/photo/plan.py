@@ -147,7 +147,7 @@ def _make_job(source: Source, size: Size, place: Place, format: Format, networks
     weights = networks.chain(parts[0].steps, lossy)
     digests = [networks.digest(each) for each in weights]
     said = json.dumps([[part.new for part in parts], digests, settings, name, format.quality, format.background])
-    names = ' '.join(each.file.stem for each in weights) or 'bicubic'
+    names = ' '.join(each.stem for each in weights) or 'bicubic'
     made = f'{MADE} {names} {hashlib.sha256(said.encode()).hexdigest()[:12]}'
     return Job(source.path, target, tuple(parts), series.plays, lossy, name, made)
 

@@ -17,7 +17,7 @@ from error import UserError
 from model import Model, type_name
 from model.common import at_least_float32
 from model.loading.description import Description, from_metadata, from_options, from_state
-from model.loading.detect import mismatches, nearest, recognise
+from model.loading.detect import Found, mismatches, nearest, recognise
 from model.tiles.tiling import Tiler
 from system.files import SAFETENSORS, is_safetensors, read_safetensors, read_torch, some
 
@@ -80,11 +80,12 @@ class Weights(NamedTuple):
     description: Description | None
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, mapped: bool = False) -> Weights:
     """Weights from a file of PyTorch or of safetensors, whatever its name is.
 
     Taken off are the dicts around the state dict (of those in `WRAPPERS` the first one, else the only one that has
-    tensors), what is no tensor in it, and a prefix that all keys share, as 'module.' or 'model.'.
+    tensors), what is no tensor in it, and a prefix that all keys share, as 'module.' or 'model.'. `mapped` is as of
+    `read_torch`.
 
     Raises:
         UserError: no such file, damaged, with objects that could run code, or without a state dict.
@@ -94,7 +95,7 @@ def read_weights(path: Path) -> Weights:
         content: object = state
         description = from_metadata(metadata)
     else:
-        content, description = read_torch(path), None
+        content, description = read_torch(path, mapped), None
     taken: list[str] = []
     while len(taken) < DEEPEST and (wrapper := _wrapper(content)):
         description = from_options(content) or description  # type: ignore[arg-type]
@@ -225,6 +226,18 @@ def interpolate_rows(old: Tensor, own: Tensor, factor: int) -> Tensor | None:
     grids = old.reshape(channels, side**2, -1).mT.unflatten(2, (side, side))
     rows = F.interpolate(at_least_float32(grids), (factor, factor), mode='bilinear').flatten(2).mT
     return rows.reshape(own.shape).to(own.dtype)
+
+
+def recognise_file(path: Path, scale: int | None = None) -> Found:
+    """The network that a file of weights belongs to, found as by `--model auto`; tensors are read only as needed.
+
+    `scale` is for weights that are alike at several.
+
+    Raises:
+        UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
+    """
+    state, _, description = read_weights(path, mapped=True)
+    return recognise(state, description, scale=scale)
 
 
 def load_model(
