@@ -149,13 +149,12 @@ def enlarge(args: Namespace) -> None:
     networks = make_networks(args)
     plan = None
     if parallel.rank() == 0:
-        sources, results = find_sources(args.photos, args.recursive, args.output)
-        if results:
-            log.info('Left out, results of an earlier run: %d', results)
+        sources, failures = find_sources(args.photos, args.recursive, args.output)
         place, format = choose_place(args.output, name, format, sources)
         settings = f'{args.self_ensemble} {args.precision} {args.seamless}'
         size = Size(scale, width, height)
         plan = make_plan(sources, size, place, format, networks, settings, args.again)
+        plan.failures[:0] = failures
         for target in {job.target.parent for job in plan.jobs}:
             sweep(target)
     plan, format = parallel.broadcast((plan, format))

@@ -15,7 +15,7 @@ from photo.metadata import is_lossy, made_by
 from photo.size import Size, steps
 from photo.targets import MADE, Place, Source
 from photo.writing import Format, check_size, keeps
-from system.files import some
+from system.files import is_there, some
 
 log = logging.getLogger('frugalsr')
 
@@ -115,7 +115,7 @@ def make_plan(
         log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
     _check_targets(jobs)
     for job in jobs:
-        if again or not job.target.exists():
+        if again or not is_there(job.target):
             plan.jobs.append(job)
             continue
         made = made_by(job.target)
