@@ -127,7 +127,7 @@ def results_of(
 
 
 def raise_failures(failures: Sequence[str], left: int, count: int) -> None:
-    """Name the photographs that were not enlarged, if there are any.
+    """Name the photographs that were not enlarged, if there are any, several one a line.
 
     Raises:
         UserError: there are some, of `count` in all; `left` of them were not begun since the disk was full.
@@ -136,7 +136,8 @@ def raise_failures(failures: Sequence[str], left: int, count: int) -> None:
     if left:
         said.append(f'The disk is full: {left} more were not begun; make room, and the same command goes on.')
     if said:
-        raise UserError(f'{len(failures) + left} of {count} images could not be enlarged: {" ".join(said)}')
+        named = f' {said[0]}' if len(said) == 1 else ''.join(f'\n  {each}' for each in said)
+        raise UserError(f'{len(failures) + left} of {count} images could not be enlarged:{named}')
 
 
 def _bar(jobs: Sequence[Job]) -> tqdm:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -114,21 +115,30 @@ def make_plan(
     if smaller:
         log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
     _check_targets(jobs)
+    closed = {folder for folder in {job.target.parent for job in jobs} if not _may_write(folder)}
     for job in jobs:
-        if again or not is_there(job.target):
-            plan.jobs.append(job)
-            continue
-        made = made_by(job.target)
+        made = '' if again or not is_there(job.target) else made_by(job.target)
         if made == job.made and job.target.stat().st_mtime_ns >= job.source.stat().st_mtime_ns:
             plan.done += 1
-        elif made.startswith(MADE):
-            plan.jobs.append(job)
-        else:
+        elif not (again or made.startswith(MADE)) and is_there(job.target):
             plan.failures.append(
                 f'{job.source}: {job.target} is there and was not made by this program; --again replaces it, another '
                 '--name or -o keeps it.'
             )
+        elif job.target.parent in closed:
+            plan.failures.append(
+                f'{job.source}: {job.target.parent} is no folder that can be written to: give another -o, or see to its '
+                'permissions.'
+            )
+        else:
+            plan.jobs.append(job)
     return plan
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, or it can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if is_there(path))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def about(path: Path, said: str) -> str:

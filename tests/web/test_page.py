@@ -155,7 +155,7 @@ class Shown:
                     seen.append(value)
             if isinstance(shown, str):
                 self.images = re.findall('src="(gradio_api/file=[^"]*)"', shown)
-                self.captions = re.findall('<figcaption><b>(.*?)</b>: .* by (.*?), ', shown)
+                self.captions = re.findall('<figcaption><b>(.*?)</b>: .*? by (.*?), ', shown)
             if isinstance(download, dict) and isinstance(download.get('value'), dict):
                 self.download = download['value']['path']
 

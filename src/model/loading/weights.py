@@ -1,6 +1,5 @@
 """Weights from files: read without running anything they contain, and matched to a network key by key."""
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from model.loading.description import Description, from_metadata, from_options, 
 from model.loading.detect import Found, mismatches, nearest, recognise
 from model.tiles.tiling import Tiler
 from system.files import SAFETENSORS, is_safetensors, read_safetensors, read_torch, some
-
-log = logging.getLogger('frugalsr')
 
 SUFFIXES = ('.pt', '.pth', '.safetensors')  # of files of weights
 
@@ -262,7 +259,7 @@ def load_model(
     Raises:
         UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
     """
-    state, unwrapped, description = read_weights(path)
+    state, _, description = read_weights(path)
     try:
         found = recognise(state, description, settings, scale)
     except UserError as error:
@@ -270,7 +267,6 @@ def load_model(
     model = Model(found.name, found.scale, device, tiler, ensemble, half, **found.settings)
     load_weights(model.net, state, str(path))
     model.weights = f'weights from {path}'
-    log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
     return model
 
 
