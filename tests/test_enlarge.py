@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 
 import numpy as np
@@ -148,36 +149,43 @@ def test_files_of_other_kinds_are_counted_and_folders_without_images_named(photo
     assert len(names(photos / 'big')) == 2
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason='takes root, to be somebody else')
-def test_what_nobody_may_read_or_write_is_named(photos):
-    """A folder and a photograph that may not be read keep no other from being enlarged; a closed target takes no time."""
-    photos.parent.chmod(0o755)
-    (photos / 'deeper').chmod(0)
-    (photos / 'b.jpg').chmod(0)
-    open_folder = photos.parent / 'open'
-    open_folder.mkdir(mode=0o777)
-    open_folder.chmod(0o777)
-    code = f"""
+AS_NOBODY = """
 import os, sys
-sys.path.insert(0, {str(ROOT / 'src')!r})
-import enlarge, photo.engine, photo.plan, model.bicubic, data.tiff, PIL.ImageCms, PIL.JpegImagePlugin
-os.setgid(65534)
-os.setuid(65534)
-sys.exit(enlarge.main(sys.argv[1:]))
+sys.path.insert(0, sys.argv[1])
+import enlarge, photo.engine, photo.plan, model.bicubic, data.tiff, PIL.JpegImagePlugin
+if os.geteuid() == 0:  # whom nothing is forbidden
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(enlarge.main(sys.argv[2:]))
 """
 
-    def as_nobody(output: Path) -> str:
-        options = [str(photos), '-r', '-o', str(output), *PLAIN]
-        done = subprocess.run([sys.executable, '-c', code, *options], capture_output=True, text=True)
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='by the permissions of Unix')
+def test_what_may_not_be_read_or_written_is_named(photos):
+    """It keeps no other photograph from being enlarged."""
+
+    def run(output: Path) -> str:
+        options = [folder, '-r', '-o', output, *PLAIN]
+        command = [sys.executable, '-c', AS_NOBODY, ROOT / 'src', *options]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
         return done.stderr
 
-    said = as_nobody(open_folder)
-    assert '2 of 3 images could not be enlarged' in said
-    assert f'{photos}/deeper cannot be read (Permission denied): check its permissions.' in said
-    assert f'{photos}/b.jpg cannot be read (Permission denied): check its permissions.' in said
-    assert names(open_folder) == ['a_x4.png']
-    assert f'{photos} is no folder that can be written to' in as_nobody(photos)
+    with TemporaryDirectory() as top:  # that of pytest is closed to others
+        folder, output = Path(top, 'photos'), Path(top, 'output')
+        photos.rename(folder)
+        output.mkdir()
+        modes = {top: 0o755, output: 0o777, folder: 0o555, folder / 'deeper': 0, folder / 'b.jpg': 0}
+        for path, mode in modes.items():
+            os.chmod(path, mode)  # noqa: PTH101
+        said = run(output)
+        assert '2 of 3 images could not be enlarged' in said
+        for name in ('deeper', 'b.jpg'):
+            assert f'{folder / name} cannot be read (Permission denied): check its permissions.' in said
+        assert names(output) == ['a_x4.png']
+        assert f'a.png: {folder} is no folder that can be written to' in run(folder)
+        for path in (folder, folder / 'deeper'):
+            path.chmod(0o755)
 
 
 def test_a_name_too_long_for_a_result_keeps_no_other(photos, tmp_path, capsys):

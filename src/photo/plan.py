@@ -127,8 +127,7 @@ def make_plan(
             )
         elif job.target.parent in closed:
             plan.failures.append(
-                f'{job.source}: {job.target.parent} is no folder that can be written to: give another -o, or see to its '
-                'permissions.'
+                f'{job.source}: {job.target.parent} is no folder that can be written to: give another -o.'
             )
         else:
             plan.jobs.append(job)

@@ -98,10 +98,10 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
     """The page."""
     line = Line(WAITING)
 
-    def networks(scale: int) -> gr.Dropdown:
+    def networks(scale: int) -> gr.Radio:
         names = [(str(weights), weights.name) for weights in at_scale(choices, scale)]
         names = [(best_of(choices, scale), BEST), *names]
-        return gr.Dropdown(names, value=BEST, label='Network', info=ORDER, filterable=False)
+        return gr.Radio(names, value=BEST, label='Network', info=ORDER, elem_id='network')
 
     def kinds(visit: Visit, ticked: Sequence[str], scale: int, weights: str) -> gr.CheckboxGroup:
         """To be asked where it matters: not without images, for weights that are named, or weights of one kind."""
@@ -109,7 +109,7 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
         names = output_names([Path(image) for image in visit.asked])
         return gr.CheckboxGroup(list(zip(names, visit.asked, strict=True)), value=list(ticked), visible=matters)
 
-    def rescale(visit: Visit, ticked: list[str], scale: int) -> tuple[gr.Dropdown, gr.CheckboxGroup]:
+    def rescale(visit: Visit, ticked: list[str], scale: int) -> tuple[gr.Radio, gr.CheckboxGroup]:
         return networks(scale), kinds(visit, ticked, scale, BEST)
 
     def look(
@@ -175,7 +175,7 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
                 images = gr.File(label='Images', file_count='multiple', file_types=list(SUFFIXES), type='filepath')
                 seen = html('seen')
                 scale = gr.Radio([(f'x{scale}', scale) for scale in scales], value=first, label='Scale')
-                kind = gr.CheckboxGroup([], label='Photographs', info=KINDS, visible=False, show_select_all=True)
+                kind = gr.CheckboxGroup([], label='Photographs', info=KINDS, visible=False, elem_id='kind')
                 network = networks(first)
                 format = gr.Radio(list(FORMATS), value='PNG', label='Format')
                 with gr.Row():
@@ -261,6 +261,7 @@ STYLE = """
 .failure { color: #b91c1c; }
 .dark .failure { color: #fca5a5; }
 .or { color: inherit; }
+#network label, #kind label { width: 100%; overflow-wrap: anywhere; }
 #progress progress { display: block; width: 100%; height: .75rem; margin-bottom: .3rem; appearance: none; border: 0;
   border-radius: .4rem; overflow: hidden; background: var(--neutral-300); }
 .dark #progress progress { background: var(--neutral-700); }
@@ -289,6 +290,14 @@ SCRIPT = """
     if (live.textContent !== said) live.textContent = said;
     for (const button of document.querySelectorAll('[aria-label="common.upload"]')) {
       button.ariaLabel = button.title = 'Add images';  // Gradio 6.31 has no words for it
+    }
+    for (const group of document.querySelectorAll('fieldset')) {  // nor for these
+      group.ariaLabel = group.querySelector('[data-testid="block-info"]').innerText;
+    }
+    for (const file of document.querySelectorAll('tr.file')) {
+      const name = file.querySelector('.filename').ariaLabel;
+      file.querySelector('a')?.setAttribute('aria-label', `Download ${name}`);
+      file.querySelector('button')?.setAttribute('aria-label', `Remove ${name}`);
     }
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
 }

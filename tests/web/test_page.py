@@ -408,12 +408,15 @@ def test_in_a_browser(program, browser, tmp_path):
     wait(lambda: browser.find_elements(By.XPATH, '//input[@type="file"]'), 'page')
     find('//input[@type="file"]').send_keys(str(tmp_path / 'photo.png'))
     assert find('//img[@alt="Preview of photo.png"]').get_property('naturalWidth') == 32
-    network = find('//input[@aria-label="Network"]')
-    assert network.get_attribute('value').startswith('The best: ASID_x4')
+    find(
+        '//fieldset[@aria-label="Network"]//label[normalize-space()="The best: ASID_x4, for photographs ASID-photo_x4"]'
+    )
+    assert find('//fieldset[@aria-label="Photographs"]//label[normalize-space()="photo"]/input').is_selected() is False
     find('//label[.//input[@type="radio"] and normalize-space()="x3"]').click()
-    wait(lambda: network.get_attribute('value').startswith('The best: ASID_x3'), 'networks of the scale')
-    network.click()
-    find('//*[@role="option"][contains(., "Bicubic")]').click()
+    find('//label[normalize-space()="The best: ASID_x3"]')
+    assert not browser.find_elements(By.XPATH, '//fieldset[@aria-label="Photographs"]')
+    find('//label[normalize-space()="Bicubic_x3"]').click()
+    find('//button[@aria-label="Remove photo.png"]')
     find('//label[normalize-space()="JPEG"]').click()
     find('//button[normalize-space()="Enlarge"]').send_keys(Keys.ENTER)
     wait(lambda: '32x24 to 96x72 pixels' in find('//body').text, 'result')
