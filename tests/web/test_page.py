@@ -416,7 +416,7 @@ def test_in_a_browser(program, browser, tmp_path):
     find('//label[normalize-space()="The best: ASID_x3"]')
     assert not browser.find_elements(By.XPATH, '//fieldset[@aria-label="Photographs"]')
     find('//label[normalize-space()="Bicubic_x3"]').click()
-    find('//button[@aria-label="Remove photo.png"]')
+    find('//a[@aria-label="Download photo.png"]')
     find('//label[normalize-space()="JPEG"]').click()
     find('//button[normalize-space()="Enlarge"]').send_keys(Keys.ENTER)
     wait(lambda: '32x24 to 96x72 pixels' in find('//body').text, 'result')
