@@ -186,6 +186,7 @@ def samples_8bit(image: Image.Image) -> np.ndarray:
 
 def pixels_of(image: Image.Image) -> np.ndarray:
     """`np.array(image)`, some rows at a time: of what it hands over at once, Pillow makes two copies besides."""
+    image.load()  # which turns a TIFF file
     width, height = image.size
     strips = [(0, top, width, min(top + ROWS, height)) for top in range(0, height, ROWS)]
     first = np.asarray(image.crop(strips[0]))
