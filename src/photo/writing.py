@@ -158,7 +158,7 @@ def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) ->
         log.warning('%s: %s cannot keep all that the file says of its colours.', path, name)
     if name == 'gif':
         log.info('%s: gif has 256 colours an image, to which others are reduced.', path)
-    elif samples.dtype != np.uint8 and name != 'tif':
+    elif samples.dtype != np.uint8 and name not in ('png', 'tif'):
         log.info('%s: %s has 8 bits a channel, to which 16 are rounded.', path, name)
 
 

@@ -82,12 +82,13 @@ def test_metadata_is_kept_and_fits_the_result(tmp_path, origin, suffix):
 @pytest.mark.parametrize('suffix', ['png', 'tif'])
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_png_and_tiff_keep_every_bit(tmp_path, suffix, channels, dtype):
-    """As other programs read them."""
+def test_png_and_tiff_keep_every_bit(tmp_path, messages, suffix, channels, dtype):
+    """As other programs read them, and say nothing of losses."""
     samples = RNG.integers(0, np.iinfo(dtype).max, (700, 300, channels), endpoint=True).astype(dtype)
     samples = samples[..., 0] if channels == 1 else samples
     path = tmp_path / f'b.{suffix}'
     write(path, samples, photograph(tmp_path / 'a.jpg'))
+    assert not [line for line in messages if 'has 8 bits' in line]
     read = read_photo(path).samples
     assert read.dtype == dtype
     assert np.array_equal(read.squeeze(), samples)
