@@ -1,166 +1,279 @@
-"""Softmax attention on a CPU in registers: see `cached_attention` and `table_attention`, whose forms without gradients
-these are.
+"""Softmax attention on a CPU in registers: see `cached_attention` and `table_attention`, whose kernels these are.
 
 A vector holds one channel of as many queries as it has lanes. With their queries and sums in registers, keys and values
-are read number by number from the first cache, and no logit is ever written.
+are read number by number from the first cache, and no logit is ever written. For the gradients a vector of queries has
+its part of the map, and of the gradient by it, in the cache; no more of them is ever there.
 """
 
-import math
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.cached_attention import LOG2_E
-from model.ops.llvm import BIT, INT, Code, Kernel, lanes
+from model.ops.attention_code import AttentionCode, Sums
+from model.ops.llvm import INT, Kernel, lanes
 
-KEYS = 8  # at once
-NAMES = (
-    'counter', 'q', 'k', 'v', 'out', 'biases', 'kinds', 'by_key', 'by_query', 'windows', 'heads', 'queries', 'keys',
-    'q_window', 'q_token', 'q_head', 'k_window', 'k_token', 'k_head', 'v_window', 'v_token', 'v_head',
-    'bias_head', 'bias_kind',
-)  # fmt: skip
-
+LINE = 16  # numbers of float32 that a line of a cache holds
+TASKS = 2  # for each thread
 
 @cache
 def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
-    """Attention of queries and keys of `d` channels and values of `e`.
-
-    The bias of query i and key j is at `by_key[j] + by_query[i]` among those of its head and kind, where the queries
-    of a vector follow one another. A last vector that would not be full takes queries again that came before.
-    """
-    code = Code(NAMES, lanes)
+    """Attention of queries and keys of `d` channels and values of `e`."""
+    code = AttentionCode(('q', 'k', 'v', 'out'), d, e, biased, lanes)
     to, given = code.to, code.given
-    tensors = {name: code.pointer(name) for name in ('q', 'k', 'v', 'out', 'biases')}
-    integers = {name: code.pointer(name, INT) for name in ('counter', 'kinds', 'by_key', 'by_query')}
-
-    def integer(name: str, i: ir.Value) -> ir.Value:
-        return to.load(code.at(integers[name], i))
-
-    def channel(row: ir.Value, i: int) -> ir.Value:
-        return code.spread(to.load(code.at(row, INT(i))))
 
     def attend(task: ir.Value) -> None:
         """A window and a head; the windows of one head follow one another, since they share biases."""
-        window, head = to.srem(task, given['windows']), to.sdiv(task, given['windows'])
-
-        def token(name: str, i: ir.Value) -> ir.Value:
-            steps = (given[f'{name}_{axis}'] for axis in ('window', 'token', 'head'))
-            return code.at(tensors[name], code.offset(*zip((window, i, head), steps, strict=True)))
-
-        def row(j: ir.Value) -> ir.Value:
-            return code.at(code.memory, to.mul(j, INT(d + e)))
-
-        def pack(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            """Key and value of a token beside each other."""
-            code.store(code.load(token('k', j), d), row(j))
-            code.store(code.load(token('v', j), e), code.at(row(j), INT(d)))
-            return []
-
-        code.loop(INT(0), given['keys'], 1, pack)
-        if biased:
-            places = (head, given['bias_head']), (integer('kinds', window), given['bias_kind'])
-            biases = code.at(tensors['biases'], code.offset(*places))
-        factor = code.spread(to.fmul(code.factor, ir.FloatType()(LOG2_E)))
-        last = to.sub(given['queries'], INT(lanes))
+        code.begin(to.srem(task, given['windows']), to.sdiv(task, given['windows']))
 
         def queries(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            first = to.select(to.icmp_signed('<', i, last), i, last)
-            tokens = [to.add(first, INT(lane)) for lane in range(lanes)]
-            query = [to.fmul(x, factor) for x in code.transposed([code.load(token('q', n), d) for n in tokens])]
-            bias = code.at(biases, integer('by_query', first)) if biased else None
+            first, tokens = code.queries(i)
+            query = [to.fmul(x, code.to_base_2) for x in code.by_channel('q', tokens, d)]
+            bias = code.biases_of(first) if biased else None
 
-            def logit(j: ir.Value, start: ir.Value) -> ir.Value:
-                """To base 2, plus `start`."""
-                if biased:
-                    start = code.multiply_add(
-                        code.load(code.at(bias, integer('by_key', j)), lanes), code.vector(LOG2_E), start
-                    )
-                for i, x in enumerate(query):
-                    start = code.multiply_add(x, channel(row(j), i), start)
-                return start
+            def add(start: ir.Value, keys: list[ir.Value], sums: Sums) -> Sums:
+                """Powers of 2, and those times values."""
+                powers = [code.exp2(logit) for logit in code.logits(query, keys, bias, start)]
+                for j, power in zip(keys, powers, strict=True):
+                    values = (code.number(code.row(j), d + i) for i in range(e))
+                    weighted = (code.multiply_add(power, *x) for x in zip(values, sums[1:], strict=True))
+                    sums = [to.fadd(sums[0], power), *weighted]
+                return sums
 
-            def sums(start: ir.Value) -> list[ir.Value]:
-                """Of the powers of 2 over all keys, and of those times values."""
-
-                def add(count: int, j: ir.Value, found: list[ir.Value]) -> list[ir.Value]:
-                    keys = [to.add(j, INT(n)) for n in range(count)]
-                    for j, power in zip(keys, [code.exp2(logit(j, start)) for j in keys], strict=True):
-                        total = to.fadd(found[0], power)
-                        values = (channel(row(j), d + i) for i in range(e))
-                        found = [total, *(code.multiply_add(power, *x) for x in zip(values, found[1:], strict=True))]
-                    return found
-
-                whole = to.sub(given['keys'], to.srem(given['keys'], INT(KEYS)))
-                found = [code.vector(0)] * (e + 1)
-                found = code.loop(INT(0), whole, KEYS, lambda j, found: add(KEYS, j, found), found)
-                return code.loop(whole, given['keys'], 1, lambda j, found: add(1, j, found), found)
-
-            def greatest(j: ir.Value, found: list[ir.Value]) -> list[ir.Value]:
-                return [code.select_greater(logit(j, code.vector(0)), found[0])]
-
-            # The greatest logit of a query is subtracted only where powers of 2 without that were out of range.
-            before, once, again, end = to.block, *(to.append_basic_block() for _ in range(3))
-            to.branch(once)
-            to.position_at_end(once)
-            start, is_first = to.phi(code.vector_type), to.phi(BIT)
-            total, *weighted = sums(start)
-            in_range = to.and_(
-                to.fcmp_ordered('>', total, code.vector(2**-32)), to.fcmp_ordered('<', total, code.vector(2**32))
-            )
-            all_lanes = ir.IntType(lanes)
-            safe = to.icmp_signed('==', to.bitcast(in_range, all_lanes), all_lanes(-1))
-            to.cbranch(to.or_(safe, to.not_(is_first)), end, again)
-            to.position_at_end(again)
-            (most,) = code.loop(INT(0), given['keys'], 1, greatest, [code.vector(-math.inf)])
-            subtracted = to.select(in_range, code.vector(0), to.fsub(code.vector(0), most))
-            for block, value, first_time in ((before, code.vector(0), 1), (to.block, subtracted, 0)):
-                start.add_incoming(value, block)
-                is_first.add_incoming(BIT(first_time), block)
-            to.branch(once)
-            to.position_at_end(end)
-
+            zeros = [code.vector(0)] * (e + 1)
+            total, *weighted = code.in_range(lambda start: code.over_keys(partial(add, start), zeros), query, bias)
             share = to.fdiv(code.vector(1), total)
             for n, result in zip(tokens, code.transposed([to.fmul(x, share) for x in weighted]), strict=True):
-                place = code.offset((window, given['queries'], given['heads'], INT(e)), (n, given['heads'], INT(e)))
-                code.store(result, code.at(tensors['out'], to.add(place, to.mul(head, INT(e)))))
+                code.store(result, code.token('out', n))
             return []
 
         code.loop(INT(0), given['queries'], lanes, queries)
 
-    code.tasks(integers['counter'], to.mul(given['windows'], given['heads']), attend)
+    code.tasks(code.pointer('counter', INT), to.mul(given['windows'], given['heads']), attend)
     return Kernel(code)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    biases: Tensor | None,
+@cache
+def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
+    """Gradients of the attention that `kernel` computes.
+
+    A task is a head and a part of the windows, which come one after the other and share what a bias has gathered.
+    With w = 2^logit, s the sum of w over the keys, p = w / s, g the gradient by the result and h = g v^T, the gradient
+    by the logits is w (h / s - sum(w h) / s^2), and that by the values the sum of w g / s over the queries.
+    """
+    tensors = ('q', 'k', 'v', 'grad', 'grad_q', 'grad_k', 'grad_v')
+    others = ('grad_biases', 'between_parts') if biased else ()
+    code = AttentionCode(tensors, d, e, biased, lanes, (*others, 'parts'))
+    to, given, zero = code.to, code.given, code.vector(0)
+    widths = [-(-channels // lanes) * lanes for channels in (d, e)]  # of rows of whole vectors
+    width = sum(widths)
+    pairs = code.at(code.memory, INT(lanes * width))  # powers and gradients by logits, of the queries of a vector
+    sums = code.at(pairs, to.mul(given['keys'], INT(2 * lanes)))  # gradients by keys and values
+    code.packed = code.at(sums, to.mul(given['keys'], INT(width)))
+    scale = code.spread(code.factor)
+
+    def query_row(n: ir.Value) -> ir.Value:
+        """A query of a vector, and the gradient by its result over the sum of its powers."""
+        return code.at(code.memory, to.mul(n, INT(width)))
+
+    def pair(j: ir.Value) -> tuple[ir.Value, ir.Value]:
+        place = code.at(pairs, to.mul(j, INT(2 * lanes)))
+        return place, code.at(place, INT(lanes))
+
+    def sums_of(j: ir.Value) -> ir.Value:
+        return code.at(sums, to.mul(j, INT(width)))
+
+    def queries(i: ir.Value) -> None:
+        first, tokens = code.queries(i)
+        rows = [code.load(code.token('q', n), d) for n in tokens]
+        query = [to.fmul(x, code.to_base_2) for x in code.transposed(rows)]
+        # Of queries that come again in a vector before this one, which then takes their place.
+        nothing = ir.VectorType(ir.FloatType(), e)([0.0] * e)
+        given_rows = [
+            to.select(to.icmp_signed('<', n, i), nothing, code.load(code.token('grad', n), e)) for n in tokens
+        ]
+        grad = code.transposed(given_rows)
+        bias = code.biases_of(first) if biased else None
+
+        def weigh(start: ir.Value, keys: list[ir.Value], found: Sums) -> Sums:
+            total, weighted = found
+            powers = [code.exp2(logit) for logit in code.logits(query, keys, bias, start)]
+            products = code.products(grad, keys, d, [zero] * len(keys))
+            for j, power, product in zip(keys, powers, products, strict=True):
+                for vector, place in zip((power, product), pair(j), strict=True):
+                    code.store(vector, place)
+                total, weighted = to.fadd(total, power), code.multiply_add(power, product, weighted)
+            return [total, weighted]
+
+        total, weighted = code.in_range(lambda start: code.over_keys(partial(weigh, start), [zero] * 2), query, bias)
+        share = to.fdiv(code.vector(1), total)
+        mean = to.fmul(to.fmul(weighted, share), share)
+        for n, (row, by_result) in enumerate(zip(rows, given_rows, strict=True)):
+            place = query_row(INT(n))
+            code.store(code.padded(row, widths[0]), place)
+            share_of = code.spread(to.extract_element(share, INT(n)), e)
+            code.store(code.padded(to.fmul(by_result, share_of), widths[1]), code.at(place, INT(widths[0])))
+        if biased:
+            part = code.at(code.pointer('grad_biases'), to.mul(code.part, given['between_parts']))
+            grad_bias = code.biases_of(first, part)
+
+        def by_queries(keys: list[ir.Value], found: Sums) -> Sums:
+            for j in keys:
+                power, place = pair(j)
+                by_logit = to.fsub(to.fmul(code.load(place, lanes), share), mean)
+                by_logit = to.fmul(by_logit, code.load(power, lanes))
+                code.store(by_logit, place)
+                if biased:
+                    at_bias = code.at(grad_bias, code.integer('by_key', j))
+                    code.store(to.fadd(code.load(at_bias, lanes), by_logit), at_bias)
+                factors = (code.number(code.row(j), i) for i in range(d))
+                found = [code.multiply_add(by_logit, *x) for x in zip(factors, found, strict=True)]
+            return found
+
+        found = [to.fmul(x, scale) for x in code.over_keys(by_queries, [zero] * d)]
+        for n, result in zip(tokens, code.transposed(found), strict=True):
+            code.store(result, code.token('grad_q', n))
+
+        def by_keys(keys: list[ir.Value], _: Sums) -> Sums:
+            places = [code.at(sums_of(j), INT(c)) for c in range(0, width, lanes) for j in keys]
+
+            def add(n: ir.Value, found: Sums) -> Sums:
+                factors = [[code.spread(to.load(code.at(place, n))) for place in pair(j)] for j in keys]
+                row, later = query_row(n), []
+                for c in range(0, width, lanes):
+                    vector = code.load(code.at(row, INT(c)), lanes)
+                    later += [
+                        code.multiply_add(power if c >= widths[0] else by_logit, vector, found[len(later) + n])
+                        for n, (power, by_logit) in enumerate(factors)
+                    ]
+                return later
+
+            found = code.loop(INT(0), INT(lanes), 1, add, [code.load(place, lanes) for place in places])
+            for vector, place in zip(found, places, strict=True):
+                code.store(vector, place)
+            return []
+
+        code.over_keys(by_keys, [])
+
+    def attend(task: ir.Value) -> None:
+        head, code.part = to.sdiv(task, given['parts']), to.srem(task, given['parts'])
+        first, stop = (
+            to.sdiv(to.mul(n, given['windows']), given['parts']) for n in (code.part, to.add(code.part, INT(1)))
+        )
+
+        def window(window: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            code.begin(window, head)
+
+            def clear(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                for c in range(0, width, lanes):
+                    code.store(zero, code.at(sums_of(j), INT(c)))
+                return []
+
+            def write(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                by_key = to.fmul(code.load(sums_of(j), d), code.spread(code.factor, d))
+                code.store(by_key, code.token('grad_k', j, 'keys'))
+                code.store(code.load(code.at(sums_of(j), INT(widths[0])), e), code.token('grad_v', j, 'keys'))
+                return []
+
+            code.loop(INT(0), given['keys'], 1, clear)
+            last = to.mul(to.sdiv(to.sub(given['queries'], INT(1)), INT(lanes)), INT(lanes))
+            code.loop(INT(0), to.add(last, INT(1)), lanes, lambda i, _: queries(to.sub(last, i)) or [])
+            code.loop(INT(0), given['keys'], 1, write)
+            return []
+
+        code.loop(first, stop, 1, window)
+
+    code.tasks(code.pointer('counter', INT), to.mul(given['heads'], given['parts']), attend)
+    return Kernel(code)
+
+
+class Tokens(NamedTuple):
+    """Tokens of windows in memory: where each of them begins, (B, T) int64, and how far apart its heads are."""
+
+    memory: Tensor
+    places: Tensor
+    between_heads: int
+
+
+def tokens_of(x: Tensor) -> Tokens:
+    """Of a tensor (B, T, heads, d), in which the channels of a head follow one another."""
+    windows, tokens, between_heads, _ = x.stride()
+    return Tokens(x, torch.arange(len(x))[:, None] * windows + torch.arange(x.shape[1]) * tokens, between_heads)
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """With the channels of a head beside each other."""
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+class Biases(NamedTuple):
+    """Biases (heads, kinds, ...), in which that of query i and key j is at `by_query[i] + by_key[j]`."""
+
+    memory: Tensor
+    by_query: Tensor
+    by_key: Tensor
+
+
+def biases_of(masks: Tensor | None) -> Biases | None:
+    """Of masks (heads, kinds, T, S), which are copied if their memory has not query after query."""
+    if masks is None:
+        return None
+    queries, keys = masks.shape[2:]
+    return Biases(masks.mT.contiguous(), torch.arange(queries), torch.arange(keys) * queries)
+
+
+def run(
+    kernel: Kernel,
+    tensors: Sequence[Tokens],
+    heads: int,
+    biases: Biases | None,
     kinds: Tensor,
-    by_key: Tensor,
-    by_query: Tensor,
-) -> Tensor:
-    """See `kernel`; `biases` are (heads, kinds, ...)."""
-    windows, queries, heads, d = q.shape
-    keys, e = k.shape[1], v.shape[3]
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = q.new_empty(windows, queries, heads, e)
-    counter = torch.zeros(1, dtype=torch.int64)
-    tensors = [counter, q, k, v, out, 0 if biases is None else biases, kinds, by_key, by_query]
-    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *([0, 0] if biases is None else biases.stride()[:2])]
-    run = kernel(d, e, biases is not None, lanes())
-    run([*tensors, windows, heads, queries, keys, *strides], keys * (d + e), scale)
-    return out
+    scale: float,
+    memory: int,
+    others: Sequence[Tensor | int] = (),
+) -> None:
+    """Call a kernel on `tensors`, the queries and keys first; `others` are what else it is given."""
+    windows, queries = tensors[0].places.shape
+    about = [kinds, biases.by_key, biases.by_query, *biases.memory.stride()[:2], biases.memory] if biases else []
+    counter, sizes = torch.zeros(1, dtype=torch.int64), (windows, queries, tensors[1].places.shape[1], heads)
+    kernel([counter, *sizes, *about, *others, *(x for of in tensors for x in of)], -(-memory // LINE) * LINE, scale)
 
 
 def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-    """See `cached_attention`. Masks whose memory has query after query are used as they are, others are copied."""
-    queries = torch.arange(q.shape[1])
-    by_key = torch.arange(k.shape[1]) * q.shape[1]
-    return attend(q, k, v, scale, None if masks is None else masks.mT.contiguous(), kinds, by_key, queries)
+    """See `cached_attention`."""
+    return attend(q, k, v, biases_of(masks), kinds, scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, biases: Biases | None, kinds: Tensor, scale: float) -> Tensor:
+    q, k, v = map(in_rows, (q, k, v))
+    heads, d, e = *q.shape[2:], v.shape[3]
+    out = q.new_empty(*q.shape[:3], e)
+    tensors = [tokens_of(x) for x in (q, k, v, out)]
+    run(kernel(d, e, biases is not None, lanes()), tensors, heads, biases, kinds, scale, k.shape[1] * (d + e))
+    return out
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `cached_attention`: gradients by queries, keys, values and masks, given the one by the result."""
+    q, k, v, grad = map(in_rows, (q, k, v, grad))
+    heads, d, e, keys = *q.shape[2:], v.shape[3], k.shape[1]
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    biases, parts, others = biases_of(masks), len(q), []
+    if biases:
+        parts = min(len(q), -(-TASKS * torch.get_num_threads() // heads))
+        of_parts = biases.memory.new_zeros(parts, *biases.memory.shape)
+        others = [of_parts, of_parts.stride(0)]
+    width = sum(-(-channels // lanes()) * lanes() for channels in (d, e))
+    memory = lanes() * width + keys * (2 * lanes() + width + d + e)
+    tensors = [tokens_of(x) for x in (q, k, v, grad, *found)]
+    made = gradient_kernel(d, e, biases is not None, lanes())
+    run(made, tensors, heads, biases, kinds, scale, memory, [*others, parts])
+    return *found, of_parts.sum(0).mT if biases else None
 
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -169,4 +282,5 @@ def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tens
         (torch.arange(bias.shape[y]).view(-1, 1) * bias.stride(y) + torch.arange(bias.shape[y]) * bias.stride(y + 1))
         for y in (1, 3)
     )
-    return attend(q, k, v, scale, bias.unsqueeze(1), torch.zeros(len(q), dtype=torch.int64), by_key, by_query)
+    biases = Biases(bias.unsqueeze(1), by_query.flatten(), by_key.flatten())
+    return attend(q, k, v, biases, torch.zeros(len(q), dtype=torch.int64), scale)

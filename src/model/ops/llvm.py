@@ -55,10 +55,16 @@ class Code:
     def integers(self, x: int) -> ir.Value:
         return ir.VectorType(ir.IntType(32), self.lanes)([x] * self.lanes)
 
-    def spread(self, number: ir.Value) -> ir.Value:
-        """A number in all lanes."""
-        nothing = self.vector_type(ir.Undefined)
-        return self.to.shuffle_vector(self.to.insert_element(nothing, number, INT(0)), nothing, self.integers(0))
+    def spread(self, number: ir.Value, count: int | None = None) -> ir.Value:
+        """A number in all lanes, or `count` times."""
+        nothing, places = self.vector_type(ir.Undefined), ir.VectorType(ir.IntType(32), count or self.lanes)
+        return self.to.shuffle_vector(self.to.insert_element(nothing, number, INT(0)), nothing, places([0] * places.count))
+
+    def padded(self, vector: ir.Value, count: int) -> ir.Value:
+        """Filled up by zeros to `count` numbers."""
+        zeros, places = vector.type([0.0] * vector.type.count), range(count)
+        kind = ir.VectorType(ir.IntType(32), count)
+        return self.to.shuffle_vector(vector, zeros, kind([min(i, vector.type.count) for i in places]))
 
     def pointer(self, name: str, to: ir.Type = FLOAT) -> ir.Value:
         """An argument that is an address."""
