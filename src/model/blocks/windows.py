@@ -13,7 +13,7 @@ from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
 from model.ops.cached_attention import CACHED_LOGITS, cached_attention
-from model.ops.fast import is_for_llvm
+from model.ops.fast import has_llvm
 from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
@@ -157,7 +157,7 @@ def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     For kernels in LLVM its memory has query after query, as they want it.
     """
     table = table.t().contiguous()
-    if is_for_llvm(table):
+    if has_llvm(table):
         return table.index_select(1, index.t().flatten()).unflatten(1, index.shape).mT
     return table.index_select(1, index.flatten()).unflatten(1, index.shape)
 

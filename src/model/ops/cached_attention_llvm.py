@@ -258,12 +258,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, biases: Biases | None, kinds: Tensor
 
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """See `cached_attention`: gradients by queries, keys, values and masks, given the one by the result."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `gradients` of `cached_attention`."""
     q, k, v, grad = map(in_rows, (q, k, v, grad))
     heads, d, e, keys = *q.shape[2:], v.shape[3], k.shape[1]
     found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    biases, parts, others = biases_of(masks), len(q), []
+    biases, parts, others, of_parts = biases_of(masks), len(q), [], q.new_empty(1, 0, 0)
     if biases:
         parts = min(len(q), -(-TASKS * torch.get_num_threads() // heads))
         of_parts = biases.memory.new_zeros(parts, *biases.memory.shape)
@@ -273,7 +273,7 @@ def gradients(
     tensors = [tokens_of(x) for x in (q, k, v, grad, *found)]
     made = gradient_kernel(d, e, biases is not None, lanes())
     run(made, tensors, heads, biases, kinds, scale, memory, [*others, parts])
-    return *found, of_parts.sum(0).mT if biases else None
+    return *found, of_parts.sum(0).mT
 
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
