@@ -14,7 +14,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.attention_code import AttentionCode, Sums
-from model.ops.llvm import INT, Kernel, lanes
+from model.ops.llvm import FLOAT, INT, Kernel, lanes
 
 LINE = 16  # numbers of float32 that a line of a cache holds
 TASKS = 2  # for each thread
@@ -86,16 +86,14 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
     def sums_of(j: ir.Value) -> ir.Value:
         return code.at(sums, to.mul(j, INT(width)))
 
-    def queries(i: ir.Value) -> None:
+    def queries(part: ir.Value, i: ir.Value) -> None:
         first, tokens = code.queries(i)
         rows = [code.load(code.token('q', n), d) for n in tokens]
         query = [to.fmul(x, code.to_base_2) for x in code.transposed(rows)]
-        # Of queries that come again in a vector before this one, which then takes their place.
-        nothing = ir.VectorType(ir.FloatType(), e)([0.0] * e)
-        given_rows = [
-            to.select(to.icmp_signed('<', n, i), nothing, code.load(code.token('grad', n), e)) for n in tokens
-        ]
-        grad = code.transposed(given_rows)
+        by_results = [code.load(code.token('grad', n), e) for n in tokens]
+        # 0 for queries that come again in a vector before this one, which then takes their place.
+        counted = to.fcmp_ordered('>=', code.numbers(), code.spread(to.sitofp(to.sub(i, first), FLOAT)))
+        grad = [to.select(counted, x, zero) for x in code.transposed(by_results)]
         bias = code.biases_of(first) if biased else None
 
         def weigh(start: ir.Value, keys: list[ir.Value], found: Sums) -> Sums:
@@ -111,14 +109,15 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
         total, weighted = code.in_range(lambda start: code.over_keys(partial(weigh, start), [zero] * 2), query, bias)
         share = to.fdiv(code.vector(1), total)
         mean = to.fmul(to.fmul(weighted, share), share)
-        for n, (row, by_result) in enumerate(zip(rows, given_rows, strict=True)):
+        shares = to.select(counted, share, zero)
+        for n, (row, by_result) in enumerate(zip(rows, by_results, strict=True)):
             place = query_row(INT(n))
             code.store(code.padded(row, widths[0]), place)
-            share_of = code.spread(to.extract_element(share, INT(n)), e)
+            share_of = code.spread(to.extract_element(shares, INT(n)), e)
             code.store(code.padded(to.fmul(by_result, share_of), widths[1]), code.at(place, INT(widths[0])))
         if biased:
-            part = code.at(code.pointer('grad_biases'), to.mul(code.part, given['between_parts']))
-            grad_bias = code.biases_of(first, part)
+            of_part = code.at(code.pointer('grad_biases'), to.mul(part, given['between_parts']))
+            grad_bias = code.biases_of(first, of_part)
 
         def by_queries(keys: list[ir.Value], found: Sums) -> Sums:
             for j in keys:
@@ -159,9 +158,9 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
         code.over_keys(by_keys, [])
 
     def attend(task: ir.Value) -> None:
-        head, code.part = to.sdiv(task, given['parts']), to.srem(task, given['parts'])
+        head, part = to.sdiv(task, given['parts']), to.srem(task, given['parts'])
         first, stop = (
-            to.sdiv(to.mul(n, given['windows']), given['parts']) for n in (code.part, to.add(code.part, INT(1)))
+            to.sdiv(to.mul(n, given['windows']), given['parts']) for n in (part, to.add(part, INT(1)))
         )
 
         def window(window: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
@@ -180,7 +179,7 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
 
             code.loop(INT(0), given['keys'], 1, clear)
             last = to.mul(to.sdiv(to.sub(given['queries'], INT(1)), INT(lanes)), INT(lanes))
-            code.loop(INT(0), to.add(last, INT(1)), lanes, lambda i, _: queries(to.sub(last, i)) or [])
+            code.loop(INT(0), to.add(last, INT(1)), lanes, lambda i, _: queries(part, to.sub(last, i)) or [])
             code.loop(INT(0), given['keys'], 1, write)
             return []
 
