@@ -119,7 +119,8 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
             of_part = code.at(code.pointer('grad_biases'), to.mul(part, given['between_parts']))
             grad_bias = code.biases_of(first, of_part)
 
-        def by_queries(keys: list[ir.Value], found: Sums) -> Sums:
+        def spread(keys: list[ir.Value], found: Sums) -> Sums:
+            """Add what the logits of these keys come to in the gradients by biases and queries."""
             for j in keys:
                 power, place = pair(j)
                 by_logit = to.fsub(to.fmul(code.load(place, lanes), share), mean)
@@ -132,30 +133,26 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
                 found = [code.multiply_add(by_logit, *x) for x in zip(factors, found, strict=True)]
             return found
 
-        found = [to.fmul(x, scale) for x in code.over_keys(by_queries, [zero] * d)]
-        for n, result in zip(tokens, code.transposed(found), strict=True):
-            code.store(result, code.token('grad_q', n))
+        def gather(keys: list[ir.Value], _: Sums) -> Sums:
+            """Add the gradients by these keys and their values. A vector holds the channels of one."""
+            columns = range(0, width, lanes)
+            places = [code.at(sums_of(j), INT(c)) for c in columns for j in keys]
 
-        def by_keys(keys: list[ir.Value], _: Sums) -> Sums:
-            places = [code.at(sums_of(j), INT(c)) for c in range(0, width, lanes) for j in keys]
+            def add(n: ir.Value, totals: Sums) -> Sums:
+                powers, by_logits = zip(*([code.spread(to.load(code.at(x, n))) for x in pair(j)] for j in keys))
+                rows = [code.load(code.at(query_row(n), INT(c)), lanes) for c in columns]
+                factors = [(x, row) for c, row in zip(columns, rows) for x in (powers if c >= widths[0] else by_logits)]
+                return [code.multiply_add(*x, total) for x, total in zip(factors, totals, strict=True)]
 
-            def add(n: ir.Value, found: Sums) -> Sums:
-                factors = [[code.spread(to.load(code.at(place, n))) for place in pair(j)] for j in keys]
-                row, later = query_row(n), []
-                for c in range(0, width, lanes):
-                    vector = code.load(code.at(row, INT(c)), lanes)
-                    later += [
-                        code.multiply_add(power if c >= widths[0] else by_logit, vector, found[len(later) + n])
-                        for n, (power, by_logit) in enumerate(factors)
-                    ]
-                return later
-
-            found = code.loop(INT(0), INT(lanes), 1, add, [code.load(place, lanes) for place in places])
-            for vector, place in zip(found, places, strict=True):
-                code.store(vector, place)
+            totals = code.loop(INT(0), INT(lanes), 1, add, [code.load(place, lanes) for place in places])
+            for total, place in zip(totals, places, strict=True):
+                code.store(total, place)
             return []
 
-        code.over_keys(by_keys, [])
+        found = [to.fmul(x, scale) for x in code.over_keys(spread, [zero] * d)]
+        code.over_keys(gather, [])
+        for n, result in zip(tokens, code.transposed(found), strict=True):
+            code.store(result, code.token('grad_q', n))
 
     def attend(task: ir.Value) -> None:
         head, part = to.sdiv(task, given['parts']), to.srem(task, given['parts'])
