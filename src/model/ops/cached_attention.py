@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.fast import by_llvm, is_for_llvm
+from model.ops.fast import by_llvm, has_llvm
 
 CACHED_LOGITS = 2**20  # that a CPU's cache holds: 4 MB in float32, twice that in the backward pass
 LOG2_E = 1 / math.log(2)
@@ -115,7 +115,7 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-        if is_for_kernel(q, v):
+        if is_for_kernel(q, q.shape[1], max(q.shape[3], v.shape[3])):
             out, rows = fast_without_gradients(q, k, v, masks, kinds, scale), []
         else:
             out, *rows = forward(q, k, v, masks, kinds, scale)
@@ -146,13 +146,13 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kind
     """
     if torch.is_grad_enabled():
         return CachedAttention.apply(q, k, v, masks, kinds, scale)
-    return (fast_without_gradients if is_for_kernel(q, v) else without_gradients)(q, k, v, masks, kinds, scale)
+    fast = is_for_kernel(q, q.shape[1], max(q.shape[3], v.shape[3]))
+    return (fast_without_gradients if fast else without_gradients)(q, k, v, masks, kinds, scale)
 
 
-def is_for_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether a kernel computes the attention of these queries and values."""
-    few = max(q.shape[3], v.shape[3]) <= MOST_CHANNELS and q.shape[1] >= LEAST_QUERIES
-    return few and q.dtype == torch.float32 and is_for_llvm(q)
+def is_for_kernel(like: Tensor, tokens: int, channels: int) -> bool:
+    """Whether a kernel computes the attention of windows with so many queries, and so many channels a head."""
+    return like.dtype == torch.float32 and tokens >= LEAST_QUERIES and channels <= MOST_CHANNELS and has_llvm(like)
 
 
 def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
@@ -182,3 +182,64 @@ def fast_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `fast_without_gradients`."""
     return by_llvm('cached_attention_llvm', gradients, grad, q, k, v, masks, kinds, scale)
+
+
+class PackedAttention(torch.autograd.Function):
+    """See `packed_attention`."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(qkv, order, masks, kinds)
+        ctx.scale = scale
+        return fast_packed(qkv, order, masks, kinds, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, order, masks, kinds = ctx.saved_tensors
+        by_qkv, by_masks = fast_packed_gradients(grad, qkv, order, masks, kinds, ctx.scale)
+        return by_qkv, None, None if masks is None else by_masks, None, None
+
+
+def packed_attention(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
+    """`cached_attention` of tokens that a kernel reads where they are: (B * T, heads, d), for calls `is_for_kernel`.
+
+    Args:
+        qkv: queries, keys and values (B * T, 3, heads, d), float32.
+        order: (B, T) int64, which rows are the tokens of a window; each row is in one. The result has theirs.
+        masks, kinds, scale: as of `cached_attention`.
+    """
+    if torch.is_grad_enabled():
+        return PackedAttention.apply(qkv, order, masks, kinds, scale)
+    return fast_packed(qkv, order, masks, kinds, scale)
+
+
+def packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
+    """See `packed_attention`."""
+    out = qkv.new_empty(len(qkv), *qkv.shape[2:])
+    out[order] = without_gradients(*qkv[order].unbind(2), masks, kinds, scale)
+    return out
+
+
+@torch.library.custom_op('frugalsr::packed_attention', mutates_args=())
+def fast_packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
+    """As `fast_without_gradients`."""
+    return by_llvm('cached_attention_llvm', packed, qkv, order, masks, kinds, scale)
+
+
+def packed_gradients(
+    grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """By `qkv` and masks (which is empty without masks), given the gradient by the result of `packed_attention`."""
+    by_qkv = torch.empty_like(qkv)
+    *found, by_masks = gradients(grad[order], *qkv[order].unbind(2), masks, kinds, scale)
+    by_qkv[order] = torch.stack(found, 2)
+    return by_qkv, by_masks
+
+
+@torch.library.custom_op('frugalsr::packed_attention_gradients', mutates_args=())
+def fast_packed_gradients(
+    grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `fast_without_gradients`."""
+    return by_llvm('cached_attention_llvm', packed_gradients, grad, qkv, order, masks, kinds, scale)

@@ -187,7 +187,10 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
 
 
 class Tokens(NamedTuple):
-    """Tokens of windows in memory: where each of them begins, (B, T) int64, and how far apart its heads are."""
+    """Tokens of windows in memory: where each of them begins, (B, T) int64, and how far apart its heads are.
+
+    The channels of a head follow one another.
+    """
 
     memory: Tensor
     places: Tensor
@@ -195,14 +198,16 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(x: Tensor) -> Tokens:
-    """Of a tensor (B, T, heads, d), in which the channels of a head follow one another."""
+    """Of a tensor (B, T, heads, d)."""
+    x = x if x.stride(3) == 1 else x.contiguous()
     windows, tokens, between_heads, _ = x.stride()
     return Tokens(x, torch.arange(len(x))[:, None] * windows + torch.arange(x.shape[1]) * tokens, between_heads)
 
 
-def in_rows(x: Tensor) -> Tensor:
-    """With the channels of a head beside each other."""
-    return x if x.stride(3) == 1 else x.contiguous()
+def rows_of(x: Tensor, order: Tensor) -> Tokens:
+    """Of a tensor (B * T, heads, d) and which of its rows are tokens of a window (B, T)."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    return Tokens(x, order * x.stride(0), x.stride(1))
 
 
 class Biases(NamedTuple):
@@ -221,21 +226,45 @@ def biases_of(masks: Tensor | None) -> Biases | None:
     return Biases(masks.mT.contiguous(), torch.arange(queries), torch.arange(keys) * queries)
 
 
-def run(
-    kernel: Kernel,
-    tensors: Sequence[Tokens],
-    heads: int,
-    biases: Biases | None,
-    kinds: Tensor,
-    scale: float,
-    memory: int,
-    others: Sequence[Tensor | int] = (),
-) -> None:
-    """Call a kernel on `tensors`, the queries and keys first; `others` are what else it is given."""
-    windows, queries = tensors[0].places.shape
-    about = [kinds, biases.by_key, biases.by_query, *biases.memory.stride()[:2], biases.memory] if biases else []
-    counter, sizes = torch.zeros(1, dtype=torch.int64), (windows, queries, tensors[1].places.shape[1], heads)
-    kernel([counter, *sizes, *about, *others, *(x for of in tensors for x in of)], -(-memory // LINE) * LINE, scale)
+class Call(NamedTuple):
+    """What attention and its gradients are both given."""
+
+    heads: int
+    d: int
+    e: int
+    biases: Biases | None
+    kinds: Tensor
+    scale: float
+
+    def run(self, made: Kernel, tensors: Sequence[Tokens], memory: int, others: Sequence[Tensor | int] = ()) -> None:
+        """Run a kernel on `tensors`, the queries and keys first; `others` are what else it is given."""
+        windows, queries = tensors[0].places.shape
+        counter, sizes = torch.zeros(1, dtype=torch.int64), (windows, queries, tensors[1].places.shape[1], self.heads)
+        about: list[Tensor | int] = []
+        if self.biases:
+            biases, by_query, by_key = self.biases
+            about = [self.kinds, by_key, by_query, *biases.stride()[:2], biases]
+        given = [counter, *sizes, *about, *others, *(x for of in tensors for x in of)]
+        made(given, -(-memory // LINE) * LINE, self.scale)
+
+    def attend(self, q: Tokens, k: Tokens, v: Tokens, out: Tokens) -> None:
+        """Write the result of `cached_attention` to `out`."""
+        made = kernel(self.d, self.e, self.biases is not None, lanes())
+        self.run(made, (q, k, v, out), k.places.shape[1] * (self.d + self.e))
+
+    def differentiate(self, inputs: Sequence[Tokens], grad: Tokens, grads: Sequence[Tokens]) -> Tensor:
+        """Write to `grads` the gradients by queries, keys and values, given that by the result; that by the masks."""
+        (windows, _), keys = inputs[0].places.shape, inputs[1].places.shape[1]
+        parts, others, by_biases = windows, [], torch.empty(1, 0, 0)
+        if self.biases:
+            parts = min(windows, -(-TASKS * torch.get_num_threads() // self.heads))
+            by_biases = torch.zeros(parts, *self.biases.memory.shape)
+            others = [by_biases, by_biases.stride(0)]
+        width = sum(-(-channels // lanes()) * lanes() for channels in (self.d, self.e))
+        memory = lanes() * width + keys * (2 * lanes() + width + self.d + self.e)
+        made = gradient_kernel(self.d, self.e, self.biases is not None, lanes())
+        self.run(made, (*inputs, grad, *grads), memory, [*others, parts])
+        return by_biases.sum(0).mT
 
 
 def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
@@ -244,11 +273,9 @@ def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, biases: Biases | None, kinds: Tensor, scale: float) -> Tensor:
-    q, k, v = map(in_rows, (q, k, v))
-    heads, d, e = *q.shape[2:], v.shape[3]
-    out = q.new_empty(*q.shape[:3], e)
-    tensors = [tokens_of(x) for x in (q, k, v, out)]
-    run(kernel(d, e, biases is not None, lanes()), tensors, heads, biases, kinds, scale, k.shape[1] * (d + e))
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    call = Call(*q.shape[2:], v.shape[3], biases, kinds, scale)
+    call.attend(*map(tokens_of, (q, k, v, out)))
     return out
 
 
@@ -256,20 +283,30 @@ def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `gradients` of `cached_attention`."""
-    q, k, v, grad = map(in_rows, (q, k, v, grad))
-    heads, d, e, keys = *q.shape[2:], v.shape[3], k.shape[1]
-    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    biases, parts, others, of_parts = biases_of(masks), len(q), [], q.new_empty(1, 0, 0)
-    if biases:
-        parts = min(len(q), -(-TASKS * torch.get_num_threads() // heads))
-        of_parts = biases.memory.new_zeros(parts, *biases.memory.shape)
-        others = [of_parts, of_parts.stride(0)]
-    width = sum(-(-channels // lanes()) * lanes() for channels in (d, e))
-    memory = lanes() * width + keys * (2 * lanes() + width + d + e)
-    tensors = [tokens_of(x) for x in (q, k, v, grad, *found)]
-    made = gradient_kernel(d, e, biases is not None, lanes())
-    run(made, tensors, heads, biases, kinds, scale, memory, [*others, parts])
-    return *found, of_parts.sum(0).mT
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    call = Call(*q.shape[2:], v.shape[3], biases_of(masks), kinds, scale)
+    inputs = [tokens_of(x) for x in (q, k, v)]
+    return *grads, call.differentiate(inputs, tokens_of(grad), [tokens_of(x) for x in grads])
+
+
+def packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
+    """See `packed_attention`."""
+    _, _, heads, d = qkv.shape
+    out = qkv.new_empty(len(qkv), heads, d)
+    call = Call(heads, d, d, biases_of(masks), kinds, scale)
+    call.attend(*(rows_of(x, order) for x in (*qkv.unbind(1), out)))
+    return out
+
+
+def packed_gradients(
+    grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `packed_gradients` of `cached_attention`."""
+    _, _, heads, d = qkv.shape
+    by_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    call = Call(heads, d, d, biases_of(masks), kinds, scale)
+    inputs, grads = ([rows_of(x, order) for x in of.unbind(1)] for of in (qkv, by_qkv))
+    return by_qkv, call.differentiate(inputs, rows_of(grad, order), grads)
 
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -278,5 +315,5 @@ def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tens
         (torch.arange(bias.shape[y]).view(-1, 1) * bias.stride(y) + torch.arange(bias.shape[y]) * bias.stride(y + 1))
         for y in (1, 3)
     )
-    biases = Biases(bias.unsqueeze(1), by_query.flatten(), by_key.flatten())
+    biases = Biases(bias.unsqueeze(1), by_query, by_key)
     return attend(q, k, v, biases, torch.zeros(len(q), dtype=torch.int64), scale)
