@@ -50,7 +50,8 @@ class WindowAttention(nn.Module):
         cell = attention_cell(x, self.window_size, self.strided)
         qkv = self.to_qkv(to_tokens(x, cell, self.strided))
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
-        return to_map(self.to_out(self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))), x, cell, self.strided)
+        out = self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))
+        return to_map(self.to_out(out), x, cell, self.strided)
 
 
 class Residual(nn.Module):

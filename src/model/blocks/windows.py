@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
-from model.ops.cached_attention import CACHED_LOGITS, cached_attention, is_for_kernel, packed_attention
+from model.ops.cached_attention import CACHED_LOGITS, cached_attention, is_for_kernel
 from model.ops.fast import has_llvm
+from model.ops.packed_attention import packed_attention
 from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
@@ -227,11 +228,12 @@ def self_attention(qkv: Tensor, heads: int, masks: Tensor | None = None, windows
     counts = windows.counts if windows else None
     if is_for_kernel(qkv, t, d) and t**2 <= CACHED_LOGITS:
         order = windows.order if windows else torch.arange(b * t)
-        packed = qkv.reshape(-1, 3, heads, d), order.view(b, t)
-        return packed_attention(*packed, masks, kinds_of(counts or [b]), d**-0.5).view(b, t, -1)
+        rows, kinds = qkv.reshape(-1, 3, heads, d), kinds_of(counts or [b])
+        return packed_attention(rows, order.view(b, t), masks, kinds, d**-0.5).view(b, t, -1)
     if windows:
         qkv = qkv.flatten(0, 1).index_select(0, windows.order).view(qkv.shape)
-    out = attention(*qkv.unflatten(2, (3, heads, d)).unbind(2), masks, counts)
+    q, k, v = qkv.unflatten(2, (3, heads, d)).unbind(2)
+    out = attention(q, k, v, masks, counts)
     return out.flatten(0, 1).index_select(0, windows.inverse).view(b, t, -1) if windows else out
 
 

@@ -94,10 +94,10 @@ def backward(
 
     Products are written with the T x S matrix on the right, where they are wide and fast.
     """
-    logits_of, grads = Logits(q, k, masks, scale), [torch.empty_like(x) for x in (q, k, v)]
+    logits_of, (by_q, by_k, by_v) = Logits(q, k, masks, scale), (torch.empty_like(x) for x in (q, k, v))
     memory = torch.empty_like(logits_of.memory)
     grad_masks = q.new_empty(0) if masks is None else torch.zeros_like(masks)
-    parts = heads_of(kinds, q, k, v, sums, greatest, grad / sums, *grads)
+    parts = heads_of(kinds, q, k, v, sums, greatest, grad / sums, by_q, by_k, by_v)
     for head, part, (query, key, value, total, most, by_sums, *found) in parts:
         powers, by_logits = logits_of(head, part, query, key).sub_(most).exp2_(), memory[: len(query)]
         found[2].copy_((by_sums.mT @ powers).mT)
@@ -107,7 +107,7 @@ def backward(
         found[1].copy_((query.mT @ by_logits).mT * scale)
         if masks is not None:
             grad_masks[head].index_add_(0, part, by_logits)
-    return *grads, grad_masks
+    return by_q, by_k, by_v, grad_masks
 
 
 class CachedAttention(torch.autograd.Function):
@@ -115,8 +115,9 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
+        rows: tuple[Tensor, ...] = ()
         if is_for_kernel(q, q.shape[1], max(q.shape[3], v.shape[3])):
-            out, rows = fast_without_gradients(q, k, v, masks, kinds, scale), []
+            out = fast_without_gradients(q, k, v, masks, kinds, scale)
         else:
             out, *rows = forward(q, k, v, masks, kinds, scale)
         ctx.save_for_backward(q, k, v, masks, kinds, *rows)
@@ -182,64 +183,3 @@ def fast_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `fast_without_gradients`."""
     return by_llvm('cached_attention_llvm', gradients, grad, q, k, v, masks, kinds, scale)
-
-
-class PackedAttention(torch.autograd.Function):
-    """See `packed_attention`."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(qkv, order, masks, kinds)
-        ctx.scale = scale
-        return fast_packed(qkv, order, masks, kinds, scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, order, masks, kinds = ctx.saved_tensors
-        by_qkv, by_masks = fast_packed_gradients(grad, qkv, order, masks, kinds, ctx.scale)
-        return by_qkv, None, None if masks is None else by_masks, None, None
-
-
-def packed_attention(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-    """`cached_attention` of tokens that a kernel reads where they are: (B * T, heads, d), for calls `is_for_kernel`.
-
-    Args:
-        qkv: queries, keys and values (B * T, 3, heads, d), float32.
-        order: (B, T) int64, which rows are the tokens of a window; each row is in one. The result has theirs.
-        masks, kinds, scale: as of `cached_attention`.
-    """
-    if torch.is_grad_enabled():
-        return PackedAttention.apply(qkv, order, masks, kinds, scale)
-    return fast_packed(qkv, order, masks, kinds, scale)
-
-
-def packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-    """See `packed_attention`."""
-    out = qkv.new_empty(len(qkv), *qkv.shape[2:])
-    out[order] = without_gradients(*qkv[order].unbind(2), masks, kinds, scale)
-    return out
-
-
-@torch.library.custom_op('frugalsr::packed_attention', mutates_args=())
-def fast_packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-    """As `fast_without_gradients`."""
-    return by_llvm('cached_attention_llvm', packed, qkv, order, masks, kinds, scale)
-
-
-def packed_gradients(
-    grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """By `qkv` and masks (which is empty without masks), given the gradient by the result of `packed_attention`."""
-    by_qkv = torch.empty_like(qkv)
-    *found, by_masks = gradients(grad[order], *qkv[order].unbind(2), masks, kinds, scale)
-    by_qkv[order] = torch.stack(found, 2)
-    return by_qkv, by_masks
-
-
-@torch.library.custom_op('frugalsr::packed_attention_gradients', mutates_args=())
-def fast_packed_gradients(
-    grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """As `fast_without_gradients`."""
-    return by_llvm('cached_attention_llvm', packed_gradients, grad, qkv, order, masks, kinds, scale)

@@ -61,14 +61,13 @@ class Code:
 
     def spread(self, number: ir.Value, count: int | None = None) -> ir.Value:
         """A number in all lanes, or `count` times."""
-        nothing, places = self.vector_type(ir.Undefined), ir.VectorType(ir.IntType(32), count or self.lanes)
-        return self.to.shuffle_vector(self.to.insert_element(nothing, number, INT(0)), nothing, places([0] * places.count))
+        nothing = self.vector_type(ir.Undefined)
+        return self.shuffled(self.to.insert_element(nothing, number, INT(0)), nothing, [0] * (count or self.lanes))
 
     def padded(self, vector: ir.Value, count: int) -> ir.Value:
         """Filled up by zeros to `count` numbers."""
-        zeros, places = vector.type([0.0] * vector.type.count), range(count)
-        kind = ir.VectorType(ir.IntType(32), count)
-        return self.to.shuffle_vector(vector, zeros, kind([min(i, vector.type.count) for i in places]))
+        given = vector.type.count
+        return self.shuffled(vector, vector.type([0.0] * given), [min(i, given) for i in range(count)])
 
     def pointer(self, name: str, to: ir.Type = FLOAT) -> ir.Value:
         """An argument that is an address."""
