@@ -115,7 +115,7 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-        rows: tuple[Tensor, ...] = ()
+        rows: list[Tensor] = []
         if is_for_kernel(q, q.shape[1], max(q.shape[3], v.shape[3])):
             out = fast_without_gradients(q, k, v, masks, kinds, scale)
         else:
