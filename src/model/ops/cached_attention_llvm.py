@@ -94,7 +94,7 @@ class Call(NamedTuple):
         memory = lanes() * width + keys * (2 * lanes() + width + self.d + self.e)
         made = gradient_kernel(self.d, self.e, self.biases is not None, lanes())
         self.run(made, (*inputs, grad, *grads), memory, [*others, parts])
-        return by_biases.sum(0).mT
+        return (by_biases.sum(0) if parts > 1 else by_biases[0]).mT
 
 
 def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
