@@ -19,7 +19,7 @@ class AttentionCode(Code):
 
     The bias of query i and key j is at `by_key[j] + by_query[i]` among those of its head and kind, where the queries
     of a vector follow one another. Of each tensor `name` a token is at `name_places[window, token]`, and its heads are
-    `name_head` apart.
+    `name_between_heads` apart.
 
     Args:
         tensors: names of tensors of tokens, among them q, k and v.

@@ -11,6 +11,7 @@ from model.ops.llvm import Kernel, lanes
 
 LINE = 16  # numbers of float32 that a line of a cache holds
 TASKS = 2  # for each thread
+MOST_BIASES = 2**24  # numbers, 64 MB, that sums of parts take together, if one does not take more
 
 
 class Tokens(NamedTuple):
@@ -87,7 +88,8 @@ class Call(NamedTuple):
         parts, by_biases = windows, torch.empty(1, 0, 0)
         others: list[Tensor | int] = []
         if self.biases:
-            parts = min(windows, -(-TASKS * torch.get_num_threads() // self.heads))
+            wanted, size = -(-TASKS * torch.get_num_threads() // self.heads), self.biases.memory.numel()
+            parts = min(windows, wanted, max(1, MOST_BIASES // size))
             by_biases = torch.zeros(parts, *self.biases.memory.shape)
             others = [by_biases, by_biases.stride(0)]
         width = sum(-(-channels // lanes()) * lanes() for channels in (self.d, self.e))

@@ -93,7 +93,7 @@ class Code:
         self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=4)
 
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """Vectors of what stands at the same place of each row; rows, or their numbers, are as many as lanes."""
+        """Vectors of what stands at the same place of each row."""
         count, side = rows[0].type.count, self.lanes
         columns: list[list[ir.Value]] = [[] for _ in range(count)]
         for top in range(0, len(rows), side):
