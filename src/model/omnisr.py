@@ -30,7 +30,7 @@ from model.blocks.pixels import (
     to_tokens,
 )
 from model.blocks.tokens import TokenLinear
-from model.blocks.windows import attention, check_window, look_up_bias, relative_positions
+from model.blocks.windows import check_window, look_up_bias, relative_positions, self_attention
 from model.common import NetworkSpec, check_divides, check_images, conv, how_many, stacked, zero_pad
 
 TOKEN_EPS, MAP_EPS = 1e-5, 1e-6  # of the norms before attention over pixels, and of all others
@@ -49,9 +49,9 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         cell = attention_cell(x, self.window_size, self.strided)
         qkv = self.to_qkv(to_tokens(x, cell, self.strided))
-        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
-        return to_map(self.to_out(attention(q, k, v, bias.unsqueeze(1).to(q.dtype))), x, cell, self.strided)
+        out = self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))
+        return to_map(self.to_out(out), x, cell, self.strided)
 
 
 class Residual(nn.Module):

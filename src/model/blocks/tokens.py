@@ -39,7 +39,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not x.is_cpu:
         return F.linear(x, weight, bias)
     pixels = x.transpose(1, 2).unsqueeze(2)  # channels_last
-    return F.conv2d(pixels, weight[:, :, None, None], bias).squeeze(2).transpose(1, 2)
+    # A dilation, which a 1x1 kernel does not feel, has PyTorch take its fast library on one thread, too.
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    dilation = 2 if torch.get_num_threads() == 1 and not traced else 1
+    return F.conv2d(pixels, weight[:, :, None, None], bias, dilation=dilation).squeeze(2).transpose(1, 2)
 
 
 class TokenLinear(nn.Linear):
