@@ -1,4 +1,4 @@
-"""The matrix product of kernels for CPUs: some rows of one matrix times some vectors of the other, summed in registers."""
+"""The matrix product of kernels for CPUs: a few rows of one matrix times a few vectors of another, in registers."""
 
 from collections.abc import Sequence
 
