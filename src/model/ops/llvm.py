@@ -83,19 +83,37 @@ class Code:
     def store(self, vector: ir.Value, pointer: ir.Value) -> None:
         self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=4)
 
+    def picked(self, first: ir.Value, second: ir.Value, places: Sequence[int]) -> ir.Value:
+        """Numbers of two vectors of the same length by their places, those of the second after those of the first."""
+        return self.to.shuffle_vector(first, second, ir.VectorType(ir.IntType(32), len(places))([*places]))
+
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """Vectors of what stands at the same place of each row."""
-        columns = []
-        for place in range(rows[0].type.count):
-            column = ir.VectorType(FLOAT, len(rows))(ir.Undefined)
-            for i, row in enumerate(rows):
-                column = self.to.insert_element(column, self.to.extract_element(row, INT(place)), INT(i))
-            columns.append(column)
+        """Vectors of what stands at the same place of each row.
+
+        Of a square, blocks of half its side change places across the diagonal, then within these blocks of a quarter,
+        and so on.
+        """
+        count, length = len(rows), rows[0].type.count
+        side = 1 << (count - 1).bit_length()
+        columns: list[ir.Value] = []
+        for start in range(0, length, side):
+            here = [min(start + i, length) for i in range(side)]  # what is beyond the end is undefined
+            square = [self.picked(row, row.type(ir.Undefined), here) for row in rows]
+            square += [square[0].type(ir.Undefined)] * (side - count)
+            for step in (side >> n for n in range(1, side.bit_length())):
+                upper = [i if not i & step else i - step + side for i in range(side)]
+                lower = [i + step if not i & step else i + side for i in range(side)]
+                pairs = [(square[i & ~step], square[i | step], lower if i & step else upper) for i in range(side)]
+                square = [self.picked(*pair) for pair in pairs]
+            columns += [self.picked(x, x.type(ir.Undefined), range(count)) for x in square[: length - start]]
         return columns
 
     def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         """x * y + z, in one instruction where there is one."""
         return self.to.call(self._multiply_add, [x, y, z])
+
+    def sqrt(self, x: ir.Value) -> ir.Value:
+        return self.to.call(self.module.declare_intrinsic('llvm.sqrt', [x.type]), [x])
 
     def select_less(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """The lesser in each lane; `y` where one is not a number."""

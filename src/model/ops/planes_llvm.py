@@ -1,0 +1,258 @@
+"""Chains of layers on maps in channels_last memory, a tile of the image at a time, in a CPU's cache: written in LLVM.
+
+A tile is read into planes, one a channel, with a border of the pixels around it, zeros outside the image. Its rows
+follow one another without gaps, so that a layer is a loop over one line of pixels, vector by vector: what a vector holds
+of the border is computed too, and not stored. A filter reads at fixed distances from a pixel, and leaves the
+pixel at the place of its upper left neighbour.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from model.ops.llvm import FLOAT, INT, Code, Kernel
+from model.ops.product_llvm import BLOCKS, product
+
+GEOMETRY = ('counter', 'zeros', 'images', 'height', 'width', 'rows', 'columns', 'plane')
+ROWS = 16  # of a tile
+VALUES = 2**16  # of a tile of a map
+Vectors = list[ir.Value]
+
+
+class Planes(Code):
+    """Code for tiles whose planes are in the memory of a thread; the first one is for what is not wanted.
+
+    Args:
+        names: of arguments beyond `GEOMETRY`.
+        border: pixels around a tile.
+    """
+
+    def __init__(self, names: Sequence[str], lanes: int, border: int) -> None:
+        super().__init__((*GEOMETRY, *names), lanes)
+        self.border = border
+        self.width = self.to.add(self.given['columns'], INT(2 * border))  # of a row
+        self.outputs, self.vectors = (12, 2) if lanes == 16 else (6, 2)  # of a product, that registers hold
+
+    def plane(self, index: ir.Value | int, place: ir.Value | int = 0) -> ir.Value:
+        index, place = (x if isinstance(x, ir.Value) else INT(x) for x in (index, place))
+        return self.at(self.memory, self.offset((index, self.given['plane']), (place,)))
+
+    def number(self, pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
+        """A number in memory, in all lanes."""
+        return self.spread(self.to.load(self.at(pointer, offset if isinstance(offset, ir.Value) else INT(offset))))
+
+    def least(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self.to.select(self.to.icmp_signed('<', x, y), x, y)
+
+    def tiles(self, body: Callable[[], None]) -> None:
+        """Write the rest: `body` for every tile of every image."""
+        given, to = self.given, self.to
+        down, across = (
+            to.sdiv(to.sub(to.add(given[length], given[part]), INT(1)), given[part])
+            for length, part in (('height', 'rows'), ('width', 'columns'))
+        )
+
+        def tile(task: ir.Value) -> None:
+            self.image, place = to.sdiv(task, to.mul(down, across)), to.srem(task, to.mul(down, across))
+            self.top = to.mul(to.sdiv(place, across), given['rows'])
+            self.left = to.mul(to.srem(place, across), given['columns'])
+            self.rows = self.least(given['rows'], to.sub(given['height'], self.top))
+            self.columns = self.least(given['columns'], to.sub(given['width'], self.left))
+            self.inner = to.mul(self.rows, self.width)
+            self.whole = to.mul(to.add(self.rows, INT(2 * self.border)), self.width)
+            body()
+
+        self.tasks(self.pointer('counter', INT), to.mul(given['images'], to.mul(down, across)), tile)
+
+    def pixels(
+        self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]
+    ) -> None:
+        """`body` for every vector of pixels of the tile and `border` around it.
+
+        It is given where they are in a plane, where they are in a map of `channels`, and which of them are in the tile or
+        border and in the image.
+        """
+        to, given = self.to, self.given
+
+        def row(i: ir.Value, _: Vectors) -> Vectors:
+            y = to.add(self.top, to.sub(i, INT(border)))
+            in_height = to.icmp_unsigned('<', y, given['height'])
+            stop = to.add(self.columns, INT(2 * border))
+
+            def vector(j: ir.Value, _: Vectors) -> Vectors:
+                x = to.add(self.left, to.sub(j, INT(border)))
+                first = self.offset((self.image, given['height'], given['width']), (y, given['width']), (x,))
+                offsets, inside = [], []
+                for lane in range(self.lanes):
+                    offsets.append(to.mul(to.add(first, INT(lane)), INT(channels)))
+                    in_width = to.icmp_unsigned('<', to.add(x, INT(lane)), given['width'])
+                    in_tile = to.icmp_signed('<', to.add(j, INT(lane)), stop)
+                    inside.append(to.and_(in_height, to.and_(in_width, in_tile)))
+                body(to.add(to.mul(i, self.width), j), offsets, inside)
+                return []
+
+            self.loop(INT(0), stop, self.lanes, vector)
+            return []
+
+        self.loop(INT(0), to.add(self.rows, INT(2 * border)), 1, row)
+
+    def read(self, tensor: str, channels: int, planes: int, border: int, mask: int | None = None) -> None:
+        """The tile and `border` around it into `planes`; into the plane `mask` 1 where the image is, 0 outside."""
+        source, zeros = self.pointer(tensor), self.pointer('zeros')
+
+        def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
+            pixels = [
+                self.to.select(known, self.at(source, offset), zeros)
+                for known, offset in zip(inside, offsets, strict=True)
+            ]
+            for start in range(0, channels, self.lanes):
+                count = min(self.lanes, channels - start)
+                rows = [self.load(self.at(pixel, INT(start)), count) for pixel in pixels]
+                for i, column in enumerate(self.transposed(rows)):
+                    self.store(column, self.plane(planes + start + i, place))
+            if mask is not None:
+                ones = self.vector_type(ir.Undefined)
+                for lane, known in enumerate(inside):
+                    ones = self.to.insert_element(ones, self.to.uitofp(known, FLOAT), INT(lane))
+                self.store(ones, self.plane(mask, place))
+
+        self.pixels(border, channels, vector)
+
+    def write(self, tensor: str, channels: int, planes: int, plus: str | None = None) -> None:
+        """The tile from `planes` to a map, plus what another map has there."""
+        target, spare = self.pointer(tensor), self.memory
+
+        def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
+            def pixels(pointer: ir.Value) -> Vectors:
+                places = zip(inside, offsets, strict=True)
+                return [self.to.select(known, self.at(pointer, offset), spare) for known, offset in places]
+
+            others = pixels(self.pointer(plus)) if plus else []
+            for start in range(0, channels, self.lanes):
+                count = min(self.lanes, channels - start)
+                rows = self.transposed(
+                    [self.load(self.plane(planes + start + i, place), self.lanes) for i in range(count)]
+                )
+                if plus:
+                    found = (self.load(self.at(pixel, INT(start)), count) for pixel in others)
+                    rows = [self.to.fadd(row, other) for row, other in zip(rows, found, strict=True)]
+                for row, pixel in zip(rows, pixels(target), strict=True):
+                    self.store(row, self.at(pixel, INT(start)))
+
+        self.pixels(0, channels, vector)
+
+    def lines(self, length: ir.Value, count: int, body: Callable[[list[ir.Value]], None]) -> None:
+        """`body` for every `count` vectors of the first pixels of a plane, given their places."""
+
+        def vectors(place: ir.Value, _: Vectors) -> Vectors:
+            body([self.to.add(place, INT(i * self.lanes)) for i in range(count)])
+            return []
+
+        self.loop(INT(0), length, count * self.lanes, vectors)
+
+    def norm(self, scale: str, shift: str, channels: int, planes: int, mask: int, length: ir.Value) -> None:
+        """Layer normalisation of each pixel over `channels`, in place; 0 outside the image."""
+        to = self.to
+        pointers, share = [self.pointer(name) for name in (scale, shift)], self.vector(1 / channels)
+        epsilon = self.spread(self.factor)
+
+        def vectors(places: list[ir.Value]) -> None:
+            def over_channels(add: Callable[[ir.Value, ir.Value], ir.Value]) -> Vectors:
+                """Means over the channels of a value and what `add` makes of a sum."""
+
+                def channel(i: ir.Value, sums: Vectors) -> Vectors:
+                    found = (self.load(self.plane(to.add(INT(planes), i), place), self.lanes) for place in places)
+                    return [add(n, x, total) for n, (x, total) in enumerate(zip(found, sums, strict=True))]
+
+                sums = self.loop(INT(0), INT(channels), 1, channel, [self.vector(0)] * len(places))
+                return [to.fmul(total, share) for total in sums]
+
+            means = over_channels(lambda n, x, total: to.fadd(total, x))
+
+            def squares(n: int, x: ir.Value, total: ir.Value) -> ir.Value:
+                centred = to.fsub(x, means[n])
+                return self.multiply_add(centred, centred, total)
+
+            factors = [
+                to.fdiv(self.vector(1), self.sqrt(to.fadd(variance, epsilon))) for variance in over_channels(squares)
+            ]
+            known = [self.load(self.plane(mask, place), self.lanes) for place in places]
+
+            def channel(i: ir.Value, _: Vectors) -> Vectors:
+                weight, bias = (self.number(pointer, i) for pointer in pointers)
+                for place, mean, factor, inside in zip(places, means, factors, known, strict=True):
+                    pointer = self.plane(to.add(INT(planes), i), place)
+                    x = to.fmul(to.fsub(self.load(pointer, self.lanes), mean), factor)
+                    self.store(self.multiply_add(x, weight, to.fmul(bias, inside)), pointer)
+                return []
+
+            self.loop(INT(0), INT(channels), 1, channel)
+
+        self.lines(length, 4, vectors)
+
+    def linear(
+        self,
+        weight: ir.Value,
+        width: int,
+        source: int,
+        target: ir.Value | int,
+        sizes: tuple[int, int],
+        length: ir.Value,
+        start: Callable[[ir.Value, ir.Value], ir.Value],
+    ) -> None:
+        """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, added to `start`.
+
+        Args:
+            sizes: planes that go in, and out.
+            start: of the number of a row, and a place.
+        """
+        most, vectors = BLOCKS[self.lanes]
+        ins, outs = sizes
+        count = max(n for n in range(1, most + 1) if outs % n == 0)
+
+        def pixels(places: list[ir.Value]) -> None:
+            columns = [self.plane(source, place) for place in places]
+
+            def rows(first: ir.Value, _: Vectors) -> Vectors:
+                numbers = [self.to.add(first, INT(i)) for i in range(count)]
+                sums = [start(i, place) for i in numbers for place in places]
+                pointers = [self.at(weight, self.to.mul(i, INT(width))) for i in numbers]
+                found = product(self, pointers, columns, self.given['plane'], INT(ins), sums)
+                for i, x in enumerate(found):
+                    number = numbers[i // vectors]
+                    index = self.to.add(target if isinstance(target, ir.Value) else INT(target), number)
+                    self.store(x, self.plane(index, places[i % vectors]))
+                return []
+
+            self.loop(INT(0), INT(outs), count, rows)
+
+        self.lines(length, vectors, pixels)
+
+    def around(self, plane: ir.Value | int, place: ir.Value, i: ir.Value | int, size: int) -> Vectors:
+        """What row i of a filter meets."""
+        row = self.offset((i if isinstance(i, ir.Value) else INT(i), self.width), (place,))
+        first = self.plane(plane, row)
+        return [self.load(self.at(first, INT(j)), self.lanes) for j in range(size)]
+
+    def filtered(self, weight: ir.Value, plane: ir.Value | int, place: ir.Value, size: int, start: ir.Value) -> ir.Value:
+        """A convolution of one plane with size x size numbers, added to `start`."""
+        for i in range(size):
+            for j, x in enumerate(self.around(plane, place, i, size)):
+                start = self.multiply_add(self.number(weight, i * size + j), x, start)
+        return start
+
+
+def call(
+    kernel: Kernel, like: Tensor, border: int, planes: int, arguments: Sequence[Tensor], epsilon: float = 0.0
+) -> None:
+    """Run a kernel of `planes` planes with `border` on the tiles of maps as `like` (N, C, H, W)."""
+    n, channels, height, width = like.shape
+    most = max(VALUES // (channels * ROWS), 1)
+    rows, columns = min(height, ROWS), -(-width // -(-width // most))
+    size = (rows + 2 * border) * (columns + 2 * border)
+    plane = (size // 16 + 8) // 2 * 32 + 16  # room for what is read behind the end; not a power of 2, which caches dislike
+    counter = torch.zeros(1, dtype=torch.int64)
+    given = [counter, like.new_zeros(channels), n, height, width, rows, columns, plane, *arguments]
+    kernel(given, max(planes * plane, channels), epsilon)
