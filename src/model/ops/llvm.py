@@ -113,7 +113,9 @@ class Code:
         return self.to.call(self._multiply_add, [x, y, z])
 
     def sqrt(self, x: ir.Value) -> ir.Value:
-        return self.to.call(self.module.declare_intrinsic('llvm.sqrt', [x.type]), [x])
+        """Of each lane."""
+        function = ir.FunctionType(self.vector_type, [self.vector_type])
+        return self.to.call(self.module.declare_intrinsic(f'llvm.sqrt.v{self.lanes}f32', (), function), [x])
 
     def select_less(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """The lesser in each lane; `y` where one is not a number."""

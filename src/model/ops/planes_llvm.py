@@ -21,6 +21,11 @@ VALUES = 2**16  # of a tile of a map
 Vectors = list[ir.Value]
 
 
+def fitting(count: int, lanes: int) -> int:
+    """The most rows of `product` that divide a number of planes."""
+    return max(n for n in range(1, BLOCKS[lanes][0] + 1) if count % n == 0)
+
+
 class Planes(Code):
     """Code for tiles whose planes are in the memory of a thread; the first one is for what is not wanted.
 
@@ -33,7 +38,6 @@ class Planes(Code):
         super().__init__((*GEOMETRY, *names), lanes)
         self.border = border
         self.width = self.to.add(self.given['columns'], INT(2 * border))  # of a row
-        self.outputs, self.vectors = (12, 2) if lanes == 16 else (6, 2)  # of a product, that registers hold
 
     def plane(self, index: ir.Value | int, place: ir.Value | int = 0) -> ir.Value:
         index, place = (x if isinstance(x, ir.Value) else INT(x) for x in (index, place))
@@ -208,9 +212,9 @@ class Planes(Code):
             sizes: planes that go in, and out.
             start: of the number of a row, and a place.
         """
-        most, vectors = BLOCKS[self.lanes]
+        vectors = BLOCKS[self.lanes][1]
         ins, outs = sizes
-        count = max(n for n in range(1, most + 1) if outs % n == 0)
+        count = fitting(outs, self.lanes)
 
         def pixels(places: list[ir.Value]) -> None:
             columns = [self.plane(source, place) for place in places]
