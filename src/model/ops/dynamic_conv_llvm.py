@@ -1,4 +1,4 @@
-"""The dynamic convolution on a CPU without gradients: see `dynamic_conv_in_strips`, whose form in LLVM this is.
+"""The dynamic convolution on a CPU without gradients: see `local_attention`, whose form in LLVM this is.
 
 A vector holds one channel of as many pixels as it has lanes. A kernel value of all of them is made in a register from
 the hidden features, which are in others, meets the channels of its group, and is forgotten.
@@ -13,55 +13,84 @@ from torch import Tensor
 from model.ops.llvm import INT, Kernel, lanes
 from model.ops.planes_llvm import Planes, Vectors, call
 
+WEIGHTS = (
+    'scale', 'shift', 'project_in', 'project_out', 'squeeze', 'squeeze_bias', 'depthwise', 'depthwise_bias',
+    'kernels', 'kernels_bias',
+)  # fmt: skip
+
 
 @cache
 def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Kernel:
-    code = Planes(('x', 'hidden', 'weight', 'bias', 'out'), lanes, size // 2)
-    weight, bias = code.pointer('weight'), code.pointer('bias')
-    xs, features, results = 0, channels, channels + hidden
-    per_group = channels // groups
+    border = size // 2
+    code = Planes(('x', 'out', *WEIGHTS), lanes, border)
+    to, pointers = code.to, {name: code.pointer(name) for name in WEIGHTS}
+    mask, first, second, squeezed, features = 0, 1, 1 + channels, 1 + 2 * channels, 1 + 2 * channels + hidden
+
+    def zero(*_: ir.Value) -> ir.Value:
+        return code.vector(0)
+
+    def bias_inside(i: ir.Value, place: ir.Value) -> ir.Value:
+        return to.fmul(code.number(pointers['squeeze_bias'], i), code.load(code.plane(mask, place), lanes))
+
+    def feature(i: ir.Value, _: Vectors) -> Vectors:
+        weight = code.at(pointers['depthwise'], to.mul(i, INT(size**2)))
+        bias = code.number(pointers['depthwise_bias'], i)
+
+        def pixels(places: Vectors) -> None:
+            found = code.filtered(weight, to.add(i, INT(squeezed)), places, size, bias)
+            for place, x in zip(places, found, strict=True):
+                code.store(x, code.plane(to.add(i, INT(features)), place))
+
+        code.lines(code.inner, 2, pixels)
+        return []
 
     def group(g: ir.Value, _: Vectors) -> Vectors:
-        def pixels(places: list[ir.Value]) -> None:
+        per_group = channels // groups
+        planes = [to.add(to.mul(g, INT(per_group)), INT(c)) for c in range(per_group)]
+
+        def pixels(places: Vectors) -> None:
             (place,) = places
             values = [code.load(code.plane(features + i, place), lanes) for i in range(hidden)]
-            own = code.to.mul(g, INT(per_group))
 
             def row(i: ir.Value, sums: Vectors) -> Vectors:
-                near = [code.around(code.to.add(own, INT(xs + c)), place, i, size) for c in range(per_group)]
-                first = code.offset((g, INT(size**2)), (i, INT(size)))
+                near = [code.around(to.add(plane, INT(second)), place, i, size) for plane in planes]
                 for j in range(size):
-                    tap = code.to.add(first, INT(j))
-                    factors = code.at(weight, code.to.mul(tap, INT(hidden)))
-                    total = code.number(bias, tap)
-                    for n, value in enumerate(values):
-                        total = code.multiply_add(code.number(factors, n), value, total)
-                    sums = [code.multiply_add(total, x[j], y) for x, y in zip(near, sums, strict=True)]
+                    tap = code.offset((g, INT(size**2)), (i, INT(size)), (INT(j),))
+                    factors = code.at(pointers['kernels'], to.mul(tap, INT(hidden)))
+                    value = code.number(pointers['kernels_bias'], tap)
+                    for n, x in enumerate(values):
+                        value = code.multiply_add(code.number(factors, n), x, value)
+                    sums = [code.multiply_add(value, x[j], total) for x, total in zip(near, sums, strict=True)]
                 return sums
 
             found = code.loop(INT(0), INT(size), 1, row, [code.vector(0)] * per_group)
-            for c, x in enumerate(found):
-                code.store(x, code.plane(code.to.add(own, INT(results + c)), place))
+            for plane, x in zip(planes, found, strict=True):
+                code.store(x, code.plane(to.add(plane, INT(first)), place))
 
         code.lines(code.inner, 1, pixels)
         return []
 
     def tile() -> None:
-        code.read('x', channels, xs, size // 2)
-        code.read('hidden', hidden, features, 0)
+        code.read('x', channels, first, border, mask)
+        code.norm('scale', 'shift', channels, first, mask, code.whole)
+        code.linear(pointers['project_in'], channels, first, second, (channels, channels), code.whole, zero)
+        code.linear(pointers['squeeze'], channels, second, squeezed, (channels, hidden), code.whole, bias_inside)
+        code.loop(INT(0), INT(hidden), 1, feature)
         code.loop(INT(0), INT(groups), 1, group)
-        code.write('out', channels, results)
+        code.linear(pointers['project_out'], channels, first, second, (channels, channels), code.inner, zero)
+        code.write('out', channels, second, 'x')
 
     code.tiles(tile)
     return Kernel(code)
 
 
-def dynamic_conv_in_strips(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, size: int) -> Tensor:
+def local_attention(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, *weights: Tensor) -> Tensor:
     """See there."""
-    groups = len(weight) // size**2
-    x, hidden = (t.contiguous(memory_format=torch.channels_last) for t in (x, hidden))
+    squeeze, depthwise, kernels = weights[2], weights[4], weights[6]
+    channels, hidden, size = x.shape[1], len(squeeze), depthwise.shape[-1]
+    x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    channels, features = x.shape[1], hidden.shape[1]
-    run = kernel(channels, features, groups, size, lanes())
-    call(run, x, size // 2, 2 * channels + features, [x, hidden, weight.contiguous(), bias.contiguous(), out])
+    run = kernel(channels, hidden, len(kernels) // size**2, size, lanes())
+    given = [weight.contiguous() for weight in (scale, shift, *weights)]
+    call(run, x, size // 2, 1 + 2 * (channels + hidden), [x, out, *given], epsilon)
     return out

@@ -63,11 +63,11 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
             ]
 
             def pixels(places: list[ir.Value]) -> None:
-                for place in places:
-                    gate, value = (
-                        code.filtered(weight, to.add(i, INT(gates + half * few)), place, SIZE, code.vector(0))
-                        for half, weight in enumerate(filters)
-                    )
+                found = (
+                    code.filtered(weight, to.add(i, INT(gates + half * few)), places, SIZE, code.vector(0))
+                    for half, weight in enumerate(filters)
+                )
+                for place, gate, value in zip(places, *found, strict=True):
                     code.store(to.fmul(gelu(code, gate), value), code.plane(to.add(i, INT(gated)), place))
 
             code.lines(code.inner, 1, pixels)

@@ -124,8 +124,13 @@ class Planes(Code):
 
         self.pixels(border, channels, vector)
 
-    def write(self, tensor: str, channels: int, planes: int, plus: str | None = None) -> None:
-        """The tile from `planes` to a map, plus what another map has there."""
+    def write(
+        self, tensor: str, channels: int, planes: int, plus: str | None = None, total: int = 0, first: int = 0
+    ) -> None:
+        """The tile from `planes` to a map, plus what another map has there.
+
+        The map has `total` channels, of which they are those from `first` on; without, it has no others.
+        """
         target, spare = self.pointer(tensor), self.memory
 
         def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
@@ -143,9 +148,9 @@ class Planes(Code):
                     found = (self.load(self.at(pixel, INT(start)), count) for pixel in others)
                     rows = [self.to.fadd(row, other) for row, other in zip(rows, found, strict=True)]
                 for row, pixel in zip(rows, pixels(target), strict=True):
-                    self.store(row, self.at(pixel, INT(start)))
+                    self.store(row, self.at(pixel, INT(start + first)))
 
-        self.pixels(0, channels, vector)
+        self.pixels(0, total or channels, vector)
 
     def lines(self, length: ir.Value, count: int, body: Callable[[list[ir.Value]], None]) -> None:
         """`body` for every `count` vectors of the first pixels of a plane, given their places."""
@@ -201,7 +206,7 @@ class Planes(Code):
         weight: ir.Value,
         width: int,
         source: int,
-        target: ir.Value | int,
+        target: int,
         sizes: tuple[int, int],
         length: ir.Value,
         start: Callable[[ir.Value, ir.Value], ir.Value],
@@ -226,7 +231,7 @@ class Planes(Code):
                 found = product(self, pointers, columns, self.given['plane'], INT(ins), sums)
                 for i, x in enumerate(found):
                     number = numbers[i // vectors]
-                    index = self.to.add(target if isinstance(target, ir.Value) else INT(target), number)
+                    index = self.to.add(INT(target), number)
                     self.store(x, self.plane(index, places[i % vectors]))
                 return []
 
@@ -240,12 +245,17 @@ class Planes(Code):
         first = self.plane(plane, row)
         return [self.load(self.at(first, INT(j)), self.lanes) for j in range(size)]
 
-    def filtered(self, weight: ir.Value, plane: ir.Value | int, place: ir.Value, size: int, start: ir.Value) -> ir.Value:
-        """A convolution of one plane with size x size numbers, added to `start`."""
+    def filtered(
+        self, weight: ir.Value, plane: ir.Value | int, places: Vectors, size: int, start: ir.Value
+    ) -> Vectors:
+        """A convolution of one plane with size x size numbers, added to `start`, at some places."""
+        sums = [start] * len(places)
         for i in range(size):
-            for j, x in enumerate(self.around(plane, place, i, size)):
-                start = self.multiply_add(self.number(weight, i * size + j), x, start)
-        return start
+            near = [self.around(plane, place, i, size) for place in places]
+            for j in range(size):
+                number = self.number(weight, i * size + j)
+                sums = [self.multiply_add(number, x[j], total) for x, total in zip(near, sums, strict=True)]
+        return sums
 
 
 def call(
