@@ -43,6 +43,7 @@ from model.common import (
     is_exporting,
 )
 from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
+from model.ops.fast import float32_by_llvm
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 
@@ -89,6 +90,14 @@ class DynamicLocalAttention(nn.Module):
         else:
             x = self.filtered(x)
         return self.conv1(x.contiguous(memory_format=torch.channels_last))
+
+    def residual(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
+        """x + self(norm(x))."""
+
+        def local_attention(x: Tensor, *_: object) -> Tensor:
+            return x + self(norm(x))
+
+        return float32_by_llvm('dynamic_conv_llvm', local_attention, x, *norm.parameters(), norm.eps, *self.parameters())
 
     def filtered(self, x: Tensor) -> Tensor:
         return dynamic_conv(x.contiguous(), self.conv(x))
@@ -152,8 +161,8 @@ class SparseGlobalAttention(TransposedAttention):
         super().__init__(n_feats, n_heads)
         self.tlc_size = tlc_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None) -> Tensor:
+        qkv = self.queries_keys_values(x, norm).permute(0, 2, 3, 1)
         lengths = [int(length) for length in x.shape[2:]]  # plain numbers in a trace too
         sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
         weight = self.project_out.weight
@@ -218,8 +227,8 @@ class LocalBlock(nn.Module):
         self.IDynamic_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.IDynamicDWConv(self.norm1(x))
-        return x + self.IDynamic_ffn(self.norm2(x))
+        x = self.IDynamicDWConv.residual(x, self.norm1.body)
+        return self.IDynamic_ffn.residual(x, self.norm2.body)
 
 
 class GlobalBlock(nn.Module):
@@ -233,8 +242,8 @@ class GlobalBlock(nn.Module):
         self.restormer_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.restormer_attn(self.norm3(x))
-        return x + self.restormer_ffn(self.norm4(x))
+        x = x + self.restormer_attn(x, self.norm3.body)
+        return self.restormer_ffn.residual(x, self.norm4.body)
 
 
 class Group(nn.Module):

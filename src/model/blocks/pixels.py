@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.common import at_least_float32, conv, stacked
+from model.ops.fast import float32_by_llvm
 from model.ops.layer_norm import layer_norm
 
 
@@ -40,6 +41,14 @@ class GatedFFN(nn.Module):
         gate = gelu(half(0))
         return self.project_out(gate * half(1))
 
+    def residual(self, x: Tensor, norm: 'LayerNorm2d') -> Tensor:
+        """x + self(norm(x))."""
+
+        def gated_ffn(x: Tensor, *_: object) -> Tensor:
+            return x + self(norm(x))
+
+        return float32_by_llvm('depthwise_conv_llvm', gated_ffn, x, *norm.parameters(), norm.eps, *self.parameters())
+
 
 class TransposedAttention(nn.Module):
     """Attention between channels (Restormer, section 3.1): each head's map is (C / heads) x (C / heads).
@@ -54,6 +63,17 @@ class TransposedAttention(nn.Module):
         self.qkv = stacked(3, conv(n_feats, 3 * n_feats, 1, bias=False))
         self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
         self.project_out = conv(n_feats, n_feats, 1, bias=False)
+
+    def queries_keys_values(self, x: Tensor, norm: 'LayerNorm2d | None') -> Tensor:
+        """(N, 3 * C, H, W) of norm(x)."""
+
+        def depthwise_conv(x: Tensor, *_: object) -> Tensor:
+            return self.qkv_dwconv(self.qkv(x if norm is None else norm(x)))
+
+        if norm is None:
+            return depthwise_conv(x)
+        weights = self.qkv.weight, self.qkv_dwconv.weight
+        return float32_by_llvm('depthwise_conv_llvm', depthwise_conv, x, *norm.parameters(), norm.eps, *weights)
 
     def weights(self, logits: Tensor) -> Tensor:
         """What makes a map of the scaled cosines."""

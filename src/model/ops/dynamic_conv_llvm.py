@@ -26,23 +26,11 @@ def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Ke
     to, pointers = code.to, {name: code.pointer(name) for name in WEIGHTS}
     mask, first, second, squeezed, features = 0, 1, 1 + channels, 1 + 2 * channels, 1 + 2 * channels + hidden
 
-    def zero(*_: ir.Value) -> ir.Value:
-        return code.vector(0)
-
     def bias_inside(i: ir.Value, place: ir.Value) -> ir.Value:
         return to.fmul(code.number(pointers['squeeze_bias'], i), code.load(code.plane(mask, place), lanes))
 
-    def feature(i: ir.Value, _: Vectors) -> Vectors:
-        weight = code.at(pointers['depthwise'], to.mul(i, INT(size**2)))
-        bias = code.number(pointers['depthwise_bias'], i)
-
-        def pixels(places: Vectors) -> None:
-            found = code.filtered(weight, to.add(i, INT(squeezed)), places, size, bias)
-            for place, x in zip(places, found, strict=True):
-                code.store(x, code.plane(to.add(i, INT(features)), place))
-
-        code.lines(code.inner, 2, pixels)
-        return []
+    def bias(i: ir.Value, place: ir.Value) -> ir.Value:
+        return code.number(pointers['depthwise_bias'], i)
 
     def group(g: ir.Value, _: Vectors) -> Vectors:
         per_group = channels // groups
@@ -73,24 +61,40 @@ def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Ke
     def tile() -> None:
         code.read('x', channels, first, border, mask)
         code.norm('scale', 'shift', channels, first, mask, code.whole)
-        code.linear(pointers['project_in'], channels, first, second, (channels, channels), code.whole, zero)
+        code.linear(pointers['project_in'], channels, first, second, (channels, channels), code.whole)
         code.linear(pointers['squeeze'], channels, second, squeezed, (channels, hidden), code.whole, bias_inside)
-        code.loop(INT(0), INT(hidden), 1, feature)
+        code.depthwise(pointers['depthwise'], size, squeezed, features, hidden, bias)
         code.loop(INT(0), INT(groups), 1, group)
-        code.linear(pointers['project_out'], channels, first, second, (channels, channels), code.inner, zero)
+        code.linear(pointers['project_out'], channels, first, second, (channels, channels), code.inner)
         code.write('out', channels, second, 'x')
 
     code.tiles(tile)
     return Kernel(code)
 
 
-def local_attention(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, *weights: Tensor) -> Tensor:
-    """See there."""
-    squeeze, depthwise, kernels = weights[2], weights[4], weights[6]
-    channels, hidden, size = x.shape[1], len(squeeze), depthwise.shape[-1]
+@torch.library.custom_op('frugalsr::local_attention', mutates_args=())
+def local_attention(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    epsilon: float,
+    project_in: Tensor,
+    project_out: Tensor,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    depthwise: Tensor,
+    depthwise_bias: Tensor,
+    kernels: Tensor,
+    kernels_bias: Tensor,
+) -> Tensor:
+    """See `DynamicLocalAttention.residual`."""
+    channels, hidden, size = x.shape[1], len(depthwise), depthwise.shape[-1]
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
+    given = (
+        scale, shift, project_in, project_out, squeeze, squeeze_bias, depthwise, depthwise_bias, kernels, kernels_bias,
+    )  # fmt: skip
     run = kernel(channels, hidden, len(kernels) // size**2, size, lanes())
-    given = [weight.contiguous() for weight in (scale, shift, *weights)]
-    call(run, x, size // 2, 1 + 2 * (channels + hidden), [x, out, *given], epsilon)
+    weights = [weight.contiguous() for weight in given]
+    call(run, x, size // 2, 1 + 2 * (channels + hidden), [x, out, *weights], epsilon)
     return out

@@ -34,6 +34,9 @@ class Planes(Code):
         border: pixels around a tile.
     """
 
+    Start = Callable[[ir.Value, ir.Value], ir.Value]  # of the number of a plane, and a place
+    Finish = Callable[[ir.Value, ir.Value, ir.Value], ir.Value]  # of these, and a vector
+
     def __init__(self, names: Sequence[str], lanes: int, border: int) -> None:
         super().__init__((*GEOMETRY, *names), lanes)
         self.border = border
@@ -42,6 +45,13 @@ class Planes(Code):
     def plane(self, index: ir.Value | int, place: ir.Value | int = 0) -> ir.Value:
         index, place = (x if isinstance(x, ir.Value) else INT(x) for x in (index, place))
         return self.at(self.memory, self.offset((index, self.given['plane']), (place,)))
+
+    def value(self, first: int, i: ir.Value, place: ir.Value) -> ir.Value:
+        """A vector of plane `first` + i."""
+        return self.load(self.plane(self.to.add(INT(first), i), place), self.lanes)
+
+    def zero(self, *_: ir.Value) -> ir.Value:
+        return self.vector(0)
 
     def number(self, pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
         """A number in memory, in all lanes."""
@@ -209,7 +219,7 @@ class Planes(Code):
         target: int,
         sizes: tuple[int, int],
         length: ir.Value,
-        start: Callable[[ir.Value, ir.Value], ir.Value],
+        start: Start | None = None,
     ) -> None:
         """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, added to `start`.
 
@@ -226,7 +236,7 @@ class Planes(Code):
 
             def rows(first: ir.Value, _: Vectors) -> Vectors:
                 numbers = [self.to.add(first, INT(i)) for i in range(count)]
-                sums = [start(i, place) for i in numbers for place in places]
+                sums = [(start or self.zero)(i, place) for i in numbers for place in places]
                 pointers = [self.at(weight, self.to.mul(i, INT(width))) for i in numbers]
                 found = product(self, pointers, columns, self.given['plane'], INT(ins), sums)
                 for i, x in enumerate(found):
@@ -245,17 +255,35 @@ class Planes(Code):
         first = self.plane(plane, row)
         return [self.load(self.at(first, INT(j)), self.lanes) for j in range(size)]
 
-    def filtered(
-        self, weight: ir.Value, plane: ir.Value | int, places: Vectors, size: int, start: ir.Value
-    ) -> Vectors:
-        """A convolution of one plane with size x size numbers, added to `start`, at some places."""
-        sums = [start] * len(places)
-        for i in range(size):
-            near = [self.around(plane, place, i, size) for place in places]
-            for j in range(size):
-                number = self.number(weight, i * size + j)
-                sums = [self.multiply_add(number, x[j], total) for x, total in zip(near, sums, strict=True)]
-        return sums
+    def depthwise(
+        self,
+        weight: ir.Value,
+        size: int,
+        source: int,
+        target: int,
+        count: int,
+        start: Start | None = None,
+        finish: Finish = lambda i, place, x: x,
+    ) -> None:
+        """A convolution of each of `count` planes with size x size numbers, added to `start`; and what becomes of it."""
+
+        def channel(i: ir.Value, _: Vectors) -> Vectors:
+            numbers = self.at(weight, self.to.mul(i, INT(size**2)))
+
+            def pixels(places: Vectors) -> None:
+                sums = [(start or self.zero)(i, place) for place in places]
+                for row in range(size):
+                    near = [self.around(self.to.add(i, INT(source)), place, row, size) for place in places]
+                    for j in range(size):
+                        number = self.number(numbers, row * size + j)
+                        sums = [self.multiply_add(number, x[j], total) for x, total in zip(near, sums, strict=True)]
+                for place, x in zip(places, sums, strict=True):
+                    self.store(finish(i, place, x), self.plane(self.to.add(i, INT(target)), place))
+
+            self.lines(self.inner, 2, pixels)
+            return []
+
+        self.loop(INT(0), INT(count), 1, channel)
 
 
 def call(

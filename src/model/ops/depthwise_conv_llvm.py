@@ -1,0 +1,117 @@
+"""Depthwise convolutions of the projections of a norm on a CPU without gradients, as `Planes`.
+
+A tile goes through all layers before the next one is read.
+"""
+
+from functools import cache, partial
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from model.ops.llvm import INT, Code, Kernel, lanes
+from model.ops.planes_llvm import Planes, call, fitting
+
+SIZE = 3  # side of the depthwise convolution
+
+FURTHEST = 3.9  # where erf is 1 in float32
+ERF = (  # erf(x) = x P(x^2) / Q(x^2) for |x| up to that, to 1.5e-8: coefficients of P and Q, found by least squares
+    (1.128379, 0.19194043, 0.052966844, 0.0038368527, 0.00028745702, 2.0503953e-06),
+    (1.0, 0.50343454, 0.11475796, 0.015109156, 0.0011817294, 3.8230814e-05),
+)
+
+
+def gelu(code: Code, x: ir.Value) -> ir.Value:
+    """x (1 + erf(x / sqrt(2))) / 2 to 2e-7 of |x|."""
+    to = code.to
+    y = to.fmul(x, code.vector(0.5**0.5))
+    y = code.select_less(code.vector(FURTHEST), code.select_greater(code.vector(-FURTHEST), y))
+    square, parts = to.fmul(y, y), []
+    for *others, part in ERF:
+        part = code.vector(part)
+        for coefficient in reversed(others):
+            part = code.multiply_add(part, square, code.vector(coefficient))
+        parts.append(part)
+    erf = to.fdiv(to.fmul(y, parts[0]), parts[1])
+    erf = code.select_less(code.vector(1), code.select_greater(code.vector(-1), erf))
+    half = to.fmul(x, code.vector(0.5))
+    return code.multiply_add(half, erf, half)
+
+
+@cache
+def ffn_kernel(channels: int, hidden: int, lanes: int) -> Kernel:
+    """See `gated_ffn`: a few hidden channels at a time, from the first projection to sums of the last one."""
+    code = Planes(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
+    to, few = code.to, fitting(hidden, lanes)
+    project_in, depthwise, project_out = (code.pointer(name) for name in ('project_in', 'depthwise', 'project_out'))
+    mask, normed, projected, gated, sums = 0, 1, 1 + channels, 1 + channels + few, 1 + channels + 2 * few
+
+    def part(first: ir.Value, before: Planes.Start) -> None:
+        def half(number: int, finish: Planes.Finish) -> None:
+            row = to.add(first, INT(number * hidden))
+            weight = code.at(project_in, to.mul(row, INT(channels)))
+            code.linear(weight, channels, normed, projected, (channels, few), code.whole)
+            weight = code.at(depthwise, to.mul(row, INT(SIZE**2)))
+            code.depthwise(weight, SIZE, projected, gated, few, finish=finish)
+
+        half(1, lambda i, place, x: x)
+        half(0, lambda i, place, x: to.fmul(gelu(code, x), code.value(gated, i, place)))
+        code.linear(code.at(project_out, first), hidden, gated, sums, (few, channels), code.inner, before)
+
+    def tile() -> None:
+        code.read('x', channels, normed, SIZE // 2, mask)
+        code.norm('scale', 'shift', channels, normed, mask, code.whole)
+        part(INT(0), code.zero)
+        code.loop(INT(few), INT(hidden), few, lambda first, _: part(first, partial(code.value, sums)) or [])
+        code.write('out', channels, sums, 'x')
+
+    code.tiles(tile)
+    return Kernel(code)
+
+
+@torch.library.custom_op('frugalsr::gated_ffn', mutates_args=())
+def gated_ffn(
+    x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, project_in: Tensor, depthwise: Tensor, project_out: Tensor
+) -> Tensor:
+    """See `GatedFFN.residual`."""
+    channels, hidden = project_out.shape[:2]
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    planes = 1 + 2 * (channels + fitting(hidden, lanes()))
+    weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
+    call(ffn_kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], epsilon)
+    return out
+
+
+@cache
+def conv_kernel(channels: int, parts: int, lanes: int) -> Kernel:
+    """See `depthwise_conv`, for results of `parts` times as many channels."""
+    code = Planes(('x', 'scale', 'shift', 'project_in', 'depthwise', 'out'), lanes, SIZE // 2)
+    project_in, depthwise = (code.pointer(name) for name in ('project_in', 'depthwise'))
+    mask, normed, projected, filtered = 0, 1, 1 + channels, 1 + 2 * channels
+
+    def tile() -> None:
+        code.read('x', channels, normed, SIZE // 2, mask)
+        code.norm('scale', 'shift', channels, normed, mask, code.whole)
+        for first in range(0, parts * channels, channels):
+            weight = code.at(project_in, INT(first * channels))
+            code.linear(weight, channels, normed, projected, (channels, channels), code.whole)
+            code.depthwise(code.at(depthwise, INT(first * SIZE**2)), SIZE, projected, filtered, channels)
+            code.write('out', channels, filtered, first=first, total=parts * channels)
+
+    code.tiles(tile)
+    return Kernel(code)
+
+
+@torch.library.custom_op('frugalsr::depthwise_conv', mutates_args=())
+def depthwise_conv(
+    x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, project_in: Tensor, depthwise: Tensor
+) -> Tensor:
+    """See `TransposedAttention.queries_keys_values`."""
+    n, channels, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty(n, len(project_in), height, width, memory_format=torch.channels_last)
+    weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
+    run = conv_kernel(channels, len(project_in) // channels, lanes())
+    call(run, x, SIZE // 2, 1 + 3 * channels, [x, *weights, out], epsilon)
+    return out
