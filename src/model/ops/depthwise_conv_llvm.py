@@ -79,7 +79,7 @@ def gated_ffn(
     out = torch.empty_like(x)
     planes = 1 + 2 * (channels + fitting(hidden, lanes()))
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
-    call(ffn_kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], epsilon)
+    call(ffn_kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
     return out
 
 
@@ -113,5 +113,5 @@ def depthwise_conv(
     out = torch.empty(n, len(project_in), height, width, memory_format=torch.channels_last)
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
     run = conv_kernel(channels, len(project_in) // channels, lanes())
-    call(run, x, SIZE // 2, 1 + 3 * channels, [x, *weights, out], epsilon)
+    call(run, x, SIZE // 2, 1 + 3 * channels, [x, *weights, out], factor=epsilon)
     return out

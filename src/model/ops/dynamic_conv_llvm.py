@@ -96,5 +96,5 @@ def local_attention(
     )  # fmt: skip
     run = kernel(channels, hidden, len(kernels) // size**2, size, lanes())
     weights = [weight.contiguous() for weight in given]
-    call(run, x, size // 2, 1 + 2 * (channels + hidden), [x, out, *weights], epsilon)
+    call(run, x, size // 2, 1 + 2 * (channels + hidden), [x, out, *weights], factor=epsilon)
     return out

@@ -7,15 +7,19 @@ pixel at the place of its upper left neighbour.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import product
 
+import numpy as np
 import torch
 from llvmlite import ir
 from torch import Tensor
 
 from model.ops.llvm import FLOAT, INT, Code, Kernel
-from model.ops.product_llvm import BLOCKS, product
+from model.ops.product_llvm import BLOCKS
+from model.ops.product_llvm import product as multiply
 
-GEOMETRY = ('counter', 'zeros', 'images', 'height', 'width', 'rows', 'columns', 'plane')
+GEOMETRY = ('counter', 'zeros', 'tiles', 'count', 'height', 'width', 'plane')
 ROWS = 16  # of a tile
 VALUES = 2**16  # of a tile of a map
 Vectors = list[ir.Value]
@@ -40,7 +44,6 @@ class Planes(Code):
     def __init__(self, names: Sequence[str], lanes: int, border: int) -> None:
         super().__init__((*GEOMETRY, *names), lanes)
         self.border = border
-        self.width = self.to.add(self.given['columns'], INT(2 * border))  # of a row
 
     def plane(self, index: ir.Value | int, place: ir.Value | int = 0) -> ir.Value:
         index, place = (x if isinstance(x, ir.Value) else INT(x) for x in (index, place))
@@ -61,24 +64,20 @@ class Planes(Code):
         return self.to.select(self.to.icmp_signed('<', x, y), x, y)
 
     def tiles(self, body: Callable[[], None]) -> None:
-        """Write the rest: `body` for every tile of every image."""
-        given, to = self.given, self.to
-        down, across = (
-            to.sdiv(to.sub(to.add(given[length], given[part]), INT(1)), given[part])
-            for length, part in (('height', 'rows'), ('width', 'columns'))
-        )
+        """Write the rest: `body` for every tile."""
 
-        def tile(task: ir.Value) -> None:
-            self.image, place = to.sdiv(task, to.mul(down, across)), to.srem(task, to.mul(down, across))
-            self.top = to.mul(to.sdiv(place, across), given['rows'])
-            self.left = to.mul(to.srem(place, across), given['columns'])
-            self.rows = self.least(given['rows'], to.sub(given['height'], self.top))
-            self.columns = self.least(given['columns'], to.sub(given['width'], self.left))
-            self.inner = to.mul(self.rows, self.width)
-            self.whole = to.mul(to.add(self.rows, INT(2 * self.border)), self.width)
+        def tile(number: ir.Value) -> None:
+            row = self.at(self.pointer('tiles', INT), self.to.mul(number, INT(5)))
+            self.tile = number
+            self.image, self.top, self.left, self.rows, self.columns = (
+                self.to.load(self.at(row, INT(i))) for i in range(5)
+            )
+            self.width = self.to.add(self.columns, INT(2 * self.border))  # of a row of a plane
+            self.inner = self.to.mul(self.rows, self.width)
+            self.whole = self.to.mul(self.to.add(self.rows, INT(2 * self.border)), self.width)
             body()
 
-        self.tasks(self.pointer('counter', INT), to.mul(given['images'], to.mul(down, across)), tile)
+        self.tasks(self.pointer('counter', INT), self.given['count'], tile)
 
     def pixels(
         self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]
@@ -238,7 +237,7 @@ class Planes(Code):
                 numbers = [self.to.add(first, INT(i)) for i in range(count)]
                 sums = [(start or self.zero)(i, place) for i in numbers for place in places]
                 pointers = [self.at(weight, self.to.mul(i, INT(width))) for i in numbers]
-                found = product(self, pointers, columns, self.given['plane'], INT(ins), sums)
+                found = multiply(self, pointers, columns, self.given['plane'], INT(ins), sums)
                 for i, x in enumerate(found):
                     number = numbers[i // vectors]
                     index = self.to.add(INT(target), number)
@@ -286,15 +285,41 @@ class Planes(Code):
         self.loop(INT(0), INT(count), 1, channel)
 
 
+Spans = tuple[tuple[int, int], ...]  # starts and stops along an axis, one after the other
+
+
+def spans(length: int, most: int) -> Spans:
+    """Equal parts of at most `most`."""
+    count = -(-length // most)
+    return tuple((length * i // count, length * (i + 1) // count) for i in range(count))
+
+
+def spans_of(height: int, width: int, channels: int) -> tuple[Spans, Spans]:
+    """Rows and columns of tiles that a cache holds."""
+    return spans(height, ROWS), spans(width, max(VALUES // (channels * ROWS), 1))
+
+
+@lru_cache(maxsize=8)
+def tiles(n: int, rows: Spans, columns: Spans) -> np.ndarray:
+    """Image, top, left, height and width of every tile of `n` images, (rows * columns * n, 5) int64."""
+    places = product(rows, columns, range(n))
+    return np.array([(i, y, x, y_stop - y, x_stop - x) for (y, y_stop), (x, x_stop), i in places], np.int64)
+
+
 def call(
-    kernel: Kernel, like: Tensor, border: int, planes: int, arguments: Sequence[Tensor], epsilon: float = 0.0
+    kernel: Kernel,
+    like: Tensor,
+    border: int,
+    planes: int,
+    arguments: Sequence[Tensor],
+    spans: tuple[Spans, Spans] | None = None,
+    factor: float = 0.0,
 ) -> None:
     """Run a kernel of `planes` planes with `border` on the tiles of maps as `like` (N, C, H, W)."""
     n, channels, height, width = like.shape
-    most = max(VALUES // (channels * ROWS), 1)
-    rows, columns = min(height, ROWS), -(-width // -(-width // most))
-    size = (rows + 2 * border) * (columns + 2 * border)
+    found = tiles(n, *(spans or spans_of(height, width, channels)))
+    size = int((found[:, 3:] + 2 * border).prod(1).max())
     plane = (size // 16 + 8) // 2 * 32 + 16  # room for what is read behind the end; not a power of 2, which caches dislike
     counter = torch.zeros(1, dtype=torch.int64)
-    given = [counter, like.new_zeros(channels), n, height, width, rows, columns, plane, *arguments]
-    kernel(given, max(planes * plane, channels), epsilon)
+    given = [counter, like.new_zeros(channels), found.ctypes.data, len(found), height, width, plane, *arguments]
+    kernel(given, max(planes * plane, channels), factor)
