@@ -19,7 +19,7 @@ Departures from the official code:
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise, product, repeat
 from math import isqrt
 
 import torch
@@ -114,10 +114,17 @@ def windows(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in starts]
 
 
-def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
-    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0."""
+def cells(length: int, size: int, like: Tensor, most: int | None = None) -> tuple[list[slice], Tensor]:
+    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0.
+
+    Pieces longer than `most` are cut into equal ones.
+    """
     found = windows(length, size)
-    pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
+    pieces = []
+    for start, stop in pairwise(sorted({end for w in found for end in (w.start, w.stop)})):
+        count = -(-(stop - start) // (most or length))
+        ends = (start + (stop - start) * i // count for i in range(count + 1))
+        pieces += [slice(*part) for part in pairwise(ends)]
     starts, stops = ([getattr(piece, end) for piece in pieces] for end in ('start', 'stop'))
     spans = [(starts.index(window.start), stops.index(window.stop) + 1) for window in found]
     if is_exporting():  # a file holds the numbers themselves
@@ -161,39 +168,55 @@ class SparseGlobalAttention(TransposedAttention):
         super().__init__(n_feats, n_heads)
         self.tlc_size = tlc_size
 
-    def forward(self, x: Tensor, norm: LayerNorm2d | None = None) -> Tensor:
-        qkv = self.queries_keys_values(x, norm).permute(0, 2, 3, 1)
-        lengths = [int(length) for length in x.shape[2:]]  # plain numbers in a trace too
-        sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
-        weight = self.project_out.weight
-        (rows, down), (columns, across) = (cells(*axis, weight) for axis in zip(lengths, sizes, strict=True))
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)
+        rows, columns, inside = self.layout(x)
         places = list(product(rows, columns))
         parts = [qkv[:, i, j].flatten(1, 2) for i, j in places]
-        maps = self.maps(parts, torch.kron(down, across)).to(qkv.dtype)
-        out = qkv.new_empty(*qkv.shape[:3], len(weight))
+        with full_precision(inside):
+            sums = map(torch.stack, zip(*map(self.sums, parts), strict=True))
+            maps = self.maps(*sums, inside).to(qkv.dtype)
+        out = qkv.new_empty(*qkv.shape[:3], len(self.project_out.weight))
         for (i, j), part, factor in zip(places, parts, maps, strict=True):
             cell = torch.bmm(part.chunk(3, -1)[2], factor)
             out[:, i, j] = cell.unflatten(1, (i.stop - i.start, j.stop - j.start))
         return out.permute(0, 3, 1, 2)
 
-    def maps(self, parts: list[Tensor], inside: Tensor) -> Tensor:
+    def residual(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
+        """x + self(norm(x))."""
+
+        def channel_attention(x: Tensor, *_: object) -> Tensor:
+            return x + self(norm(x))
+
+        weights = *norm.parameters(), norm.eps, self.qkv.weight, self.qkv_dwconv.weight
+        how = self.n_heads, self.layout, self.maps
+        return float32_by_llvm('channel_attention_llvm', channel_attention, x, *weights, *how)
+
+    def layout(self, x: Tensor, *most: int) -> tuple[list[slice], list[slice], Tensor]:
+        """Rows and columns of cells, of at most `most`; (windows, cells), 1 where a cell is a part of a window, else 0."""
+        lengths = [int(length) for length in x.shape[2:]]  # plain numbers in a trace too
+        sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
+        axes = zip(lengths, sizes, repeat(self.project_out.weight), most or lengths, strict=False)
+        (rows, down), (columns, across) = (cells(*axis) for axis in axes)
+        return rows, columns, torch.kron(down, across)
+
+    def maps(self, sums: Tensor, squares: Tensor, inside: Tensor) -> Tensor:
         """What to multiply the values of each cell by, in float32 or more.
 
         Args:
-            parts: queries, keys and values of the pixels of each cell, (N, pixels, 3 * C).
-            inside: (windows, cells), 1 where the cell is a part of the window, else 0.
+            sums: (cells, N, heads, C / heads, C / heads), see `sums`.
+            squares: (cells, N, 2, heads, C / heads).
+            inside: see `layout`.
 
         Returns:
             (cells, N, C, C), with the channels of the values before those of the result.
         """
-        with full_precision(inside):
-            sums, squares = zip(*map(self.sums, parts), strict=True)
-            products = torch.tensordot(inside, torch.stack(sums), 1)  # (windows, N, heads, C / heads, C / heads)
-            q, k = torch.tensordot(inside, torch.stack(squares), 1).clamp_min(1e-24).sqrt().unbind(2)
-            cosines = products / (q.unsqueeze(-1) * k.unsqueeze(-2))
-            last = self.project_out.weight.flatten(1).t().unflatten(0, (self.n_heads, -1))
-            maps = (cosines * self.temperature).relu().transpose(-2, -1) @ last
-            return torch.tensordot((inside / inside.sum(0)).t(), maps.flatten(2, 3), 1)
+        products = torch.tensordot(inside, sums, 1)  # (windows, N, heads, C / heads, C / heads)
+        q, k = torch.tensordot(inside, squares, 1).clamp_min(1e-24).sqrt().unbind(2)
+        cosines = products / (q.unsqueeze(-1) * k.unsqueeze(-2))
+        last = self.project_out.weight.flatten(1).t().unflatten(0, (self.n_heads, -1))
+        maps = (cosines * self.temperature).relu().transpose(-2, -1) @ last
+        return torch.tensordot((inside / inside.sum(0)).t(), maps.flatten(2, 3), 1)
 
     def sums(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """Over the pixels of a cell: products (N, heads, C / heads, C / heads), squares (N, 2, heads, C / heads)."""
@@ -242,7 +265,7 @@ class GlobalBlock(nn.Module):
         self.restormer_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.restormer_attn(x, self.norm3.body)
+        x = self.restormer_attn.residual(x, self.norm3.body)
         return self.restormer_ffn.residual(x, self.norm4.body)
 
 

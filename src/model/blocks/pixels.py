@@ -64,17 +64,6 @@ class TransposedAttention(nn.Module):
         self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
         self.project_out = conv(n_feats, n_feats, 1, bias=False)
 
-    def queries_keys_values(self, x: Tensor, norm: 'LayerNorm2d | None') -> Tensor:
-        """(N, 3 * C, H, W) of norm(x)."""
-
-        def depthwise_conv(x: Tensor, *_: object) -> Tensor:
-            return self.qkv_dwconv(self.qkv(x if norm is None else norm(x)))
-
-        if norm is None:
-            return depthwise_conv(x)
-        weights = self.qkv.weight, self.qkv_dwconv.weight
-        return float32_by_llvm('depthwise_conv_llvm', depthwise_conv, x, *norm.parameters(), norm.eps, *weights)
-
     def weights(self, logits: Tensor) -> Tensor:
         """What makes a map of the scaled cosines."""
         return logits.softmax(-1)

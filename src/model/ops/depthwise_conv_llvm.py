@@ -81,37 +81,3 @@ def gated_ffn(
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
     call(ffn_kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
     return out
-
-
-@cache
-def conv_kernel(channels: int, parts: int, lanes: int) -> Kernel:
-    """See `depthwise_conv`, for results of `parts` times as many channels."""
-    code = Planes(('x', 'scale', 'shift', 'project_in', 'depthwise', 'out'), lanes, SIZE // 2)
-    project_in, depthwise = (code.pointer(name) for name in ('project_in', 'depthwise'))
-    mask, normed, projected, filtered = 0, 1, 1 + channels, 1 + 2 * channels
-
-    def tile() -> None:
-        code.read('x', channels, normed, SIZE // 2, mask)
-        code.norm('scale', 'shift', channels, normed, mask, code.whole)
-        for first in range(0, parts * channels, channels):
-            weight = code.at(project_in, INT(first * channels))
-            code.linear(weight, channels, normed, projected, (channels, channels), code.whole)
-            code.depthwise(code.at(depthwise, INT(first * SIZE**2)), SIZE, projected, filtered, channels)
-            code.write('out', channels, filtered, first=first, total=parts * channels)
-
-    code.tiles(tile)
-    return Kernel(code)
-
-
-@torch.library.custom_op('frugalsr::depthwise_conv', mutates_args=())
-def depthwise_conv(
-    x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, project_in: Tensor, depthwise: Tensor
-) -> Tensor:
-    """See `TransposedAttention.queries_keys_values`."""
-    n, channels, height, width = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty(n, len(project_in), height, width, memory_format=torch.channels_last)
-    weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
-    run = conv_kernel(channels, len(project_in) // channels, lanes())
-    call(run, x, SIZE // 2, 1 + 3 * channels, [x, *weights, out], factor=epsilon)
-    return out

@@ -112,6 +112,13 @@ class Code:
         """x * y + z, in one instruction where there is one."""
         return self.to.call(self._multiply_add, [x, y, z])
 
+    def sum(self, vector: ir.Value) -> ir.Value:
+        """Of all lanes, the halves of a vector again and again."""
+        while (half := vector.type.count // 2) > 0:
+            places = (ir.VectorType(ir.IntType(32), half)([*range(i, i + half)]) for i in (0, half))
+            vector = self.to.fadd(*(self.to.shuffle_vector(vector, vector, x) for x in places))
+        return self.to.extract_element(vector, INT(0))
+
     def sqrt(self, x: ir.Value) -> ir.Value:
         """Of each lane."""
         function = ir.FunctionType(self.vector_type, [self.vector_type])

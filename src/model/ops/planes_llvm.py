@@ -8,7 +8,7 @@ pixel at the place of its upper left neighbour.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -161,6 +161,11 @@ class Planes(Code):
 
         self.pixels(0, total or channels, vector)
 
+    def inside(self, column: ir.Value) -> ir.Value:
+        """Which numbers of a vector from a column of the tile on are in the tile."""
+        left = self.spread(self.to.sitofp(self.to.sub(self.columns, column), FLOAT))
+        return self.to.fcmp_ordered('<', self.vector_type([float(i) for i in range(self.lanes)]), left)
+
     def lines(self, length: ir.Value, count: int, body: Callable[[list[ir.Value]], None]) -> None:
         """`body` for every `count` vectors of the first pixels of a plane, given their places."""
 
@@ -285,24 +290,21 @@ class Planes(Code):
         self.loop(INT(0), INT(count), 1, channel)
 
 
-Spans = tuple[tuple[int, int], ...]  # starts and stops along an axis, one after the other
+def most_of_tile(channels: int) -> tuple[int, int]:
+    """Rows and columns of the largest tiles of `channels` that a cache holds well."""
+    return ROWS, max(VALUES // (channels * ROWS), 1)
 
 
-def spans(length: int, most: int) -> Spans:
-    """Equal parts of at most `most`."""
+def cuts(length: int, most: int) -> tuple[int, ...]:
+    """Where equal parts of at most `most` begin, and the end."""
     count = -(-length // most)
-    return tuple((length * i // count, length * (i + 1) // count) for i in range(count))
-
-
-def spans_of(height: int, width: int, channels: int) -> tuple[Spans, Spans]:
-    """Rows and columns of tiles that a cache holds."""
-    return spans(height, ROWS), spans(width, max(VALUES // (channels * ROWS), 1))
+    return tuple(length * i // count for i in range(count + 1))
 
 
 @lru_cache(maxsize=8)
-def tiles(n: int, rows: Spans, columns: Spans) -> np.ndarray:
+def tiles(n: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> np.ndarray:
     """Image, top, left, height and width of every tile of `n` images, (rows * columns * n, 5) int64."""
-    places = product(rows, columns, range(n))
+    places = product(pairwise(rows), pairwise(columns), range(n))
     return np.array([(i, y, x, y_stop - y, x_stop - x) for (y, y_stop), (x, x_stop), i in places], np.int64)
 
 
@@ -312,14 +314,23 @@ def call(
     border: int,
     planes: int,
     arguments: Sequence[Tensor],
-    spans: tuple[Spans, Spans] | None = None,
+    grid: tuple[Sequence[int], Sequence[int]] | None = None,
     factor: float = 0.0,
 ) -> None:
-    """Run a kernel of `planes` planes with `border` on the tiles of maps as `like` (N, C, H, W)."""
+    """Run a kernel.
+
+    Args:
+        like: maps (N, C, H, W).
+        border: pixels around a tile.
+        planes: how many the kernel needs.
+        arguments: those beyond `GEOMETRY`.
+        grid: where rows and columns of tiles begin, and the ends of the map; without, they are of a size that is fast.
+        factor: see `Code`.
+    """
     n, channels, height, width = like.shape
-    found = tiles(n, *(spans or spans_of(height, width, channels)))
-    size = int((found[:, 3:] + 2 * border).prod(1).max())
+    found = tiles(n, *(tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels))))
+    size = max(int((found[:, 3:] + 2 * border).prod(1).max()), channels)
     plane = (size // 16 + 8) // 2 * 32 + 16  # room for what is read behind the end; not a power of 2, which caches dislike
     counter = torch.zeros(1, dtype=torch.int64)
     given = [counter, like.new_zeros(channels), found.ctypes.data, len(found), height, width, plane, *arguments]
-    kernel(given, max(planes * plane, channels), factor)
+    kernel(given, planes * plane, factor)
