@@ -98,9 +98,7 @@ class IntraGroupAttention(SelfAttention):
         super().__init__(n_feats, qk_dim, n_heads)
         self.group_size = group_size
 
-    def forward(
-        self, x: Tensor, codes: Tensor, keys: Tensor, values: Tensor, last: nn.Conv2d, plus: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, codes: Tensor, keys: Tensor, values: Tensor, last: nn.Conv2d, plus: Tensor) -> Tensor:
         """To the shape of the tokens, through the projection and the 1x1 convolution `last`, with `plus` added.
 
         Args:

@@ -37,8 +37,8 @@ def unflatten_image(tokens: Tensor, height: int, width: int) -> Tensor:
 class TokenLinear(nn.Linear):
     """Linear layer of tokens (N, L, C) to (N, L, C'), with what `fused_linear` takes around it."""
 
-    def forward(self, x: Tensor, **around: Any) -> Tensor:
-        return fused_linear(x, [(self.weight, self.bias)], **around)
+    def forward(self, input: Tensor, **around: Any) -> Tensor:
+        return fused_linear(input, [(self.weight, self.bias)], **around)
 
 
 class TokenNorm(nn.LayerNorm):

@@ -56,13 +56,11 @@ def fused_linear(
         (N, L, C') or (N, H, W, C') with the C' outputs of the last layer.
     """
     weights, biases = [weight.flatten(1) for weight, _ in layers], [bias for _, bias in layers]
-    other = gelu_gate if gelu_summed is None else gelu_summed
-    normed = norm or norm_after
-    scale, shift, eps = (None, None, 0.0) if normed is None else (normed.weight, normed.bias, normed.eps)
-    steps = 'norm' if norm else 'sum' if gelu_summed is not None else 'gate' if gelu_gate is not None else ''
-    tensors = [x, *weights, *(t for t in (*biases, other, scale, shift, plus) if t is not None)]
-    run = fast_forward if is_for_kernel(tensors) else forward
-    return run(x, weights, biases, steps, other, scale, shift, eps, gelu, norm_after is not None, plus)
+    first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
+    eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
+    others = [t for t in (*biases, gelu_summed, gelu_gate, plus) if t is not None]
+    run = fast_forward if is_for_kernel([x, *weights, *first, *last, *others]) else forward
+    return run(x, weights, biases, first, last, eps, gelu_summed, gelu_gate, gelu, plus)
 
 
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
@@ -84,28 +82,27 @@ def forward(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    before: str,
-    other: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    norm: Sequence[Tensor],
+    norm_after: Sequence[Tensor],
     eps: float,
+    gelu_summed: Tensor | None,
+    gelu_gate: Tensor | None,
     gelu: bool,
-    normed: bool,
     plus: Tensor | None,
 ) -> Tensor:
-    """See `fused_linear`: `before` is 'norm', 'sum', 'gate' or nothing, `normed` says whether a norm is behind."""
-    if before == 'norm':
-        x = layer_norm(x, scale, shift, eps)
-    elif before == 'sum':
-        x = x + F.gelu(other)
-    elif before == 'gate':
-        x = x * F.gelu(other)
+    """See `fused_linear`. Norms are weight and bias, or nothing."""
+    if norm:
+        x = layer_norm(x, *norm, eps=eps)
+    if gelu_summed is not None:
+        x = x + F.gelu(gelu_summed)
+    if gelu_gate is not None:
+        x = x * F.gelu(gelu_gate)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = linear(x, weight, bias)
         if gelu and i == 0:
             x = F.gelu(x)
-    if normed:
-        x = layer_norm(x, scale, shift, eps)
+    if norm_after:
+        x = layer_norm(x, *norm_after, eps=eps)
     return x if plus is None else plus + x
 
 
@@ -114,14 +111,14 @@ def fast_forward(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    before: str,
-    other: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    norm: Sequence[Tensor],
+    norm_after: Sequence[Tensor],
     eps: float,
+    gelu_summed: Tensor | None,
+    gelu_gate: Tensor | None,
     gelu: bool,
-    normed: bool,
     plus: Tensor | None,
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    return by_llvm('fused_linear_llvm', forward, x, weights, biases, before, other, scale, shift, eps, gelu, normed, plus)
+    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu_gate, gelu, plus)
+    return by_llvm('fused_linear_llvm', forward, *steps)

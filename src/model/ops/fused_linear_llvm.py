@@ -146,13 +146,12 @@ def forward(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    before: str,
-    other: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    norm: Sequence[Tensor],
+    norm_after: Sequence[Tensor],
     eps: float,
+    gelu_summed: Tensor | None,
+    gelu_gate: Tensor | None,
     gelu: bool,
-    normed: bool,
     plus: Tensor | None,
 ) -> Tensor:
     """See `fused_linear.forward`."""
@@ -168,14 +167,13 @@ def forward(
         tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
         return tensor, tensor.stride(0)
 
-    def whole(tensor: Tensor | None) -> Tensor | int:
-        return 0 if tensor is None else tensor.contiguous()
-
+    before = 'norm' if norm else 'sum' if gelu_summed is not None else '' if gelu_gate is None else 'gate'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
-    run = kernel(widths, before, gelu, normed, plus is not None, vector)
+    run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), *rows(x), *rows(other), whole(scale), whole(shift), *layers,
-        *[0] * (2 - len(layers)), *rows(plus), out, out.shape[:-1].numel(),
+        torch.zeros(1, dtype=torch.int64), *rows(x), *rows(gelu_gate if gelu_summed is None else gelu_summed),
+        *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
+        *layers, *[0] * (2 - len(layers)), *rows(plus), out, out.shape[:-1].numel(),
     ]  # fmt: skip
     run(given, BLOCKS[vector][0] * sum(filled_up(widths, vector)), eps)
     return out
