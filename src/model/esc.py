@@ -77,9 +77,8 @@ class WindowAttention(nn.Module):
         height, width = maps.shape[2:]
         x = reflect_pad(maps, self.window_size)
         cell = (self.window_size, self.window_size)
-        q, k, v = (
-            to_tokens(self.to_qkv(x, norm=norm), cell, strided=False).unflatten(2, (3, self.n_heads, -1)).unbind(2)
-        )
+        qkv = to_tokens(self.to_qkv(x, norm=norm), cell, strided=False)
+        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         table = self.relative_position_bias.unflatten(1, (2 * self.window_size - 1, -1))
         out = to_map(biased_attention(q, k, v, table), x, cell, strided=False)
         return self.to_out(out[..., :height, :width], plus=maps)

@@ -97,10 +97,8 @@ class Code:
 
     def part(self, vector: ir.Value, count: int, lanes: int) -> ir.Value:
         """The first `count` numbers of a vector, and zeros up to `lanes`."""
-        places = [i if i < count else vector.type.count for i in range(lanes)]
-        return self.to.shuffle_vector(
-            vector, ir.Constant(vector.type, None), ir.VectorType(ir.IntType(32), lanes)(places)
-        )
+        places = ir.VectorType(ir.IntType(32), lanes)([i if i < count else vector.type.count for i in range(lanes)])
+        return self.to.shuffle_vector(vector, ir.Constant(vector.type, None), places)
 
     def sum(self, vector: ir.Value) -> ir.Value:
         """Of all lanes, the halves of a vector again and again."""
