@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.pixels import to_map, to_tokens
+from model.blocks.pixels import PointwiseConv, to_map, to_tokens
 from model.blocks.swin import Frame
 from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, unflatten_image
 from model.blocks.windows import MOST_WINDOW, hidden_width, init_linear
@@ -59,8 +59,9 @@ class DualFeatures(nn.Module):
         super().__init__()
         few = n_feats // REDUCTION
         act = nn.LeakyReLU(SLOPE)
-        self.conv = nn.Sequential(conv(n_feats, few, 1), act, conv(few, few, 3), act, stacked(2, conv(few, n_feats, 1)))
-        self.linear = stacked(2, conv(n_feats, n_feats, 1))
+        first, last = PointwiseConv(n_feats, few), stacked(2, PointwiseConv(few, n_feats))
+        self.conv = nn.Sequential(first, act, conv(few, few, 3), act, last)
+        self.linear = stacked(2, PointwiseConv(n_feats, n_feats))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) * self.linear(x)
