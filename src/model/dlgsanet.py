@@ -251,7 +251,7 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.IDynamicDWConv.residual(x, self.norm1.body)
-        return self.IDynamic_ffn.residual(x, self.norm2.body)
+        return self.IDynamic_ffn(x, self.norm2.body, residual=True)
 
 
 class GlobalBlock(nn.Module):
@@ -266,7 +266,7 @@ class GlobalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.restormer_attn.residual(x, self.norm3.body)
-        return self.restormer_ffn.residual(x, self.norm4.body)
+        return self.restormer_ffn(x, self.norm4.body, residual=True)
 
 
 class Group(nn.Module):

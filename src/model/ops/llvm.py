@@ -87,6 +87,29 @@ class Code:
         """Numbers of two vectors of the same length by their places, those of the second after those of the first."""
         return self.to.shuffle_vector(first, second, ir.VectorType(ir.IntType(32), len(places))([*places]))
 
+    def load_row(self, pointer: ir.Value, width: int) -> list[ir.Value]:
+        """`width` numbers that follow one another, as vectors of which the last one is filled up by zeros."""
+        places = range(0, width, self.lanes)
+        parts = [self.load(self.at(pointer, INT(i)), min(self.lanes, width - i)) for i in places]
+        return [*parts[:-1], self.part(parts[-1], parts[-1].type.count, self.lanes)]
+
+    def store_row(self, vectors: Sequence[ir.Value], pointer: ir.Value, width: int) -> None:
+        """The first `width` numbers of vectors."""
+        for i, vector in zip(range(0, width, self.lanes), vectors, strict=True):
+            count = min(self.lanes, width - i)
+            self.store(self.part(vector, count, count), self.at(pointer, INT(i)))
+
+    def part(self, vector: ir.Value, count: int, lanes: int) -> ir.Value:
+        """The first `count` numbers of a vector, and zeros up to `lanes`."""
+        places = [i if i < count else vector.type.count for i in range(lanes)]
+        return self.picked(vector, ir.Constant(vector.type, None), places)
+
+    def sum(self, vector: ir.Value) -> ir.Value:
+        """Of all lanes, the halves of a vector again and again."""
+        while (half := vector.type.count // 2) > 0:
+            vector = self.to.fadd(*(self.picked(vector, vector, range(i, i + half)) for i in (0, half)))
+        return self.to.extract_element(vector, INT(0))
+
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of what stands at the same place of each row.
 
@@ -112,17 +135,11 @@ class Code:
         """x * y + z, in one instruction where there is one."""
         return self.to.call(self._multiply_add, [x, y, z])
 
-    def sum(self, vector: ir.Value) -> ir.Value:
-        """Of all lanes, the halves of a vector again and again."""
-        while (half := vector.type.count // 2) > 0:
-            places = (ir.VectorType(ir.IntType(32), half)([*range(i, i + half)]) for i in (0, half))
-            vector = self.to.fadd(*(self.to.shuffle_vector(vector, vector, x) for x in places))
-        return self.to.extract_element(vector, INT(0))
-
     def sqrt(self, x: ir.Value) -> ir.Value:
-        """Of each lane."""
-        function = ir.FunctionType(self.vector_type, [self.vector_type])
-        return self.to.call(self.module.declare_intrinsic(f'llvm.sqrt.v{self.lanes}f32', (), function), [x])
+        """Of a number, or of each lane."""
+        kind = 'f32' if x.type == FLOAT else f'v{x.type.count}f32'
+        function = ir.FunctionType(x.type, [x.type])
+        return self.to.call(self.module.declare_intrinsic(f'llvm.sqrt.{kind}', (), function), [x])
 
     def select_less(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """The lesser in each lane; `y` where one is not a number."""

@@ -1,7 +1,4 @@
-"""Depthwise convolutions of the projections of a norm on a CPU without gradients, as `Planes`.
-
-A tile goes through all layers before the next one is read.
-"""
+"""The gated feed-forward network on a CPU without gradients: see `GatedFFN`, whose form in LLVM this is."""
 
 from functools import cache, partial
 
@@ -9,37 +6,15 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm import INT, Code, Kernel, lanes
+from model.ops.fused_linear_llvm import gelu
+from model.ops.llvm import INT, Kernel, lanes
 from model.ops.planes_llvm import Planes, call, fitting
 
 SIZE = 3  # side of the depthwise convolution
 
-FURTHEST = 3.9  # where erf is 1 in float32
-ERF = (  # erf(x) = x P(x^2) / Q(x^2) for |x| up to that, to 1.5e-8: coefficients of P and Q, found by least squares
-    (1.128379, 0.19194043, 0.052966844, 0.0038368527, 0.00028745702, 2.0503953e-06),
-    (1.0, 0.50343454, 0.11475796, 0.015109156, 0.0011817294, 3.8230814e-05),
-)
-
-
-def gelu(code: Code, x: ir.Value) -> ir.Value:
-    """x (1 + erf(x / sqrt(2))) / 2 to 2e-7 of |x|."""
-    to = code.to
-    y = to.fmul(x, code.vector(0.5**0.5))
-    y = code.select_less(code.vector(FURTHEST), code.select_greater(code.vector(-FURTHEST), y))
-    square, parts = to.fmul(y, y), []
-    for *others, part in ERF:
-        part = code.vector(part)
-        for coefficient in reversed(others):
-            part = code.multiply_add(part, square, code.vector(coefficient))
-        parts.append(part)
-    erf = to.fdiv(to.fmul(y, parts[0]), parts[1])
-    erf = code.select_less(code.vector(1), code.select_greater(code.vector(-1), erf))
-    half = to.fmul(x, code.vector(0.5))
-    return code.multiply_add(half, erf, half)
-
 
 @cache
-def ffn_kernel(channels: int, hidden: int, lanes: int) -> Kernel:
+def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
     """See `gated_ffn`: a few hidden channels at a time, from the first projection to sums of the last one."""
     code = Planes(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
     to, few = code.to, fitting(hidden, lanes)
@@ -73,11 +48,11 @@ def ffn_kernel(channels: int, hidden: int, lanes: int) -> Kernel:
 def gated_ffn(
     x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, project_in: Tensor, depthwise: Tensor, project_out: Tensor
 ) -> Tensor:
-    """See `GatedFFN.residual`."""
+    """See `GatedFFN.forward`."""
     channels, hidden = project_out.shape[:2]
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
     planes = 1 + 2 * (channels + fitting(hidden, lanes()))
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
-    call(ffn_kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
+    call(kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
     return out
