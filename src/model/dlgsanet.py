@@ -81,23 +81,25 @@ class DynamicLocalAttention(nn.Module):
         self.conv1 = conv(n_feats, n_feats, 1, bias=False)
         self.conv = FilterGenerator(n_feats, n_feats // group_channels, kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv0(x)
-        if x.is_cpu and not torch.is_grad_enabled() and not is_exporting():
-            x = dynamic_conv_in_strips(x, self.conv.conv1(x), self.conv.conv2, *self.conv.shape[:2])
-        elif torch.is_grad_enabled():
-            x = checkpoint(self.filtered, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = self.filtered(x)
-        return self.conv1(x.contiguous(memory_format=torch.channels_last))
-
-    def residual(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
-        """x + self(norm(x))."""
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
 
         def local_attention(x: Tensor, *_: object) -> Tensor:
-            return x + self(norm(x))
+            y = self.conv0(x if norm is None else norm(x))
+            if y.is_cpu and not torch.is_grad_enabled() and not is_exporting():
+                y = dynamic_conv_in_strips(y, self.conv.conv1(y), self.conv.conv2, *self.conv.shape[:2])
+            elif torch.is_grad_enabled():
+                y = checkpoint(self.filtered, y, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y = self.filtered(y)
+            y = self.conv1(y.contiguous(memory_format=torch.channels_last))
+            return x + y if residual else y
 
-        return float32_by_llvm('dynamic_conv_llvm', local_attention, x, *norm.parameters(), norm.eps, *self.parameters())
+        if norm is None or not residual:
+            return local_attention(x)
+        return float32_by_llvm(
+            'dynamic_conv_llvm', local_attention, x, *norm.parameters(), norm.eps, *self.parameters()
+        )
 
     def filtered(self, x: Tensor) -> Tensor:
         return dynamic_conv(x.contiguous(), self.conv(x))
@@ -168,49 +170,55 @@ class SparseGlobalAttention(TransposedAttention):
         super().__init__(n_feats, n_heads)
         self.tlc_size = tlc_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+
+        def channel_attention(x: Tensor, *_: object) -> Tensor:
+            out = self.attention(x if norm is None else norm(x))
+            return x + out if residual else out
+
+        if norm is None or not residual:
+            return channel_attention(x)
+        weights = *norm.parameters(), norm.eps, self.qkv.weight, self.qkv_dwconv.weight
+        how = self.n_heads, self.layout, self.from_sums
+        return float32_by_llvm('channel_attention_llvm', channel_attention, x, *weights, *how)
+
+    def attention(self, x: Tensor) -> Tensor:
         qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)
         rows, columns, inside = self.layout(x)
         places = list(product(rows, columns))
         parts = [qkv[:, i, j].flatten(1, 2) for i, j in places]
-        with full_precision(inside):
-            sums = map(torch.stack, zip(*map(self.sums, parts), strict=True))
-            maps = self.maps(*sums, inside).to(qkv.dtype)
+        maps = self.maps(parts, inside).to(qkv.dtype)
         out = qkv.new_empty(*qkv.shape[:3], len(self.project_out.weight))
         for (i, j), part, factor in zip(places, parts, maps, strict=True):
             cell = torch.bmm(part.chunk(3, -1)[2], factor)
             out[:, i, j] = cell.unflatten(1, (i.stop - i.start, j.stop - j.start))
         return out.permute(0, 3, 1, 2)
 
-    def residual(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
-        """x + self(norm(x))."""
-
-        def channel_attention(x: Tensor, *_: object) -> Tensor:
-            return x + self(norm(x))
-
-        weights = *norm.parameters(), norm.eps, self.qkv.weight, self.qkv_dwconv.weight
-        how = self.n_heads, self.layout, self.maps
-        return float32_by_llvm('channel_attention_llvm', channel_attention, x, *weights, *how)
-
     def layout(self, x: Tensor, *most: int) -> tuple[list[slice], list[slice], Tensor]:
-        """Rows and columns of cells, of at most `most`; (windows, cells), 1 where a cell is a part of a window, else 0."""
+        """Rows and columns of the cells, these of at most `most` pixels each way, and `inside` of `maps`."""
         lengths = [int(length) for length in x.shape[2:]]  # plain numbers in a trace too
         sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
         axes = zip(lengths, sizes, repeat(self.project_out.weight), most or lengths, strict=False)
         (rows, down), (columns, across) = (cells(*axis) for axis in axes)
         return rows, columns, torch.kron(down, across)
 
-    def maps(self, sums: Tensor, squares: Tensor, inside: Tensor) -> Tensor:
+    def maps(self, parts: list[Tensor], inside: Tensor) -> Tensor:
         """What to multiply the values of each cell by, in float32 or more.
 
         Args:
-            sums: (cells, N, heads, C / heads, C / heads), see `sums`.
-            squares: (cells, N, 2, heads, C / heads).
-            inside: see `layout`.
+            parts: queries, keys and values of the pixels of each cell, (N, pixels, 3 * C).
+            inside: (windows, cells), 1 where the cell is a part of the window, else 0.
 
         Returns:
             (cells, N, C, C), with the channels of the values before those of the result.
         """
+        with full_precision(inside):
+            sums, squares = zip(*map(self.sums, parts), strict=True)
+            return self.from_sums(torch.stack(sums), torch.stack(squares), inside)
+
+    def from_sums(self, sums: Tensor, squares: Tensor, inside: Tensor) -> Tensor:
+        """See `maps`, given what `sums` finds in each cell."""
         products = torch.tensordot(inside, sums, 1)  # (windows, N, heads, C / heads, C / heads)
         q, k = torch.tensordot(inside, squares, 1).clamp_min(1e-24).sqrt().unbind(2)
         cosines = products / (q.unsqueeze(-1) * k.unsqueeze(-2))
@@ -250,7 +258,7 @@ class LocalBlock(nn.Module):
         self.IDynamic_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.IDynamicDWConv.residual(x, self.norm1.body)
+        x = self.IDynamicDWConv(x, self.norm1.body, residual=True)
         return self.IDynamic_ffn(x, self.norm2.body, residual=True)
 
 
@@ -265,7 +273,7 @@ class GlobalBlock(nn.Module):
         self.restormer_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.restormer_attn.residual(x, self.norm3.body)
+        x = self.restormer_attn(x, self.norm3.body, residual=True)
         return self.restormer_ffn(x, self.norm4.body, residual=True)
 
 

@@ -1,4 +1,8 @@
-"""Attention between channels on a CPU without gradients, as `Planes`: see `channel_attention`."""
+"""The attention between channels of DLGSANet on a CPU without gradients: see `SparseGlobalAttention`.
+
+One kernel makes queries, keys and values of a tile, and sums over its pixels; queries and keys are then forgotten. From
+the sums of the tiles of a window PyTorch makes maps. Another kernel weights values.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -8,14 +12,10 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.llvm import INT, Kernel, lanes
-from model.ops.planes_llvm import Planes, Vectors, call, most_of_tile
+from model.ops.planes_llvm import Planes, Vectors, call, divisor, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
-BLOCKS = {16: 4, 8: 2}  # lanes: channels of either side whose products are summed in registers
-
-
-def dividing(count: int, most: int) -> int:
-    return max(n for n in range(1, most + 1) if count % n == 0)
+SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in registers
 
 
 @cache
@@ -53,14 +53,16 @@ def sums_kernel(channels: int, heads: int, lanes: int) -> Kernel:
     def in_turn(start: ir.Value, count: int) -> Vectors:
         return [to.add(start, INT(i)) for i in range(count)]
 
-    few = dividing(per_head, BLOCKS[lanes])
+    few = divisor(per_head, SIDES[lanes])
 
     def head(h: ir.Value, _: Vectors) -> Vectors:
         def queries(i: ir.Value, _: Vectors) -> Vectors:
             def keys(j: ir.Value, _: Vectors) -> Vectors:
                 own = code.offset((h, INT(per_head)), (INT(filtered),))
                 found = summed(in_turn(to.add(own, i), few), in_turn(to.add(to.add(own, INT(channels)), j), few))
-                first = code.offset((code.tile, INT(channels * per_head)), (h, INT(per_head**2)), (i, INT(per_head)), (j,))
+                first = code.offset(
+                    (code.tile, INT(channels * per_head)), (h, INT(per_head**2)), (i, INT(per_head)), (j,)
+                )
                 for n, x in enumerate(found):
                     to.store(x, code.at(products, to.add(first, INT(n // few * per_head + n % few))))
                 return []
@@ -118,7 +120,7 @@ def sums_of_tiles(
     rows: Sequence[int],
     columns: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (N, C, H, W), and of T tiles: products (T, heads, C / heads, C / heads), squares (T, 2, heads, C / heads)."""
+    """Values (N, C, H, W), products (T, heads, C / heads, C / heads), squares (T, 2, heads, C / heads) of T tiles."""
     channels = x.shape[1]
     values, per_head = torch.empty_like(x), channels // heads
     n_tiles = len(x) * (len(rows) - 1) * (len(columns) - 1)
@@ -146,13 +148,14 @@ def channel_attention(
     depthwise: Tensor,
     heads: int,
     layout: Callable[..., tuple[list[slice], list[slice], Tensor]],
-    to_maps: Callable[[Tensor, Tensor, Tensor], Tensor],
+    from_sums: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """See `SparseGlobalAttention.residual`."""
+    """See `SparseGlobalAttention`, also for the last two."""
     x = x.contiguous(memory_format=torch.channels_last)
     rows, columns, inside = layout(x, *most_of_tile(x.shape[1]))
     grid = [[*(part.start for part in parts), parts[-1].stop] for parts in (rows, columns)]
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
     values, *sums = sums_of_tiles(x, *weights[:2], epsilon, *weights[2:], heads, *grid)
-    maps = to_maps(*(t.unflatten(0, (-1, len(x))) for t in sums), inside)
+    products, squares = (t.unflatten(0, (-1, len(x))) for t in sums)
+    maps = from_sums(products, squares, inside)
     return mixed_tiles(x, values, maps.flatten(0, 1).mT.contiguous(), *grid)

@@ -1,4 +1,4 @@
-"""The dynamic convolution on a CPU without gradients: see `local_attention`, whose form in LLVM this is.
+"""The dynamic convolution on a CPU without gradients, and what is around it: see `DynamicLocalAttention`.
 
 A vector holds one channel of as many pixels as it has lanes. A kernel value of all of them is made in a register from
 the hidden features, which are in others, meets the channels of its group, and is forgotten.
@@ -87,7 +87,7 @@ def local_attention(
     kernels: Tensor,
     kernels_bias: Tensor,
 ) -> Tensor:
-    """See `DynamicLocalAttention.residual`."""
+    """See `DynamicLocalAttention`."""
     channels, hidden, size = x.shape[1], len(depthwise), depthwise.shape[-1]
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)

@@ -54,7 +54,7 @@ def by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -
 
 
 def float32_by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
-    """As `by_llvm` for tensors of float32 and numbers, where no autocast would have others in their place; else `plain`."""
+    """As `by_llvm` where all tensors are float32 and no autocast has others in their place; else what `plain` gives."""
     tensors = [x for x in (first, *others) if isinstance(x, Tensor)]
     fits = all(x.is_cpu and x.dtype == torch.float32 for x in tensors) and not torch.is_autocast_enabled('cpu')
     return by_llvm(module, plain, first, *others) if fits else plain(first, *others)

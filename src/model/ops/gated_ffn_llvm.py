@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.ops.fused_linear_llvm import gelu
 from model.ops.llvm import INT, Kernel, lanes
-from model.ops.planes_llvm import Planes, call, fitting
+from model.ops.planes_llvm import Planes, Vectors, call, divisor
+from model.ops.product_llvm import BLOCKS
 
 SIZE = 3  # side of the depthwise convolution
 
@@ -17,7 +18,7 @@ SIZE = 3  # side of the depthwise convolution
 def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
     """See `gated_ffn`: a few hidden channels at a time, from the first projection to sums of the last one."""
     code = Planes(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
-    to, few = code.to, fitting(hidden, lanes)
+    to, few = code.to, divisor(hidden, BLOCKS[lanes][0])
     project_in, depthwise, project_out = (code.pointer(name) for name in ('project_in', 'depthwise', 'project_out'))
     mask, normed, projected, gated, sums = 0, 1, 1 + channels, 1 + channels + few, 1 + channels + 2 * few
 
@@ -37,7 +38,12 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
         code.read('x', channels, normed, SIZE // 2, mask)
         code.norm('scale', 'shift', channels, normed, mask, code.whole)
         part(INT(0), code.zero)
-        code.loop(INT(few), INT(hidden), few, lambda first, _: part(first, partial(code.value, sums)) or [])
+
+        def further(first: ir.Value, _: Vectors) -> Vectors:
+            part(first, partial(code.value, sums))
+            return []
+
+        code.loop(INT(few), INT(hidden), few, further)
         code.write('out', channels, sums, 'x')
 
     code.tiles(tile)
@@ -48,11 +54,11 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
 def gated_ffn(
     x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, project_in: Tensor, depthwise: Tensor, project_out: Tensor
 ) -> Tensor:
-    """See `GatedFFN.forward`."""
+    """See `GatedFFN`."""
     channels, hidden = project_out.shape[:2]
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    planes = 1 + 2 * (channels + fitting(hidden, lanes()))
+    planes = 1 + 2 * (channels + divisor(hidden, BLOCKS[lanes()][0]))
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
     call(kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
     return out

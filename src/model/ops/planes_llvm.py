@@ -1,9 +1,9 @@
 """Chains of layers on maps in channels_last memory, a tile of the image at a time, in a CPU's cache: written in LLVM.
 
-A tile is read into planes, one a channel, with a border of the pixels around it, zeros outside the image. Its rows
-follow one another without gaps, so that a layer is a loop over one line of pixels, vector by vector: what a vector holds
-of the border is computed too, and not stored. A filter reads at fixed distances from a pixel, and leaves the
-pixel at the place of its upper left neighbour.
+A tile is read into planes, one a channel, with a border of the pixels around it, zeros outside the image. Rows follow
+one another without gaps, so that a layer is a loop over one line of pixels, vector by vector, and no width wastes much
+of a vector: what stands at the border is computed too, and not written. A filter reads at fixed distances, and puts its
+result where the upper left of what it met was.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,20 +22,26 @@ from model.ops.product_llvm import product as multiply
 GEOMETRY = ('counter', 'zeros', 'tiles', 'count', 'height', 'width', 'plane')
 ROWS = 16  # of a tile
 VALUES = 2**16  # of a tile of a map
+BEHIND = 96  # values that may be read behind the end of a plane: the vectors of a loop
 Vectors = list[ir.Value]
 
 
-def fitting(count: int, lanes: int) -> int:
-    """The most rows of `product` that divide a number of planes."""
-    return max(n for n in range(1, BLOCKS[lanes][0] + 1) if count % n == 0)
+def divisor(count: int, most: int) -> int:
+    """The greatest that is not above `most`."""
+    return max(n for n in range(1, most + 1) if count % n == 0)
 
 
 class Planes(Code):
-    """Code for tiles whose planes are in the memory of a thread; the first one is for what is not wanted.
+    """Code for tiles whose planes are in the memory of a thread.
 
     Args:
         names: of arguments beyond `GEOMETRY`.
         border: pixels around a tile.
+
+    Attributes:
+        tile: the number of the tile.
+        rows, columns: of its pixels.
+        inner, whole: places in a plane before the end of its rows, without the border and with it.
     """
 
     Start = Callable[[ir.Value, ir.Value], ir.Value]  # of the number of a plane, and a place
@@ -45,9 +51,10 @@ class Planes(Code):
         super().__init__((*GEOMETRY, *names), lanes)
         self.border = border
 
-    def plane(self, index: ir.Value | int, place: ir.Value | int = 0) -> ir.Value:
-        index, place = (x if isinstance(x, ir.Value) else INT(x) for x in (index, place))
-        return self.at(self.memory, self.offset((index, self.given['plane']), (place,)))
+    def plane(self, index: ir.Value | int, place: ir.Value) -> ir.Value:
+        """Pointer to a place in a plane."""
+        number = INT(index) if isinstance(index, int) else index
+        return self.at(self.memory, self.offset((number, self.given['plane']), (place,)))
 
     def value(self, first: int, i: ir.Value, place: ir.Value) -> ir.Value:
         """A vector of plane `first` + i."""
@@ -59,9 +66,6 @@ class Planes(Code):
     def number(self, pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
         """A number in memory, in all lanes."""
         return self.spread(self.to.load(self.at(pointer, offset if isinstance(offset, ir.Value) else INT(offset))))
-
-    def least(self, x: ir.Value, y: ir.Value) -> ir.Value:
-        return self.to.select(self.to.icmp_signed('<', x, y), x, y)
 
     def tiles(self, body: Callable[[], None]) -> None:
         """Write the rest: `body` for every tile."""
@@ -79,13 +83,11 @@ class Planes(Code):
 
         self.tasks(self.pointer('counter', INT), self.given['count'], tile)
 
-    def pixels(
-        self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]
-    ) -> None:
+    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
         """`body` for every vector of pixels of the tile and `border` around it.
 
-        It is given where they are in a plane, where they are in a map of `channels`, and which of them are in the tile or
-        border and in the image.
+        It is given the place of the first one in a plane, the places of all in a map of `channels`, and which of them
+        there are: in the tile or its border, and in the image.
         """
         to, given = self.to, self.given
 
@@ -111,6 +113,18 @@ class Planes(Code):
 
         self.loop(INT(0), to.add(self.rows, INT(2 * border)), 1, row)
 
+    def parts(self, channels: int, body: Callable[[ir.Value, int], None]) -> None:
+        """`body` for the channels of a pixel, as many at a time as a vector holds: the first one, and how many."""
+        rest = channels % self.lanes
+
+        def whole(start: ir.Value, _: Vectors) -> Vectors:
+            body(start, self.lanes)
+            return []
+
+        self.loop(INT(0), INT(channels - rest), self.lanes, whole)
+        if rest:
+            body(INT(channels - rest), rest)
+
     def read(self, tensor: str, channels: int, planes: int, border: int, mask: int | None = None) -> None:
         """The tile and `border` around it into `planes`; into the plane `mask` 1 where the image is, 0 outside."""
         source, zeros = self.pointer(tensor), self.pointer('zeros')
@@ -120,11 +134,13 @@ class Planes(Code):
                 self.to.select(known, self.at(source, offset), zeros)
                 for known, offset in zip(inside, offsets, strict=True)
             ]
-            for start in range(0, channels, self.lanes):
-                count = min(self.lanes, channels - start)
-                rows = [self.load(self.at(pixel, INT(start)), count) for pixel in pixels]
+
+            def part(start: ir.Value, count: int) -> None:
+                rows = [self.load(self.at(pixel, start), count) for pixel in pixels]
                 for i, column in enumerate(self.transposed(rows)):
-                    self.store(column, self.plane(planes + start + i, place))
+                    self.store(column, self.plane(self.offset((INT(planes + i),), (start,)), place))
+
+            self.parts(channels, part)
             if mask is not None:
                 ones = self.vector_type(ir.Undefined)
                 for lane, known in enumerate(inside):
@@ -133,40 +149,35 @@ class Planes(Code):
 
         self.pixels(border, channels, vector)
 
-    def write(
-        self, tensor: str, channels: int, planes: int, plus: str | None = None, total: int = 0, first: int = 0
-    ) -> None:
-        """The tile from `planes` to a map, plus what another map has there.
-
-        The map has `total` channels, of which they are those from `first` on; without, it has no others.
-        """
-        target, spare = self.pointer(tensor), self.memory
+    def write(self, tensor: str, channels: int, planes: int, plus: str | None = None) -> None:
+        """The tile from `planes` to a map, plus what another map has there. The first plane is no longer needed."""
+        target, spare = self.pointer(tensor), self.memory  # to which pixels go that there are not
 
         def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
             def pixels(pointer: ir.Value) -> Vectors:
                 places = zip(inside, offsets, strict=True)
                 return [self.to.select(known, self.at(pointer, offset), spare) for known, offset in places]
 
-            others = pixels(self.pointer(plus)) if plus else []
-            for start in range(0, channels, self.lanes):
-                count = min(self.lanes, channels - start)
-                rows = self.transposed(
-                    [self.load(self.plane(planes + start + i, place), self.lanes) for i in range(count)]
-                )
-                if plus:
-                    found = (self.load(self.at(pixel, INT(start)), count) for pixel in others)
-                    rows = [self.to.fadd(row, other) for row, other in zip(rows, found, strict=True)]
-                for row, pixel in zip(rows, pixels(target), strict=True):
-                    self.store(row, self.at(pixel, INT(start + first)))
+            targets, others = pixels(target), pixels(self.pointer(plus)) if plus else []
 
-        self.pixels(0, total or channels, vector)
+            def part(start: ir.Value, count: int) -> None:
+                rows = self.transposed([self.value(planes + i, start, place) for i in range(count)])
+                if plus:
+                    found = (self.load(self.at(pixel, start), count) for pixel in others)
+                    rows = [self.to.fadd(row, other) for row, other in zip(rows, found, strict=True)]
+                for row, pixel in zip(rows, targets, strict=True):
+                    self.store(row, self.at(pixel, start))
+
+            self.parts(channels, part)
+
+        self.pixels(0, channels, vector)
 
     def inside(self, column: ir.Value) -> ir.Value:
         """Which numbers of a vector from a column of the tile on are in the tile."""
         left = self.spread(self.to.sitofp(self.to.sub(self.columns, column), FLOAT))
         return self.to.fcmp_ordered('<', self.vector_type([float(i) for i in range(self.lanes)]), left)
 
-    def lines(self, length: ir.Value, count: int, body: Callable[[list[ir.Value]], None]) -> None:
+    def lines(self, length: ir.Value, count: int, body: Callable[[Vectors], None]) -> None:
         """`body` for every `count` vectors of the first pixels of a plane, given their places."""
 
         def vectors(place: ir.Value, _: Vectors) -> Vectors:
@@ -181,9 +192,9 @@ class Planes(Code):
         pointers, share = [self.pointer(name) for name in (scale, shift)], self.vector(1 / channels)
         epsilon = self.spread(self.factor)
 
-        def vectors(places: list[ir.Value]) -> None:
-            def over_channels(add: Callable[[ir.Value, ir.Value], ir.Value]) -> Vectors:
-                """Means over the channels of a value and what `add` makes of a sum."""
+        def vectors(places: Vectors) -> None:
+            def over_channels(add: Callable[[int, ir.Value, ir.Value], ir.Value]) -> Vectors:
+                """Means over the channels of what `add` adds up, given the number of a place, a value and the sum."""
 
                 def channel(i: ir.Value, sums: Vectors) -> Vectors:
                     found = (self.load(self.plane(to.add(INT(planes), i), place), self.lanes) for place in places)
@@ -225,17 +236,18 @@ class Planes(Code):
         length: ir.Value,
         start: Start | None = None,
     ) -> None:
-        """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, added to `start`.
+        """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, to those from `target` on.
 
         Args:
             sizes: planes that go in, and out.
-            start: of the number of a row, and a place.
+            length: places, from the first on.
+            start: what they are added to, of the number of a row, and a place.
         """
-        vectors = BLOCKS[self.lanes][1]
+        most, vectors = BLOCKS[self.lanes]
         ins, outs = sizes
-        count = fitting(outs, self.lanes)
+        count = divisor(outs, most)
 
-        def pixels(places: list[ir.Value]) -> None:
+        def pixels(places: Vectors) -> None:
             columns = [self.plane(source, place) for place in places]
 
             def rows(first: ir.Value, _: Vectors) -> Vectors:
@@ -244,8 +256,7 @@ class Planes(Code):
                 pointers = [self.at(weight, self.to.mul(i, INT(width))) for i in numbers]
                 found = multiply(self, pointers, columns, self.given['plane'], INT(ins), sums)
                 for i, x in enumerate(found):
-                    number = numbers[i // vectors]
-                    index = self.to.add(INT(target), number)
+                    index = self.to.add(INT(target), numbers[i // vectors])
                     self.store(x, self.plane(index, places[i % vectors]))
                 return []
 
@@ -254,7 +265,7 @@ class Planes(Code):
         self.lines(length, vectors, pixels)
 
     def around(self, plane: ir.Value | int, place: ir.Value, i: ir.Value | int, size: int) -> Vectors:
-        """What row i of a filter meets."""
+        """What row i of a filter of `size` meets, column by column."""
         row = self.offset((i if isinstance(i, ir.Value) else INT(i), self.width), (place,))
         first = self.plane(plane, row)
         return [self.load(self.at(first, INT(j)), self.lanes) for j in range(size)]
@@ -269,7 +280,12 @@ class Planes(Code):
         start: Start | None = None,
         finish: Finish = lambda i, place, x: x,
     ) -> None:
-        """A convolution of each of `count` planes with size x size numbers, added to `start`; and what becomes of it."""
+        """A convolution of `count` planes from `source` on, each by size x size numbers, to those from `target` on.
+
+        Args:
+            start: what it is added to, of the number of a plane, and a place.
+            finish: what is stored, of these and the result.
+        """
 
         def channel(i: ir.Value, _: Vectors) -> Vectors:
             numbers = self.at(weight, self.to.mul(i, INT(size**2)))
@@ -329,8 +345,7 @@ def call(
     """
     n, channels, height, width = like.shape
     found = tiles(n, *(tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels))))
-    size = max(int((found[:, 3:] + 2 * border).prod(1).max()), channels)
-    plane = (size // 16 + 8) // 2 * 32 + 16  # room for what is read behind the end; not a power of 2, which caches dislike
-    counter = torch.zeros(1, dtype=torch.int64)
-    given = [counter, like.new_zeros(channels), found.ctypes.data, len(found), height, width, plane, *arguments]
-    kernel(given, planes * plane, factor)
+    size = max(int((found[:, 3:] + 2 * border).prod(1).max()), channels) + 2 * border
+    plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
+    counter, zeros = torch.zeros(1, dtype=torch.int64), like.new_zeros(channels)
+    kernel([counter, zeros, found.ctypes.data, len(found), height, width, plane, *arguments], planes * plane, factor)
