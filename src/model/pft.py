@@ -143,7 +143,7 @@ class WindowAttention(nn.Module):
         self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(
-        self, qkv: Tensor, around: Tensor, positions: Tensor, windows: Windows, focus: Focus, plus: Tensor
+        self, qkv: Tensor, around: Tensor, positions: Tensor, windows: Windows, focus: Focus, plus: Tensor | None = None
     ) -> tuple[Tensor, Focus]:
         """Pixels (N, H * W, 3 * C) in the order of the windows; GELU of `around` is added before the projection.
 
