@@ -67,8 +67,8 @@ def fused_linear(
 
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel takes these pixels and parameters."""
-    small = all(t.dtype == torch.float32 and t.shape[-1] <= MOST_CHANNELS for t in tensors)
-    return small and is_for_llvm(tensors[0]) and not torch.is_autocast_enabled('cpu')
+    wanted = is_for_llvm(tensors[0]) and not torch.is_autocast_enabled('cpu')
+    return wanted and all(t.dtype == torch.float32 and t.shape[-1] <= MOST_CHANNELS for t in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def forward(
     if rows is not None:
         x = x.flatten(0, -2).index_select(0, rows).unflatten(0, (len(x), -1))
     if norm:
-        x = layer_norm(x, *norm, eps=eps)
+        x = layer_norm(x, norm[0], norm[1], eps)
     if gelu_summed is not None:
         x = x + F.gelu(gelu_summed)
     if gelu_gate is not None:
@@ -107,7 +107,7 @@ def forward(
         if gelu and i == 0:
             x = F.gelu(x)
     if norm_after:
-        x = layer_norm(x, *norm_after, eps=eps)
+        x = layer_norm(x, norm_after[0], norm_after[1], eps)
     return x if plus is None else plus + x
 
 
