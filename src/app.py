@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 from error import UserError, report_error, run_program
 from options.kinds import Parser, count, folder, natural
 from options.table import ROOT
-from system.allocator import tune_malloc
-from system.threads import let_threads_sleep
+from system.start import tune_process
 
 log = logging.getLogger('frugalsr')
 
@@ -25,8 +24,7 @@ log = logging.getLogger('frugalsr')
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until Ctrl-C or SIGTERM; returns the exit status: 0, or 2 for an error the user can fix."""
     argv = sys.argv[1:] if argv is None else argv
-    tune_malloc()
-    let_threads_sleep()
+    tune_process()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:

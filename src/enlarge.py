@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from error import UserError, exit_status, run_program
 from options.kinds import Parser, count, folder, memory_size, natural, number
 from options.table import ROOT
-from system.allocator import tune_malloc
-from system.threads import let_threads_sleep
+from system.start import tune_process
 
 if TYPE_CHECKING:
     from photo.choice import Networks
@@ -32,8 +31,7 @@ EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    tune_malloc()
-    let_threads_sleep()
+    tune_process()
     return exit_status(lambda: run(parse(argv), argv), '--debug' in argv, 'the same command goes on with what is left.')
 
 

@@ -47,9 +47,9 @@ class Form(NamedTuple):
 FREE = Form('images of 24x24 pixels or more', (2, 37, 59), ((1, 24, 24), (2, 29, 34), (1, 64, 48)), free=True)
 
 
-def fixed(side: int) -> Form:
-    """One image of `side` x `side` pixels."""
-    return Form(f'one image of {side}x{side} pixels', (1, side, side), [(1, side, side)] * 3, free=False)
+def fixed(height: int, width: int) -> Form:
+    """One image of one size."""
+    return Form(f'one image of {width}x{height} pixels', (1, height, width), [(1, height, width)] * 3, free=False)
 
 
 class Enlarger(nn.Module):
@@ -81,7 +81,7 @@ def export(model: Model, kind: str, tile: int) -> bytes:
         return safetensors(model.net.state_dict(), to_metadata(describe(model)))
     make, load = {'onnx': (to_onnx, load_onnx), 'torchscript': (to_torchscript, load_torchscript)}[kind]
     net, fault = Enlarger(model).eval(), ''
-    for form in (FREE, fixed(tile)):
+    for form in (FREE, fixed(tile, tile)):
         content, fault = attempt(net, make, load, form)
         if not fault:
             return content

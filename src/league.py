@@ -18,8 +18,8 @@ from error import UserError, exit_status, run_program
 from networks import MODELS, settings_of
 from options.kinds import Parser, folder, number
 from options.table import ROOT
-from system.allocator import tune_malloc
 from system.files import write_atomic
+from system.start import tune_process
 from template import TEMPLATES
 
 NETWORKS = (
@@ -54,7 +54,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C or SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
-    tune_malloc()
+    tune_process()
     return exit_status(lambda: run(*build_parser().parse_known_args(argv)), '--debug' in argv)
 
 

@@ -17,8 +17,7 @@ import option
 from error import UserError, exit_status, noting, raise_noted, run_program
 from options.config import changes, write_config
 from options.measured import cost_models, cost_scales, several_forms
-from system.allocator import tune_malloc
-from system.threads import let_threads_sleep
+from system.start import tune_process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,8 +35,7 @@ log = logging.getLogger('frugalsr')
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    tune_malloc()
-    let_threads_sleep()
+    tune_process()
     resuming = '--load NAME continues a training run from its last state.'
     try:
         return exit_status(lambda: run(option.parse(argv), argv), '--debug' in argv, resuming)
@@ -132,6 +130,7 @@ def profile(args: Namespace, folder: RunFolder) -> None:
     import json
 
     from measure.costs import find_pairs
+    from measure.engines import beside_engines, parse_engines
     from measure.speed import Form, profile_all
     from measure.speed_forms import DEFAULT, parse_forms, profile_forms
     from measure.speed_report import NOTE, compare, growths, parts, read_report, table
@@ -143,6 +142,7 @@ def profile(args: Namespace, folder: RunFolder) -> None:
         pairs, where = find_pairs(cost_models(args), cost_scales(args)), device(args)
         several = several_forms(args, where)
         forms = parse_forms(args.forms or DEFAULT, where) if several else {}
+        engines = parse_engines(args.against, where) if args.against else []
         folder.start_log()
         if (before := folder.folder / 'profile.json').is_file():
             folder.write('profile_before.json', before.read_text())
@@ -151,6 +151,8 @@ def profile(args: Namespace, folder: RunFolder) -> None:
             reports = profile_forms(pairs, where, forms, log.info)
         else:
             reports = profile_all(pairs, where, form, args.growth, log.info)
+        if engines:
+            reports = beside_engines(reports, engines, log.info)
         for report in until_interrupted(reports):
             folder.write('profile.json', json.dumps(report, indent=1) + '\n')
         folder.write_bytes('profile.png', bars(parts(report), NOTE))

@@ -18,8 +18,8 @@ from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 from metric import METRICS
 from options.kinds import Parser, folder
 from options.table import ROOT
-from system.allocator import tune_malloc
 from system.files import write_atomic
+from system.start import tune_process
 
 log = logging.getLogger('frugalsr')
 
@@ -65,7 +65,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for an error that the user can fix, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    tune_malloc()
+    tune_process()
     return exit_status(lambda: run(build_parser().parse_args(argv)), '--debug' in argv)
 
 

@@ -57,6 +57,7 @@ READ = {
     'python src/main.py --profile --model ASID --scale 4 --growth': 'measures for minutes',
     'python src/main.py --profile --model ASID --scale 4 --compare old.json': 'measures for a minute',
     'python src/main.py --profile --model ASID --scale 4 --forms float32+bf16+graph': 'measures for a minute',
+    'python src/main.py --profile --cpu --model ASID --scale 4 --against onnxruntime+openvino': 'measures for a minute',
     'python src/main.py --profile --model ASID+EDSR-baseline --scale 4': 'measures for minutes',
     'python src/main.py --profile --model all --scale 2+4 --forms float32+tf32+bf16+graph+bf16-graph': 'wants a GPU',
     'python src/main.py --export onnx --template LCoAN-small_x4 --pre_train LCoAN-small_x4.pt': 'wants onnx',

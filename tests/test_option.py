@@ -34,7 +34,8 @@ NEW = """
     kernel_size pad_to group_channels tlc_size category_size n_tokens reduced_dim direct_upsampler drop_path save_every
     graph deterministic kernels tf32 max_time sampling degradation
     compile channels_last schedule decay_unit lr_min clip_norm amp checkpointing vgg skip_bad_images profile growth
-    compare max_memory show_attention export forms net restarts patch_schedule loss_final final_epochs teacher distill
+    against compare max_memory show_attention export forms net restarts patch_schedule loss_final final_epochs teacher
+    distill
 """
 ALL = {*OLD.split(), *NEW.split()}
 
@@ -74,8 +75,8 @@ DEFAULTS = {
     'deterministic': False, 'tf32': False, 'max_time': None, 'sampling': 'image', 'degradation': '', 'compile': False,
     'channels_last': False, 'schedule': 'step', 'decay_unit': 'epochs', 'lr_min': 0.0, 'clip_norm': 0.0, 'amp': 'off',
     'checkpointing': False, 'vgg': None, 'skip_bad_images': False, 'profile': False, 'growth': False, 'compare': None,
-    'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'restarts': 0, 'patch_schedule': [],
-    'loss_final': '', 'final_epochs': 1, 'teacher': '', 'distill': 0.0, 'kernels': 'auto',
+    'against': None, 'max_memory': None, 'show_attention': False, 'forms': None, 'net': [], 'restarts': 0,
+    'patch_schedule': [], 'loss_final': '', 'final_epochs': 1, 'teacher': '', 'distill': 0.0, 'kernels': 'auto',
 }  # fmt: skip
 LCOAN = {
     'model': 'LCoAN', 'chop': True, 'n_resgroups': 10, 'n_resblocks': 4, 'reduction': 1, 'n_feats': 128,

@@ -108,6 +108,7 @@ def table(report: Row) -> list[str]:
         *aligned(kinds),
         *growth_table(report),
         *forms_tables(report),
+        *engines_table(report),
         *failures(report),
     ]
 
@@ -157,6 +158,22 @@ def forms_tables(report: Row) -> list[str]:
     }
     lines = [line for title, lines in tables.items() if len(lines) > 1 for line in (title, *aligned(lines))]
     return [*lines, *longest(rows)]
+
+
+def engines_table(report: Row) -> list[str]:
+    """Networks beside their files in other engines, as lines of text; none if they were not measured."""
+    lines = []
+    for row in report['networks']:
+        for size, found in row.get('against', {}).items():
+            mine, *others = found.values()
+            fastest = min((other for other in others if other), key=lambda other: other['median'], default=None)
+            times = [shown(spread, 1e-3, 1) for spread in found.values()]
+            lines.append([*label(row).split(), size, *times, shown(fastest and ratio(fastest, mine), 1, 2)])
+            engines = [*found]
+    if not lines:
+        return []
+    title = 'Exported files in other engines, by turns: ms an LR image by its size, and the least of theirs / ours:'
+    return [title, *aligned([['', '', '', *engines, 'ratio'], *lines])]
 
 
 def cells(row: Row, text: Callable[[Row], str]) -> list[str]:

@@ -19,6 +19,12 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f'Unknown network {name!r}: choose one of {", ".join(MODELS)}.')
     if args.growth and not args.profile:
         raise UserError('--growth: it is measured with --profile; give both.')
+    if args.against:
+        if not args.profile:
+            raise UserError(f'--against {args.against}: it is measured with --profile; give both.')
+        for option in ('compile', 'channels_last', 'amp'):
+            if getattr(args, option) not in (False, 'off'):
+                raise UserError(f'--{option}: --against compares in float32, eager; give one of them.')
     if args.forms:
         if not args.profile:
             raise UserError(f'--forms {args.forms}: they are measured with --profile; give both.')

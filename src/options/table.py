@@ -241,6 +241,12 @@ def _add_measure(g: Group) -> None:
         help='with --profile: also time and memory of LR squares of 64 to 1024 pixels a side',
     )
     g.add_argument(
+        '--against',
+        metavar='ENGINES',
+        help='with --profile on a CPU: also the time of exported files in other engines, by turns with that of this '
+        'program: onnxruntime, openvino, or both joined by +',
+    )
+    g.add_argument(
         '--compare',
         metavar='FILE',
         type=folder,
