@@ -61,7 +61,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, windows: Windows, norm: Norm, plus: Tensor | None) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
-        return self.proj(window_attention(self.qkv(x, norm=norm), bias, windows), plus=plus)
+        attended = window_attention(self.qkv(x, rows=windows.order, norm=norm), bias, windows)
+        return self.proj(attended, rows=windows.inverse, plus=plus)
 
 
 class MLP(nn.Module):

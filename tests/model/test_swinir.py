@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model import NETWORKS, build
+from model.blocks.tokens import reordered
 from model.blocks.windows import look_up_bias, relative_positions, window_attention, window_partition
 from model.swinir import Layer, SwinIR, nominal_masks, recognise
 
@@ -62,7 +63,8 @@ def test_window_attention_equals_plain_loops(size: tuple[int, int], shift: int) 
     qkv = torch.randn(2, *size, 18, dtype=torch.float64)
     table = torch.randn(49, 3, dtype=torch.float64)
     windows = window_partition(qkv.permute(0, 3, 1, 2), 4, shift)
-    out = window_attention(qkv.flatten(1, 2), look_up_bias(table, relative_positions(4)), windows)
+    rows = reordered(qkv.flatten(1, 2), windows.order)
+    out = reordered(window_attention(rows, look_up_bias(table, relative_positions(4)), windows), windows.inverse)
     for image in range(2):
         plain = plain_window_attention(qkv[image].numpy(), table.numpy(), 4, shift)
         assert np.abs(out[image].numpy().reshape(plain.shape) - plain).max() < 1e-12
@@ -133,15 +135,19 @@ def test_stochastic_depth_rises_linearly() -> None:
 
 def test_stochastic_depth_leaves_out_whole_images_in_training_only() -> None:
     layer = Layer(4, 2, 4, 8, drop_path=0.25, shifted=False).double()
-    branch = images(4000, 2, 4) + 1
-    assert layer.eval().drop(branch) is branch
+    x, result = images(4000, 2, 4), images(4000, 2, 4) + 1
+
+    def branch(plus: Tensor | None) -> Tensor:
+        return result if plus is None else plus + result
+
+    assert torch.equal(layer.eval().add(x, branch), x + result)
     torch.manual_seed(0)
-    out = layer.train().drop(branch)
-    kept = out[:, 0, 0] > 0
+    out = layer.train().add(x, branch)
+    kept = out[:, 0, 0] > x[:, 0, 0]
     assert 0.72 < kept.double().mean() < 0.78
-    assert torch.allclose(out, branch / 0.75 * kept.view(-1, 1, 1))
+    assert torch.allclose(out, x + result / 0.75 * kept.view(-1, 1, 1))
     torch.manual_seed(0)
-    assert torch.equal(layer.drop(branch), out)  # drawn from the global generator
+    assert torch.equal(layer.add(x, branch), out)  # drawn from the global generator
 
 
 def test_a_dropped_branch_leaves_its_input() -> None:

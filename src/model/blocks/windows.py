@@ -210,11 +210,11 @@ def plain_and_shifted(like: Tensor, size: int) -> list[Windows]:
 
 
 def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
-    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C)."""
-    n, length, channels = qkv.shape
+    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C).
+
+    Pixels are in the order of the windows, before and after.
+    """
     heads, pixels, _ = bias.shape
-    rows = qkv.reshape(-1, channels).index_select(0, windows.order)
-    q, k, v = rows.view(-1, pixels, 3, heads, channels // (3 * heads)).unbind(2)
+    q, k, v = qkv.view(-1, pixels, 3, heads, qkv.shape[2] // (3 * heads)).unbind(2)
     masks = (bias.unsqueeze(1) + windows.masks.mT).to(q.dtype)  # which are symmetric
-    out = attention(q, k, v, masks, windows.counts)
-    return out.flatten(0, 1).index_select(0, windows.inverse).view(n, length, -1)
+    return attention(q, k, v, masks, windows.counts).view(len(qkv), qkv.shape[1], -1)

@@ -33,6 +33,7 @@ def fused_linear(
     x: Tensor,
     layers: Sequence[Layer],
     *,
+    rows: Tensor | None = None,
     norm: Norm | None = None,
     gelu_summed: Tensor | None = None,
     gelu_gate: Tensor | None = None,
@@ -45,9 +46,10 @@ def fused_linear(
     Args:
         x: the pixels.
         layers: the linear layers.
+        rows: (N * L',) int64, which of all rows of x take its place, so that the result is (N, L', C').
         norm: normalises x first.
-        gelu_summed: like x; its GELU is added to x first.
-        gelu_gate: like x; x is multiplied by its GELU first. At most one of these three is given.
+        gelu_summed: like these rows; its GELU is added to them first.
+        gelu_gate: like these rows, which are multiplied by its GELU first. At most one of these three is given.
         gelu: whether GELU follows the first layer.
         norm_after: normalises what the last layer gives. Not together with `norm`.
         plus: added in the end, of the shape of the result.
@@ -60,13 +62,13 @@ def fused_linear(
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
     others = [t for t in (*biases, gelu_summed, gelu_gate, plus) if t is not None]
     run = fast_forward if is_for_kernel([x, *weights, *first, *last, *others]) else forward
-    return run(x, weights, biases, first, last, eps, gelu_summed, gelu_gate, gelu, plus)
+    return run(x, rows, weights, biases, first, last, eps, gelu_summed, gelu_gate, gelu, plus)
 
 
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel takes these pixels and parameters."""
-    small = all(t.dtype == torch.float32 and t.shape[-1] <= MOST_CHANNELS for t in tensors)
-    return small and is_for_llvm(tensors[0]) and not torch.is_autocast_enabled('cpu')
+    wanted = is_for_llvm(tensors[0]) and not torch.is_autocast_enabled('cpu')
+    return wanted and all(t.dtype == torch.float32 and t.shape[-1] <= MOST_CHANNELS for t in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,6 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def forward(
     x: Tensor,
+    rows: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     norm: Sequence[Tensor],
@@ -91,8 +94,10 @@ def forward(
     plus: Tensor | None,
 ) -> Tensor:
     """See `fused_linear`. Norms are weight and bias, or nothing."""
+    if rows is not None:
+        x = x.flatten(0, -2).index_select(0, rows).unflatten(0, (len(x), -1))
     if norm:
-        x = layer_norm(x, *norm, eps=eps)
+        x = layer_norm(x, norm[0], norm[1], eps)
     if gelu_summed is not None:
         x = x + F.gelu(gelu_summed)
     if gelu_gate is not None:
@@ -102,13 +107,14 @@ def forward(
         if gelu and i == 0:
             x = F.gelu(x)
     if norm_after:
-        x = layer_norm(x, *norm_after, eps=eps)
+        x = layer_norm(x, norm_after[0], norm_after[1], eps)
     return x if plus is None else plus + x
 
 
 @torch.library.custom_op('frugalsr::fused_linear', mutates_args=())
 def fast_forward(
     x: Tensor,
+    rows: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     norm: Sequence[Tensor],
@@ -120,5 +126,5 @@ def fast_forward(
     plus: Tensor | None,
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu_gate, gelu, plus)
+    steps = (x, rows, weights, biases, norm, norm_after, eps, gelu_summed, gelu_gate, gelu, plus)
     return by_llvm('fused_linear_llvm', forward, *steps)

@@ -14,8 +14,8 @@ from model.ops.llvm import FLOAT, INT, Code, Kernel, lanes
 from model.ops.product_llvm import BLOCKS, packed, product
 
 NAMES = (
-    'counter', 'x', 'x_step', 'other', 'other_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
-    'rows',
+    'counter', 'x', 'x_step', 'rows', 'other', 'other_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step',
+    'out', 'count',
 )  # fmt: skip
 FURTHEST = 5.75  # from where on erf(x / sqrt(2)) is 1; there the quotient below is larger by more than its rounding
 ERF = (  # erf(x / sqrt(2)) = x P(x^2) / Q(x^2) to 1.5e-8 where it is below 1: P and Q, fitted by weighted least squares
@@ -70,10 +70,12 @@ def filled_up(widths: Sequence[int], lanes: int) -> list[int]:
 
 
 @cache
-def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Kernel:
+def kernel(
+    widths: tuple[int, ...], chosen: bool, before: str, active: bool, normed: bool, added: bool, lanes: int
+) -> Kernel:
     """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
 
-    `active` says whether GELU follows the first layer, `added` whether `plus` is added.
+    `chosen` says whether the rows of x are, `active` whether GELU follows the first layer, `added` whether `plus` is.
     """
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
@@ -91,9 +93,10 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
 
     def read(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
         """Row i of a block; behind the last row of all it is that one again."""
-        here, last = to.add(first, i), to.sub(given['rows'], INT(1))
+        here, last = to.add(first, i), to.sub(given['count'], INT(1))
         here = to.select(to.icmp_signed('<', here, last), here, last)
-        vectors = row('x', here, widths[0])
+        taken = to.load(code.at(code.pointer('rows', INT), here)) if chosen else here
+        vectors = row('x', taken, widths[0])
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
@@ -127,7 +130,7 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
 
     def block(task: ir.Value) -> None:
         first = to.mul(task, INT(n_rows))
-        left = to.sub(given['rows'], first)
+        left = to.sub(given['count'], first)
         stop = to.select(to.icmp_signed('<', left, INT(n_rows)), left, INT(n_rows))
         code.loop(INT(0), INT(n_rows), 1, partial(read, first))
         for layer in range(len(widths) - 1):
@@ -138,12 +141,13 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
                 multiply(layer, rest, INT(whole), [])
         code.loop(INT(0), stop, 1, partial(write, first))
 
-    code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['rows'], INT(n_rows - 1)), INT(n_rows)), block)
+    code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['count'], INT(n_rows - 1)), INT(n_rows)), block)
     return Kernel(code)
 
 
 def forward(
     x: Tensor,
+    rows: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     norm: Sequence[Tensor],
@@ -157,9 +161,10 @@ def forward(
     """See `fused_linear.forward`."""
     vector = lanes()
     widths = (x.shape[-1], *map(len, weights))
-    out = x.new_empty(*x.shape[:-1], widths[-1])
+    shape = x.shape[:-1] if rows is None else (len(x), len(rows) // max(1, len(x)))
+    out = x.new_empty(*shape, widths[-1])
 
-    def rows(tensor: Tensor | None) -> tuple[Tensor | int, int]:
+    def by_row(tensor: Tensor | None) -> tuple[Tensor | int, int]:
         """A tensor as rows of numbers that follow one another, and how far apart these are."""
         if tensor is None:
             return 0, 0
@@ -169,11 +174,12 @@ def forward(
 
     before = 'norm' if norm else 'sum' if gelu_summed is not None else '' if gelu_gate is None else 'gate'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
-    run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)
+    run = kernel(widths, rows is not None, before, gelu, bool(norm_after), plus is not None, vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), *rows(x), *rows(gelu_gate if gelu_summed is None else gelu_summed),
+        torch.zeros(1, dtype=torch.int64), *by_row(x), 0 if rows is None else rows.contiguous(),
+        *by_row(gelu_gate if gelu_summed is None else gelu_summed),
         *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
-        *layers, *[0] * (2 - len(layers)), *rows(plus), out, out.shape[:-1].numel(),
+        *layers, *[0] * (2 - len(layers)), *by_row(plus), out, out.shape[:-1].numel(),
     ]  # fmt: skip
     run(given, BLOCKS[vector][0] * sum(filled_up(widths, vector)), eps)
     return out

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
@@ -46,6 +45,7 @@ def product(
 
 def packed(weight: Tensor, bias: Tensor | None, lanes: int) -> Tensor:
     """A linear layer (O, K) as columns for `product`: (vectors, 1 + K, lanes), the bias first, filled up by zeros."""
-    first = weight.new_zeros(1, len(weight)) if bias is None else bias.unsqueeze(0)
-    columns = F.pad(torch.cat((first, weight.t())), (0, -len(weight) % lanes))
-    return columns.unflatten(1, (-1, lanes)).transpose(0, 1).contiguous()
+    rows = F.pad(weight, (1, 0, 0, -len(weight) % lanes))
+    if bias is not None:
+        rows[: len(weight), 0] = bias
+    return rows.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
