@@ -43,7 +43,7 @@ from model.common import (
     is_exporting,
 )
 from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
-from model.ops.fast import float32_by_llvm
+from model.ops.fast import float32_by_llvm, is_for_llvm
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 
@@ -95,7 +95,7 @@ class DynamicLocalAttention(nn.Module):
             y = self.conv1(y.contiguous(memory_format=torch.channels_last))
             return x + y if residual else y
 
-        if norm is None or not residual:
+        if norm is None or not residual or not is_for_llvm(x):
             return local_attention(x)
         return float32_by_llvm(
             'dynamic_conv_llvm', local_attention, x, *norm.parameters(), norm.eps, *self.parameters()
@@ -177,7 +177,7 @@ class SparseGlobalAttention(TransposedAttention):
             out = self.attention(x if norm is None else norm(x))
             return x + out if residual else out
 
-        if norm is None or not residual:
+        if norm is None or not residual or not is_for_llvm(x):
             return channel_attention(x)
         weights = *norm.parameters(), norm.eps, self.qkv.weight, self.qkv_dwconv.weight
         how = self.n_heads, self.layout, self.from_sums

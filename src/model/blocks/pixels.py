@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.common import at_least_float32, conv, stacked
-from model.ops.fast import float32_by_llvm
+from model.ops.fast import float32_by_llvm, is_for_llvm
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
 
@@ -72,7 +72,7 @@ class GatedFFN(nn.Module):
             out = self.project_out(gate * half(1))
             return x + out if residual else out
 
-        if norm is None or not residual:
+        if norm is None or not residual or not is_for_llvm(x):
             return gated_ffn(x)
         return float32_by_llvm('gated_ffn_llvm', gated_ffn, x, *norm.parameters(), norm.eps, *self.parameters())
 
