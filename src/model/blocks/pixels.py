@@ -57,14 +57,8 @@ class GatedFFN(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
         """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
-        # One convolution a half: parts of the channels of one map are slow to work on in channels_last memory.
-        first, second = self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2)
-
-        def half(i: int) -> Tensor:
-            return F.conv2d(pointwise(x, first[i], norm=norm), second[i], padding=1, groups=len(second[i]))
-
-        gate = half(0)
-        return self.project_out(half(1), gelu_gate=gate, plus=x if residual else None)
+        gate, values = self.dwconv(self.project_in(x, norm=norm)).chunk(2, 1)
+        return self.project_out(values, gelu_gate=gate, plus=x if residual else None)
 
 
 class TransposedAttention(nn.Module):
