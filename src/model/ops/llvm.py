@@ -52,13 +52,22 @@ class Code:
         """The same number in all lanes."""
         return self.vector_type([x] * self.lanes)
 
+    def numbers(self) -> ir.Value:
+        """The number of each lane."""
+        return self.vector_type(list(map(float, range(self.lanes))))
+
     def integers(self, x: int) -> ir.Value:
         return ir.VectorType(ir.IntType(32), self.lanes)([x] * self.lanes)
 
-    def spread(self, number: ir.Value) -> ir.Value:
-        """A number in all lanes."""
+    def spread(self, number: ir.Value, count: int | None = None) -> ir.Value:
+        """A number in all lanes, or `count` times."""
         nothing = self.vector_type(ir.Undefined)
-        return self.to.shuffle_vector(self.to.insert_element(nothing, number, INT(0)), nothing, self.integers(0))
+        return self.shuffled(self.to.insert_element(nothing, number, INT(0)), nothing, [0] * (count or self.lanes))
+
+    def padded(self, vector: ir.Value, count: int) -> ir.Value:
+        """Filled up by zeros to `count` numbers."""
+        given = vector.type.count
+        return self.shuffled(vector, vector.type([0.0] * given), [min(i, given) for i in range(count)])
 
     def pointer(self, name: str, to: ir.Type = FLOAT) -> ir.Value:
         """An argument that is an address."""
@@ -87,24 +96,18 @@ class Code:
         """`width` numbers that follow one another, as vectors of which the last one is filled up by zeros."""
         places = range(0, width, self.lanes)
         parts = [self.load(self.at(pointer, INT(i)), min(self.lanes, width - i)) for i in places]
-        return [*parts[:-1], self.part(parts[-1], parts[-1].type.count, self.lanes)]
+        return [*parts[:-1], self.padded(parts[-1], self.lanes)]
 
     def store_row(self, vectors: Sequence[ir.Value], pointer: ir.Value, width: int) -> None:
         """The first `width` numbers of vectors."""
         for i, vector in zip(range(0, width, self.lanes), vectors, strict=True):
             count = min(self.lanes, width - i)
-            self.store(self.part(vector, count, count), self.at(pointer, INT(i)))
-
-    def part(self, vector: ir.Value, count: int, lanes: int) -> ir.Value:
-        """The first `count` numbers of a vector, and zeros up to `lanes`."""
-        places = ir.VectorType(ir.IntType(32), lanes)([i if i < count else vector.type.count for i in range(lanes)])
-        return self.to.shuffle_vector(vector, ir.Constant(vector.type, None), places)
+            self.store(self.part(vector, 0, count), self.at(pointer, INT(i)))
 
     def sum(self, vector: ir.Value) -> ir.Value:
         """Of all lanes, the halves of a vector again and again."""
         while (half := vector.type.count // 2) > 0:
-            places = (ir.VectorType(ir.IntType(32), half)([*range(i, i + half)]) for i in (0, half))
-            vector = self.to.fadd(*(self.to.shuffle_vector(vector, vector, x) for x in places))
+            vector = self.to.fadd(self.part(vector, 0, half), self.part(vector, half, half))
         return self.to.extract_element(vector, INT(0))
 
     def sqrt(self, number: ir.Value) -> ir.Value:
@@ -112,13 +115,48 @@ class Code:
 
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of what stands at the same place of each row."""
-        columns = []
-        for place in range(rows[0].type.count):
-            column = ir.VectorType(FLOAT, len(rows))(ir.Undefined)
-            for i, row in enumerate(rows):
-                column = self.to.insert_element(column, self.to.extract_element(row, INT(place)), INT(i))
-            columns.append(column)
-        return columns
+        count, side = rows[0].type.count, self.lanes
+        columns: list[list[ir.Value]] = [[] for _ in range(count)]
+        for top in range(0, len(rows), side):
+            for left in range(0, count, side):
+                square = self._transposed([self.part(row, left, side) for row in rows[top : top + side]])
+                for column, found in zip(columns[left : left + side], square, strict=False):
+                    column.append(found)
+        return [self.joined(parts, len(rows)) for parts in columns]
+
+    def _transposed(self, rows: list[ir.Value]) -> list[ir.Value]:
+        """Of at most as many rows as they have numbers: they swap halves, quarters, and so on."""
+        count = rows[0].type.count
+        rows = rows + [rows[0].type(ir.Undefined)] * (count - len(rows))
+        step = count // 2
+        while step:
+            first = [lane - step + count if lane & step else lane for lane in range(count)]
+            for i in range(count):
+                if not i & step:
+                    pair = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = (
+                        self.shuffled(*pair, [place + step * later for place in first]) for later in (0, 1)
+                    )
+            step //= 2
+        return rows
+
+    def shuffled(self, x: ir.Value, y: ir.Value, places: Sequence[int]) -> ir.Value:
+        """The numbers at these places of `x`, which `y` follows."""
+        return self.to.shuffle_vector(x, y, ir.VectorType(ir.IntType(32), len(places))(list(places)))
+
+    def part(self, vector: ir.Value, first: int, count: int) -> ir.Value:
+        """`count` numbers of a vector, from number `first` on; after its end they may be any."""
+        given = vector.type.count
+        return self.shuffled(vector, vector.type(ir.Undefined), [min(i, given) for i in range(first, first + count)])
+
+    def joined(self, vectors: Sequence[ir.Value], count: int) -> ir.Value:
+        """The first `count` numbers of vectors of the same length, one after the other."""
+        first, *others = vectors
+        for other in others:
+            have = first.type.count
+            wide = self.part(other, 0, have)
+            first = self.shuffled(first, wide, range(have + other.type.count))
+        return self.part(first, 0, count)
 
     def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         """x * y + z, in one instruction where there is one."""
