@@ -33,8 +33,6 @@ from model.blocks.tokens import (
     TokenLinear,
     TokenNorm,
     inverse_of,
-    reordered,
-    rows_of_all,
     take_rows,
 )
 from model.blocks.windows import (
@@ -108,8 +106,7 @@ class CategoryAttention(nn.Module):
         q, k, v = rows.view(-1, size, 3, self.n_heads, channels // (3 * self.n_heads)).unbind(2)
         factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         out = attention((q * factor).to(v.dtype), k, v, scale=1.0)
-        out = out.reshape(n, -1, channels // 3)
-        return self.proj(out, rows=rows_of_all(inverse_of(order), out.shape[1]), plus=plus)
+        return self.proj(take_rows(out.reshape(n, -1, channels // 3), inverse_of(order)), plus=plus)
 
 
 class WindowAttention(nn.Module):
@@ -122,8 +119,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, qkv: Tensor, positions: Tensor, windows: Windows, plus: Tensor) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, positions)
-        attended = window_attention(reordered(qkv, windows.order), bias, windows)
-        return self.proj(attended, rows=windows.inverse, plus=plus)
+        return self.proj(window_attention(qkv, bias, windows), plus=plus)
 
 
 class Layer(nn.Module):

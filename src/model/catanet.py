@@ -45,7 +45,6 @@ from model.blocks.tokens import (
     TokenNorm,
     flatten_image,
     inverse_of,
-    rows_of_all,
     take_rows,
     unflatten_image,
 )
@@ -120,9 +119,8 @@ class IntraGroupAttention(SelfAttention):
         out = attention(q, k, v)
         k, v = (of.unflatten(-1, (self.n_heads, -1)).expand(len(q), -1, -1, -1) for of in (keys, values))
         out = out + attention(q, k, v)
-        rows = rows_of_all(inverse_of(order[:, :length]), groups * size)
-        layers = [(self.proj.weight, None), (last.weight, None)]
-        return fused_linear(out.view(n, -1, channels), layers, rows=rows, plus=plus)
+        out = take_rows(out.view(n, -1, channels), inverse_of(order[:, :length]))
+        return fused_linear(out, [(self.proj.weight, None), (last.weight, None)], plus=plus)
 
 
 class CentreAttention(nn.Module):

@@ -31,7 +31,7 @@ from model.blocks.pixels import (
     to_tokens,
 )
 from model.blocks.tokens import TokenLinear
-from model.blocks.windows import attention, check_window, look_up_bias, relative_positions
+from model.blocks.windows import check_window, look_up_bias, relative_positions, self_attention
 from model.common import NetworkSpec, check_divides, check_images, conv, how_many, stacked, zero_pad
 from model.ops.fused_linear import Norm
 
@@ -53,9 +53,8 @@ class WindowAttention(nn.Module):
         cell = attention_cell(x, self.window_size, self.strided)
         tokens = to_tokens(x, cell, self.strided)
         qkv = self.to_qkv(tokens, norm=norm)
-        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
-        out = attention(q, k, v, bias.unsqueeze(1).to(q.dtype))
+        out = self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))
         return to_map(self.to_out[0](out, plus=tokens if residual else None), x, cell, self.strided)
 
 

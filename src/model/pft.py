@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.swin import Frame
-from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, reordered, unflatten_image
+from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, unflatten_image
 from model.blocks.windows import (
     Windows,
     check_window,
@@ -101,6 +101,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, t
     return kept_values(weights, v, keys), Kept(logits, keys)
 
 
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Pixels (N, L, C) of all images in another order (N * L,)."""
+    return x.flatten(0, 1).index_select(0, order).view_as(x)
+
+
 def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:
     """How many windows are attended at once, all with the same shift mask, and the masks (T, T).
 
@@ -146,7 +151,8 @@ class WindowAttention(nn.Module):
         """
         with full_precision(qkv):
             out, focus = self.attend(at_least_float32(qkv), positions, windows, focus)
-        return self.proj(out.view_as(around), rows=windows.inverse, gelu_summed=around, plus=plus), focus
+        out = reordered(out.view_as(around), windows.inverse)
+        return self.proj(out, gelu_summed=around, plus=plus), focus
 
     def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
         """To (B, T, heads, d)."""
@@ -196,7 +202,7 @@ class Layer(nn.Module):
         self, x: Tensor, height: int, width: int, positions: Tensor, windows: Windows, focus: Focus
     ) -> tuple[Tensor, Focus]:
         """Pixels (N, H * W, C), and what is handed on from layer to layer with the same windows."""
-        qkv = self.wqkv(x, rows=windows.order, norm=self.norm1)
+        qkv = self.wqkv(reordered(x, windows.order), norm=self.norm1)
         v = unflatten_image(reordered(qkv.chunk(3, -1)[2], windows.inverse), height, width)
         x, focus = self.attn_win(qkv, flatten_image(self.v_LePE(v)), positions, windows, focus, plus=x)
         x = checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)

@@ -61,8 +61,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, windows: Windows, norm: Norm, plus: Tensor | None) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
-        attended = window_attention(self.qkv(x, rows=windows.order, norm=norm), bias, windows)
-        return self.proj(attended, rows=windows.inverse, plus=plus)
+        return self.proj(window_attention(self.qkv(x, norm=norm), bias, windows), plus=plus)
 
 
 class MLP(nn.Module):

@@ -12,18 +12,10 @@ from model.ops.layer_norm import layer_norm
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each image: (N, L, C) and (N, ...) to (N, ..., C)."""
-    return x.flatten(0, 1).index_select(0, rows_of_all(index, x.shape[1])).view(*index.shape, x.shape[2])
-
-
-def rows_of_all(index: Tensor, length: int) -> Tensor:
-    """Rows (N, ...) of each image, which has `length` of them, to rows (N * ...,) of all images."""
-    offset = torch.arange(len(index), device=index.device).view(-1, *[1] * (index.dim() - 1)) * length
-    return (index + offset).flatten()
-
-
-def reordered(x: Tensor, order: Tensor) -> Tensor:
-    """Rows (N, L, C) of all images in another order (N * L,)."""
-    return x.flatten(0, 1).index_select(0, order).view_as(x)
+    n, length, channels = x.shape
+    offset = torch.arange(n, device=x.device).view(-1, *[1] * (index.dim() - 1)) * length
+    rows = x.reshape(-1, channels).index_select(0, (index + offset).flatten())
+    return rows.view(*index.shape, channels)
 
 
 def inverse_of(order: Tensor) -> Tensor:

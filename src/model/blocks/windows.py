@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
-from model.ops.cached_attention import CACHED_LOGITS, cached_attention
-from model.ops.fast import is_for_llvm
+from model.ops.cached_attention import CACHED_LOGITS, cached_attention, is_for_kernel
+from model.ops.fast import has_llvm
+from model.ops.packed_attention import packed_attention
 from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
@@ -75,7 +76,7 @@ def attention(
     if q.is_cpu and not traced and q.shape[1] * k.shape[1] <= CACHED_LOGITS:
         with full_precision(q):
             masks = masks if masks is None else at_least_float32(masks)
-            kinds = torch.repeat_interleave(torch.tensor(counts)) if counts else torch.zeros(len(q), dtype=torch.int64)
+            kinds = kinds_of(counts or [len(q)])
             q, k, values = (at_least_float32(x) for x in (q, k, v))
             return cached_attention(q, k, values, masks, kinds, scale).to(v.dtype).flatten(2)
     whole = 16 // q.element_size() if q.is_cuda else 1
@@ -157,7 +158,7 @@ def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     For kernels in LLVM its memory has query after query, as they want it.
     """
     table = table.t().contiguous()
-    if is_for_llvm(table):
+    if has_llvm(table):
         return table.index_select(1, index.t().flatten()).unflatten(1, index.shape).mT
     return table.index_select(1, index.flatten()).unflatten(1, index.shape)
 
@@ -210,11 +211,32 @@ def plain_and_shifted(like: Tensor, size: int) -> list[Windows]:
 
 
 def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
-    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C).
-
-    Pixels are in the order of the windows, before and after.
-    """
+    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C)."""
     heads, pixels, _ = bias.shape
-    q, k, v = qkv.view(-1, pixels, 3, heads, qkv.shape[2] // (3 * heads)).unbind(2)
-    masks = (bias.unsqueeze(1) + windows.masks.mT).to(q.dtype)  # which are symmetric
-    return attention(q, k, v, masks, windows.counts).view(len(qkv), qkv.shape[1], -1)
+    masks = (bias.unsqueeze(1) + windows.masks.mT).to(qkv.dtype)  # which are symmetric
+    rows = qkv.reshape(-1, pixels, qkv.shape[-1])
+    return self_attention(rows, heads, masks, windows).view(*qkv.shape[:2], -1)
+
+
+def self_attention(qkv: Tensor, heads: int, masks: Tensor | None = None, windows: Windows | None = None) -> Tensor:
+    """`attention` of queries, keys and values side by side: (B, T, 3 * C) to (B, T, C).
+
+    With `windows` these are all rows of an image, or several, in their order, and so is the result.
+    """
+    b, t, channels = qkv.shape
+    d = channels // (3 * heads)
+    counts = windows.counts if windows else None
+    if is_for_kernel(qkv, t, d) and t**2 <= CACHED_LOGITS:
+        order = windows.order if windows else torch.arange(b * t)
+        rows, kinds = qkv.reshape(-1, 3, heads, d), kinds_of(counts or [b])
+        return packed_attention(rows, order.view(b, t), masks, kinds, d**-0.5).view(b, t, -1)
+    if windows:
+        qkv = qkv.flatten(0, 1).index_select(0, windows.order).view(qkv.shape)
+    q, k, v = qkv.unflatten(2, (3, heads, d)).unbind(2)
+    out = attention(q, k, v, masks, counts)
+    return out.flatten(0, 1).index_select(0, windows.inverse).view(b, t, -1) if windows else out
+
+
+def kinds_of(counts: Sequence[int]) -> Tensor:
+    """The kind of each window, int64, on a CPU."""
+    return torch.repeat_interleave(torch.tensor(counts))

@@ -1,6 +1,6 @@
 """Softmax attention on a CPU, for many windows of few channels: maps are made a few at a time, and none is kept.
 
-Without gradients a kernel of `cached_attention_llvm` makes no maps at all, where llvmlite is installed.
+A kernel of `cached_attention_llvm` makes no maps at all, where llvmlite is installed, and another one the gradients.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.fast import by_llvm, is_for_llvm
+from model.ops.fast import by_llvm, has_llvm
 
 CACHED_LOGITS = 2**20  # that a CPU's cache holds: 4 MB in float32, twice that in the backward pass
 LOG2_E = 1 / math.log(2)
@@ -79,15 +79,47 @@ def forward(
     return out, sums, greatest
 
 
-class CachedAttention(torch.autograd.Function):
-    """See `cached_attention`. The backward pass makes the maps again.
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Tensor | None,
+    kinds: Tensor,
+    scale: float,
+    sums: Tensor,
+    greatest: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `gradients`, given also what `forward` found of each row. The maps are made again.
 
     Products are written with the T x S matrix on the right, where they are wide and fast.
     """
+    logits_of, (by_q, by_k, by_v) = Logits(q, k, masks, scale), (torch.empty_like(x) for x in (q, k, v))
+    memory = torch.empty_like(logits_of.memory)
+    grad_masks = q.new_empty(0) if masks is None else torch.zeros_like(masks)
+    parts = heads_of(kinds, q, k, v, sums, greatest, grad / sums, by_q, by_k, by_v)
+    for head, part, (query, key, value, total, most, by_sums, *found) in parts:
+        powers, by_logits = logits_of(head, part, query, key).sub_(most).exp2_(), memory[: len(query)]
+        found[2].copy_((by_sums.mT @ powers).mT)
+        torch.bmm(by_sums, value.mT, out=by_logits).mul_(powers)
+        by_logits.addcmul_(powers, by_logits.sum(-1, keepdim=True) / total, value=-1)
+        found[0].copy_((key.mT @ by_logits.mT).mT * scale)
+        found[1].copy_((query.mT @ by_logits).mT * scale)
+        if masks is not None:
+            grad_masks[head].index_add_(0, part, by_logits)
+    return by_q, by_k, by_v, grad_masks
+
+
+class CachedAttention(torch.autograd.Function):
+    """See `cached_attention`."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
-        out, *rows = forward(q, k, v, masks, kinds, scale)
+        rows: list[Tensor] = []
+        if is_for_kernel(q, q.shape[1], max(q.shape[3], v.shape[3])):
+            out = fast_without_gradients(q, k, v, masks, kinds, scale)
+        else:
+            out, *rows = forward(q, k, v, masks, kinds, scale)
         ctx.save_for_backward(q, k, v, masks, kinds, *rows)
         ctx.scale = scale
         return out
@@ -95,21 +127,12 @@ class CachedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, masks, kinds, sums, greatest = ctx.saved_tensors
-        logits_of, grads = Logits(q, k, masks, ctx.scale), [torch.empty_like(x) for x in (q, k, v)]
-        memory = torch.empty_like(logits_of.memory)
-        grad_masks = None if masks is None else torch.zeros_like(masks)
-        parts = heads_of(kinds, q, k, v, sums, greatest, grad / sums, *grads)
-        for head, part, (query, key, value, total, most, by_sums, *found) in parts:
-            powers, by_logits = logits_of(head, part, query, key).sub_(most).exp2_(), memory[: len(query)]
-            found[2].copy_((by_sums.mT @ powers).mT)
-            torch.bmm(by_sums, value.mT, out=by_logits).mul_(powers)
-            by_logits.addcmul_(powers, by_logits.sum(-1, keepdim=True) / total, value=-1)
-            found[0].copy_((key.mT @ by_logits.mT).mT * ctx.scale)
-            found[1].copy_((query.mT @ by_logits).mT * ctx.scale)
-            if grad_masks is not None:
-                grad_masks[head].index_add_(0, part, by_logits)
-        return *grads, grad_masks, None, None
+        q, k, v, masks, kinds, *rows = ctx.saved_tensors
+        if rows:
+            *grads, grad_masks = backward(grad, q, k, v, masks, kinds, ctx.scale, *rows)
+        else:
+            *grads, grad_masks = fast_gradients(grad, q, k, v, masks, kinds, ctx.scale)
+        return *grads, None if masks is None else grad_masks, None, None
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
@@ -124,13 +147,13 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kind
     """
     if torch.is_grad_enabled():
         return CachedAttention.apply(q, k, v, masks, kinds, scale)
-    return (fast_without_gradients if is_for_kernel(q, v) else without_gradients)(q, k, v, masks, kinds, scale)
+    fast = is_for_kernel(q, q.shape[1], max(q.shape[3], v.shape[3]))
+    return (fast_without_gradients if fast else without_gradients)(q, k, v, masks, kinds, scale)
 
 
-def is_for_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether a kernel computes the attention of these queries and values."""
-    few = max(q.shape[3], v.shape[3]) <= MOST_CHANNELS and q.shape[1] >= LEAST_QUERIES
-    return few and q.dtype == torch.float32 and is_for_llvm(q)
+def is_for_kernel(like: Tensor, tokens: int, channels: int) -> bool:
+    """Whether a kernel computes the attention of windows with so many queries, and so many channels a head."""
+    return like.dtype == torch.float32 and tokens >= LEAST_QUERIES and channels <= MOST_CHANNELS and has_llvm(like)
 
 
 def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
@@ -144,3 +167,19 @@ def fast_without_gradients(
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
     return by_llvm('cached_attention_llvm', without_gradients, q, k, v, masks, kinds, scale)
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By q, k, v and masks (which is empty without masks), given the gradient by the result of `cached_attention`."""
+    _, *rows = forward(q, k, v, masks, kinds, scale)
+    return backward(grad, q, k, v, masks, kinds, scale, *rows)
+
+
+@torch.library.custom_op('frugalsr::cached_attention_gradients', mutates_args=())
+def fast_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `fast_without_gradients`."""
+    return by_llvm('cached_attention_llvm', gradients, grad, q, k, v, masks, kinds, scale)

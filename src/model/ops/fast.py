@@ -37,10 +37,15 @@ def is_for_triton(x: Tensor) -> bool:
     return wanted and x.is_cuda
 
 
-def is_for_llvm(x: Tensor) -> bool:
-    """Whether `x` is on a CPU with llvmlite, in an eager call without gradients."""
+def has_llvm(x: Tensor) -> bool:
+    """Whether `x` is on a CPU with llvmlite, in an eager call."""
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return wanted and x.is_cpu and not traced and not torch.is_grad_enabled() and is_installed('llvmlite')
+    return wanted and x.is_cpu and not traced and is_installed('llvmlite')
+
+
+def is_for_llvm(x: Tensor) -> bool:
+    """Whether `has_llvm` in a call without gradients, as within an `autograd.Function`."""
+    return has_llvm(x) and not torch.is_grad_enabled()
 
 
 def by_triton(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:

@@ -33,7 +33,6 @@ def fused_linear(
     x: Tensor,
     layers: Sequence[Layer],
     *,
-    rows: Tensor | None = None,
     norm: Norm | None = None,
     gelu_summed: Tensor | None = None,
     gelu_gate: Tensor | None = None,
@@ -46,10 +45,9 @@ def fused_linear(
     Args:
         x: the pixels.
         layers: the linear layers.
-        rows: (N * L',) int64, which of all rows of x take its place, so that the result is (N, L', C').
         norm: normalises x first.
-        gelu_summed: like these rows; its GELU is added to them first.
-        gelu_gate: like these rows, which are multiplied by its GELU first. At most one of these three is given.
+        gelu_summed: like x; its GELU is added to x first.
+        gelu_gate: like x; x is multiplied by its GELU first. At most one of these three is given.
         gelu: whether GELU follows the first layer.
         norm_after: normalises what the last layer gives. Not together with `norm`.
         plus: added in the end, of the shape of the result.
@@ -62,7 +60,7 @@ def fused_linear(
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
     others = [t for t in (*biases, gelu_summed, gelu_gate, plus) if t is not None]
     run = fast_forward if is_for_kernel([x, *weights, *first, *last, *others]) else forward
-    return run(x, rows, weights, biases, first, last, eps, gelu_summed, gelu_gate, gelu, plus)
+    return run(x, weights, biases, first, last, eps, gelu_summed, gelu_gate, gelu, plus)
 
 
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
@@ -76,13 +74,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dim() == 3 and not x.is_cpu:
         return F.linear(x, weight, bias)
     maps = (x.unsqueeze(1) if x.dim() == 3 else x).permute(0, 3, 1, 2)  # channels_last
-    out = F.conv2d(maps, weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    # A dilation, which a 1x1 kernel does not feel, has PyTorch take its fast library on one thread, too.
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    dilation = 2 if x.is_cpu and torch.get_num_threads() == 1 and not traced else 1
+    out = F.conv2d(maps, weight[:, :, None, None], bias, dilation=dilation).permute(0, 2, 3, 1)
     return out.squeeze(1) if x.dim() == 3 else out
 
 
 def forward(
     x: Tensor,
-    rows: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     norm: Sequence[Tensor],
@@ -94,8 +94,6 @@ def forward(
     plus: Tensor | None,
 ) -> Tensor:
     """See `fused_linear`. Norms are weight and bias, or nothing."""
-    if rows is not None:
-        x = x.flatten(0, -2).index_select(0, rows).unflatten(0, (len(x), -1))
     if norm:
         x = layer_norm(x, norm[0], norm[1], eps)
     if gelu_summed is not None:
@@ -114,7 +112,6 @@ def forward(
 @torch.library.custom_op('frugalsr::fused_linear', mutates_args=())
 def fast_forward(
     x: Tensor,
-    rows: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     norm: Sequence[Tensor],
@@ -126,5 +123,5 @@ def fast_forward(
     plus: Tensor | None,
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    steps = (x, rows, weights, biases, norm, norm_after, eps, gelu_summed, gelu_gate, gelu, plus)
+    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu_gate, gelu, plus)
     return by_llvm('fused_linear_llvm', forward, *steps)

@@ -14,8 +14,8 @@ from model.ops.llvm import FLOAT, INT, Code, Kernel, lanes
 from model.ops.product_llvm import BLOCKS, packed, product
 
 NAMES = (
-    'counter', 'x', 'x_step', 'rows', 'other', 'other_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step',
-    'out', 'count',
+    'counter', 'x', 'x_step', 'other', 'other_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
+    'count',
 )  # fmt: skip
 FURTHEST = 5.75  # from where on erf(x / sqrt(2)) is 1; there the quotient below is larger by more than its rounding
 ERF = (  # erf(x / sqrt(2)) = x P(x^2) / Q(x^2) to 1.5e-8 where it is below 1: P and Q, fitted by weighted least squares
@@ -57,7 +57,7 @@ def layer_norm(
 
     middle = code.spread(mean(row))
     *whole, last = [to.fsub(vector, middle) for vector in row]
-    centred = [*whole, code.part(last, width - len(whole) * code.lanes, code.lanes)]
+    centred = [*whole, code.padded(code.part(last, 0, width - len(whole) * code.lanes), code.lanes)]
     variance = mean([to.fmul(vector, vector) for vector in centred])
     share = code.spread(to.fdiv(FLOAT(1), code.sqrt(to.fadd(variance, code.factor))))
     unit = [to.fmul(vector, share) for vector in centred]
@@ -70,12 +70,10 @@ def filled_up(widths: Sequence[int], lanes: int) -> list[int]:
 
 
 @cache
-def kernel(
-    widths: tuple[int, ...], chosen: bool, before: str, active: bool, normed: bool, added: bool, lanes: int
-) -> Kernel:
+def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Kernel:
     """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
 
-    `chosen` says whether the rows of x are, `active` whether GELU follows the first layer, `added` whether `plus` is.
+    `active` says whether GELU follows the first layer, `added` whether `plus` is added.
     """
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
@@ -95,8 +93,7 @@ def kernel(
         """Row i of a block; behind the last row of all it is that one again."""
         here, last = to.add(first, i), to.sub(given['count'], INT(1))
         here = to.select(to.icmp_signed('<', here, last), here, last)
-        taken = to.load(code.at(code.pointer('rows', INT), here)) if chosen else here
-        vectors = row('x', taken, widths[0])
+        vectors = row('x', here, widths[0])
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
@@ -147,7 +144,6 @@ def kernel(
 
 def forward(
     x: Tensor,
-    rows: Tensor | None,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     norm: Sequence[Tensor],
@@ -161,8 +157,7 @@ def forward(
     """See `fused_linear.forward`."""
     vector = lanes()
     widths = (x.shape[-1], *map(len, weights))
-    shape = x.shape[:-1] if rows is None else (len(x), len(rows) // max(1, len(x)))
-    out = x.new_empty(*shape, widths[-1])
+    out = x.new_empty(*x.shape[:-1], widths[-1])
 
     def by_row(tensor: Tensor | None) -> tuple[Tensor | int, int]:
         """A tensor as rows of numbers that follow one another, and how far apart these are."""
@@ -174,10 +169,9 @@ def forward(
 
     before = 'norm' if norm else 'sum' if gelu_summed is not None else '' if gelu_gate is None else 'gate'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
-    run = kernel(widths, rows is not None, before, gelu, bool(norm_after), plus is not None, vector)
+    run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), *by_row(x), 0 if rows is None else rows.contiguous(),
-        *by_row(gelu_gate if gelu_summed is None else gelu_summed),
+        torch.zeros(1, dtype=torch.int64), *by_row(x), *by_row(gelu_gate if gelu_summed is None else gelu_summed),
         *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
         *layers, *[0] * (2 - len(layers)), *by_row(plus), out, out.shape[:-1].numel(),
     ]  # fmt: skip

@@ -52,13 +52,22 @@ class Code:
         """The same number in all lanes."""
         return self.vector_type([x] * self.lanes)
 
+    def numbers(self) -> ir.Value:
+        """The number of each lane."""
+        return self.vector_type(list(map(float, range(self.lanes))))
+
     def integers(self, x: int) -> ir.Value:
         return ir.VectorType(ir.IntType(32), self.lanes)([x] * self.lanes)
 
-    def spread(self, number: ir.Value) -> ir.Value:
-        """A number in all lanes."""
+    def spread(self, number: ir.Value, count: int | None = None) -> ir.Value:
+        """A number in all lanes, or `count` times."""
         nothing = self.vector_type(ir.Undefined)
-        return self.to.shuffle_vector(self.to.insert_element(nothing, number, INT(0)), nothing, self.integers(0))
+        return self.shuffled(self.to.insert_element(nothing, number, INT(0)), nothing, [0] * (count or self.lanes))
+
+    def padded(self, vector: ir.Value, count: int) -> ir.Value:
+        """Filled up by zeros to `count` numbers."""
+        given = vector.type.count
+        return self.shuffled(vector, vector.type([0.0] * given), [min(i, given) for i in range(count)])
 
     def pointer(self, name: str, to: ir.Type = FLOAT) -> ir.Value:
         """An argument that is an address."""
@@ -83,63 +92,78 @@ class Code:
     def store(self, vector: ir.Value, pointer: ir.Value) -> None:
         self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=4)
 
-    def picked(self, first: ir.Value, second: ir.Value, places: Sequence[int]) -> ir.Value:
-        """Numbers of two vectors of the same length by their places, those of the second after those of the first."""
-        return self.to.shuffle_vector(first, second, ir.VectorType(ir.IntType(32), len(places))([*places]))
-
     def load_row(self, pointer: ir.Value, width: int) -> list[ir.Value]:
         """`width` numbers that follow one another, as vectors of which the last one is filled up by zeros."""
         places = range(0, width, self.lanes)
         parts = [self.load(self.at(pointer, INT(i)), min(self.lanes, width - i)) for i in places]
-        return [*parts[:-1], self.part(parts[-1], parts[-1].type.count, self.lanes)]
+        return [*parts[:-1], self.padded(parts[-1], self.lanes)]
 
     def store_row(self, vectors: Sequence[ir.Value], pointer: ir.Value, width: int) -> None:
         """The first `width` numbers of vectors."""
         for i, vector in zip(range(0, width, self.lanes), vectors, strict=True):
             count = min(self.lanes, width - i)
-            self.store(self.part(vector, count, count), self.at(pointer, INT(i)))
-
-    def part(self, vector: ir.Value, count: int, lanes: int) -> ir.Value:
-        """The first `count` numbers of a vector, and zeros up to `lanes`."""
-        places = [i if i < count else vector.type.count for i in range(lanes)]
-        return self.picked(vector, ir.Constant(vector.type, None), places)
+            self.store(self.part(vector, 0, count), self.at(pointer, INT(i)))
 
     def sum(self, vector: ir.Value) -> ir.Value:
         """Of all lanes, the halves of a vector again and again."""
         while (half := vector.type.count // 2) > 0:
-            vector = self.to.fadd(*(self.picked(vector, vector, range(i, i + half)) for i in (0, half)))
+            vector = self.to.fadd(self.part(vector, 0, half), self.part(vector, half, half))
         return self.to.extract_element(vector, INT(0))
-
-    def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
-        """Vectors of what stands at the same place of each row.
-
-        Of a square, blocks of half its side change places across the diagonal, then within these blocks of a quarter,
-        and so on.
-        """
-        count, length = len(rows), rows[0].type.count
-        side = 1 << (count - 1).bit_length()
-        columns: list[ir.Value] = []
-        for start in range(0, length, side):
-            here = [min(start + i, length) for i in range(side)]  # what is beyond the end is undefined
-            square = [self.picked(row, row.type(ir.Undefined), here) for row in rows]
-            square += [square[0].type(ir.Undefined)] * (side - count)
-            for step in (side >> n for n in range(1, side.bit_length())):
-                upper = [i if not i & step else i - step + side for i in range(side)]
-                lower = [i + step if not i & step else i + side for i in range(side)]
-                pairs = [(square[i & ~step], square[i | step], lower if i & step else upper) for i in range(side)]
-                square = [self.picked(*pair) for pair in pairs]
-            columns += [self.picked(x, x.type(ir.Undefined), range(count)) for x in square[: length - start]]
-        return columns
-
-    def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """x * y + z, in one instruction where there is one."""
-        return self.to.call(self._multiply_add, [x, y, z])
 
     def sqrt(self, x: ir.Value) -> ir.Value:
         """Of a number, or of each lane."""
         kind = 'f32' if x.type == FLOAT else f'v{x.type.count}f32'
         function = ir.FunctionType(x.type, [x.type])
         return self.to.call(self.module.declare_intrinsic(f'llvm.sqrt.{kind}', (), function), [x])
+
+    def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """Vectors of what stands at the same place of each row."""
+        count, side = rows[0].type.count, self.lanes
+        columns: list[list[ir.Value]] = [[] for _ in range(count)]
+        for top in range(0, len(rows), side):
+            for left in range(0, count, side):
+                square = self._transposed([self.part(row, left, side) for row in rows[top : top + side]])
+                for column, found in zip(columns[left : left + side], square, strict=False):
+                    column.append(found)
+        return [self.joined(parts, len(rows)) for parts in columns]
+
+    def _transposed(self, rows: list[ir.Value]) -> list[ir.Value]:
+        """Of at most as many rows as they have numbers: they swap halves, quarters, and so on."""
+        count = rows[0].type.count
+        rows = rows + [rows[0].type(ir.Undefined)] * (count - len(rows))
+        step = count // 2
+        while step:
+            first = [lane - step + count if lane & step else lane for lane in range(count)]
+            for i in range(count):
+                if not i & step:
+                    pair = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = (
+                        self.shuffled(*pair, [place + step * later for place in first]) for later in (0, 1)
+                    )
+            step //= 2
+        return rows
+
+    def shuffled(self, x: ir.Value, y: ir.Value, places: Sequence[int]) -> ir.Value:
+        """The numbers at these places of `x`, which `y` follows."""
+        return self.to.shuffle_vector(x, y, ir.VectorType(ir.IntType(32), len(places))(list(places)))
+
+    def part(self, vector: ir.Value, first: int, count: int) -> ir.Value:
+        """`count` numbers of a vector, from number `first` on; after its end they may be any."""
+        given = vector.type.count
+        return self.shuffled(vector, vector.type(ir.Undefined), [min(i, given) for i in range(first, first + count)])
+
+    def joined(self, vectors: Sequence[ir.Value], count: int) -> ir.Value:
+        """The first `count` numbers of vectors of the same length, one after the other."""
+        first, *others = vectors
+        for other in others:
+            have = first.type.count
+            wide = self.part(other, 0, have)
+            first = self.shuffled(first, wide, range(have + other.type.count))
+        return self.part(first, 0, count)
+
+    def multiply_add(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """x * y + z, in one instruction where there is one."""
+        return self.to.call(self._multiply_add, [x, y, z])
 
     def select_less(self, x: ir.Value, y: ir.Value) -> ir.Value:
         """The lesser in each lane; `y` where one is not a number."""

@@ -22,7 +22,7 @@ def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
         scale: factor of the products.
     """
     rows_are_vectors = bias.stride(2) == 1 and bias.shape[2] % LEAST_QUERIES == 0
-    return (fast_by_rows if rows_are_vectors and is_for_kernel(q, v) else by_rows)(q, k, v, bias, scale)
+    return (fast_by_rows if rows_are_vectors and is_for_kernel(q, *q.shape[1::2]) else by_rows)(q, k, v, bias, scale)
 
 
 @torch.library.custom_op('frugalsr::table_attention', mutates_args=())

@@ -26,8 +26,6 @@ AROUND: dict[str, tuple[str, ...]] = {
     'norm behind': ('norm_after', 'plus'),
     'sum': ('gelu_summed', 'plus'),
     'gate': ('gelu_gate',),
-    'rows': ('rows', 'norm', 'plus'),
-    'rows and sum': ('rows', 'gelu_summed'),
 }
 SIZES = {  # pixels, channels before, between and behind the layers
     'SwinIR-light': (100, 60, 120, 60),
@@ -79,10 +77,9 @@ def operands(names: tuple[str, ...], pixels: int, *widths: int, biased: bool = T
         'norm': norm_of(widths[0], 14),
         'norm_after': norm_of(widths[-1], 16),
         'gelu': True,
-        'rows': torch.arange(2 * pixels).flip(0) // 2 + 5,  # most of them twice, of both images
     }
     return {
-        'x': 1 + 2 * numbers(2, pixels + 3 * ('rows' in names), widths[0], seed=10),
+        'x': 1 + 2 * numbers(2, pixels, widths[0], seed=10),
         'layers': [(w, numbers(len(w), seed=20 + n) if biased else None) for n, w in enumerate(weights)],
         **{name: given[name] for name in names},
     }
@@ -91,7 +88,7 @@ def operands(names: tuple[str, ...], pixels: int, *widths: int, biased: bool = T
 def converted(value: Any, to: Callable[[Tensor], Tensor]) -> Any:
     """Arguments with their tensors as `to` makes them."""
     if isinstance(value, Tensor):
-        return to(value) if value.is_floating_point() else value
+        return to(value)
     if isinstance(value, (list, tuple)):
         return type(value)(converted(part, to) for part in value)
     if isinstance(value, dict):
@@ -105,7 +102,6 @@ def plain(x: Tensor, layers: list[tuple[Tensor, Tensor | None]], **around: Any) 
     def norm(x: Tensor, by: SimpleNamespace) -> Tensor:
         return F.layer_norm(x, by.weight.shape, by.weight, by.bias, by.eps)
 
-    x = x.flatten(0, 1)[around['rows']].view(len(x), -1, x.shape[-1]) if 'rows' in around else x
     x = norm(x, around['norm']) if 'norm' in around else x
     x = x + F.gelu(around['gelu_summed']) if 'gelu_summed' in around else x
     x = x * F.gelu(around['gelu_gate']) if 'gelu_gate' in around else x

@@ -1,0 +1,182 @@
+"""The kernels of `cached_attention_llvm`: softmax attention in registers, and its gradients.
+
+A vector holds one channel of as many queries as it has lanes. With their queries and sums in registers, keys and values
+are read number by number from the first cache, and no logit is ever written. For the gradients the queries of a vector
+have their rows of the map, and of the gradient by the logits, in the cache; no more of these is ever there.
+"""
+
+from functools import cache, partial
+
+from llvmlite import ir
+
+from model.ops.attention_code import AttentionCode, Sums
+from model.ops.llvm import FLOAT, INT, Kernel
+
+
+@cache
+def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
+    """Attention of queries and keys of `d` channels and values of `e`."""
+    code = AttentionCode(('q', 'k', 'v', 'out'), d, e, biased, lanes)
+    to, given = code.to, code.given
+
+    def attend(task: ir.Value) -> None:
+        """A window and a head; the windows of one head follow one another, since they share biases."""
+        code.begin(to.srem(task, given['windows']), to.sdiv(task, given['windows']))
+
+        def queries(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            first, tokens = code.queries(i)
+            query = [to.fmul(x, code.to_base_2) for x in code.by_channel('q', tokens, d)]
+            bias = code.biases_of(first) if biased else None
+
+            def add(start: ir.Value, keys: list[ir.Value], sums: Sums) -> Sums:
+                """Powers of 2, and those times values."""
+                powers = [code.exp2(logit) for logit in code.logits(query, keys, bias, start)]
+                for j, power in zip(keys, powers, strict=True):
+                    values = (code.number(code.row(j), d + i) for i in range(e))
+                    weighted = (code.multiply_add(power, *x) for x in zip(values, sums[1:], strict=True))
+                    sums = [to.fadd(sums[0], power), *weighted]
+                return sums
+
+            zeros = [code.vector(0)] * (e + 1)
+            total, *weighted = code.in_range(lambda start: code.over_keys(partial(add, start), zeros), query, bias)
+            share = to.fdiv(code.vector(1), total)
+            for n, result in zip(tokens, code.transposed([to.fmul(x, share) for x in weighted]), strict=True):
+                code.store(result, code.token('out', n))
+            return []
+
+        code.loop(INT(0), given['queries'], lanes, queries)
+
+    code.tasks(code.pointer('counter', INT), to.mul(given['windows'], given['heads']), attend)
+    return Kernel(code)
+
+
+@cache
+def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
+    """Gradients of the attention that `kernel` computes.
+
+    A task is a head and a part of the windows, which come one after the other and share what a bias has gathered.
+    With w = 2^logit, s the sum of w over the keys, p = w / s, g the gradient by the result and h = g v^T, the gradient
+    by the logits is w (h / s - sum(w h) / s^2), and that by the values the sum of w g / s over the queries.
+    """
+    tensors = ('q', 'k', 'v', 'grad', 'grad_q', 'grad_k', 'grad_v')
+    others = ('grad_biases', 'between_parts') if biased else ()
+    code = AttentionCode(tensors, d, e, biased, lanes, (*others, 'parts'))
+    to, given, zero = code.to, code.given, code.vector(0)
+    widths = [-(-channels // lanes) * lanes for channels in (d, e)]  # of rows of whole vectors
+    width = sum(widths)
+    pairs = code.at(code.memory, INT(lanes * width))  # powers and gradients by logits, of the queries of a vector
+    sums = code.at(pairs, to.mul(given['keys'], INT(2 * lanes)))  # gradients by keys and values
+    code.packed = code.at(sums, to.mul(given['keys'], INT(width)))
+    scale = code.spread(code.factor)
+
+    def query_row(n: ir.Value) -> ir.Value:
+        """A query of a vector, and the gradient by its result over the sum of its powers."""
+        return code.at(code.memory, to.mul(n, INT(width)))
+
+    def pair(j: ir.Value) -> tuple[ir.Value, ir.Value]:
+        place = code.at(pairs, to.mul(j, INT(2 * lanes)))
+        return place, code.at(place, INT(lanes))
+
+    def sums_of(j: ir.Value) -> ir.Value:
+        return code.at(sums, to.mul(j, INT(width)))
+
+    def queries(part: ir.Value, i: ir.Value) -> list[ir.Value]:
+        first, tokens = code.queries(i)
+        rows = [code.load(code.token('q', n), d) for n in tokens]
+        query = [to.fmul(x, code.to_base_2) for x in code.transposed(rows)]
+        by_results = [code.load(code.token('grad', n), e) for n in tokens]
+        # 0 for queries that come again in a vector before this one, which then takes their place.
+        counted = to.fcmp_ordered('>=', code.numbers(), code.spread(to.sitofp(to.sub(i, first), FLOAT)))
+        grad = [to.select(counted, x, zero) for x in code.transposed(by_results)]
+        bias = code.biases_of(first) if biased else None
+
+        def weigh(start: ir.Value, keys: list[ir.Value], found: Sums) -> Sums:
+            total, weighted = found
+            powers = [code.exp2(logit) for logit in code.logits(query, keys, bias, start)]
+            products = code.products(grad, keys, d, [zero] * len(keys))
+            for j, power, product in zip(keys, powers, products, strict=True):
+                for vector, place in zip((power, product), pair(j), strict=True):
+                    code.store(vector, place)
+                total, weighted = to.fadd(total, power), code.multiply_add(power, product, weighted)
+            return [total, weighted]
+
+        total, weighted = code.in_range(lambda start: code.over_keys(partial(weigh, start), [zero] * 2), query, bias)
+        share = to.fdiv(code.vector(1), total)
+        mean = to.fmul(to.fmul(weighted, share), share)
+        shares = to.select(counted, share, zero)
+        for n, (row, by_result) in enumerate(zip(rows, by_results, strict=True)):
+            place = query_row(INT(n))
+            code.store(code.padded(row, widths[0]), place)
+            share_of = code.spread(to.extract_element(shares, INT(n)), e)
+            code.store(code.padded(to.fmul(by_result, share_of), widths[1]), code.at(place, INT(widths[0])))
+        if biased:
+            of_part = code.at(code.pointer('grad_biases'), to.mul(part, given['between_parts']))
+            grad_bias = code.biases_of(first, of_part)
+
+        def spread(keys: list[ir.Value], found: Sums) -> Sums:
+            """Add what the logits of these keys come to in the gradients by biases and queries."""
+            for j in keys:
+                power, place = pair(j)
+                by_logit = to.fsub(to.fmul(code.load(place, lanes), share), mean)
+                by_logit = to.fmul(by_logit, code.load(power, lanes))
+                code.store(by_logit, place)
+                if biased:
+                    at_bias = code.at(grad_bias, code.integer('by_key', j))
+                    code.store(to.fadd(code.load(at_bias, lanes), by_logit), at_bias)
+                factors = (code.number(code.row(j), i) for i in range(d))
+                found = [code.multiply_add(by_logit, *x) for x in zip(factors, found, strict=True)]
+            return found
+
+        def gather(keys: list[ir.Value], _: Sums) -> Sums:
+            """Add the gradients by these keys and their values. A vector holds the channels of one."""
+            columns = range(0, width, lanes)
+            places = [code.at(sums_of(j), INT(c)) for c in columns for j in keys]
+
+            def add(n: ir.Value, totals: Sums) -> Sums:
+                by_logits, powers = ([code.spread(to.load(code.at(pair(j)[i], n))) for j in keys] for i in (1, 0))
+                factors = []
+                for c in columns:
+                    row = code.load(code.at(query_row(n), INT(c)), lanes)
+                    factors += [(x, row) for x in (by_logits if c < widths[0] else powers)]
+                return [code.multiply_add(*x, total) for x, total in zip(factors, totals, strict=True)]
+
+            totals = code.loop(INT(0), INT(lanes), 1, add, [code.load(place, lanes) for place in places])
+            for total, place in zip(totals, places, strict=True):
+                code.store(total, place)
+            return []
+
+        found = [to.fmul(x, scale) for x in code.over_keys(spread, [zero] * d)]
+        code.over_keys(gather, [])
+        for n, result in zip(tokens, code.transposed(found), strict=True):
+            code.store(result, code.token('grad_q', n))
+        return []
+
+    def attend(task: ir.Value) -> None:
+        head, part = to.sdiv(task, given['parts']), to.srem(task, given['parts'])
+        first, stop = (to.sdiv(to.mul(n, given['windows']), given['parts']) for n in (part, to.add(part, INT(1))))
+
+        def window(window: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            code.begin(window, head)
+
+            def clear(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                for c in range(0, width, lanes):
+                    code.store(zero, code.at(sums_of(j), INT(c)))
+                return []
+
+            def write(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                by_key = to.fmul(code.load(sums_of(j), d), code.spread(code.factor, d))
+                code.store(by_key, code.token('grad_k', j, 'keys'))
+                code.store(code.load(code.at(sums_of(j), INT(widths[0])), e), code.token('grad_v', j, 'keys'))
+                return []
+
+            code.loop(INT(0), given['keys'], 1, clear)
+            last = to.sub(given['queries'], INT(1))
+            last = to.sub(last, to.srem(last, INT(lanes)))
+            code.loop(INT(0), given['queries'], lanes, lambda i, _: queries(part, to.sub(last, i)))
+            code.loop(INT(0), given['keys'], 1, write)
+            return []
+
+        code.loop(first, stop, 1, window)
+
+    code.tasks(code.pointer('counter', INT), to.mul(given['heads'], given['parts']), attend)
+    return Kernel(code)
