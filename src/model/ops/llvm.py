@@ -92,6 +92,30 @@ class Code:
     def store(self, vector: ir.Value, pointer: ir.Value) -> None:
         self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=4)
 
+    def load_row(self, pointer: ir.Value, width: int) -> list[ir.Value]:
+        """`width` numbers that follow one another, as vectors of which the last one is filled up by zeros."""
+        places = range(0, width, self.lanes)
+        parts = [self.load(self.at(pointer, INT(i)), min(self.lanes, width - i)) for i in places]
+        return [*parts[:-1], self.padded(parts[-1], self.lanes)]
+
+    def store_row(self, vectors: Sequence[ir.Value], pointer: ir.Value, width: int) -> None:
+        """The first `width` numbers of vectors."""
+        for i, vector in zip(range(0, width, self.lanes), vectors, strict=True):
+            count = min(self.lanes, width - i)
+            self.store(self.part(vector, 0, count), self.at(pointer, INT(i)))
+
+    def sum(self, vector: ir.Value) -> ir.Value:
+        """Of all lanes, the halves of a vector again and again."""
+        while (half := vector.type.count // 2) > 0:
+            vector = self.to.fadd(self.part(vector, 0, half), self.part(vector, half, half))
+        return self.to.extract_element(vector, INT(0))
+
+    def sqrt(self, x: ir.Value) -> ir.Value:
+        """Of a number, or of each lane."""
+        kind = 'f32' if x.type == FLOAT else f'v{x.type.count}f32'
+        function = ir.FunctionType(x.type, [x.type])
+        return self.to.call(self.module.declare_intrinsic(f'llvm.sqrt.{kind}', (), function), [x])
+
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of what stands at the same place of each row."""
         count, side = rows[0].type.count, self.lanes
