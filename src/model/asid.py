@@ -32,12 +32,15 @@ from model.blocks.pixels import (
     GatedFFN,
     LayerNorm2d,
     LocalBlock,
+    PointwiseConv,
     attention_cell,
     to_map,
     to_tokens,
 )
 from model.blocks.windows import check_window, look_up_bias, relative_positions
 from model.common import NetworkSpec, check_images, conv, how_many, stacked, zero_pad
+from model.ops.fused_linear import Norm, fused_linear
+from model.ops.layer_norm import layer_norm
 
 
 class StageMaps(NamedTuple):
@@ -47,9 +50,9 @@ class StageMaps(NamedTuple):
     across: Tensor | None
 
 
-def mix(tokens: Tensor, attention_map: Tensor, to_v: Tensor, to_out: Tensor) -> Tensor:
-    """Values of the tokens (B, T, C), weighted by the map (B, T, T) and projected: both matrices (C, C) in one."""
-    return torch.bmm(attention_map, F.linear(tokens, to_out @ to_v))
+def mix(tokens: Tensor, norm: Norm, attention_map: Tensor, to_v: Tensor, to_out: Tensor) -> Tensor:
+    """Tokens (B, T, C) plus their values, weighted by the map (B, T, T) and projected: both matrices (C, C) in one."""
+    return tokens + torch.bmm(attention_map, fused_linear(tokens, [(to_out @ to_v, None)], norm=norm))
 
 
 class WindowAttention(nn.Module):
@@ -62,13 +65,15 @@ class WindowAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(n_feats, n_feats, bias=False))
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, 1)
 
-    def forward(self, tokens: Tensor, _: None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, norm: Norm, _: None) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, C) plus the attention to what `norm` makes of them, and its map (B, T, T)."""
         queries, keys, values = self.to_qkv.weight.chunk(3)
+        normed = layer_norm(tokens, norm.weight, norm.bias, norm.eps)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, tokens.device))
-        products = F.linear(tokens, keys.t() @ queries)  # q and k meet in their product alone: one matrix for both
-        logits = torch.baddbmm(bias, products, tokens.transpose(1, 2), alpha=len(keys) ** -0.5)
+        products = F.linear(normed, keys.t() @ queries)  # q and k meet in their product alone: one matrix for both
+        logits = torch.baddbmm(bias, products, normed.transpose(1, 2), alpha=len(keys) ** -0.5)
         attention_map = logits.softmax(-1)
-        return mix(tokens, attention_map, values, self.to_out.get_parameter('0.weight')), attention_map
+        return mix(tokens, norm, attention_map, values, self.to_out.get_parameter('0.weight')), attention_map
 
 
 class SharedAttention(nn.Module):
@@ -79,8 +84,8 @@ class SharedAttention(nn.Module):
         self.to_v = nn.Linear(n_feats, n_feats, bias=False)
         self.to_out = nn.Sequential(nn.Linear(n_feats, n_feats, bias=False))
 
-    def forward(self, tokens: Tensor, attention_map: Tensor) -> tuple[Tensor, Tensor]:
-        return mix(tokens, attention_map, self.to_v.weight, self.to_out.get_parameter('0.weight')), attention_map
+    def forward(self, tokens: Tensor, norm: Norm, attention_map: Tensor) -> tuple[Tensor, Tensor]:
+        return mix(tokens, norm, attention_map, self.to_v.weight, self.to_out.get_parameter('0.weight')), attention_map
 
 
 class SpatialAttention(nn.Module):
@@ -96,9 +101,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor, attention_map: Tensor | None) -> tuple[Tensor, Tensor]:
         cell = attention_cell(x, self.window_size, self.strided)
-        out, attention_map = self.attn(to_tokens(self.norm(x), cell, self.strided), attention_map)
-        x = x + to_map(out, x, cell, self.strided)
-        return x + self.gfn(self.cnorm(x)), attention_map
+        tokens, attention_map = self.attn(to_tokens(x, cell, self.strided), self.norm, attention_map)
+        return self.gfn(to_map(tokens, x, cell, self.strided), self.cnorm, residual=True), attention_map
 
 
 class LB(nn.Module):
@@ -123,10 +127,10 @@ class BlockC(nn.Module):
         self.gfn1, self.gfn2 = (GatedFFN(n_feats, n_feats) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.cttn1(self.canorm1(x))
-        x = x + self.gfn1(self.cnorm1(x))
-        x = x + self.cttn2(self.canorm2(x))
-        return x + self.gfn2(self.cnorm2(x))
+        x = self.cttn1(x, self.canorm1, residual=True)
+        x = self.gfn1(x, self.cnorm1, residual=True)
+        x = self.cttn2(x, self.canorm2, residual=True)
+        return self.gfn2(x, self.cnorm2, residual=True)
 
 
 class IDSABlock(nn.Module):
@@ -140,7 +144,7 @@ class IDSABlock(nn.Module):
         self.SLA1, self.SLA2, self.SLA3 = (SpatialAttention(i * quarter, window_size, False, first) for i in (3, 2, 1))
         self.SGA1, self.SGA2, self.SGA3 = (SpatialAttention(i * quarter, window_size, True, first) for i in (3, 2, 1))
         self.BlockC = BlockC(n_feats, window_size)
-        self.pw1, self.pw2, self.pw3 = (conv(i * quarter, i * quarter, 1) for i in (4, 3, 4))
+        self.pw1, self.pw2, self.pw3 = (PointwiseConv(i * quarter, i * quarter) for i in (4, 3, 4))
 
     def forward(self, x: Tensor, maps: Sequence[StageMaps] | None) -> tuple[Tensor, list[StageMaps]]:
         given = maps or [StageMaps(None, None)] * 3
@@ -173,16 +177,16 @@ class Group(nn.Module):
         super().__init__()
         block = IDSABlock(n_feats, window_size, first)
         if first:
-            self.res_end = conv(n_feats, n_feats, 1)
+            self.res_end = PointwiseConv(n_feats, n_feats)
         self.residual_layer = nn.Sequential(block) if first else block
         if not first:
-            self.res_end = conv(n_feats, n_feats, 1)
+            self.res_end = PointwiseConv(n_feats, n_feats)
         self.esa = ESA(n_feats)
 
     def forward(self, x: Tensor, maps: Sequence[StageMaps] | None) -> tuple[Tensor, list[StageMaps]]:
         block = self.residual_layer[0] if isinstance(self.residual_layer, nn.Sequential) else self.residual_layer
         out, found = block(x, maps)
-        return self.esa(x + self.res_end(out)), found
+        return self.esa(self.res_end(out, plus=x)), found
 
 
 class ASID(nn.Module):

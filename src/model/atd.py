@@ -96,8 +96,8 @@ class CategoryAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1, 1), math.log(10)))
         self.proj = TokenLinear(n_feats, n_feats)
 
-    def forward(self, qkv: Tensor, category: Tensor) -> Tensor:
-        """(N, L, 3 * C) and the categories (N, L) int64 to (N, L, C)."""
+    def forward(self, qkv: Tensor, category: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(N, L, 3 * C) and the categories (N, L) int64 to (N, L, C), like `plus`, which is added."""
         n, length, channels = qkv.shape
         size = min(length, self.category_size)
         order = category.argsort(dim=-1, stable=True)
@@ -106,7 +106,7 @@ class CategoryAttention(nn.Module):
         q, k, v = rows.view(-1, size, 3, self.n_heads, channels // (3 * self.n_heads)).unbind(2)
         factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         out = attention((q * factor).to(v.dtype), k, v, scale=1.0)
-        return self.proj(take_rows(out.reshape(n, -1, channels // 3), inverse_of(order)))
+        return self.proj(take_rows(out.reshape(n, -1, channels // 3), inverse_of(order)), plus=plus)
 
 
 class WindowAttention(nn.Module):
@@ -117,9 +117,9 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = relative_position_bias_table(window_size, n_heads)
         self.proj = TokenLinear(n_feats, n_feats)
 
-    def forward(self, qkv: Tensor, positions: Tensor, windows: Windows) -> Tensor:
+    def forward(self, qkv: Tensor, positions: Tensor, windows: Windows, plus: Tensor) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, positions)
-        return self.proj(window_attention(qkv, bias, windows))
+        return self.proj(window_attention(qkv, bias, windows), plus=plus)
 
 
 class Layer(nn.Module):
@@ -161,13 +161,13 @@ class Layer(nn.Module):
         normed = self.norm1(x)
         qkv = self.wqkv(normed)
         read, similarity = self.attn_atd(normed, tokens)
-        grouped = self.attn_aca(qkv, similarity.argmax(-1))
-        x = x + self.attn_win(qkv, positions, windows) + read + grouped
-        x = x + checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
+        x = self.attn_win(qkv, positions, windows, plus=x) + read
+        x = self.attn_aca(qkv, similarity.argmax(-1), plus=x)
+        x = checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
         return x, self.refine(tokens, similarity, x) if self.refines else tokens
 
     def feed_forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return self.convffn(self.norm2(x), height, width)
+        return self.convffn(x, height, width, norm=self.norm2, plus=x)
 
     def refine(self, tokens: Tensor, similarity: Tensor, x: Tensor) -> Tensor:
         """Adaptive token refinement: tokens (N, M, C) move towards the pixels (N, L, C) that are similar to them.

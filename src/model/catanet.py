@@ -45,7 +45,6 @@ from model.blocks.tokens import (
     TokenNorm,
     flatten_image,
     inverse_of,
-    linear,
     take_rows,
     unflatten_image,
 )
@@ -64,6 +63,7 @@ from model.common import (
     mirrored,
     shape_of,
 )
+from model.ops.fused_linear import Norm, fused_linear
 
 OVERLAP = 2  # pixels that two neighbouring patches share
 SLOPE = 0.1  # of the upsampler's LeakyReLU
@@ -80,9 +80,10 @@ class SelfAttention(nn.Module):
         self.to_v = TokenLinear(n_feats, n_feats, bias=False)
         self.proj = TokenLinear(n_feats, n_feats, bias=False)
 
-    def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values of tokens (N, L, C) side by side, (N, L, 2 * qk_dim + C)."""
-        return linear(x, torch.cat((self.to_q.weight, self.to_k.weight, self.to_v.weight)))
+    def qkv(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """Queries, keys and values of tokens (N, L, C) side by side, (N, L, 2 * qk_dim + C), after a norm."""
+        weight = torch.cat((self.to_q.weight, self.to_k.weight, self.to_v.weight))
+        return fused_linear(x, [(weight, None)], norm=norm)
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """(..., 2 * qk_dim + C) to queries and keys (..., heads, d) and values (..., heads, e)."""
@@ -97,8 +98,14 @@ class IntraGroupAttention(SelfAttention):
         super().__init__(n_feats, qk_dim, n_heads)
         self.group_size = group_size
 
-    def forward(self, x: Tensor, codes: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Tokens (N, L, C), the centre of each (N, L) int64, keys (M, qk_dim) and values (M, C) of the centres."""
+    def forward(self, x: Tensor, codes: Tensor, keys: Tensor, values: Tensor, last: nn.Conv2d, plus: Tensor) -> Tensor:
+        """To the shape of the tokens, through the projection and the 1x1 convolution `last`, with `plus` added.
+
+        Args:
+            x: tokens (N, L, C).
+            codes: the centre of each, (N, L) int64.
+            keys, values: (M, qk_dim) and (M, C), of the centres.
+        """
         n, length, channels = x.shape
         size = min(length, self.group_size)
         groups = (length + size - 1) // size
@@ -112,7 +119,8 @@ class IntraGroupAttention(SelfAttention):
         out = attention(q, k, v)
         k, v = (of.unflatten(-1, (self.n_heads, -1)).expand(len(q), -1, -1, -1) for of in (keys, values))
         out = out + attention(q, k, v)
-        return self.proj(take_rows(out.view(n, -1, channels), inverse_of(order[:, :length])))
+        out = take_rows(out.view(n, -1, channels), inverse_of(order[:, :length]))
+        return fused_linear(out, [(self.proj.weight, None), (last.weight, None)], plus=plus)
 
 
 class CentreAttention(nn.Module):
@@ -136,7 +144,7 @@ class FeedForward(nn.Module):
         self.fn = ConvFFN(n_feats, hidden, 5)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return x + self.fn(self.norm(x), height, width)
+        return self.fn(x, height, width, norm=self.norm, plus=x)
 
 
 class TokenAggregation(Centroids):
@@ -166,8 +174,7 @@ class TokenAggregation(Centroids):
         normed = self.norm(x)
         with full_precision(x):
             centres, codes = self.centres(at_least_float32(normed))
-        out = self.iasa_attn(normed, codes, *self.irca_attn(centres))
-        x = x + flatten_image(self.conv1x1(unflatten_image(out, height, width)))
+        x = self.iasa_attn(normed, codes, *self.irca_attn(centres), self.conv1x1, plus=x)
         return self.mlp(x, height, width)
 
     def centres(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +265,7 @@ class PatchAttention(nn.Module):
         n, length, channels = x.shape
         rows, columns = (cover(side, self.patch_size, x.device) for side in (height, width))
         pixels = rows.pixels[:, None, :, None] * width + columns.pixels[None, :, None, :]
-        patches = take_rows(self.fn.qkv(self.norm(x)), pixels.flatten().expand(n, -1))
+        patches = take_rows(self.fn.qkv(x, self.norm), pixels.flatten().expand(n, -1))
         q, k, v = self.fn.heads(patches.view(-1, pixels.shape[2] * pixels.shape[3], patches.shape[-1]))
         out = attention(q, k, v).view(n, *pixels.shape, channels).transpose(2, 3)
         out = out.reshape(n, rows.pixels.numel(), columns.pixels.numel(), channels)
@@ -267,7 +274,7 @@ class PatchAttention(nn.Module):
         for seam, axes in ((rows.seam, (-1, 1, 1)), (columns.seam, (-1, 1))):
             if seam is not None:
                 x = torch.where(seam.view(axes), 0.75 * x, x)
-        return x.view(n, length, channels) + self.fn.proj(out.view(n, length, channels))
+        return self.fn.proj(out.view(n, length, channels), plus=x.view(n, length, channels))
 
 
 class InTurn(nn.ModuleList):

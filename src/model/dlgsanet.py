@@ -219,7 +219,7 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.IDynamicDWConv(self.norm1(x))
-        return x + self.IDynamic_ffn(self.norm2(x))
+        return self.IDynamic_ffn(x, self.norm2.body, residual=True)
 
 
 class GlobalBlock(nn.Module):
@@ -234,7 +234,7 @@ class GlobalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.restormer_attn(self.norm3(x))
-        return x + self.restormer_ffn(self.norm4(x))
+        return self.restormer_ffn(x, self.norm4.body, residual=True)
 
 
 class Group(nn.Module):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
-from model.blocks.pixels import LayerNorm2d, gelu, to_map, to_tokens
+from model.blocks.pixels import LayerNorm2d, PointwiseConv, to_map, to_tokens
 from model.blocks.windows import biased_attention, check_window, hidden_width
 from model.common import (
     Float32Conv,
@@ -41,6 +41,7 @@ from model.common import (
     reflect_pad,
     stacked,
 )
+from model.ops.fused_linear import Norm
 
 EPS = 1e-6  # of all norms
 DYNAMIC = 3  # side of the kernels that are made from the image
@@ -51,13 +52,14 @@ class ConvFFN(nn.Module):
 
     def __init__(self, n_feats: int, hidden: int) -> None:
         super().__init__()
-        self.proj = conv(n_feats, hidden, 1)
+        self.proj = PointwiseConv(n_feats, hidden)
         self.dwc = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.aggr = conv(hidden, n_feats, 1)
+        self.aggr = PointwiseConv(hidden, n_feats)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = gelu(self.proj(x))
-        return self.aggr(x + gelu(self.dwc(x)))
+    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """Maps (N, C, H, W), normalised first."""
+        x = self.proj(x, norm=norm, gelu=True)
+        return self.aggr(x, gelu_summed=self.dwc(x))
 
 
 class WindowAttention(nn.Module):
@@ -67,16 +69,19 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.n_heads, self.window_size = n_heads, window_size
         self.relative_position_bias = nn.Parameter(0.001 * torch.randn(n_heads, (2 * window_size - 1) ** 2))
-        self.to_qkv = stacked(3, conv(n_feats, 3 * n_feats, 1))
-        self.to_out = conv(n_feats, n_feats, 1)
+        self.to_qkv = stacked(3, PointwiseConv(n_feats, 3 * n_feats))
+        self.to_out = PointwiseConv(n_feats, n_feats)
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
+    def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+        (height, width), plus = x.shape[2:], x if residual else None
         x = reflect_pad(x, self.window_size)
         cell = (self.window_size, self.window_size)
-        q, k, v = to_tokens(self.to_qkv(x), cell, strided=False).unflatten(2, (3, self.n_heads, -1)).unbind(2)
+        qkv = to_tokens(self.to_qkv(x, norm=norm), cell, strided=False)
+        q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         table = self.relative_position_bias.unflatten(1, (2 * self.window_size - 1, -1))
-        return self.to_out(to_map(biased_attention(q, k, v, table), x, cell, strided=False)[..., :height, :width])
+        out = to_map(biased_attention(q, k, v, table), x, cell, strided=False)
+        return self.to_out(out[..., :height, :width], plus=plus)
 
 
 class DynamicKernels(nn.Sequential):
@@ -146,10 +151,10 @@ class ConvAttention(nn.Module):
         super().__init__()
         self.part = part
         self.plk = plk
-        self.aggr = conv(n_feats, n_feats, 1)
+        self.aggr = PointwiseConv(n_feats, n_feats)
 
-    def forward(self, x: Tensor, kernels: Sequence[Tensor]) -> Tensor:
-        return self.aggr(torch.cat((self.plk(x[:, : self.part], *kernels), x[:, self.part :]), 1))
+    def forward(self, x: Tensor, kernels: Sequence[Tensor], plus: Tensor | None = None) -> Tensor:
+        return self.aggr(torch.cat((self.plk(x[:, : self.part], *kernels), x[:, self.part :]), 1), plus=plus)
 
 
 class Block(nn.Module):
@@ -170,10 +175,9 @@ class Block(nn.Module):
         self.conv_out = conv(n_feats, n_feats, 3)
 
     def forward(self, x: Tensor, kernels: Sequence[Tensor]) -> Tensor:
-        y = self.proj(self.ln_proj(x))
-        y = y + self.attn(self.ln_attn(y))
+        y = self.attn(self.proj(x, self.ln_proj), self.ln_attn, residual=True)
         for ln, ffn, pconv in zip(self.lns, self.convffns, self.pconvs, strict=True):
-            y = y + pconv(ffn(ln(y)), kernels)
+            y = pconv(ffn(y, ln if isinstance(ln, LayerNorm2d) else None), kernels, plus=y)
         return x + self.conv_out(self.ln_out(y))
 
 

@@ -22,6 +22,7 @@ Departures from the official code:
 import math
 from collections.abc import Mapping
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.pixels import to_map, to_tokens
+from model.blocks.pixels import PointwiseConv, to_map, to_tokens
 from model.blocks.swin import Frame
 from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, unflatten_image
 from model.blocks.windows import MOST_WINDOW, hidden_width, init_linear
@@ -58,8 +59,9 @@ class DualFeatures(nn.Module):
         super().__init__()
         few = n_feats // REDUCTION
         act = nn.LeakyReLU(SLOPE)
-        self.conv = nn.Sequential(conv(n_feats, few, 1), act, conv(few, few, 3), act, stacked(2, conv(few, n_feats, 1)))
-        self.linear = stacked(2, conv(n_feats, n_feats, 1))
+        first, last = PointwiseConv(n_feats, few), stacked(2, PointwiseConv(few, n_feats))
+        self.conv = nn.Sequential(first, act, conv(few, few, 3), act, last)
+        self.linear = stacked(2, PointwiseConv(n_feats, n_feats))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) * self.linear(x)
@@ -123,13 +125,13 @@ class Correlation(nn.Module):
         self.spatial_linear = nn.Linear(self.cell**2, 1)
         self.pos = PositionBias(n_heads, window, self.cell)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to tokens (N, H * W, C)."""
+    def forward(self, x: Tensor, **behind: Any) -> Tensor:
+        """(N, C, H, W) to tokens (N, H * W, C), with what `fused_linear` takes behind."""
         height, width = x.shape[2:]
         qv = self.qv(reflect_pad(x, self.window))
         with full_precision(x):
             out = self.correlate(at_least_float32(qv))
-        return self.proj(flatten_image(out[:, :, :height, :width]))
+        return self.proj(flatten_image(out[:, :, :height, :width]), **behind)
 
     def correlate(self, qv: Tensor) -> Tensor:
         """Queries and values (N, C, H, W), of whole windows, to both correlations of the same shape."""
@@ -170,8 +172,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Tokens (N, H * W, C) to the same shape."""
-        x = x + self.norm1(self.correlation(unflatten_image(x, height, width)))
-        return x + self.norm2(self.mlp(x, height, width))
+        x = self.correlation(unflatten_image(x, height, width), norm_after=self.norm1, plus=x)
+        return self.mlp(x, height, width, norm_after=self.norm2, plus=x)
 
 
 class ResidualGroup(nn.Module):

@@ -25,6 +25,7 @@ from model.blocks.pixels import (
     GatedFFN,
     LayerNorm2d,
     LocalBlock,
+    PointwiseConv,
     attention_cell,
     to_map,
     to_tokens,
@@ -32,6 +33,7 @@ from model.blocks.pixels import (
 from model.blocks.tokens import TokenLinear
 from model.blocks.windows import attention, check_window, look_up_bias, relative_positions
 from model.common import NetworkSpec, check_divides, check_images, conv, how_many, stacked, zero_pad
+from model.ops.fused_linear import Norm
 
 TOKEN_EPS, MAP_EPS = 1e-5, 1e-6  # of the norms before attention over pixels, and of all others
 
@@ -46,12 +48,15 @@ class WindowAttention(nn.Module):
         self.to_out = nn.Sequential(TokenLinear(n_feats, n_feats, bias=False))
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, n_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
         cell = attention_cell(x, self.window_size, self.strided)
-        qkv = self.to_qkv(to_tokens(x, cell, self.strided))
+        tokens = to_tokens(x, cell, self.strided)
+        qkv = self.to_qkv(tokens, norm=norm)
         q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
-        return to_map(self.to_out(attention(q, k, v, bias.unsqueeze(1).to(q.dtype))), x, cell, self.strided)
+        out = attention(q, k, v, bias.unsqueeze(1).to(q.dtype))
+        return to_map(self.to_out[0](out, plus=tokens if residual else None), x, cell, self.strided)
 
 
 class Residual(nn.Module):
@@ -63,7 +68,7 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fn(self.norm(x))
+        return self.fn(x, norm=self.norm, residual=True)
 
 
 class OSABlock(nn.Module):
@@ -106,11 +111,12 @@ class OSAGroup(nn.Module):
 
     def __init__(self, n_feats: int, n_heads: int, window_size: int) -> None:
         super().__init__()
-        self.residual_layer = nn.Sequential(OSABlock(n_feats, n_heads, window_size), conv(n_feats, n_feats, 1))
+        self.residual_layer = nn.Sequential(OSABlock(n_feats, n_heads, window_size), PointwiseConv(n_feats, n_feats))
         self.esa = ESA(n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.esa(x + self.residual_layer(x))
+        block, last = self.residual_layer
+        return self.esa(last(block(x), plus=x))
 
 
 class OmniSR(nn.Module):

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.pixels import GELU
 from model.blocks.swin import Frame
 from model.blocks.tokens import ConvFFN, TokenLinear, TokenNorm, flatten_image, unflatten_image
 from model.blocks.windows import (
@@ -144,15 +143,16 @@ class WindowAttention(nn.Module):
         self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(
-        self, qkv: Tensor, lepe: Tensor, positions: Tensor, windows: Windows, focus: Focus
+        self, qkv: Tensor, around: Tensor, positions: Tensor, windows: Windows, focus: Focus, plus: Tensor | None = None
     ) -> tuple[Tensor, Focus]:
-        """Pixels (N, H * W, 3 * C) in the order of the windows, and what is added to each before the projection.
+        """Pixels (N, H * W, 3 * C) in the order of the windows; GELU of `around` is added before the projection.
 
-        The latter and the result are (N, H * W, C), row by row.
+        It and `plus`, which is added behind, and the result are (N, H * W, C), row by row.
         """
         with full_precision(qkv):
             out, focus = self.attend(at_least_float32(qkv), positions, windows, focus)
-        return self.proj(reordered(out.view_as(lepe), windows.inverse) + lepe), focus
+        out = reordered(out.view_as(around), windows.inverse)
+        return self.proj(out, gelu_summed=around, plus=plus), focus
 
     def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
         """To (B, T, heads, d)."""
@@ -172,12 +172,12 @@ class WindowAttention(nn.Module):
 
 
 class PositionalEncoding(nn.Module):
-    """Locally-enhanced positional encoding (LePE): GELU of a depthwise convolution of the values."""
+    """Locally-enhanced positional encoding (LePE): a depthwise convolution of the values, whose GELU comes later."""
 
     def __init__(self, n_feats: int, kernel_size: int) -> None:
         super().__init__()
         depthwise = nn.Conv2d(n_feats, n_feats, kernel_size, padding=kernel_size // 2, groups=n_feats)
-        self.depthwise_conv = nn.Sequential(depthwise, GELU())
+        self.depthwise_conv = nn.Sequential(depthwise)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.depthwise_conv(x)
@@ -202,15 +202,14 @@ class Layer(nn.Module):
         self, x: Tensor, height: int, width: int, positions: Tensor, windows: Windows, focus: Focus
     ) -> tuple[Tensor, Focus]:
         """Pixels (N, H * W, C), and what is handed on from layer to layer with the same windows."""
-        qkv = self.wqkv(reordered(self.norm1(x), windows.order))
+        qkv = self.wqkv(reordered(x, windows.order), norm=self.norm1)
         v = unflatten_image(reordered(qkv.chunk(3, -1)[2], windows.inverse), height, width)
-        attended, focus = self.attn_win(qkv, flatten_image(self.v_LePE(v)), positions, windows, focus)
-        x = x + attended
-        x = x + checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
+        x, focus = self.attn_win(qkv, flatten_image(self.v_LePE(v)), positions, windows, focus, plus=x)
+        x = checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
         return x, focus
 
     def feed_forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return self.convffn(self.norm2(x), height, width)
+        return self.convffn(x, height, width, norm=self.norm2, plus=x)
 
 
 class ResidualGroup(nn.Module):

@@ -14,10 +14,10 @@ Departures from the official code:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
@@ -42,6 +42,7 @@ from model.common import (
     how_many,
     stacked,
 )
+from model.ops.fused_linear import Norm, fused_linear
 
 NOMINAL_SIZE = 64  # of the input that the masks in the weights are for
 
@@ -58,9 +59,9 @@ class WindowAttention(nn.Module):
         self.qkv = stacked(3, TokenLinear(n_feats, 3 * n_feats))
         self.proj = TokenLinear(n_feats, n_feats)
 
-    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+    def forward(self, x: Tensor, windows: Windows, norm: Norm, plus: Tensor | None) -> Tensor:
         bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
-        return self.proj(window_attention(self.qkv(x), bias, windows))
+        return self.proj(window_attention(self.qkv(x, norm=norm), bias, windows), plus=plus)
 
 
 class MLP(nn.Module):
@@ -71,8 +72,9 @@ class MLP(nn.Module):
         self.fc1 = TokenLinear(n_feats, hidden)
         self.fc2 = TokenLinear(hidden, n_feats)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: Norm, plus: Tensor | None) -> Tensor:
+        layers = [(layer.weight, layer.bias) for layer in (self.fc1, self.fc2)]
+        return fused_linear(x, layers, norm=norm, gelu=True, plus=plus)
 
 
 class Layer(nn.Module):
@@ -94,15 +96,15 @@ class Layer(nn.Module):
         self.mlp = MLP(n_feats, hidden)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), windows))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.add(x, partial(self.attn, x, windows, self.norm1))
+        return self.add(x, partial(self.mlp, x, self.norm2))
 
-    def drop(self, branch: Tensor) -> Tensor:
-        """(N, L, C), some of the N zero and the others enlarged for it; the same in evaluation."""
+    def add(self, x: Tensor, branch: Callable[..., Tensor]) -> Tensor:
+        """x plus a branch (N, L, C), of which in training some of the N are zero and the others enlarged for it."""
         if not self.training or self.drop_path == 0:
-            return branch
+            return branch(plus=x)
         keep = 1 - self.drop_path
-        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep)
+        return x + branch(plus=None) * x.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
 
 
 def nominal_masks(window_size: int) -> Tensor:

@@ -133,15 +133,19 @@ def test_stochastic_depth_rises_linearly() -> None:
 
 def test_stochastic_depth_leaves_out_whole_images_in_training_only() -> None:
     layer = Layer(4, 2, 4, 8, drop_path=0.25, shifted=False).double()
-    branch = images(4000, 2, 4) + 1
-    assert layer.eval().drop(branch) is branch
+    x, result = images(4000, 2, 4), images(4000, 2, 4) + 1
+
+    def branch(plus: Tensor | None) -> Tensor:
+        return result if plus is None else plus + result
+
+    assert torch.equal(layer.eval().add(x, branch), x + result)
     torch.manual_seed(0)
-    out = layer.train().drop(branch)
-    kept = out[:, 0, 0] > 0
+    out = layer.train().add(x, branch)
+    kept = out[:, 0, 0] > x[:, 0, 0]
     assert 0.72 < kept.double().mean() < 0.78
-    assert torch.allclose(out, branch / 0.75 * kept.view(-1, 1, 1))
+    assert torch.allclose(out, x + result / 0.75 * kept.view(-1, 1, 1))
     torch.manual_seed(0)
-    assert torch.equal(layer.drop(branch), out)  # drawn from the global generator
+    assert torch.equal(layer.add(x, branch), out)  # drawn from the global generator
 
 
 def test_a_dropped_branch_leaves_its_input() -> None:

@@ -1,10 +1,13 @@
 """Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet, IMDN, BSRN)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.common import at_least_float32, conv, stacked
+from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
 
 
@@ -20,25 +23,48 @@ class GELU(nn.Module):
         return gelu(x)
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, **around: Any) -> Tensor:
+    """1x1 convolution of maps (N, C, H, W), with what `fused_linear` takes around it, its tensors being maps too."""
+    given: dict[str, Any] = {
+        key: by_pixel(value) if isinstance(value, Tensor) else value for key, value in around.items()
+    }
+    return fused_linear(by_pixel(x), [(weight, bias)], **given).permute(0, 3, 1, 2)
+
+
+def by_pixel(x: Tensor) -> Tensor:
+    """Maps (N, C, H, W) seen as (N, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+class PointwiseConv(nn.Conv2d):
+    """See `pointwise`."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, input: Tensor, **around: Any) -> Tensor:
+        return pointwise(input, self.weight, self.bias, **around)
+
+
 class GatedFFN(nn.Module):
     """Gated feed-forward network with a depthwise 3x3 (Restormer, section 3.2): project_out(gelu(a) * b)."""
 
     def __init__(self, n_feats: int, hidden: int) -> None:
         super().__init__()
-        self.project_in = stacked(2, conv(n_feats, 2 * hidden, 1, bias=False))
+        self.project_in = stacked(2, PointwiseConv(n_feats, 2 * hidden, bias=False))
         self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
-        self.project_out = conv(hidden, n_feats, 1, bias=False)
+        self.project_out = PointwiseConv(hidden, n_feats, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # One convolution a half: parts of the channels of one map are slow to work on in channels_last memory. The gate
-        # is finished first, so that a CPU's cache has less to hold.
+    def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+        # One convolution a half: parts of the channels of one map are slow to work on in channels_last memory.
         first, second = self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2)
 
         def half(i: int) -> Tensor:
-            return F.conv2d(F.conv2d(x, first[i]), second[i], padding=1, groups=len(second[i]))
+            return F.conv2d(pointwise(x, first[i], norm=norm), second[i], padding=1, groups=len(second[i]))
 
-        gate = gelu(half(0))
-        return self.project_out(gate * half(1))
+        gate = half(0)
+        return self.project_out(half(1), gelu_gate=gate, plus=x if residual else None)
 
 
 class TransposedAttention(nn.Module):
@@ -51,9 +77,9 @@ class TransposedAttention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.temperature = nn.Parameter(torch.ones(n_heads, 1, 1))
-        self.qkv = stacked(3, conv(n_feats, 3 * n_feats, 1, bias=False))
+        self.qkv = stacked(3, PointwiseConv(n_feats, 3 * n_feats, bias=False))
         self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
-        self.project_out = conv(n_feats, n_feats, 1, bias=False)
+        self.project_out = PointwiseConv(n_feats, n_feats, bias=False)
 
     def weights(self, logits: Tensor) -> Tensor:
         """What makes a map of the scaled cosines."""
@@ -128,16 +154,20 @@ class LocalBlock(nn.Module):
     def __init__(self, n_feats: int) -> None:
         super().__init__()
         self.fn = nn.Sequential(
-            conv(n_feats, n_feats, 1),
+            PointwiseConv(n_feats, n_feats),
             GELU(),
             nn.Conv2d(n_feats, n_feats, 3, padding=1, groups=n_feats),
             GELU(),
             SqueezeExcitation(n_feats),
-            conv(n_feats, n_feats, 1),
+            PointwiseConv(n_feats, n_feats),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fn(x)
+        first, _, *between, last = self.fn
+        y = first(x, gelu=True)
+        for layer in between:
+            y = layer(y)
+        return last(y, plus=x)
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -157,12 +187,13 @@ class ChannelAttention(TransposedAttention):
         self.cell = (window_size, window_size)
         self.strided = strided
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = to_tokens(self.qkv_dwconv(self.qkv(x)), self.cell, self.strided, 3 * self.n_heads)
+    def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+        parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
         q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
         cosines = q.transpose(2, 3) @ k / l2_norm(q).transpose(2, 3) / l2_norm(k)
         out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
-        return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads))
+        return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
 
 
 class ESA(nn.Module):

@@ -83,6 +83,33 @@ class Code:
     def store(self, vector: ir.Value, pointer: ir.Value) -> None:
         self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=4)
 
+    def load_row(self, pointer: ir.Value, width: int) -> list[ir.Value]:
+        """`width` numbers that follow one another, as vectors of which the last one is filled up by zeros."""
+        places = range(0, width, self.lanes)
+        parts = [self.load(self.at(pointer, INT(i)), min(self.lanes, width - i)) for i in places]
+        return [*parts[:-1], self.part(parts[-1], parts[-1].type.count, self.lanes)]
+
+    def store_row(self, vectors: Sequence[ir.Value], pointer: ir.Value, width: int) -> None:
+        """The first `width` numbers of vectors."""
+        for i, vector in zip(range(0, width, self.lanes), vectors, strict=True):
+            count = min(self.lanes, width - i)
+            self.store(self.part(vector, count, count), self.at(pointer, INT(i)))
+
+    def part(self, vector: ir.Value, count: int, lanes: int) -> ir.Value:
+        """The first `count` numbers of a vector, and zeros up to `lanes`."""
+        places = ir.VectorType(ir.IntType(32), lanes)([i if i < count else vector.type.count for i in range(lanes)])
+        return self.to.shuffle_vector(vector, ir.Constant(vector.type, None), places)
+
+    def sum(self, vector: ir.Value) -> ir.Value:
+        """Of all lanes, the halves of a vector again and again."""
+        while (half := vector.type.count // 2) > 0:
+            places = (ir.VectorType(ir.IntType(32), half)([*range(i, i + half)]) for i in (0, half))
+            vector = self.to.fadd(*(self.to.shuffle_vector(vector, vector, x) for x in places))
+        return self.to.extract_element(vector, INT(0))
+
+    def sqrt(self, number: ir.Value) -> ir.Value:
+        return self.to.call(self.module.declare_intrinsic('llvm.sqrt', [FLOAT]), [number])
+
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of what stands at the same place of each row."""
         columns = []

@@ -1,0 +1,179 @@
+"""Linear layers with what stands around them in registers and the first cache: see `fused_linear`, whose form this is.
+
+A few rows, each the channels of a pixel, are read and normed or gated, go through the layers, and are written.
+"""
+
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from model.ops.llvm import FLOAT, INT, Code, Kernel, lanes
+from model.ops.product_llvm import BLOCKS, packed, product
+
+NAMES = (
+    'counter', 'x', 'x_step', 'other', 'other_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
+    'rows',
+)  # fmt: skip
+FURTHEST = 5.75  # from where on erf(x / sqrt(2)) is 1; there the quotient below is larger by more than its rounding
+ERF = (  # erf(x / sqrt(2)) = x P(x^2) / Q(x^2) to 1.5e-8 where it is below 1: P and Q, fitted by weighted least squares
+    (0.797884466, 0.0678614585, 0.00936332166, 0.000339135965, 1.27039569e-05, 4.53076235e-08),
+    (1.0, 0.251717614, 0.0286895699, 0.00188865275, 7.38585777e-05, 1.19471204e-06),
+)
+
+
+def gelu(code: Code, x: ir.Value) -> ir.Value:
+    """x (1 + erf(x / sqrt(2))) / 2 to 2e-7 of |x|."""
+    to = code.to
+    near = code.select_less(code.vector(FURTHEST), code.select_greater(code.vector(-FURTHEST), x))
+    square, parts = to.fmul(near, near), []
+    for *others, last in ERF:
+        part = code.vector(last)
+        for coefficient in reversed(others):
+            part = code.multiply_add(part, square, code.vector(coefficient))
+        parts.append(part)
+    erf = to.fdiv(to.fmul(near, parts[0]), parts[1])
+    erf = code.select_less(code.vector(1), code.select_greater(code.vector(-1), erf))
+    half = to.fmul(x, code.vector(0.5))
+    return code.multiply_add(half, erf, half)
+
+
+def layer_norm(
+    code: Code, row: Sequence[ir.Value], width: int, scale: Sequence[ir.Value], shift: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """A row of `width` numbers, filled up by zeros to whole vectors, of mean 0 and variance 1, times scale, plus shift.
+
+    `code.factor` is added to the variance.
+    """
+    to = code.to
+
+    def mean(vectors: Sequence[ir.Value]) -> ir.Value:
+        total, *others = vectors
+        for vector in others:
+            total = to.fadd(total, vector)
+        return to.fmul(code.sum(total), FLOAT(1 / width))
+
+    middle = code.spread(mean(row))
+    *whole, last = [to.fsub(vector, middle) for vector in row]
+    centred = [*whole, code.part(last, width - len(whole) * code.lanes, code.lanes)]
+    variance = mean([to.fmul(vector, vector) for vector in centred])
+    share = code.spread(to.fdiv(FLOAT(1), code.sqrt(to.fadd(variance, code.factor))))
+    unit = [to.fmul(vector, share) for vector in centred]
+    return [code.multiply_add(*factors) for factors in zip(unit, scale, shift, strict=True)]
+
+
+def filled_up(widths: Sequence[int], lanes: int) -> list[int]:
+    """Numbers of channels, each as that of whole vectors."""
+    return [-(-width // lanes) * lanes for width in widths]
+
+
+@cache
+def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Kernel:
+    """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
+
+    `active` says whether GELU follows the first layer, `added` whether `plus` is added.
+    """
+    code = Code(NAMES, lanes)
+    to, given = code.to, code.given
+    n_rows, n_vectors = BLOCKS[lanes]
+    steps = filled_up(widths, lanes)  # from row to row of a block
+    places = [n_rows * sum(steps[:i]) for i in range(len(steps))]
+    blocks = [code.at(code.memory, INT(place)) for place in places]  # before, between and behind the layers
+
+    def row(name: str, i: ir.Value, width: int) -> list[ir.Value]:
+        return code.load_row(code.at(code.pointer(name), to.mul(i, given[f'{name}_step'])), width)
+
+    def norm(vectors: list[ir.Value], width: int) -> list[ir.Value]:
+        scale, shift = (code.load_row(code.pointer(name), width) for name in ('scale', 'shift'))
+        return layer_norm(code, vectors, width, scale, shift)
+
+    def read(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        """Row i of a block; behind the last row of all it is that one again."""
+        here, last = to.add(first, i), to.sub(given['rows'], INT(1))
+        here = to.select(to.icmp_signed('<', here, last), here, last)
+        vectors = row('x', here, widths[0])
+        if before == 'norm':
+            vectors = norm(vectors, widths[0])
+        elif before:
+            combine, others = {'sum': to.fadd, 'gate': to.fmul}[before], row('other', here, widths[0])
+            vectors = [combine(x, gelu(code, other)) for x, other in zip(vectors, others, strict=True)]
+        code.store_row(vectors, code.at(blocks[0], to.mul(i, INT(steps[0]))), steps[0])
+        return []
+
+    def multiply(layer: int, count: int, j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        """`count` vectors of what a layer gives, from vector j on."""
+        inputs, outputs = widths[layer], steps[layer + 1]
+        rows = [code.at(blocks[layer], INT(r * steps[layer])) for r in range(n_rows)]
+        parameters = code.pointer(('first', 'second')[layer])
+        biases = [code.at(parameters, to.mul(to.add(j, INT(n)), INT((1 + inputs) * lanes))) for n in range(count)]
+        columns = [code.at(bias, INT(lanes)) for bias in biases]
+        sums = [code.load(bias, lanes) for bias in biases] * n_rows
+        for n, vector in enumerate(product(code, rows, columns, INT(lanes), INT(inputs), sums)):
+            place = to.add(to.mul(j, INT(lanes)), INT(n // count * outputs + n % count * lanes))
+            code.store(gelu(code, vector) if active and layer == 0 else vector, code.at(blocks[layer + 1], place))
+        return []
+
+    def write(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        here, width = to.add(first, i), widths[-1]
+        vectors = code.load_row(code.at(blocks[-1], to.mul(i, INT(steps[-1]))), width)
+        if normed:
+            vectors = norm(vectors, width)
+        if added:
+            vectors = [to.fadd(*pair) for pair in zip(row('plus', here, width), vectors, strict=True)]
+        code.store_row(vectors, code.at(code.pointer('out'), to.mul(here, INT(width))), width)
+        return []
+
+    def block(task: ir.Value) -> None:
+        first = to.mul(task, INT(n_rows))
+        left = to.sub(given['rows'], first)
+        stop = to.select(to.icmp_signed('<', left, INT(n_rows)), left, INT(n_rows))
+        code.loop(INT(0), INT(n_rows), 1, partial(read, first))
+        for layer in range(len(widths) - 1):
+            vectors = steps[layer + 1] // lanes
+            whole, rest = vectors - vectors % n_vectors, vectors % n_vectors
+            code.loop(INT(0), INT(whole), n_vectors, partial(multiply, layer, n_vectors))
+            if rest:
+                multiply(layer, rest, INT(whole), [])
+        code.loop(INT(0), stop, 1, partial(write, first))
+
+    code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['rows'], INT(n_rows - 1)), INT(n_rows)), block)
+    return Kernel(code)
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Sequence[Tensor],
+    norm_after: Sequence[Tensor],
+    eps: float,
+    gelu_summed: Tensor | None,
+    gelu_gate: Tensor | None,
+    gelu: bool,
+    plus: Tensor | None,
+) -> Tensor:
+    """See `fused_linear.forward`."""
+    vector = lanes()
+    widths = (x.shape[-1], *map(len, weights))
+    out = x.new_empty(*x.shape[:-1], widths[-1])
+
+    def rows(tensor: Tensor | None) -> tuple[Tensor | int, int]:
+        """A tensor as rows of numbers that follow one another, and how far apart these are."""
+        if tensor is None:
+            return 0, 0
+        tensor = tensor.reshape(-1, tensor.shape[-1])
+        tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
+        return tensor, tensor.stride(0)
+
+    before = 'norm' if norm else 'sum' if gelu_summed is not None else '' if gelu_gate is None else 'gate'
+    layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
+    run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)
+    given = [
+        torch.zeros(1, dtype=torch.int64), *rows(x), *rows(gelu_gate if gelu_summed is None else gelu_summed),
+        *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
+        *layers, *[0] * (2 - len(layers)), *rows(plus), out, out.shape[:-1].numel(),
+    ]  # fmt: skip
+    run(given, BLOCKS[vector][0] * sum(filled_up(widths, vector)), eps)
+    return out

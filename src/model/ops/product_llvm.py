@@ -1,0 +1,51 @@
+"""The matrix product of kernels for CPUs: a few rows of one matrix times a few vectors of another, in registers."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from llvmlite import ir
+from torch import Tensor
+
+from model.ops.llvm import INT, Code
+
+BLOCKS = {16: (12, 2), 8: (6, 2)}  # lanes: rows and vectors whose sums stay in the registers of AVX-512 and AVX2
+
+
+def product(
+    code: Code,
+    rows: Sequence[ir.Value],
+    columns: Sequence[ir.Value],
+    step: ir.Value,
+    count: ir.Value,
+    sums: Sequence[ir.Value],
+) -> list[ir.Value]:
+    """Write the product of a few rows and a few vectors of columns: `sums` and, over all k, rows[k] * columns[k].
+
+    Args:
+        code: what is being written.
+        rows: R pointers, each to `count` numbers that follow one another.
+        columns: V pointers, each to `count` vectors that are `step` numbers apart.
+        step: an integer.
+        count: an integer, 0 or more.
+        sums: R * V vectors, those of the first row first. `BLOCKS` has numbers of both that are fast.
+
+    Returns:
+        R * V vectors in the same order.
+    """
+
+    def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        place = code.to.mul(k, step)
+        vectors = [code.load(code.at(column, place), code.lanes) for column in columns]
+        numbers = [code.spread(code.to.load(code.at(row, k))) for row in rows]
+        pairs = ((number, vector) for number in numbers for vector in vectors)
+        return [code.multiply_add(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
+
+    return code.loop(INT(0), count, 1, add, sums)
+
+
+def packed(weight: Tensor, bias: Tensor | None, lanes: int) -> Tensor:
+    """A linear layer (O, K) as columns for `product`: (vectors, 1 + K, lanes), the bias first, filled up by zeros."""
+    first = weight.new_zeros(1, len(weight)) if bias is None else bias.unsqueeze(0)
+    columns = F.pad(torch.cat((first, weight.t())), (0, -len(weight) % lanes))
+    return columns.unflatten(1, (-1, lanes)).transpose(0, 1).contiguous()

@@ -1,0 +1,252 @@
+import logging
+import math
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from measure.speed import by_kind, clocked
+from model import build
+from model.ops import fast, fused_linear_llvm
+from model.ops.fused_linear import fused_linear
+from tests.conftest import numbers
+
+CLOSE = 1e-5  # of the largest value
+# What stands around the layers: of the tensors that `tensors` makes, and flags.
+AROUND: dict[str, tuple[str, ...]] = {
+    'nothing': (),
+    'plus': ('plus',),
+    'norm': ('norm',),
+    'GELU': ('norm', 'gelu'),
+    'norm behind': ('norm_after', 'plus'),
+    'sum': ('gelu_summed', 'plus'),
+    'gate': ('gelu_gate',),
+}
+SIZES = {  # pixels, channels before, between and behind the layers
+    'SwinIR-light': (100, 60, 120, 60),
+    'two rows of vectors': (24, 64, 192, 64),
+    'less than a block': (1, 5, 3, 2),
+    'odd': (61, 33, 47, 65),
+    'one channel': (13, 1, 1, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[8, 16])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Numbers in a vector: a machine without such registers takes several, or a part."""
+    monkeypatch.setattr(fused_linear_llvm, 'lanes', lambda: request.param)
+    return request.param
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the kernel is given."""
+    found, function = [], fused_linear_llvm.forward
+
+    def forward(x: Tensor, *others: Any) -> Tensor:
+        found.append(x)
+        return function(x, *others)
+
+    monkeypatch.setattr(fused_linear_llvm, 'forward', forward)
+    return found
+
+
+def norm_of(width: int, seed: int) -> SimpleNamespace:
+    return SimpleNamespace(weight=1 + numbers(width, seed=seed), bias=numbers(width, seed=seed + 1), eps=1e-3)
+
+
+def operands(names: tuple[str, ...], pixels: int, *widths: int, biased: bool = True) -> dict[str, Any]:
+    """Arguments of `fused_linear` in float64, with a batch of two."""
+    sizes = list(zip(widths, widths[1:], strict=False))
+    weights = [numbers(o, i, seed=n) / math.sqrt(i) for n, (i, o) in enumerate(sizes)]
+    given = {
+        'gelu_summed': 2 * numbers(2, pixels, widths[0], seed=11),
+        'gelu_gate': 2 * numbers(2, pixels, widths[0], seed=12),
+        'plus': numbers(2, pixels, widths[-1], seed=13),
+        'norm': norm_of(widths[0], 14),
+        'norm_after': norm_of(widths[-1], 16),
+        'gelu': True,
+    }
+    return {
+        'x': 1 + 2 * numbers(2, pixels, widths[0], seed=10),
+        'layers': [(w, numbers(len(w), seed=20 + n) if biased else None) for n, w in enumerate(weights)],
+        **{name: given[name] for name in names},
+    }
+
+
+def converted(value: Any, to: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with their tensors as `to` makes them."""
+    if isinstance(value, Tensor):
+        return to(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(converted(part, to) for part in value)
+    if isinstance(value, dict):
+        return {key: converted(part, to) for key, part in value.items()}
+    return SimpleNamespace(**converted(vars(value), to)) if isinstance(value, SimpleNamespace) else value
+
+
+def plain(x: Tensor, layers: list[tuple[Tensor, Tensor | None]], **around: Any) -> Tensor:
+    """By PyTorch's own functions."""
+
+    def norm(x: Tensor, by: SimpleNamespace) -> Tensor:
+        return F.layer_norm(x, by.weight.shape, by.weight, by.bias, by.eps)
+
+    x = norm(x, around['norm']) if 'norm' in around else x
+    x = x + F.gelu(around['gelu_summed']) if 'gelu_summed' in around else x
+    x = x * F.gelu(around['gelu_gate']) if 'gelu_gate' in around else x
+    first, *others = layers
+    x = F.linear(x, *first)
+    x = F.gelu(x) if 'gelu' in around else x
+    for layer in others:
+        x = F.linear(x, *layer)
+    x = norm(x, around['norm_after']) if 'norm_after' in around else x
+    return x + around['plus'] if 'plus' in around else x
+
+
+def check(found: Tensor, truth: Tensor) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=CLOSE * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('names', AROUND)
+def test_equals_the_plain_form(names: str, size: str, lanes: int, calls: list[Tensor]) -> None:
+    pixels, *widths = SIZES[size]
+    for sizes, biased in ((widths, True), (widths[:2], False)):
+        given = operands(AROUND[names], pixels, *sizes, biased=biased)
+        found = fused_linear(**converted(given, Tensor.float))
+        assert found.is_contiguous()
+        check(found, plain(**given))
+    assert len(calls) == 2
+
+
+def test_gelu_is_exact_to_the_rounding_of_its_input(lanes: int) -> None:
+    x = torch.cat((torch.linspace(-9, 9, 30001), torch.tensor([-1e30, -1e-30, 0.0, 1e-30, 1e30])))
+    found = fused_linear(x.view(1, -1, 1), [(torch.ones(1, 1), None)], gelu=True).flatten()
+    error = (found.double() - F.gelu(x.double())).abs()
+    assert (error <= 2e-7 * x.abs().double()).all()
+
+
+def test_channels_of_larger_maps(lanes: int, calls: list[Tensor]) -> None:
+    """Parts of maps in channels_last memory are used where they are, and their gaps are left alone."""
+    given = converted(operands(('norm', 'gelu_gate', 'plus'), 30, 12, 7), Tensor.float)
+    del given['norm']
+    truth = plain(**converted(given, Tensor.double))
+    x = given['x'] = F.pad(given['x'].view(2, 5, 6, 12), (3, 9), value=math.nan)[..., 3:15]
+    others = {name: given[name].view(2, 5, 6, -1) for name in ('gelu_gate', 'plus')}
+    check(fused_linear(**(given | others)), truth.view(2, 5, 6, -1))
+    assert calls[0].data_ptr() == x.data_ptr()
+
+
+def test_tensors_in_any_memory(lanes: int, calls: list[Tensor]) -> None:
+    given = operands(('gelu_gate', 'plus'), 15, 12, 7)
+    turned = converted(given, lambda t: t.float().mT.contiguous().mT if t.dim() > 1 else t.float())
+    check(fused_linear(**turned), plain(**given))
+    assert calls
+
+
+def test_no_pixels(calls: list[Tensor]) -> None:
+    given = converted(operands(('norm', 'plus'), 0, 12, 7), Tensor.float)
+    assert fused_linear(**given).shape == (2, 0, 7)
+    assert calls
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('names', AROUND)
+def test_what_is_not_finite_stays_in_its_row(names: str, value: float, lanes: int) -> None:
+    given = converted(operands(AROUND[names], 20, 12, 7, 9), Tensor.float)
+    clean = fused_linear(**given)
+    given['x'][1, 13, 5] = value
+    found, truth = fused_linear(**given), plain(**given)
+    assert not truth[1, 13].isfinite().any()
+    assert torch.equal(found.isfinite(), truth.isfinite())
+    assert torch.equal(found[truth.isfinite()], clean[truth.isfinite()])
+
+
+def test_results_repeat_themselves(lanes: int) -> None:
+    """To the bit: in another call, with other threads, and of an image by itself."""
+    given = converted(operands(('norm', 'gelu', 'plus'), 101, 60, 120, 60), Tensor.float)
+    first = fused_linear(**given)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(fused_linear(**given), first)
+    finally:
+        torch.set_num_threads(threads)
+    alone = {name: given[name][1:] for name in ('x', 'plus')}
+    assert torch.equal(fused_linear(**(given | alone)), first[1:])
+
+
+def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = operands(('norm', 'gelu', 'plus'), 20, 12, 7, 9)
+    truth, single = plain(**given), converted(given, Tensor.float)
+    torch.testing.assert_close(fused_linear(**given), truth, rtol=0, atol=1e-12)
+    with torch.enable_grad():
+        check(fused_linear(**single), truth)
+    half = fused_linear(**converted(given, Tensor.bfloat16))
+    assert half.dtype == torch.bfloat16
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not torch.equal(fused_linear(**(single | {'plus': None})), plain(**single) - single['plus'])
+    for target, name, value in (
+        (fast, 'wanted', False),
+        (fast, 'is_installed', lambda package: False),
+        (torch.jit, 'is_tracing', lambda: True),
+        (torch.compiler, 'is_compiling', lambda: True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            check(fused_linear(**single), truth)
+    assert not calls
+    check(fused_linear(**single), truth)
+    assert calls
+
+
+def test_a_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    tried = []
+
+    def fails(*arguments: object) -> Tensor:
+        tried.append(arguments)
+        raise RuntimeError('no such processor')
+
+    monkeypatch.setattr(fused_linear_llvm, 'kernel', fails)
+    monkeypatch.setattr(fast, 'failed', set())
+    given = operands(('norm', 'plus'), 20, 12, 7)
+    with caplog.at_level(logging.WARNING, 'frugalsr'):
+        for _ in range(2):
+            check(fused_linear(**converted(given, Tensor.float)), plain(**given))
+    assert len(tried) == 1
+    assert caplog.messages == ['The fused linear runs without llvmlite, slower: RuntimeError: no such processor']
+
+
+def test_its_time_is_told_by_name() -> None:
+    given = converted(operands(('norm', 'plus'), 20, 12, 7), Tensor.float)
+    assert 'frugalsr::fused_linear' in clocked(lambda: fused_linear(**given))
+    assert by_kind(lambda: fused_linear(**given), 'cpu')['matrix product'] > 0
+
+
+NETWORKS = ('SwinIR-light', 'ATD-light', 'HiT-SRF', 'PFT-light', 'OmniSR', 'ASID', 'CATANet', 'ESC', 'DLGSANet-tiny')
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks_with_and_without_it(name: str, calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = build(name, 2).eval()
+    for key, buffer in net.named_buffers():
+        if key.endswith('initted'):
+            buffer.fill_(True)
+    x = torch.rand(2, 3, 17, 20)
+    found = net(x)
+    assert calls
+    monkeypatch.setattr(fast, 'wanted', False)
+    check(found, net(x).double())
