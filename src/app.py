@@ -60,6 +60,8 @@ def build_parser() -> Parser:
 
 def run(args: Namespace) -> None:
     """Serve the page until a signal ends it; what visitors left is deleted then."""
+    if not args.extend.is_dir():
+        raise UserError(f'--extend {args.extend} is not a folder: give a folder of weights.')
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # it counts users of Gradio
     aside = TemporaryDirectory(prefix='frugalsr-', ignore_cleanup_errors=True)  # a network may still be at work
     with listen(args.host, args.port) as listener, aside as folder:
@@ -68,7 +70,7 @@ def run(args: Namespace) -> None:
             import uvicorn
 
             from checkpoint import start_screen
-            from web.choices import find_choices
+            from photo.choice import BICUBIC, list_weights
             from web.enlarging import enlarge
             from web.page import site
         except ModuleNotFoundError as error:
@@ -77,7 +79,7 @@ def run(args: Namespace) -> None:
             ) from error
         start_screen()
         work = partial(enlarge, max_pixels=args.max_pixels, cpu=args.cpu)
-        app = site(find_choices(args.extend), work, Path(folder), args.max_upload)
+        app = site([*list_weights(args.extend), *BICUBIC], work, Path(folder), args.max_upload)
         config = uvicorn.Config(
             app, log_level='warning', access_log=False, server_header=False, ws='none', timeout_graceful_shutdown=1
         )

@@ -147,13 +147,12 @@ def enlarge(args: Namespace) -> None:
     networks = make_networks(args)
     plan = None
     if parallel.rank() == 0:
-        sources, results = find_sources(args.photos, args.recursive, args.output)
-        if results:
-            log.info('Left out, results of an earlier run: %d', results)
+        sources, failures = find_sources(args.photos, args.recursive, args.output)
         place, format = choose_place(args.output, name, format, sources)
         settings = f'{args.self_ensemble} {args.precision} {args.seamless}'
         size = Size(scale, width, height)
         plan = make_plan(sources, size, place, format, networks, settings, args.again)
+        plan.failures[:0] = failures
         for target in {job.target.parent for job in plan.jobs}:
             sweep(target)
     plan, format = parallel.broadcast((plan, format))
@@ -176,7 +175,7 @@ def make_networks(args: Namespace) -> Networks:
     from model import Model
     from model.loading.weights import load_model
     from model.tiles.autotile import AutoTiler
-    from photo.choice import Networks, Weights, list_weights
+    from photo.choice import Networks, Weights, named_scale, weights_of
     from system.machine import best_device
     from system.numerics import set_numerics
 
@@ -191,16 +190,16 @@ def make_networks(args: Namespace) -> Networks:
         return load_model(file, device, tiler(), scale=scale, ensemble=args.self_ensemble, half=half)
 
     def load_known(weights: Weights) -> Model:
-        if weights.network == 'Bicubic':
-            return Model('Bicubic', weights.scale, device, tiler(), args.self_ensemble, half)
+        if weights.file is None:
+            return Model(weights.network, weights.scale, device, tiler(), args.self_ensemble, half)
         return load(weights.file, weights.scale)
 
     if not args.weights:
-        return Networks(list_weights(ROOT / 'models', args.model), load_known, device)
+        return Networks(weights_of(args.model, ROOT / 'models'), load_known, device)
     file = find_weights(args.weights)
     whole = int(args.scale) if args.scale and args.scale == int(args.scale) else None
-    model = load(file, whole)
-    return Networks([Weights(file, model.name, model.scale)], lambda _: model, device)
+    model = load(file, named_scale(file) or whole)
+    return Networks([Weights(model.name, model.scale, file)], lambda _: model, device)
 
 
 if __name__ == '__main__':

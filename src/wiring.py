@@ -247,6 +247,7 @@ def make_teacher(args: Namespace, model: Model) -> Teacher | None:
         return None
     path = weights_file(args, 'teacher')
     teacher = load_model(path, model.device, scale=model.scale)
+    log.info('%s holds weights of %s x%d', path, teacher.name, teacher.scale)
     if (teacher.scale, teacher.n_colors) != (model.scale, model.n_colors):
         raise UserError(
             f'--teacher {path} holds {teacher.name} x{teacher.scale} of {teacher.n_colors} channels, and {model.name} '

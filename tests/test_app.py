@@ -82,6 +82,9 @@ class TestErrors:
         assert 'gradio is missing' in said
         assert "'gradio>=" in said
 
+    def test_no_folder_of_weights(self, capsys, tmp_path):
+        assert '/none is not a folder' in refused(capsys, '--extend', str(tmp_path / 'none'))
+
     def test_port_in_use(self, capsys):
         with socket.create_server(('127.0.0.1', 0)) as other:
             port = str(other.getsockname()[1])

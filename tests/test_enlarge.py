@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 
 import numpy as np
@@ -43,11 +44,11 @@ def names(folder: Path) -> list[str]:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *options: object) -> str:
-    """What a run that fails says, in one line."""
+    """What a run that fails says: a line, and a list below it if it names several photographs."""
     assert run(*options) == 2
     said = capsys.readouterr().err
     assert said.startswith('Error: ')
-    assert said.count('\n') == 1
+    assert all(line.startswith('  ') for line in said.splitlines()[1:])
     return said
 
 
@@ -137,6 +138,68 @@ def test_the_folder_of_results_is_left_out_whatever_is_in_it(photos):
     assert 'big/big/foreign_x2.png' not in names(photos)
 
 
+def test_files_of_other_kinds_are_counted_and_folders_without_images_named(photos, capsys):
+    for name in ('IMG_1.HEIC', 'IMG_2.heic', 'notes', '.hidden.mov'):
+        (photos / name).write_text('')
+    (photos / 'empty').mkdir()
+    assert run(photos, photos / 'empty', '-o', photos / 'big') == 0
+    said = capsys.readouterr().out
+    assert 'Left out, of kinds that are not read: 2 .heic, 1 without suffix\n' in said
+    assert f'Without images: {photos}/empty\n' in said
+    assert len(names(photos / 'big')) == 2
+
+
+AS_NOBODY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import enlarge, photo.engine, photo.plan, model.bicubic, data.tiff, PIL.JpegImagePlugin
+if os.geteuid() == 0:  # whom nothing is forbidden
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(enlarge.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='by the permissions of Unix')
+def test_what_may_not_be_read_or_written_is_named(photos):
+    """It keeps no other photograph from being enlarged."""
+
+    def run(output: Path) -> str:
+        options = [folder, '-r', '-o', output, *PLAIN]
+        command = [sys.executable, '-c', AS_NOBODY, ROOT / 'src', *options]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    with TemporaryDirectory() as top:  # that of pytest is closed to others
+        folder, output = Path(top, 'photos'), Path(top, 'output')
+        photos.rename(folder)
+        output.mkdir()
+        modes = {top: 0o755, output: 0o777, folder: 0o555, folder / 'deeper': 0, folder / 'b.jpg': 0}
+        for path, mode in modes.items():
+            os.chmod(path, mode)  # noqa: PTH101
+        said = run(output)
+        assert '2 of 3 images could not be enlarged' in said
+        for name in ('deeper', 'b.jpg'):
+            assert f'{folder / name} cannot be read (Permission denied): check its permissions.' in said
+        assert names(output) == ['a_x4.png']
+        assert f'a.png: {folder} is no folder that can be written to' in run(folder)
+        for path in (folder, folder / 'deeper'):
+            path.chmod(0o755)
+
+
+def test_a_name_too_long_for_a_result_keeps_no_other(photos, tmp_path, capsys):
+    name = 'n' * 251
+    write_png(photos / f'{name}.png', picture(0, 9, 12))
+    assert 'File name too long' in error_of(capsys, photos, '-o', tmp_path / 'big')
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png']
+
+
+def test_options_may_stand_between_photographs(photos, tmp_path):
+    assert run(photos / 'a.png', '-o', tmp_path / 'big', photos / 'b.jpg') == 0
+    assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png']
+
+
 def empty_bmp() -> bytes:
     return b'BM' + struct.pack('<IHHI IiiHHIIiiII', 54, 0, 0, 54, 40, 0, 5, 1, 24, *[0] * 6)
 
@@ -184,9 +247,9 @@ def test_a_bad_file_is_named_at_the_end(photos, tmp_path, capsys):
     (photos / '0.jpg').write_text('no image')
     (photos / 'z.png').write_bytes(b'')
     said = error_of(capsys, photos, '-o', tmp_path / 'big')
-    assert '2 of 4 images could not be enlarged' in said
-    assert '0.jpg (8 bytes)' in said
-    assert 'z.png (0 bytes)' in said
+    first, *others = said.splitlines()
+    assert '2 of 4 images could not be enlarged' in first
+    assert ['0.jpg (8 bytes)' in others[0], 'z.png (0 bytes)' in others[1], len(others)] == [True, True, 2]
     assert names(tmp_path / 'big') == ['a_x4.png', 'b_x4.png']
 
 
@@ -233,7 +296,7 @@ def test_a_full_disk_leaves_what_was_done_whole(photos, tmp_path, capsys, monkey
         ('{photos}/a.png --fit 100', ['--fit', "'100'", '3840x2160']),
         ('{photos}/a.png --fit 9x9 --scale 2', ['--scale', '--fit', 'one of them']),
         ('{photos}/a.png --quality 101', ['--quality', "'101'", 'at most 100']),
-        ('{photos}/a.png -o {photos}/b.jpg/x', ['could not be written']),
+        ('{photos}/a.png -o {photos}/b.jpg/x', ['a.png', 'b.jpg/x', 'no folder that can be written to']),
         ('{photos}/a.png --max_memory 9M', ['--max_memory']),
         ('{photos}/a.png --fit 999x999', ['a.png', '83.25 times', '8 times']),
         ('{photos}/a.png --background pinkish', ['--background', 'pinkish']),

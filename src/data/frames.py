@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 from PIL import ExifTags
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from data.formats import MAX_PIXELS, identify, orientation_of, source_of
+from data.formats import MAX_PIXELS, identify, orientation_of, pixels_of, source_of
 from data.image import Photo, as_photo
 from data.limit import pillow_allows
 from data.png import HEAD_BYTES, is_png16
@@ -77,7 +76,7 @@ def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
                 if animated:
                     assert image is not None
                     image.seek(number)
-                    samples = upright(np.array(image.convert('RGBA')), orientation)[: first.height, : first.width]
+                    samples = upright(pixels_of(image.convert('RGBA')), orientation)[: first.height, : first.width]
                     page, duration = first, image.info.get('duration') or 0
                 else:
                     page = source_of(path, file, image, number) if number else first

@@ -76,6 +76,8 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserError(f'{path} does not exist: check the path.') from error
+    except PermissionError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror}): check its permissions.') from error
     except UnidentifiedImageError as error:
         found = f'{path} ({path.stat().st_size} bytes) is not an image that can be read'
         raise UserError(f'{found}: replace it by a PNG, JPEG, BMP, TIFF, WebP or GIF file.') from error

@@ -19,7 +19,7 @@ Departures from the official code:
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise, product, repeat
 from math import isqrt
 
 import torch
@@ -43,6 +43,7 @@ from model.common import (
     is_exporting,
 )
 from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
+from model.ops.fast import float32_by_llvm, is_for_llvm
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 
@@ -80,15 +81,25 @@ class DynamicLocalAttention(nn.Module):
         self.conv1 = conv(n_feats, n_feats, 1, bias=False)
         self.conv = FilterGenerator(n_feats, n_feats // group_channels, kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv0(x)
-        if x.is_cpu and not torch.is_grad_enabled() and not is_exporting():
-            x = dynamic_conv_in_strips(x, self.conv.conv1(x), self.conv.conv2, *self.conv.shape[:2])
-        elif torch.is_grad_enabled():
-            x = checkpoint(self.filtered, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = self.filtered(x)
-        return self.conv1(x.contiguous(memory_format=torch.channels_last))
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+
+        def local_attention(x: Tensor, *_: object) -> Tensor:
+            y = self.conv0(x if norm is None else norm(x))
+            if y.is_cpu and not torch.is_grad_enabled() and not is_exporting():
+                y = dynamic_conv_in_strips(y, self.conv.conv1(y), self.conv.conv2, *self.conv.shape[:2])
+            elif torch.is_grad_enabled():
+                y = checkpoint(self.filtered, y, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y = self.filtered(y)
+            y = self.conv1(y.contiguous(memory_format=torch.channels_last))
+            return x + y if residual else y
+
+        if norm is None or not residual or not is_for_llvm(x):
+            return local_attention(x)
+        return float32_by_llvm(
+            'dynamic_conv_llvm', local_attention, x, *norm.parameters(), norm.eps, *self.parameters()
+        )
 
     def filtered(self, x: Tensor) -> Tensor:
         return dynamic_conv(x.contiguous(), self.conv(x))
@@ -105,13 +116,20 @@ def windows(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in starts]
 
 
-def cells(length: int, size: int, like: Tensor) -> tuple[list[slice], Tensor]:
-    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0."""
+def cells(length: int, size: int, like: Tensor, most: int | None = None) -> tuple[list[slice], Tensor]:
+    """The C pieces between the borders of the W windows along an axis; (W, C): 1 where a window has a piece, else 0.
+
+    Pieces longer than `most` are cut into equal ones.
+    """
     found = windows(length, size)
-    pieces = [slice(*ends) for ends in pairwise(sorted({end for w in found for end in (w.start, w.stop)}))]
+    pieces = []
+    for start, stop in pairwise(sorted({end for w in found for end in (w.start, w.stop)})):
+        count = -(-(stop - start) // (most or length))
+        ends = (start + (stop - start) * i // count for i in range(count + 1))
+        pieces += [slice(*part) for part in pairwise(ends)]
     starts, stops = ([getattr(piece, end) for piece in pieces] for end in ('start', 'stop'))
     spans = [(starts.index(window.start), stops.index(window.stop) + 1) for window in found]
-    if is_exporting():  # a file holds the numbers themselves
+    if like.is_cpu or is_exporting():  # a file holds the numbers themselves
         inside = [[float(first <= i < last) for i in range(len(pieces))] for first, last in spans]
         return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
     # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.
@@ -152,20 +170,38 @@ class SparseGlobalAttention(TransposedAttention):
         super().__init__(n_feats, n_heads)
         self.tlc_size = tlc_size
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
+        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+
+        def channel_attention(x: Tensor, *_: object) -> Tensor:
+            out = self.attention(x if norm is None else norm(x))
+            return x + out if residual else out
+
+        if norm is None or not residual or not is_for_llvm(x):
+            return channel_attention(x)
+        weights = *norm.parameters(), norm.eps, self.qkv.weight, self.qkv_dwconv.weight
+        how = self.n_heads, self.layout, self.from_sums
+        return float32_by_llvm('channel_attention_llvm', channel_attention, x, *weights, *how)
+
+    def attention(self, x: Tensor) -> Tensor:
         qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)
-        lengths = [int(length) for length in x.shape[2:]]  # plain numbers in a trace too
-        sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
-        weight = self.project_out.weight
-        (rows, down), (columns, across) = (cells(*axis, weight) for axis in zip(lengths, sizes, strict=True))
+        rows, columns, inside = self.layout(x)
         places = list(product(rows, columns))
         parts = [qkv[:, i, j].flatten(1, 2) for i, j in places]
-        maps = self.maps(parts, torch.kron(down, across)).to(qkv.dtype)
-        out = qkv.new_empty(*qkv.shape[:3], len(weight))
+        maps = self.maps(parts, inside).to(qkv.dtype)
+        out = qkv.new_empty(*qkv.shape[:3], len(self.project_out.weight))
         for (i, j), part, factor in zip(places, parts, maps, strict=True):
             cell = torch.bmm(part.chunk(3, -1)[2], factor)
             out[:, i, j] = cell.unflatten(1, (i.stop - i.start, j.stop - j.start))
         return out.permute(0, 3, 1, 2)
+
+    def layout(self, x: Tensor, *most: int) -> tuple[list[slice], list[slice], Tensor]:
+        """Rows and columns of the cells, these of at most `most` pixels each way, and `inside` of `maps`."""
+        lengths = [int(length) for length in x.shape[2:]]  # plain numbers in a trace too
+        sizes = [length if self.training else min(length, self.tlc_size) for length in lengths]
+        axes = zip(lengths, sizes, repeat(self.project_out.weight), most or lengths, strict=False)
+        (rows, down), (columns, across) = (cells(*axis) for axis in axes)
+        return rows, columns, torch.kron(down, across)
 
     def maps(self, parts: list[Tensor], inside: Tensor) -> Tensor:
         """What to multiply the values of each cell by, in float32 or more.
@@ -179,12 +215,16 @@ class SparseGlobalAttention(TransposedAttention):
         """
         with full_precision(inside):
             sums, squares = zip(*map(self.sums, parts), strict=True)
-            products = torch.tensordot(inside, torch.stack(sums), 1)  # (windows, N, heads, C / heads, C / heads)
-            q, k = torch.tensordot(inside, torch.stack(squares), 1).clamp_min(1e-24).sqrt().unbind(2)
-            cosines = products / (q.unsqueeze(-1) * k.unsqueeze(-2))
-            last = self.project_out.weight.flatten(1).t().unflatten(0, (self.n_heads, -1))
-            maps = (cosines * self.temperature).relu().transpose(-2, -1) @ last
-            return torch.tensordot((inside / inside.sum(0)).t(), maps.flatten(2, 3), 1)
+            return self.from_sums(torch.stack(sums), torch.stack(squares), inside)
+
+    def from_sums(self, sums: Tensor, squares: Tensor, inside: Tensor) -> Tensor:
+        """See `maps`, given what `sums` finds in each cell."""
+        products = torch.tensordot(inside, sums, 1)  # (windows, N, heads, C / heads, C / heads)
+        q, k = torch.tensordot(inside, squares, 1).clamp_min(1e-24).sqrt().unbind(2)
+        cosines = products / (q.unsqueeze(-1) * k.unsqueeze(-2))
+        last = self.project_out.weight.flatten(1).t().unflatten(0, (self.n_heads, -1))
+        maps = (cosines * self.temperature).relu().transpose(-2, -1) @ last
+        return torch.tensordot((inside / inside.sum(0)).t(), maps.flatten(2, 3), 1)
 
     def sums(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """Over the pixels of a cell: products (N, heads, C / heads, C / heads), squares (N, 2, heads, C / heads)."""
@@ -218,7 +258,7 @@ class LocalBlock(nn.Module):
         self.IDynamic_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.IDynamicDWConv(self.norm1(x))
+        x = self.IDynamicDWConv(x, self.norm1.body, residual=True)
         return self.IDynamic_ffn(x, self.norm2.body, residual=True)
 
 
@@ -233,7 +273,7 @@ class GlobalBlock(nn.Module):
         self.restormer_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.restormer_attn(self.norm3(x))
+        x = self.restormer_attn(x, self.norm3.body, residual=True)
         return self.restormer_ffn(x, self.norm4.body, residual=True)
 
 

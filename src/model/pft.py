@@ -35,7 +35,6 @@ from model.blocks.windows import (
     check_window,
     hidden_width,
     init_linear,
-    look_up_bias,
     plain_and_shifted,
     relative_position_bias_table,
     relative_positions,
@@ -50,17 +49,11 @@ from model.common import (
     how_many,
     stacked,
 )
-from model.ops.kept_attention import best, kept_logits, kept_values, products, read
+from model.ops.fast import is_for_llvm
+from model.ops.kept_attention import Kept, attend
 
 AT_ONCE = 2**26  # entries of the maps that are made at once
-AT_ONCE_CPU = 2**22  # on a CPU: of one window of PFT-light
-
-
-class Kept(NamedTuple):
-    """What is kept of the maps of some windows: sums of logits, each with its key."""
-
-    logits: Tensor  # (B, T, heads, K)
-    keys: Tensor  # (B, T, heads, K) int16
+AT_ONCE_CPU = 2**22  # on a CPU, where no kernel keeps them in registers: of one window of PFT-light
 
 
 class Whole(NamedTuple):
@@ -72,33 +65,6 @@ class Whole(NamedTuple):
 
 
 Focus = Whole | list[Kept] | None  # None: there was no map before
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, topk: int) -> tuple[Tensor, Kept | None]:
-    """Progressive focused attention (PFA) in some windows.
-
-    Args:
-        q, k: (B, T, heads, D), `q` with its factor.
-        v: (B, T, heads, d).
-        bias: (T, T), without `before` also (B, T, T).
-        before: what was kept of the maps before; None: all, and q, k and bias hold what these followed from.
-        topk: how many entries of a row are kept, if it has more.
-
-    Returns:
-        (B, T, heads, d), and what is kept; None: all.
-    """
-    if before is None:
-        logits, keys = products(q, k).add_(bias.unsqueeze(-2)), None
-    else:
-        logits, keys = before.logits + kept_logits(q, k, bias, before.keys), before.keys
-    weights = logits.softmax(-1)
-    if topk < logits.shape[-1]:
-        places = best(logits.detach(), topk)
-        logits, weights = logits.gather(-1, places), weights.gather(-1, places)
-        keys = places.short() if keys is None else keys.gather(-1, places)
-    if keys is None:
-        return read(weights, v), None
-    return kept_values(weights, v, keys), Kept(logits, keys)
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:
@@ -115,7 +81,8 @@ def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:
     if torch.jit.is_tracing():
         by_window = torch.cat([mask.expand(n, -1, -1) for n, mask in zip(windows.counts, masks.unbind(), strict=True)])
         return [by_window.shape[0]], [by_window]
-    at_once = max(1, (AT_ONCE_CPU if masks.is_cpu else AT_ONCE) // (n_heads * masks[0].numel()))
+    most = AT_ONCE_CPU if masks.is_cpu and not is_for_llvm(masks) else AT_ONCE
+    at_once = max(1, most // (n_heads * masks[0].numel()))
     sizes, of_group = [], []
     for count, mask in zip(windows.counts, masks.unbind(), strict=True):
         parts = [min(at_once, count - i) for i in range(0, count, at_once)]
@@ -157,7 +124,8 @@ class WindowAttention(nn.Module):
     def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
         """To (B, T, heads, d)."""
         q, k, v = qkv.view(-1, len(positions), 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads)).unbind(2)
-        q, bias = q * q.shape[-1] ** -0.5, look_up_bias(self.relative_position_bias_table, positions)[0]
+        bias = self.relative_position_bias_table.flatten().index_select(0, positions.flatten()).view_as(positions)
+        q = q * q.shape[-1] ** -0.5
         if isinstance(focus, Whole):
             q, k, bias = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.bias + bias
         sizes, masks = groups(windows, self.n_heads)

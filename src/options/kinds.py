@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         if lost := next((word for word in args if re.fullmatch('--[a-zA-Z_]+=--', word)), ''):
             self.error(f'argument {lost[:-3]}: -- is no value')  # argparse would take it for an empty list
-        found, unknown = self.parse_known_args(args, namespace)
+        found, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             first = next((word for word in unknown if word.startswith('-')), unknown[0])
             self.error(f'unknown option {first}{self._similar(first)}')

@@ -1,4 +1,4 @@
-"""Which weights enlarge a photograph: a file that was named, or the best of a folder."""
+"""Which weights enlarge a photograph: those that were named, or the best of a folder."""
 
 import hashlib
 import logging
@@ -9,78 +9,140 @@ from pathlib import Path
 
 from error import UserError
 from model import Model
-from model.loading.weights import SUFFIXES
+from model.loading.weights import SUFFIXES, recognise_file
 from system.files import some
 
 log = logging.getLogger('frugalsr')
 
-PHOTO = '-photo'  # in the names of weights that were trained for photographs
-NAME = re.compile(rf'(?P<network>.+?)(?P<photo>{PHOTO})?_x(?P<scale>[2-9])')
+NAME = re.compile(r'(?P<model>.*?)(?P<photo>-photo)?(?:_x(?P<scale>[2-9]))?', re.DOTALL)  # of a file
 SCORE = re.compile(r'^\| *Set5 *\| *(\d+(?:\.\d+)?)', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of weights.
+    """Weights of a network, or bicubic interpolation, which has none.
 
     Attributes:
-        file: its path, or Bicubic_x2 and the like, which has none.
-        network: the name of its network, by that of the file.
+        network: the name of the network.
         scale: factor of enlargement.
-        photo: whether it was trained for photographs that were compressed with loss.
-        score: PSNR on Set5 by the card beside it, dB; None without one.
+        file: the file; None: it has none.
+        photo: whether they were trained for photographs that were compressed with loss; None: they were not trained.
+        score: PSNR on Set5 by the card beside the file, dB; None without one.
     """
 
-    file: Path
     network: str
     scale: int
-    photo: bool = False
+    file: Path | None = None
+    photo: bool | None = None
     score: float | None = None
 
+    @property
+    def name(self) -> str:
+        """The name of the file, or Bicubic_x2 and the like."""
+        return self.file.name if self.file else f'{self.network}_x{self.scale}'
+
+    @property
+    def stem(self) -> str:
+        """The name without suffix."""
+        return self.file.stem if self.file else self.name
+
+    @property
+    def model(self) -> str:
+        """What the file calls its network: LCoAN-small, of LCoAN-small-photo_x4.pt."""
+        return _parts(self.stem)['model']
+
+    @property
+    def title(self) -> str:
+        """The name, and the network where that does not say it."""
+        return self.name if self.name.startswith(self.network) else f'{self.name} ({self.network})'
+
     def __str__(self) -> str:
-        return self.file.name + (f' ({self.score:.2f} dB on Set5)' if self.score else '')
+        return self.title + (f', {self.score:.2f} dB on Set5' if self.score else '')
 
     def digest(self) -> str:
-        """What tells its content from any other."""
-        content = self.file.read_bytes() if self.file.is_file() else self.file.name.encode()
-        return hashlib.sha256(content).hexdigest()
+        """What tells their content from any other."""
+        return hashlib.sha256(self.file.read_bytes() if self.file else self.name.encode()).hexdigest()
 
 
-def list_weights(folder: Path, network: str | None = None) -> list[Weights]:
-    """The files of weights in a folder that are named as `NAME_x4.pt` or `NAME-photo_x4.pt`, of one network or all.
+BICUBIC = [Weights('Bicubic', scale) for scale in (2, 3, 4)]
+
+
+def list_weights(folder: Path) -> list[Weights]:
+    """What the files of weights in a folder hold, by scale; of a scale the best score first, those without one last.
+
+    Network and scale are those of the content; `_x2` in a name decides where weights look the same at several scales,
+    and `-photo` at its end, before the scale, says that they were trained for photographs. What cannot be used is left
+    out, and the log says why.
+    """
+    found = []
+    for file in sorted(folder.glob('*')):
+        if file.suffix not in SUFFIXES:
+            continue
+        try:
+            network = recognise_file(file, named_scale(file))
+        except UserError as error:
+            log.warning('%s is left out: %s', file, error)
+        else:
+            score = read_score(file.with_suffix('.md'))
+            found.append(Weights(network.name, network.scale, file, bool(_parts(file.stem)['photo']), score))
+    return sorted(found, key=lambda weights: (weights.scale, -(weights.score or 0)))
+
+
+def named_scale(file: Path) -> int | None:
+    """The factor in the name of a file of weights, for those that look the same at several."""
+    scale = _parts(file.stem)['scale']
+    return int(scale) if scale else None
+
+
+def _parts(stem: str) -> re.Match[str]:
+    found = NAME.fullmatch(stem)
+    assert found
+    return found
+
+
+def weights_of(network: str | None, folder: Path) -> list[Weights]:
+    """The weights in a folder, as of `list_weights`, of one network or all; Bicubic needs none.
 
     Raises:
         UserError: there are none.
     """
     if network == 'Bicubic':
-        return [Weights(Path(f'Bicubic_x{scale}'), network, scale) for scale in (2, 3, 4)]
-    found = []
-    for file in sorted(folder.glob('*')):
-        if file.suffix in SUFFIXES and (name := NAME.fullmatch(file.stem)):
-            score = read_score(file.with_suffix('.md'))
-            found.append(Weights(file, name['network'], int(name['scale']), bool(name['photo']), score))
+        return BICUBIC
+    found = list_weights(folder)
     if not found:
         raise UserError(f'{folder} holds no weights, such as ASID_x4.pt: give a file with --weights.')
-    if network is None:
-        return found
-    if own := [weights for weights in found if weights.network == network]:
+    if own := [weights for weights in found if network in (None, weights.network, weights.model)]:
         return own
-    names = some(sorted({weights.network for weights in found}))
+    names = some(sorted({weights.model for weights in found}))
     raise UserError(f'--model {network}: {folder} has no weights of it, but of {names} and Bicubic; give one of these.')
 
 
 def read_score(card: Path) -> float | None:
     """The PSNR on Set5 that a model card states, dB."""
-    row = SCORE.search(card.read_text(encoding='utf-8')) if card.is_file() else None
+    row = SCORE.search(card.read_text(encoding='utf-8', errors='replace')) if card.is_file() else None
     return float(row[1]) if row else None
+
+
+def at_scale(found: Sequence[Weights], scale: int) -> list[Weights]:
+    """Those weights that enlarge by a factor."""
+    return [weights for weights in found if weights.scale == scale]
+
+
+def best(found: Sequence[Weights], scale: int, lossy: bool) -> Weights:
+    """Of weights in the order of `list_weights` those for photographs that were compressed with loss, or for others.
+
+    Where there are none of that kind, the first ones for the factor.
+    """
+    own = at_scale(found, scale)
+    return next((weights for weights in own if weights.photo == lossy), own[0])
 
 
 class Networks:
     """The networks there are to choose from, each loaded when it is first used.
 
     Args:
-        weights: the files.
-        load: gives the network of a file.
+        weights: theirs, in the order of `list_weights`.
+        load: gives the network of one.
         device: where they run: cpu, cuda or mps.
     """
 
@@ -95,15 +157,9 @@ class Networks:
         """The factors by which they enlarge."""
         return sorted({weights.scale for weights in self._weights})
 
-    def best(self, scale: int, lossy: bool) -> Weights:
-        """The weights of the highest score for a factor, for `lossy` photographs of those made for them, if any are."""
-        own = [weights for weights in self._weights if weights.scale == scale]
-        fitting = [weights for weights in own if weights.photo == lossy] or own
-        return max(fitting, key=lambda weights: weights.score or 0)
-
     def chain(self, steps: Sequence[int], lossy: bool) -> list[Weights]:
         """The best weights for factors one after the other; what comes from a network is clean."""
-        return [self.best(scale, lossy and i == 0) for i, scale in enumerate(steps)]
+        return [best(self._weights, scale, lossy and i == 0) for i, scale in enumerate(steps)]
 
     def digest(self, weights: Weights) -> str:
         """What tells the content of weights from any other."""
@@ -130,6 +186,5 @@ class OneNetwork(Networks):
     """A single network that is loaded already."""
 
     def __init__(self, model: Model) -> None:
-        weights = Weights(Path(f'{model.name}_x{model.scale}'), model.name, model.scale)
-        super().__init__([weights], lambda _: model, model.device.type)
+        super().__init__([Weights(model.name, model.scale)], lambda _: model, model.device.type)
         self._told = {(model.scale, False), (model.scale, True)}

@@ -21,7 +21,7 @@ from model.tiles.tiling import Report, Tiler, out_of_memory, unreported
 from photo.choice import Networks
 from photo.metadata import read_metadata
 from photo.plan import Job, about
-from photo.writing import Colours, Format, write_frames, write_result
+from photo.writing import Colours, Format, write_result
 from system import memory, parallel
 from system.allocator import trim_heap
 from system.background import Prefetcher, WorkerPool
@@ -66,16 +66,13 @@ def enlarge_photos(
         frames = read_frames(jobs[index].source)
         return chain([next(frames)], frames)
 
-    def write(images: Iterator[Any], job: Job, index: int) -> None:
+    def write(results: Iterator[Any], job: Job, index: int) -> None:
         nonlocal full
         try:
-            colours = next(images)
+            colours = next(results)
             metadata = read_metadata(job.source).adapted(*job.new, job.made)
-            if len(job.parts) > 1:
-                about = len(job.parts), job.plays, colours, metadata, format
-                write_frames(images, job.target, job.format, *about)
-            else:
-                write_result(images, job.target, job.format, job.new[0], colours, metadata, format)
+            heights = [part.new[0] for part in job.parts]
+            write_result(results, job.target, job.format, heights, job.plays, colours, metadata, format)
         except WriteError as error:
             failures[index] = str(error)
             full |= isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -94,8 +91,8 @@ def enlarge_photos(
                     check_fits(job.source, limit, _held(job))
                 # Not while what the network takes is measured, with the first image.
                 frames = read(own) if limit is not None or first == 0 else ahead(read, own, len(jobs))
-                images = results_of(job, frames, networks, seamless, bar)
-                background.feed(images, write, job, own)
+                results = results_of(job, frames, networks, seamless, bar)
+                background.feed(results, write, job, own)
             except UserError as error:
                 failures[own] = str(error)
             except (MemoryError, RuntimeError) as error:
@@ -103,7 +100,7 @@ def enlarge_photos(
                     raise
                 failures[own] = MEMORY
             finally:
-                frames = images = None  # type: ignore[assignment]  # or they would stay while the next one is read
+                frames = results = None  # type: ignore[assignment]  # or they would stay while the next one is read
             bar.update(end - bar.n)
     trim_heap()  # what follows takes some of its own
     said_of: dict[int, str] = {}
@@ -116,7 +113,7 @@ def enlarge_photos(
 def results_of(
     job: Job, frames: Iterator[tuple[Photo, float]], networks: Networks, seamless: bool, bar: tqdm
 ) -> Iterator[Any]:
-    """What is written of a job: its colours, then the rows of the result, or each of several images with its time."""
+    """What is written of a job: its colours, then the rows of each result, with the time that it is shown."""
     said = bar.desc
 
     def tell(done: int, total: int) -> None:
@@ -125,15 +122,12 @@ def results_of(
     for number, (part, (photo, duration)) in enumerate(zip(job.parts, frames, strict=False)):
         if number == 0:
             yield Colours(photo.icc, dict(photo.chunks))
-        rows = resized(networks(part.steps, job.lossy), photo, part.new, seamless, tell, bar.update)
-        if len(job.parts) == 1:
-            yield from rows
-        else:
-            yield np.concatenate(list(rows)), duration
+        for rows in resized(networks(part.steps, job.lossy), photo, part.new, seamless, tell, bar.update):
+            yield rows, duration
 
 
 def raise_failures(failures: Sequence[str], left: int, count: int) -> None:
-    """Name the photographs that were not enlarged, if there are any.
+    """Name the photographs that were not enlarged, if there are any, several one a line.
 
     Raises:
         UserError: there are some, of `count` in all; `left` of them were not begun since the disk was full.
@@ -142,7 +136,8 @@ def raise_failures(failures: Sequence[str], left: int, count: int) -> None:
     if left:
         said.append(f'The disk is full: {left} more were not begun; make room, and the same command goes on.')
     if said:
-        raise UserError(f'{len(failures) + left} of {count} images could not be enlarged: {" ".join(said)}')
+        named = f' {said[0]}' if len(said) == 1 else ''.join(f'\n  {each}' for each in said)
+        raise UserError(f'{len(failures) + left} of {count} images could not be enlarged:{named}')
 
 
 def _bar(jobs: Sequence[Job]) -> tqdm:

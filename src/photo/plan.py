@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -15,7 +16,7 @@ from photo.metadata import is_lossy, made_by
 from photo.size import Size, steps
 from photo.targets import MADE, Place, Source
 from photo.writing import Format, check_size, keeps
-from system.files import some
+from system.files import is_there, some
 
 log = logging.getLogger('frugalsr')
 
@@ -114,21 +115,29 @@ def make_plan(
     if smaller:
         log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
     _check_targets(jobs)
+    closed = {folder for folder in {job.target.parent for job in jobs} if not _may_write(folder)}
     for job in jobs:
-        if again or not job.target.exists():
-            plan.jobs.append(job)
-            continue
-        made = made_by(job.target)
+        made = '' if again or not is_there(job.target) else made_by(job.target)
         if made == job.made and job.target.stat().st_mtime_ns >= job.source.stat().st_mtime_ns:
             plan.done += 1
-        elif made.startswith(MADE):
-            plan.jobs.append(job)
-        else:
+        elif not (again or made.startswith(MADE)) and is_there(job.target):
             plan.failures.append(
                 f'{job.source}: {job.target} is there and was not made by this program; --again replaces it, another '
                 '--name or -o keeps it.'
             )
+        elif job.target.parent in closed:
+            plan.failures.append(
+                f'{job.source}: {job.target.parent} is no folder that can be written to: give another -o.'
+            )
+        else:
+            plan.jobs.append(job)
     return plan
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, or it can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if is_there(path))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def about(path: Path, said: str) -> str:
@@ -147,7 +156,7 @@ def _make_job(source: Source, size: Size, place: Place, format: Format, networks
     weights = networks.chain(parts[0].steps, lossy)
     digests = [networks.digest(each) for each in weights]
     said = json.dumps([[part.new for part in parts], digests, settings, name, format.quality, format.background])
-    names = ' '.join(each.file.stem for each in weights) or 'bicubic'
+    names = ' '.join(each.stem for each in weights) or 'bicubic'
     made = f'{MADE} {names} {hashlib.sha256(said.encode()).hexdigest()[:12]}'
     return Job(source.path, target, tuple(parts), series.plays, lossy, name, made)
 

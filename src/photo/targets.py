@@ -1,15 +1,20 @@
 """Which files are enlarged, and where their results go."""
 
 import glob
+import logging
 import string
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.image import find_images
 from error import UserError
 from photo.metadata import made_by
 from photo.writing import SUFFIXES, Format
+from system.files import some
+
+log = logging.getLogger('frugalsr')
 
 MADE = 'FrugalSR'  # begins the note of how a result was made
 FIELDS = ('stem', 'name', 'scale', 'width', 'height')
@@ -22,6 +27,19 @@ class Source:
 
     path: Path
     below: Path = Path()
+
+
+@dataclass
+class Besides:
+    """What folders hold besides photographs.
+
+    Attributes:
+        others: how many files of other kinds, by suffix.
+        failures: a sentence for each folder that cannot be read.
+    """
+
+    others: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,35 +83,47 @@ def check_name(pattern: str) -> str:
     return pattern
 
 
-def find_sources(given: Sequence[str], recursive: bool, output: Path | None) -> tuple[list[Source], int]:
-    """The photographs that paths and patterns name, and how many results of this program were left out.
+def find_sources(given: Sequence[str], recursive: bool, output: Path | None) -> tuple[list[Source], list[str]]:
+    """The photographs that paths and patterns name, and a sentence for each folder that cannot be read.
 
     Folders give the images in them, with `recursive` those in their folders too; what is in `output` is left out where
-    that is such a folder. Results of this program are left out, unless one is all that is named.
+    that is such a folder. Results of this program are left out, unless one is all that is named. The log says what is
+    left out.
 
     Raises:
-        UserError: a path that does not exist, or a folder without images.
+        UserError: a path that does not exist, or folders without images.
     """
     paths = [path for text in given for path in _expanded(text)]
     if len(paths) == 1 and not paths[0].is_dir():
-        return [Source(paths[0])], 0
+        return [Source(paths[0])], []
     found: dict[Path, Source] = {}
+    besides, bare = Besides(), []
     for path in paths:
-        for source in _images(path, recursive, output) if path.is_dir() else [Source(path)]:
+        sources = _images(path, recursive, output, besides) if path.is_dir() else [Source(path)]
+        bare += [] if sources else [str(path)]
+        for source in sources:
             found.setdefault(source.path.absolute(), source)
-    sources = [source for source in found.values() if not made_by(source.path).startswith(MADE)]
-    return sources, len(found) - len(sources)
-
-
-def _images(top: Path, recursive: bool, output: Path | None) -> list[Source]:
-    found = [
-        Source(file, folder.relative_to(top))
-        for folder in _folders(top, recursive, output)
-        for file in find_images(folder)
-    ]
-    if not found:
+    if others := [f'{number} {kind or "without suffix"}' for kind, number in besides.others.most_common()]:
+        log.info('Left out, of kinds that are not read: %s', some(others))
+    if not (found or besides.failures):
         deeper = '' if recursive else '; -r looks into its folders too'
-        raise UserError(f'{top} holds no images: expected png, jpg, bmp, tif, webp or gif files{deeper}.')
+        raise UserError(f'{some(bare)} holds no images: expected png, jpg, bmp, tif, webp or gif files{deeper}.')
+    if bare:
+        log.warning('Without images: %s', some(bare))
+    sources = [source for source in found.values() if not made_by(source.path).startswith(MADE)]
+    if results := len(found) - len(sources):
+        log.info('Left out, results of an earlier run: %d', results)
+    return sources, besides.failures
+
+
+def _images(top: Path, recursive: bool, output: Path | None, besides: Besides) -> list[Source]:
+    """The images of a folder, and what else is in it noted."""
+    found = []
+    for folder in _folders(top, recursive, output, besides):
+        images = find_images(folder)
+        found += [Source(file, folder.relative_to(top)) for file in images]
+        others = {path for path in folder.iterdir() if path.is_file() and not path.name.startswith('.')} - {*images}
+        besides.others.update(path.suffix.lower() for path in others)
     return found
 
 
@@ -106,14 +136,17 @@ def _expanded(text: str) -> list[Path]:
     raise UserError(f'{path} does not exist: check the path.')
 
 
-def _folders(top: Path, recursive: bool, output: Path | None) -> Iterable[Path]:
-    """`top`, and with `recursive` the folders below it, but for hidden ones and `output`."""
-    yield top
-    if not recursive:
+def _folders(top: Path, recursive: bool, output: Path | None, besides: Besides) -> Iterable[Path]:
+    """`top`, and with `recursive` the folders below it, but for hidden ones, `output` and those that cannot be read."""
+    try:
+        inner = sorted(path for path in top.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError as error:
+        besides.failures.append(f'{top} cannot be read ({error.strerror}): check its permissions.')
         return
-    for folder in sorted(path for path in top.iterdir() if path.is_dir() and not path.is_symlink()):
+    yield top
+    for folder in inner if recursive else []:
         if not folder.name.startswith('.') and (output is None or folder.resolve() != output.resolve()):
-            yield from _folders(folder, recursive, output)
+            yield from _folders(folder, recursive, output, besides)
 
 
 def choose_place(output: Path | None, name: str, format: Format, sources: Sequence[Source]) -> tuple[Place, Format]:

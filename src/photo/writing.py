@@ -100,75 +100,52 @@ def keeps(name: str, plays: int | None) -> bool:
 
 
 def write_result(
-    rows: Iterable[np.ndarray],
+    pieces: Iterable[tuple[np.ndarray, float]],
     path: Path,
     name: str,
-    height: int,
-    colours: Colours,
-    metadata: Metadata,
-    format: Format,
-) -> None:
-    """Write rows (some, W) or (some, W, 2 to 4) of uint8 or uint16, `height` in all, as a file, whole or not at all.
-
-    PNG is written as its rows come, others from the whole image. PNG and TIFF keep 16 bits, others are rounded to 8;
-    where a format has no alpha, the background takes its place. GIF has 256 colours. A colour profile that does not fit
-    the colours is left out; what else a format cannot keep is said.
-
-    Raises:
-        WriteError: the file cannot be written; an older one stays as it was. Errors of `rows` pass through.
-    """
-    rows = iter(rows)
-    first = next(rows)
-    if name == 'png':
-        write_atomic(path, encode_png(chain([first], rows), height, *_png_says(first, colours, metadata)))
-        return
-    samples = _gather(first, rows, height)
-    _say_losses(samples, path, name, colours)
-    if name == 'tif':
-        write_atomic(path, _tiff([samples], 1, colours, metadata))
-    else:
-        write_atomic(path, _encode([samples], path, name, colours, metadata, format))
-
-
-def write_frames(
-    frames: Iterable[tuple[np.ndarray, float]],
-    path: Path,
-    name: str,
-    count: int,
+    heights: Sequence[int],
     plays: int | None,
     colours: Colours,
     metadata: Metadata,
     format: Format,
 ) -> None:
-    """Write several images (H, W) or (H, W, 2 to 4), each shown for some milliseconds, as a file, whole or not at all.
+    """Write one image or several as a file, whole or not at all.
 
-    PNG and TIFF are written as the images come.
+    A PNG file of one image is written as its rows come, PNG and TIFF files of several as the images come, others from
+    all of them. PNG and TIFF keep 16 bits, others are rounded to 8; where a format has no alpha, the background takes
+    its place. GIF has 256 colours. A colour profile that does not fit the colours is left out; what else a format
+    cannot keep is said.
 
     Args:
-        name: of a format that `keeps` them.
-        count: how many there are.
-        plays: how often the animation is shown, 0 for ever; None: they are pages.
-        frames, path, colours, metadata, format: as of `write_result`.
+        pieces: rows (some, W) or (some, W, 2 to 4) of uint8 or uint16, image after image, each with the milliseconds
+            that its image is shown.
+        path: the file.
+        name: of the format, for several images one that `keeps` them.
+        heights: of the images.
+        plays: how often an animation is shown, 0 for ever; None: the images are pages.
+        colours, metadata: what the file says besides.
+        format: how it is written.
 
     Raises:
-        WriteError: the file cannot be written; an older one stays as it was. Errors of `frames` pass through.
+        WriteError: the file cannot be written; an older one stays as it was. Errors of `pieces` pass through.
     """
-    frames = iter(frames)
-    first = next(frames)
-    frames = chain([first], frames)
+    pieces, count = iter(pieces), len(heights)
+    first = next(pieces)
     _say_losses(first[0], path, name, colours)
+    pieces = chain([first], pieces)
+    images = _gather(pieces, heights)
+    content: memoryview | Iterator[bytes]
     if name == 'png':
-        write_atomic(path, encode_apng(frames, count, plays or 0, *_png_says(first[0], colours, metadata)))
+        says = _png_says(first[0], colours, metadata)
+        if count == 1:
+            content = encode_png((rows for rows, _ in pieces), heights[0], *says)
+        else:
+            content = encode_apng(images, count, plays or 0, *says)
     elif name == 'tif':
-        write_atomic(path, _tiff((samples for samples, _ in frames), count, colours, metadata))
+        content = _tiff((samples for samples, _ in images), count, colours, metadata)
     else:
-        images, durations = zip(*frames, strict=True)
-        options: dict[str, Any] = {'save_all': True, 'duration': [round(each) for each in durations]}
-        if name == 'webp':
-            options['loop'] = plays
-        elif plays != 1:  # a GIF file says how often after the first time
-            options['loop'] = plays and plays - 1
-        write_atomic(path, _encode(images, path, name, colours, metadata, format, **options))
+        content = _encode(images, plays, path, name, colours, metadata, format)
+    write_atomic(path, content)
 
 
 def _is_grey(samples: np.ndarray) -> bool:
@@ -181,7 +158,7 @@ def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) ->
         log.warning('%s: %s cannot keep all that the file says of its colours.', path, name)
     if name == 'gif':
         log.info('%s: gif has 256 colours an image, to which others are reduced.', path)
-    elif samples.dtype != np.uint8 and name != 'tif':
+    elif samples.dtype != np.uint8 and name not in ('png', 'tif'):
         log.info('%s: %s has 8 bits a channel, to which 16 are rounded.', path, name)
 
 
@@ -197,13 +174,19 @@ def _tiff(pages: Iterable[np.ndarray], count: int, colours: Colours, metadata: M
     return encode_tiff(pages, count, metadata.exif, metadata.xmp, metadata.iptc, colours.icc)
 
 
-def _gather(first: np.ndarray, rows: Iterator[np.ndarray], height: int) -> np.ndarray:
-    """All rows in one array, whose memory is in use from the start, so that tiles are chosen with it in mind."""
-    samples, done = np.full((height, *first.shape[1:]), 1, first.dtype), 0
-    for piece in chain([first], rows):
-        samples[done : done + len(piece)] = piece
-        done += len(piece)
-    return samples
+def _gather(pieces: Iterator[tuple[np.ndarray, float]], heights: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
+    """Whole images, whose memory is in use from the start, so that tiles are chosen with it in mind."""
+    for height in heights:
+        rows, duration = next(pieces)
+        samples, done = rows, len(rows)
+        if done < height:
+            samples = np.full((height, *rows.shape[1:]), 1, rows.dtype)
+            samples[:done] = rows
+        while done < height:
+            rows, _ = next(pieces)
+            samples[done : done + len(rows)] = rows
+            done += len(rows)
+        yield samples, duration
 
 
 def over(samples: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
@@ -216,16 +199,23 @@ def over(samples: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
 
 
 def _encode(
-    frames: Sequence[np.ndarray],
+    images: Iterable[tuple[np.ndarray, float]],
+    plays: int | None,
     path: Path,
     name: str,
     colours: Colours,
     metadata: Metadata,
     format: Format,
-    **options: object,
 ) -> memoryview:
     """A JPEG, WebP or GIF file."""
-    frames = [eight_bits(samples) for samples in frames]
+    frames, durations = zip(*((eight_bits(samples), round(duration)) for samples, duration in images), strict=True)
+    options: dict[str, Any] = {}
+    if len(frames) > 1:
+        options = {'save_all': True, 'duration': durations}
+        if name == 'webp':
+            options['loop'] = plays
+        elif plays != 1:  # a GIF file says how often after the first time
+            options['loop'] = plays and plays - 1
     if name == 'jpg':
         frames = [over(each, format.background) if each.shape[2:] in ((2,), (4,)) else each for each in frames]
         options |= _jpeg_options(metadata, format.quality, path)
@@ -234,17 +224,16 @@ def _encode(
         options |= {'xmp': metadata.xmp} if metadata.xmp else {}
     else:
         options['comment'] = metadata.made.encode()
-    images = [Image.fromarray(samples) for samples in frames]
+    pictures = [Image.fromarray(samples) for samples in frames]
     if name == 'gif':
-        images = [_palette_image(image) for image in images]
-        if any(image.getextrema()[1] == COLOURS for image in images):  # each is taken away before the next one
+        pictures = [_palette_image(picture) for picture in pictures]
+        if any(picture.getextrema()[1] == COLOURS for picture in pictures):  # each is taken away before the next one
             options |= {'transparency': COLOURS, 'disposal': 2, 'optimize': False}  # which would number them anew
     grey = _is_grey(frames[0])
     if not (name == 'gif' or (name == 'webp' and grey)):
         options['icc_profile'] = colours.fitting(grey)
     stream = BytesIO()
-    more = {'append_images': images[1:]} if len(images) > 1 else {}
-    images[0].save(stream, {'jpg': 'JPEG'}.get(name, name.upper()), **more, **options)
+    pictures[0].save(stream, {'jpg': 'JPEG'}.get(name, name.upper()), append_images=pictures[1:], **options)
     return stream.getbuffer()
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import secrets
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -131,19 +132,22 @@ class _Inert:
 INERT = [(_Inert, name) for name in ('numpy.dtype', 'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar')]
 
 
-def read_torch(path: Path) -> object:
+def read_torch(path: Path, mapped: bool = False) -> object:
     """What a file written by `torch.save` holds, on the CPU; only tensors and plain values are unpickled.
 
-    A scalar of NumPy is replaced by an object without a value.
+    A scalar of NumPy is replaced by an object without a value. With `mapped` tensors stay in the file until they are
+    used, where its format allows that: as long as there are any the file must not change.
 
     Raises:
         UserError: no such file, not a file of PyTorch, damaged, or with anything but tensors and plain values in it.
     """
     _check_there(path)
     try:
-        # Of the stream, since some releases of PyTorch take a name that ends in .safetensors at its word.
         with path.open('rb') as stream, torch.serialization.safe_globals(INERT):  # type: ignore[arg-type]
-            return torch.load(stream, map_location='cpu', weights_only=True)
+            # Else of the stream, since some releases of PyTorch take a name that ends in .safetensors at its word.
+            mapped = mapped and path.suffix != '.safetensors' and zipfile.is_zipfile(stream)
+            stream.seek(0)
+            return torch.load(path if mapped else stream, map_location='cpu', weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if 'GLOBAL' in str(error):  # the name of what the file wants to call
             raise UserError(

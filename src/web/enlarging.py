@@ -15,13 +15,13 @@ from data.image import Photo
 from error import UserError
 from model import Model
 from model.tiles.tiling import Report
+from photo.choice import Weights
 from photo.engine import enlarged
 from photo.metadata import read_metadata
 from photo.targets import MADE
-from photo.writing import Colours, Format, check_size, keeps, write_frames, write_result
+from photo.writing import Colours, Format, check_size, keeps, write_result
 from system.machine import best_device
 from system.numerics import set_numerics
-from web.choices import Choice
 from web.comparing import Comparison, compare
 
 FORMATS = {'PNG': 'png', 'JPEG': 'jpg', 'WebP': 'webp', 'TIFF': 'tif'}  # as photo.writing calls them
@@ -41,16 +41,16 @@ class Result:
 
 
 @lru_cache(maxsize=2)
-def load(choice: Choice, cpu: bool) -> Model:
+def load(weights: Weights, cpu: bool) -> Model:
     """The network with its weights, which repeats its results to the bit on a CPU, as `main.py` has it."""
     device = 'cpu' if cpu else best_device()
     set_numerics(seed=1, deterministic=device == 'cpu', tf32=False)
-    return api.load(choice.file or f'{choice.network}_x{choice.scale}', device).model
+    return api.load(weights.file or weights.name, device, scale=weights.scale).model
 
 
 def enlarge(
     image: Path,
-    choice: Choice,
+    weights: Weights,
     folder: Path,
     format: str,
     progress: Report,
@@ -63,7 +63,7 @@ def enlarge(
 
     Args:
         image: the file.
-        choice: what enlarges it.
+        weights: what enlarges it.
         folder: where the result goes, and what shows it.
         format: of the result, a key of FORMATS.
         progress: is told how many tiles are done, and how many there are.
@@ -76,14 +76,15 @@ def enlarge(
             than the format holds; nothing was written.
         Stopped: `stop` said so; nothing was written.
     """
-    series, name, scale = read_series(image), FORMATS[format], choice.scale
-    count = len(series.sizes) if keeps(name, series.plays) else 1
-    check_pixels(image, series.sizes[:count], scale, max_pixels)
+    series, name, scale = read_series(image), FORMATS[format], weights.scale
+    sizes = series.sizes if keeps(name, series.plays) else series.sizes[:1]
+    new, count = [(scale * height, scale * width) for height, width in sizes], len(sizes)
+    check_pixels(image, sizes, scale, max_pixels)
     try:
-        check_size(name, [(scale * height, scale * width) for height, width in series.sizes[:count]])
+        check_size(name, new)
     except UserError as error:
         raise UserError(f'{image}: {error}') from error
-    model = load(choice, cpu)
+    model = load(weights, cpu)
     start = time.perf_counter()
     frames = read_frames(image)
     photo, duration = next(frames)
@@ -104,17 +105,14 @@ def enlarge(
             yield whole(other, number), shown
 
     result = folder / f'{image.stem}_x{scale}.{name}'
-    made = f'{MADE} {choice.file.stem if choice.file else choice.network}'
-    metadata = read_metadata(image).adapted(len(first), first.shape[1], made)
+    metadata = read_metadata(image).adapted(len(first), first.shape[1], f'{MADE} {weights.stem}')
     colours = Colours(photo.icc, photo.chunks)
-    if count > 1:
-        write_frames(results(), result, name, count, series.plays, colours, metadata, Format(name))
-    else:
-        write_result([first], result, name, len(first), colours, metadata, Format(name))
+    heights = [height for height, _ in new]
+    write_result(results(), result, name, heights, series.plays, colours, metadata, Format(name))
     seconds = time.perf_counter() - start
-    (height, width), images = series.sizes[0], f', {count} images,' if count > 1 else ''
-    sizes = f'{width}x{height} to {first.shape[1]}x{first.shape[0]} pixels{images}'
-    about = f'{sizes} in {seconds:.1f} s by {choice}, {result.stat().st_size / 1000:,.0f} kB'
+    (height, width), images = sizes[0], f', {count} images,' if count > 1 else ''
+    change = f'{width}x{height} to {first.shape[1]}x{first.shape[0]} pixels{images}'
+    about = f'{change} in {seconds:.1f} s by {weights.title}, {result.stat().st_size / 1000:,.0f} kB'
     if count < len(series.sizes):
         about += f'; only the first of {len(series.sizes)} images in the file, as {format} holds one'
     if colours.lost_in(name, photo.grey):

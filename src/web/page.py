@@ -3,6 +3,7 @@
 import secrets
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -12,11 +13,13 @@ import gradio as gr
 from fastapi import FastAPI
 
 from data.image import SUFFIXES
-from error import WriteError
+from data.outputs import output_names
+from error import UserError, WriteError
 from model.tiles.tiling import Report
+from photo.choice import Weights, at_scale, best
+from photo.metadata import is_lossy
 from report import pair
 from web import markup
-from web.choices import Choice, fitting, kinds_at
 from web.enlarging import FORMATS, Result
 from web.keeping import sweeping
 from web.visitors import COOKIE, Visitors
@@ -27,32 +30,44 @@ ABOUT = (
     'Drop images, choose a network, and have them enlarged. They stay on the machine that runs this page, no other '
     'visitor is given them, and they are deleted after an hour.'
 )
-KINDS = {
-    'clean': 'Clean: a sharp original without flaws, whose every detail is kept.',
-    'photo': 'Photo: from a camera or the web, with noise, blur or traces of JPEG, which are taken away.',
-}
+KINDS = (
+    'Photo, ticked: from a camera or the web, with noise, blur or traces of JPEG, which are taken away. Clean, not '
+    'ticked: a sharp original without flaws, whose every detail is kept. JPEG and lossy WebP are ticked by themselves.'
+)
+ORDER = 'By PSNR on the benchmark Set5, the best first.'
+BEST = ''  # in place of the name of weights
 KEPT = 3600  # seconds
 WAITING = 20  # visitors in line, at most
 MOST = 20  # images at once
 PREVIEWED = 50  # million pixels of an image that a preview is made of, at most
 MB = 2**20
 
-Enlarge = Callable[[Path, Choice, Path, str, Report, Callable[[], bool]], Result]
+Enlarge = Callable[[Path, Weights, Path, str, Report, Callable[[], bool]], Result]
 
 
 @dataclass
 class Visit:
-    """A page that is open: what stops its work."""
+    """A page that is open.
+
+    Attributes:
+        stop: ends its work.
+        asked: the images of which the visitor was asked whether they are photographs.
+    """
 
     stop: Event | None = None
+    asked: tuple[str, ...] = ()
+
+    def photos(self, images: Sequence[str], ticked: Sequence[str]) -> list[str]:
+        """Those images that are enlarged as photographs: as the visitor says; if nobody asked yet, by their files."""
+        return [image for image in images if (image in ticked if image in self.asked else seems_photo(image))]
 
 
-def site(choices: Sequence[Choice], enlarge: Enlarge, folder: Path, max_upload: int) -> Visitors:
+def site(choices: Sequence[Weights], enlarge: Enlarge, folder: Path, max_upload: int) -> Visitors:
     """The whole site.
 
     Args:
-        choices: what enlarges, of a scale the first one chosen at first.
-        enlarge: an image file with a choice, into a folder, in a format; see `web.enlarging`.
+        choices: what enlarges, in the order of `photo.choice.list_weights`.
+        enlarge: an image file with one of them, into a folder, in a format; see `web.enlarging`.
         folder: where the files of visitors go, the GRADIO_TEMP_DIR of the environment.
         max_upload: size of an image file, MB.
     """
@@ -68,43 +83,63 @@ def site(choices: Sequence[Choice], enlarge: Enlarge, folder: Path, max_upload: 
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's with fonts of the visitor's machine, and more contrast where it has less than 4.5 to 1 (WCAG 2.2)."""
+    """Gradio's with fonts of the visitor's machine, and the contrast of WCAG 2.2: 4.5 to 1, of boxes to tick 3 to 1."""
     return gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']).set(
         button_primary_background_fill='*primary_700',
         button_primary_background_fill_dark='*primary_700',
         button_primary_background_fill_hover='*primary_800',
         button_primary_background_fill_hover_dark='*primary_800',
         block_info_text_color='*neutral_600',
+        checkbox_border_color='*neutral_500',
+        checkbox_border_color_dark='*neutral_400',
         link_text_color_dark='*secondary_300',
     )
 
 
-def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder: Path) -> gr.Blocks:
+def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folder: Path) -> gr.Blocks:
     """The page."""
     line = Line(WAITING)
 
-    def networks(scale: int, kind: str) -> list[tuple[str, str]]:
-        return [(label(choice), choice.weights) for choice in fitting(choices, scale, kind)]
+    def networks(scale: int) -> gr.Radio:
+        names = [(str(weights), weights.name) for weights in at_scale(choices, scale)]
+        names = [(best_of(choices, scale), BEST), *names]
+        return gr.Radio(names, value=BEST, label='Network', info=ORDER, elem_id='network')
 
-    def narrow(scale: int, kind: str) -> tuple[gr.Radio, gr.Dropdown]:
-        names = networks(scale, kind)
-        return gr.Radio(visible=len(kinds_at(choices, scale)) > 1), gr.Dropdown(names, value=names[0][1])
+    def kinds(visit: Visit, ticked: Sequence[str], scale: int, weights: str) -> gr.CheckboxGroup:
+        """To be asked where it matters: not without images, for weights that are named, or weights of one kind."""
+        matters = bool(visit.asked) and weights == BEST and has_both(choices, scale)
+        names = output_names([Path(image) for image in visit.asked])
+        return gr.CheckboxGroup(list(zip(names, visit.asked, strict=True)), value=list(ticked), visible=matters)
 
-    def look(images: list[str] | None) -> str:
-        return markup.previews([Path(image) for image in images or []], PREVIEWED)
+    def rescale(visit: Visit, ticked: list[str], scale: int) -> tuple[gr.Radio, gr.CheckboxGroup]:
+        return networks(scale), kinds(visit, ticked, scale, BEST)
+
+    def look(
+        images: list[str] | None, visit: Visit, ticked: list[str], scale: int, weights: str
+    ) -> tuple[str, gr.CheckboxGroup]:
+        given = list(dict.fromkeys(images or []))
+        photos, visit.asked = visit.photos(given, ticked), tuple(given)
+        return markup.previews([Path(image) for image in given], PREVIEWED), kinds(visit, photos, scale, weights)
 
     def click(
-        images: list[str] | None, scale: int, kind: str, weights: str, format: str, visit: Visit, request: gr.Request
+        images: list[str] | None,
+        visit: Visit,
+        ticked: list[str],
+        scale: int,
+        weights: str,
+        format: str,
+        request: gr.Request,
     ) -> Iterator[dict]:
-        chosen = [choice for choice in fitting(choices, scale, kind) if choice.weights == weights]
-        if problem := reason_against(images or [], chosen):
+        named = [each for each in at_scale(choices, scale) if each.name == weights]
+        if problem := reason_against(images or [], bool(named) or weights == BEST):
             yield {told: markup.refusal(problem)}
             return
         own, visit.stop = folder / secrets.token_hex(16), Event()
-        said, known = '', 0
+        said, known, photos = '', 0, visit.photos(images or [], ticked)
 
         def one(image: Path, folder: Path, progress: Report, stop: Callable[[], bool]) -> Result:
-            return enlarge(image, chosen[0], folder, format, progress, stop)
+            chosen = named[0] if named else best(choices, scale, str(image) in photos)
+            return enlarge(image, chosen, folder, format, progress, stop)
 
         yield {shown: '', download: gr.DownloadButton('Download', interactive=False), stop: gr.Button(interactive=True)}
         for state in work([Path(image) for image in images or []], one, own, line, visit.stop):
@@ -134,7 +169,6 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
 
     scales = sorted({choice.scale for choice in choices})
     first = 4 if 4 in scales else scales[-1]
-    names = networks(first, 'clean')
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.Markdown(f'# {TITLE}\n{ABOUT}')
         visit = gr.State(Visit())
@@ -143,17 +177,8 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
                 images = gr.File(label='Images', file_count='multiple', file_types=list(SUFFIXES), type='filepath')
                 seen = html('seen')
                 scale = gr.Radio([(f'x{scale}', scale) for scale in scales], value=first, label='Scale')
-                kind = gr.Radio(
-                    [(text, kind) for kind, text in KINDS.items()],
-                    value='clean', label='Kind of image', visible=len(kinds_at(choices, first)) > 1,
-                )  # fmt: skip
-                network = gr.Dropdown(
-                    names,
-                    value=names[0][1],
-                    label='Network',
-                    info='By PSNR on the benchmark Set5, the best first.',
-                    filterable=False,
-                )
+                kind = gr.CheckboxGroup([], label='Photographs', info=KINDS, visible=False, elem_id='kind')
+                network = networks(first)
                 format = gr.Radio(list(FORMATS), value='PNG', label='Format')
                 with gr.Row():
                     button = gr.Button('Enlarge', variant='primary', min_width=120)
@@ -164,11 +189,11 @@ def page(choices: Sequence[Choice], enlarge: Enlarge, visitors: Visitors, folder
                 shown = html('shown')
                 download = gr.DownloadButton('Download', interactive=False)
         quick: Any = {'concurrency_limit': None, 'show_progress': 'hidden'}
-        images.change(look, images, seen, show_progress='hidden')
-        scale.input(narrow, [scale, kind], [kind, network], **quick)
-        kind.input(narrow, [scale, kind], [kind, network], **quick)
-        asked = [images, scale, kind, network, format, visit]
-        button.click(click, asked, [told, progress, shown, download, stop], **quick)
+        asked = [visit, kind, scale, network]
+        images.change(look, [images, *asked], [seen, kind], show_progress='hidden')
+        scale.input(rescale, [visit, kind, scale], [network, kind], **quick)
+        network.input(kinds, asked, kind, **quick)
+        button.click(click, [images, *asked, format], [told, progress, shown, download, stop], **quick)
         stop.click(end, visit, stop, **quick)
     return blocks.queue(max_size=WAITING)
 
@@ -178,22 +203,31 @@ def html(name: str) -> gr.Markdown:
     return gr.Markdown(elem_id=name, sanitize_html=False, latex_delimiters=[])
 
 
-def label(choice: Choice) -> str:
-    """What a visitor sees of a choice."""
-    if choice.file is None:
-        return choice.network
-    name = choice.file.stem
-    name = name if name.startswith(choice.network) else f'{name} ({choice.network})'
-    return name if choice.psnr is None else f'{name}, {choice.psnr:.2f} dB'
+def seems_photo(image: str) -> bool:
+    """Whether a file was compressed with loss; what cannot be read gets a sentence elsewhere."""
+    with suppress(UserError):
+        return is_lossy(Path(image))
+    return False
 
 
-def reason_against(images: Sequence[str], chosen: Sequence[Choice]) -> str:
-    """Why this is not enlarged; nothing if it is."""
+def has_both(choices: Sequence[Weights], scale: int) -> bool:
+    """Whether some weights of a scale are for photographs and some are for others."""
+    return {weights.photo for weights in at_scale(choices, scale)} >= {False, True}
+
+
+def best_of(choices: Sequence[Weights], scale: int) -> str:
+    """What a visitor sees of the best choice for each kind of image."""
+    clean, photo = (best(choices, scale, lossy) for lossy in (False, True))
+    return f'The best: {clean.stem}' + (f', for photographs {photo.stem}' if has_both(choices, scale) else '')
+
+
+def reason_against(images: Sequence[str], is_there: bool) -> str:
+    """Why this is not enlarged, with weights that are there or not; nothing if it is."""
     if not images:
         return 'No image: drop one first.'
     if len(images) > MOST:
         return f'{len(images)} images; at most {MOST} are enlarged at once: leave some out.'
-    return '' if chosen else 'This network is not of that scale and kind: choose again.'
+    return '' if is_there else 'This network is not of that scale: choose again.'
 
 
 def shown_files(state: State) -> list[Path]:
@@ -229,6 +263,7 @@ STYLE = """
 .failure { color: #b91c1c; }
 .dark .failure { color: #fca5a5; }
 .or { color: inherit; }
+#network label, #kind label { width: 100%; overflow-wrap: anywhere; }
 #progress progress { display: block; width: 100%; height: .75rem; margin-bottom: .3rem; appearance: none; border: 0;
   border-radius: .4rem; overflow: hidden; background: var(--neutral-300); }
 .dark #progress progress { background: var(--neutral-700); }
@@ -257,6 +292,14 @@ SCRIPT = """
     if (live.textContent !== said) live.textContent = said;
     for (const button of document.querySelectorAll('[aria-label="common.upload"]')) {
       button.ariaLabel = button.title = 'Add images';  // Gradio 6.31 has no words for it
+    }
+    for (const group of document.querySelectorAll('fieldset')) {  // nor for these
+      group.ariaLabel = group.querySelector('[data-testid="block-info"]').innerText;
+    }
+    for (const file of document.querySelectorAll('tr.file')) {
+      const name = file.querySelector('.filename').ariaLabel;
+      file.querySelector('a')?.setAttribute('aria-label', `Download ${name}`);
+      file.querySelector('button')?.setAttribute('aria-label', `Remove ${name}`);
     }
   }).observe(document.body, { childList: true, subtree: true, characterData: true });
 }

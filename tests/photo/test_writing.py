@@ -13,7 +13,7 @@ from data.frames import Series, read_frames, read_series
 from data.image import read_photo
 from error import UserError
 from photo.metadata import Metadata, is_lossy, made_by, read_metadata
-from photo.writing import Colours, Format, check_size, over, photoshop_segment, write_frames, write_result
+from photo.writing import Colours, Format, check_size, over, photoshop_segment, write_result
 
 RNG = np.random.default_rng(0)
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -48,7 +48,8 @@ def photograph(path: Path) -> Path:
 def write(path: Path, samples: np.ndarray, source: Path, **options: object) -> None:
     metadata = read_metadata(source).adapted(*samples.shape[:2], 'FrugalSR test')
     name = path.suffix[1:]
-    write_result(iter([samples]), path, name, len(samples), Colours(ICC, {}), metadata, Format(name, **options))
+    about = Colours(ICC, {}), metadata, Format(name, **options)
+    write_result([(samples, 0)], path, name, [len(samples)], None, *about)
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif'])
@@ -81,12 +82,13 @@ def test_metadata_is_kept_and_fits_the_result(tmp_path, origin, suffix):
 @pytest.mark.parametrize('suffix', ['png', 'tif'])
 @pytest.mark.parametrize('channels', [1, 2, 3, 4])
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
-def test_png_and_tiff_keep_every_bit(tmp_path, suffix, channels, dtype):
-    """As other programs read them."""
+def test_png_and_tiff_keep_every_bit(tmp_path, messages, suffix, channels, dtype):
+    """As other programs read them, and say nothing of losses."""
     samples = RNG.integers(0, np.iinfo(dtype).max, (700, 300, channels), endpoint=True).astype(dtype)
     samples = samples[..., 0] if channels == 1 else samples
     path = tmp_path / f'b.{suffix}'
     write(path, samples, photograph(tmp_path / 'a.jpg'))
+    assert not [line for line in messages if 'has 8 bits' in line]
     read = read_photo(path).samples
     assert read.dtype == dtype
     assert np.array_equal(read.squeeze(), samples)
@@ -179,8 +181,9 @@ def moving(path: Path, frames: list[np.ndarray], plays: int, times: list[float])
     exif = Image.Exif()
     metadata = Metadata(exif).adapted(*frames[0].shape[:2], 'FrugalSR test')
     name = path.suffix[1:]
-    about = len(frames), plays, Colours(None, {}), metadata, Format(name, quality=100)
-    write_frames(zip(frames, times, strict=True), path, name, *about)
+    about = plays, Colours(None, {}), metadata, Format(name, quality=100)
+    pieces = [(rows, time) for frame, time in zip(frames, times, strict=True) for rows in (frame[:7], frame[7:])]
+    write_result(pieces, path, name, [len(frame) for frame in frames], *about)
 
 
 @pytest.mark.parametrize('suffix', ['png', 'webp', 'gif'])

@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from error import WriteError
-from system.files import is_there, sweep, write_atomic
+from system import memory
+from system.files import is_there, read_torch, sweep, write_atomic
 from tests.conftest import ROOT
 
 
@@ -161,3 +163,17 @@ def test_what_a_killed_process_left_aside_is_deleted_and_nothing_else(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, 'alive'])
     assert (tmp_path / 'alive').read_bytes() == b'begun'
     sweep(tmp_path / 'no such folder')
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='by the figures of Linux')
+@pytest.mark.parametrize(
+    ('zipped', 'name', 'most'), [(True, 'a.pt', 8), (False, 'a.pt', 100), (True, 'a.safetensors', 100)]
+)
+def test_tensors_stay_in_a_file_that_is_mapped(tmp_path, zipped, name, most):
+    """Of 64 MB nothing is in memory; in files that cannot be mapped they are read."""
+    state = {'a': torch.arange(2**24, dtype=torch.float32)}
+    torch.save(state, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    before = memory.in_use('cpu')
+    found = read_torch(tmp_path / name, mapped=True)
+    assert memory.in_use('cpu') - before < most * 2**20
+    assert torch.equal(found['a'], state['a'])

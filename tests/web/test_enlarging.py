@@ -15,12 +15,13 @@ from data.image import read_photo, write_png
 from data.imresize import upscale_bicubic
 from error import UserError
 from model.tiles.tiling import Report, unreported
+from photo.choice import BICUBIC as EVERY
+from photo.choice import Weights
 from tests.conftest import ROOT, picture
-from web.choices import Choice
 from web.enlarging import Result, Stopped, enlarge
 
-X2 = Choice('LCoAN', 2, ROOT / 'models' / 'LCoAN-small_x2.pt')
-BICUBIC = {scale: Choice('Bicubic', scale) for scale in (2, 3, 4)}
+X2 = Weights('LCoAN', 2, ROOT / 'models' / 'LCoAN-small_x2.pt')
+BICUBIC = {weights.scale: weights for weights in EVERY}
 
 
 class Told:
@@ -33,8 +34,10 @@ class Told:
         self.tiles.append((done, total))
 
 
-def run(image: Path, choice: Choice, format: str = 'PNG', progress: Report = unreported, stop=lambda: False) -> Result:
-    return enlarge(image, choice, image.parent / 'own', format, progress, stop, max_pixels=1, cpu=True)
+def run(
+    image: Path, weights: Weights, format: str = 'PNG', progress: Report = unreported, stop=lambda: False
+) -> Result:
+    return enlarge(image, weights, image.parent / 'own', format, progress, stop, max_pixels=1, cpu=True)
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -92,7 +95,7 @@ def test_what_is_said_and_shown(photo):
     assert np.abs(pixels(result.image) - exact).mean() < 0.1  # MATLAB rounds between its two passes
     assert np.array_equal(pixels(result.shown.whole.after), pixels(result.image))
     size = round(result.image.stat().st_size / 1000)
-    assert re.fullmatch(rf'30x20 to 90x60 pixels in \d+\.\d s by Bicubic x3, {size} kB', result.about)
+    assert re.fullmatch(rf'30x20 to 90x60 pixels in \d+\.\d s by Bicubic_x3, {size} kB', result.about)
 
 
 @pytest.mark.parametrize(('format', 'name', 'error'), [('JPEG', 'photo_x2.jpg', 3), ('WebP', 'photo_x2.webp', 6)])
@@ -140,9 +143,9 @@ def test_grey_and_16_bits(photo, format):
     assert found.mode == ('L' if format == 'JPEG' else 'RGB')
 
 
-def refused(image: Path, choice: Choice = X2, format: str = 'PNG') -> str:
+def refused(image: Path, weights: Weights = X2, format: str = 'PNG') -> str:
     with pytest.raises(UserError) as caught:
-        run(image, choice, format)
+        run(image, weights, format)
     assert not (image.parent / 'own').exists()
     return str(caught.value)
 

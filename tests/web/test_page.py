@@ -8,7 +8,7 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import unescape
 from http.cookiejar import CookieJar
 from io import BytesIO
@@ -24,6 +24,7 @@ from data.image import write_png
 from tests.conftest import ROOT, picture
 from tests.test_app import Program
 
+BEST = ''  # of the networks
 WAIT = 60  # seconds, at most
 BROWSER = [
     '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
@@ -91,14 +92,28 @@ class Visitor:
         *_, done = self.send(event, *data)
         return done
 
+    def drop(self, paths: list[str], scale: int = 4, weights: str = BEST, ticked: Sequence[str] = ()) -> list[str]:
+        """Show images to the page; returns those that it takes for photographs."""
+        _, kind = self.ask('look', self.files(paths), None, list(ticked), scale, weights)['output']['data']
+        assert kind['visible'] == (scale != 3 and weights == BEST)
+        return kind['value']
+
     def enlarge(self, paths: list[str], scale: int, weights: str, format: str = 'PNG') -> 'Shown':
         """Choose, and press the button."""
-        self.ask('narrow', scale, 'clean')
+        self.ask('rescale', None, [], scale)
         return self.press(paths, scale, weights, format)
 
-    def press(self, paths: list[str], scale: int, weights: str, format: str = 'PNG') -> 'Shown':
+    def press(
+        self, paths: list[str], scale: int, weights: str, format: str = 'PNG', ticked: Sequence[str] = ()
+    ) -> 'Shown':
         """Press the button."""
-        return Shown(self.send('click', self.files(paths), scale, 'clean', weights, format, None))
+        return Shown(self.start_work(paths, scale, weights, format, ticked))
+
+    def start_work(
+        self, paths: list[str], scale: int, weights: str, format: str = 'PNG', ticked: Sequence[str] = ()
+    ) -> Iterator[dict]:
+        """What the server says after the button is pressed."""
+        return self.send('click', self.files(paths), None, list(ticked), scale, weights, format)
 
     def files(self, paths: list[str]) -> list[dict]:
         """Uploaded files, as Gradio names them."""
@@ -119,11 +134,12 @@ class Shown:
         told: what is said, each time that it changed.
         bars: what the bar was, likewise.
         images: addresses of what is shown.
+        captions: below them.
         download: address of the file to take along; None if there is none.
     """
 
     def __init__(self, messages: Iterator[dict]) -> None:
-        self.told, self.bars, self.images = [], [], []
+        self.told, self.bars, self.images, self.captions = [], [], [], []
         self.download: str | None = None
         values: list = []
         for message in messages:
@@ -139,6 +155,7 @@ class Shown:
                     seen.append(value)
             if isinstance(shown, str):
                 self.images = re.findall('src="(gradio_api/file=[^"]*)"', shown)
+                self.captions = re.findall('<figcaption><b>(.*?)</b>: .*? by (.*?), ', shown)
             if isinstance(download, dict) and isinstance(download.get('value'), dict):
                 self.download = download['value']['path']
 
@@ -188,13 +205,13 @@ def test_a_result_is_served_to_its_visitor_alone(program):
     assert files[-1].endswith('/my%20photo_x2.png')
     assert [b.status(file) for file in [*files, served(path)]] == [404] * 4
     with pytest.raises(urllib.error.HTTPError, match='403'):
-        b.enlarge([path], 2, 'none')
+        b.enlarge([path], 2, 'Bicubic_x2')
 
 
 def test_several_results_are_a_zip_file_of_their_visitor(program):
     a, b = Visitor(program.url), Visitor(program.url)
     paths = [a.upload(name, content) for name, content in (('x.png', PHOTO), ('bad.png', b'no'), ('x.jpg', PHOTO))]
-    shown = a.enlarge(paths, 3, 'none', 'WebP')
+    shown = a.enlarge(paths, 3, 'Bicubic_x3', 'WebP')
     assert shown.text.startswith('2 of 3 images are done.bad.png (2 bytes) is not an image')
     with zipfile.ZipFile(BytesIO(a.get(served(shown.download)))) as archive:
         assert archive.namelist() == ['x.png_x3.webp', 'x.jpg_x3.webp']
@@ -203,6 +220,49 @@ def test_several_results_are_a_zip_file_of_their_visitor(program):
                 assert (image.format, image.size) == ('WEBP', (96, 72))
     assert len(shown.images) == 4
     assert [b.status(file) for file in [served(shown.download), *(f'/{image}' for image in shown.images)]] == [404] * 5
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    file = BytesIO()
+    Image.fromarray(image).save(file, 'jpeg')
+    return file.getvalue()
+
+
+def test_each_image_is_enlarged_by_weights_for_its_kind(program):
+    """By its file, whatever its name is; as the visitor says where they say it; weights that are named are for all."""
+    a = Visitor(program.url)
+    content = picture(5, 8, 9)
+    names = {'a.jpg': jpeg(content), 'b.png': png(content), 'c.png': jpeg(content), 'd.jpg': png(content)}
+    paths = [a.upload(name, content) for name, content in names.items()]
+    photo, clean = 'ASID-photo_x4.pt', 'ASID_x4.pt'
+
+    def weights_of(shown: Shown) -> list[str]:
+        assert [name for name, _ in shown.captions] == ['a', 'b', 'c', 'd']
+        return [weights for _, weights in shown.captions]
+
+    assert weights_of(a.press(paths, 4, BEST)) == [photo, clean, photo, clean]  # before anybody was asked
+    ticked = a.drop(paths[:3])
+    assert ticked == [paths[0], paths[2]]
+    ticked = a.drop(paths, ticked=paths[1:3])  # after a click on two boxes one more is dropped
+    assert ticked == paths[1:3]
+    assert weights_of(a.press(paths, 4, BEST, ticked=[paths[1], paths[3]])) == [clean, photo, clean, photo]
+    assert weights_of(a.press(paths, 4, photo, ticked=ticked)) == [photo] * 4
+
+
+def test_it_is_asked_only_where_it_matters(program):
+    a = Visitor(program.url)
+    path = a.upload('a.jpg', jpeg(picture(5, 8, 9)))
+    a.drop([path])  # which looks at what is visible
+    a.drop([path], 3)
+    a.drop([path], 4, 'ASID_x4.pt')
+    network, kind = a.ask('rescale', None, [path], 3)['output']['data']
+    assert network['choices'][0] == ['The best: ASID_x3', BEST]
+    assert not kind['visible']
+    network, kind = a.ask('rescale', None, [path], 2)['output']['data']
+    assert network['choices'][0] == ['The best: ASID_x2, for photographs ASID-photo_x2', BEST]
+    assert network['value'] == BEST
+    assert kind['visible'] and kind['value'] == [path]
+    assert not a.ask('kinds', None, [path], 2, 'ASID_x2.pt')['output']['data'][0]['visible']
 
 
 def test_progress_is_told_by_tiles(program):
@@ -218,8 +278,8 @@ def test_stopped_work_leaves_nothing(program):
     path = a.upload('large.png', png(np.zeros((8, 15000), np.uint8)))
     folder = Path(path).parents[1]
     before = set(folder.glob('*/0/*'))
-    a.ask('narrow', 2, 'clean')
-    messages = a.send('click', a.files([path]), 2, 'clean', 'ASID_x2.pt', 'PNG', None)
+    a.ask('rescale', None, [], 2)
+    messages = a.start_work([path], 2, 'ASID_x2.pt')
     first = next(messages)
     a.start('end', None)
     shown = Shown(chain([first], messages))
@@ -231,11 +291,13 @@ def test_stopped_work_leaves_nothing(program):
 def test_leaving_ends_the_work(program):
     a, b = Visitor(program.url), Visitor(program.url)
     path = a.upload('left.png', png(np.zeros((8, 15000), np.uint8)))
-    a.ask('narrow', 2, 'clean')
-    messages = a.send('click', a.files([path]), 2, 'clean', 'ASID_x2.pt', 'PNG', None)
+    a.ask('rescale', None, [], 2)
+    messages = a.start_work([path], 2, 'ASID_x2.pt')
     next(messages)
     messages.close()  # and with it the connection
-    assert b.enlarge([b.upload('photo.png', PHOTO)], 2, 'none').text == 'Done.'  # whose turn comes after that work
+    assert (
+        b.enlarge([b.upload('photo.png', PHOTO)], 2, 'Bicubic_x2').text == 'Done.'
+    )  # whose turn comes after that work
     assert not list(Path(path).parents[1].glob('*/0/left*'))
 
 
@@ -251,7 +313,7 @@ def test_other_files_are_served_to_nobody(program):
     ):
         assert a.status(f'/gradio_api/file={file}') == 404
         with pytest.raises(urllib.error.HTTPError, match='403'):
-            a.enlarge([str(file)], 2, 'none')
+            a.enlarge([str(file)], 2, 'Bicubic_x2')
     for closed in (
         'config',
         'docs',
@@ -277,23 +339,23 @@ def test_other_files_are_served_to_nobody(program):
 )
 def test_a_bad_file_gets_a_sentence(program, name, content, sentence):
     a = Visitor(program.url)
-    shown = a.enlarge([a.upload(name, content)], 2, 'none')
+    shown = a.enlarge([a.upload(name, content)], 2, 'Bicubic_x2')
     assert shown.text.startswith(sentence)
     assert shown.download is None
 
 
 def test_a_choice_there_is_not(program):
     a = Visitor(program.url)
-    a.ask('narrow', 4, 'clean')
+    a.ask('rescale', None, [], 4)
     shown = a.press([a.upload('photo.png', PHOTO)], 2, 'LCoAN-small_x4.pt')
-    assert shown.text == 'This network is not of that scale and kind: choose again.'
+    assert shown.text == 'This network is not of that scale: choose again.'
 
 
 def test_no_image_and_too_many(program):
     a = Visitor(program.url)
-    assert a.enlarge([], 2, 'none').text == 'No image: drop one first.'
+    assert a.enlarge([], 2, 'Bicubic_x2').text == 'No image: drop one first.'
     path = a.upload('photo.png', PHOTO)
-    assert a.enlarge([path] * 21, 2, 'none').text == '21 images; at most 20 are enlarged at once: leave some out.'
+    assert a.enlarge([path] * 21, 2, 'Bicubic_x2').text == '21 images; at most 20 are enlarged at once: leave some out.'
 
 
 def test_an_upload_that_is_too_large(program):
@@ -346,12 +408,15 @@ def test_in_a_browser(program, browser, tmp_path):
     wait(lambda: browser.find_elements(By.XPATH, '//input[@type="file"]'), 'page')
     find('//input[@type="file"]').send_keys(str(tmp_path / 'photo.png'))
     assert find('//img[@alt="Preview of photo.png"]').get_property('naturalWidth') == 32
-    network = find('//input[@aria-label="Network"]')
-    assert network.get_attribute('value').startswith('ASID_x4, 31.')
+    find(
+        '//fieldset[@aria-label="Network"]//label[normalize-space()="The best: ASID_x4, for photographs ASID-photo_x4"]'
+    )
+    assert find('//fieldset[@aria-label="Photographs"]//label[normalize-space()="photo"]/input').is_selected() is False
     find('//label[.//input[@type="radio"] and normalize-space()="x3"]').click()
-    wait(lambda: network.get_attribute('value').startswith('ASID_x3, 33.'), 'networks of the scale')
-    network.click()
-    find('//*[@role="option"][contains(., "Bicubic")]').click()
+    find('//label[normalize-space()="The best: ASID_x3"]')
+    assert not browser.find_elements(By.XPATH, '//fieldset[@aria-label="Photographs"]')
+    find('//label[normalize-space()="Bicubic_x3"]').click()
+    find('//a[@aria-label="Download photo.png"]')
     find('//label[normalize-space()="JPEG"]').click()
     find('//button[normalize-space()="Enlarge"]').send_keys(Keys.ENTER)
     wait(lambda: '32x24 to 96x72 pixels' in find('//body').text, 'result')

@@ -1,6 +1,5 @@
 """Weights from files: read without running anything they contain, and matched to a network key by key."""
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +16,9 @@ from error import UserError
 from model import Model, type_name
 from model.common import at_least_float32
 from model.loading.description import Description, from_metadata, from_options, from_state
-from model.loading.detect import mismatches, nearest, recognise
+from model.loading.detect import Found, mismatches, nearest, recognise
 from model.tiles.tiling import Tiler
 from system.files import SAFETENSORS, is_safetensors, read_safetensors, read_torch, some
-
-log = logging.getLogger('frugalsr')
 
 SUFFIXES = ('.pt', '.pth', '.safetensors')  # of files of weights
 
@@ -80,11 +77,12 @@ class Weights(NamedTuple):
     description: Description | None
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, mapped: bool = False) -> Weights:
     """Weights from a file of PyTorch or of safetensors, whatever its name is.
 
     Taken off are the dicts around the state dict (of those in `WRAPPERS` the first one, else the only one that has
-    tensors), what is no tensor in it, and a prefix that all keys share, as 'module.' or 'model.'.
+    tensors), what is no tensor in it, and a prefix that all keys share, as 'module.' or 'model.'. `mapped` is as of
+    `read_torch`.
 
     Raises:
         UserError: no such file, damaged, with objects that could run code, or without a state dict.
@@ -94,7 +92,7 @@ def read_weights(path: Path) -> Weights:
         content: object = state
         description = from_metadata(metadata)
     else:
-        content, description = read_torch(path), None
+        content, description = read_torch(path, mapped), None
     taken: list[str] = []
     while len(taken) < DEEPEST and (wrapper := _wrapper(content)):
         description = from_options(content) or description  # type: ignore[arg-type]
@@ -227,6 +225,18 @@ def interpolate_rows(old: Tensor, own: Tensor, factor: int) -> Tensor | None:
     return rows.reshape(own.shape).to(own.dtype)
 
 
+def recognise_file(path: Path, scale: int | None = None) -> Found:
+    """The network that a file of weights belongs to, found as by `--model auto`; tensors are read only as needed.
+
+    `scale` is for weights that are alike at several.
+
+    Raises:
+        UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
+    """
+    state, _, description = read_weights(path, mapped=True)
+    return recognise(state, description, scale=scale)
+
+
 def load_model(
     path: Path,
     device: torch.device | str,
@@ -249,7 +259,7 @@ def load_model(
     Raises:
         UserError: a file that cannot be read, weights of no network known here, or a setting that nothing decides.
     """
-    state, unwrapped, description = read_weights(path)
+    state, _, description = read_weights(path)
     try:
         found = recognise(state, description, settings, scale)
     except UserError as error:
@@ -257,7 +267,6 @@ def load_model(
     model = Model(found.name, found.scale, device, tiler, ensemble, half, **found.settings)
     load_weights(model.net, state, str(path))
     model.weights = f'weights from {path}'
-    log.info('%s holds weights of %s%s', path, found, f' ({unwrapped})' if unwrapped else '')
     return model
 
 

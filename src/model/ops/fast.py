@@ -58,6 +58,13 @@ def by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -
     return by_kernel(module, plain, first, *others) if is_for_llvm(first) else plain(first, *others)
 
 
+def float32_by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
+    """As `by_llvm` where all tensors are float32 and no autocast has others in their place; else what `plain` gives."""
+    tensors = [x for x in (first, *others) if isinstance(x, Tensor)]
+    fits = all(x.is_cpu and x.dtype == torch.float32 for x in tensors) and not torch.is_autocast_enabled('cpu')
+    return by_llvm(module, plain, first, *others) if fits else plain(first, *others)
+
+
 def by_kernel(module: str, plain: Callable[..., T], *arguments: Any) -> T:
     """What `plain` gives, by the function of its name in a module here, until one there fails."""
     if module not in failed:

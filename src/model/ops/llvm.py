@@ -27,6 +27,11 @@ def lanes() -> int:
     return 16 if features.get('avx512f') else 8
 
 
+def size_of(kind: ir.Type) -> int:
+    """Bytes of a number."""
+    return 4 if kind == FLOAT else kind.width // 8
+
+
 class Code:
     """A function `run(arguments, memory, factor)` that is being written.
 
@@ -62,7 +67,7 @@ class Code:
 
     def spread(self, number: ir.Value, count: int | None = None) -> ir.Value:
         """A number in all lanes, or `count` times."""
-        nothing = self.vector_type(ir.Undefined)
+        nothing = ir.VectorType(number.type, self.lanes)(ir.Undefined)
         return self.shuffled(self.to.insert_element(nothing, number, INT(0)), nothing, [0] * (count or self.lanes))
 
     def padded(self, vector: ir.Value, count: int) -> ir.Value:
@@ -87,11 +92,12 @@ class Code:
         return self.to.gep(pointer, [offset])
 
     def load(self, pointer: ir.Value, count: int) -> ir.Value:
-        """`count` numbers that follow one another."""
-        return self.to.load(self.to.bitcast(pointer, ir.VectorType(FLOAT, count).as_pointer()), align=4)
+        """`count` numbers that follow one another, of the type that is pointed to."""
+        kind = pointer.type.pointee
+        return self.to.load(self.to.bitcast(pointer, ir.VectorType(kind, count).as_pointer()), align=size_of(kind))
 
     def store(self, vector: ir.Value, pointer: ir.Value) -> None:
-        self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=4)
+        self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=size_of(vector.type.element))
 
     def prefetch(self, pointer: ir.Value, count: int, written: bool = False) -> None:
         """Have `count` numbers brought into the first cache, to be read or `written`."""
@@ -113,14 +119,40 @@ class Code:
             count = min(self.lanes, width - i)
             self.store(self.part(vector, 0, count), self.at(pointer, INT(i)))
 
-    def sum(self, vector: ir.Value) -> ir.Value:
-        """Of all lanes, the halves of a vector again and again."""
+    def fold(self, vector: ir.Value, join: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+        """One number of all lanes: the halves of a vector joined, again and again."""
         while (half := vector.type.count // 2) > 0:
-            vector = self.to.fadd(self.part(vector, 0, half), self.part(vector, half, half))
+            vector = join(self.part(vector, 0, half), self.part(vector, half, half))
         return self.to.extract_element(vector, INT(0))
 
-    def sqrt(self, number: ir.Value) -> ir.Value:
-        return self.to.call(self.module.declare_intrinsic('llvm.sqrt', [FLOAT]), [number])
+    def sum(self, vector: ir.Value) -> ir.Value:
+        """Of all lanes."""
+        return self.fold(vector, self.to.fadd)
+
+    def sums(self, vectors: Sequence[ir.Value]) -> ir.Value:
+        """Of all lanes of each of as many vectors as there are lanes: neighbours added, again and again."""
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [
+                self.to.fadd(*(self.shuffled(x, y, range(first, 2 * self.lanes, 2)) for first in (0, 1)))
+                for x, y in pairs
+            ]
+        return vectors[0]
+
+    def compress(self, vector: ir.Value, bits: ir.Value) -> ir.Value:
+        """The lanes of a vector whose bit in an integer is set, one after the other, and then whatever."""
+        mask = self.to.bitcast(bits, ir.VectorType(BIT, self.lanes))
+        letter = 'f' if vector.type.element == FLOAT else 'i'
+        kind = ir.FunctionType(vector.type, [vector.type, mask.type, vector.type])
+        name = f'llvm.experimental.vector.compress.v{self.lanes}{letter}32'
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
+        return self.to.call(function, [vector, mask, vector.type(ir.Undefined)])
+
+    def sqrt(self, x: ir.Value) -> ir.Value:
+        """Of a number, or of each lane."""
+        kind = 'f32' if x.type == FLOAT else f'v{x.type.count}f32'
+        function = ir.FunctionType(x.type, [x.type])
+        return self.to.call(self.module.declare_intrinsic(f'llvm.sqrt.{kind}', (), function), [x])
 
     def transposed(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
         """Vectors of what stands at the same place of each row."""
@@ -216,6 +248,22 @@ class Code:
         self.to.branch(head)
         self.to.position_at_end(after)
         return variables[1:]
+
+    def repeat(
+        self, body: Callable[[list[ir.Value]], tuple[ir.Value, Sequence[ir.Value]]], carried: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        """Write `go_on = True; while go_on: go_on, carried = body(carried)`; what is carried in the end."""
+        before, inside, after = self.to.block, self.to.append_basic_block(), self.to.append_basic_block()
+        self.to.branch(inside)
+        self.to.position_at_end(inside)
+        variables = [self.to.phi(x.type) for x in carried]
+        go_on, found = body(variables)
+        for variable, first, later in zip(variables, carried, found, strict=True):
+            variable.add_incoming(first, before)
+            variable.add_incoming(later, self.to.block)
+        self.to.cbranch(go_on, inside, after)
+        self.to.position_at_end(after)
+        return [*found]
 
     def tasks(self, counter: ir.Value, count: ir.Value, body: Callable[[ir.Value], None]) -> None:
         """Write the rest: `body(i)` for numbers i below `count` that no other thread has taken from the counter."""

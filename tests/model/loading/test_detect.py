@@ -16,8 +16,8 @@ from model.common import NetworkSpec
 from model.loading import detect
 from model.loading.description import Description, described
 from model.loading.detect import Found, recognise
+from photo.choice import list_weights
 from tests.conftest import ROOT, picture
-from web.choices import find_choices
 
 State = dict[str, Tensor]
 SIZES = {'n_resblocks': 8, 'n_feats': 32}  # of which EDSR and EDSR-baseline are equally far
@@ -175,9 +175,10 @@ def test_as_a_library(files: tuple[Path, Path]) -> None:
         api.load('Bicubic_x2', half=True)
 
 
-def test_on_the_page(files: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
-    choices = find_choices(files[0].parent)
-    assert [str(choice) for choice in choices if choice.file] == ['EDSR-baseline x2 (says.pt)']
+def test_in_a_folder(files: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    assert [(each.network, each.scale, each.name) for each in list_weights(files[0].parent)] == [
+        ('EDSR-baseline', 2, 'says.pt')
+    ]
     assert re.search(r'silent\.pt is left out: Nothing shows the res_scale', caplog.text)
 
 
@@ -213,4 +214,4 @@ def test_with_the_network_named(files: tuple[Path, Path], program: Callable[...,
 def test_our_small_lcoan_has_its_own_window() -> None:
     for scale in (2, 4):
         assert api.load(f'LCoAN-small_x{scale}', 'cpu').model.settings['window_size'] == 96
-    assert any(choice.file and choice.file.stem == 'LCoAN-small_x2' for choice in find_choices(ROOT / 'models'))
+    assert any(each.stem == 'LCoAN-small_x2' for each in list_weights(ROOT / 'models'))

@@ -1,0 +1,64 @@
+"""The gated feed-forward network on a CPU without gradients: see `GatedFFN`, whose form in LLVM this is."""
+
+from functools import cache, partial
+
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from model.ops.fused_linear_llvm import gelu
+from model.ops.llvm import INT, Kernel, lanes
+from model.ops.planes_llvm import Planes, Vectors, call, divisor
+from model.ops.product_llvm import BLOCKS
+
+SIZE = 3  # side of the depthwise convolution
+
+
+@cache
+def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
+    """See `gated_ffn`: a few hidden channels at a time, from the first projection to sums of the last one."""
+    code = Planes(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
+    to, few = code.to, divisor(hidden, BLOCKS[lanes][0])
+    project_in, depthwise, project_out = (code.pointer(name) for name in ('project_in', 'depthwise', 'project_out'))
+    mask, normed, projected, gated, sums = 0, 1, 1 + channels, 1 + channels + few, 1 + channels + 2 * few
+
+    def part(first: ir.Value, before: Planes.Start) -> None:
+        def half(number: int, finish: Planes.Finish) -> None:
+            row = to.add(first, INT(number * hidden))
+            weight = code.at(project_in, to.mul(row, INT(channels)))
+            code.linear(weight, channels, normed, projected, (channels, few), code.whole)
+            weight = code.at(depthwise, to.mul(row, INT(SIZE**2)))
+            code.depthwise(weight, SIZE, projected, gated, few, finish=finish)
+
+        half(1, lambda i, place, x: x)
+        half(0, lambda i, place, x: to.fmul(gelu(code, x), code.value(gated, i, place)))
+        code.linear(code.at(project_out, first), hidden, gated, sums, (few, channels), code.inner, before)
+
+    def tile() -> None:
+        code.read('x', channels, normed, SIZE // 2, mask)
+        code.norm('scale', 'shift', channels, normed, mask, code.whole)
+        part(INT(0), code.zero)
+
+        def further(first: ir.Value, _: Vectors) -> Vectors:
+            part(first, partial(code.value, sums))
+            return []
+
+        code.loop(INT(few), INT(hidden), few, further)
+        code.write('out', channels, sums, 'x')
+
+    code.tiles(tile)
+    return Kernel(code)
+
+
+@torch.library.custom_op('frugalsr::gated_ffn', mutates_args=())
+def gated_ffn(
+    x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, project_in: Tensor, depthwise: Tensor, project_out: Tensor
+) -> Tensor:
+    """See `GatedFFN`."""
+    channels, hidden = project_out.shape[:2]
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    planes = 1 + 2 * (channels + divisor(hidden, BLOCKS[lanes()][0]))
+    weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
+    call(kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
+    return out

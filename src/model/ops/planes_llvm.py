@@ -1,0 +1,351 @@
+"""Chains of layers on maps in channels_last memory, a tile of the image at a time, in a CPU's cache: written in LLVM.
+
+A tile is read into planes, one a channel, with a border of the pixels around it, zeros outside the image. Rows follow
+one another without gaps, so that a layer is a loop over one line of pixels, vector by vector, and no width wastes much
+of a vector: what stands at the border is computed too, and not written. A filter reads at fixed distances, and puts its
+result where the upper left of what it met was.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise, product
+
+import numpy as np
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+from model.ops.llvm import FLOAT, INT, Code, Kernel
+from model.ops.product_llvm import BLOCKS
+from model.ops.product_llvm import product as multiply
+
+GEOMETRY = ('counter', 'zeros', 'tiles', 'count', 'height', 'width', 'plane')
+ROWS = 16  # of a tile
+VALUES = 2**16  # of a tile of a map
+BEHIND = 96  # values that may be read behind the end of a plane: the vectors of a loop
+Vectors = list[ir.Value]
+
+
+def divisor(count: int, most: int) -> int:
+    """The greatest that is not above `most`."""
+    return max(n for n in range(1, most + 1) if count % n == 0)
+
+
+class Planes(Code):
+    """Code for tiles whose planes are in the memory of a thread.
+
+    Args:
+        names: of arguments beyond `GEOMETRY`.
+        border: pixels around a tile.
+
+    Attributes:
+        tile: the number of the tile.
+        rows, columns: of its pixels.
+        inner, whole: places in a plane before the end of its rows, without the border and with it.
+    """
+
+    Start = Callable[[ir.Value, ir.Value], ir.Value]  # of the number of a plane, and a place
+    Finish = Callable[[ir.Value, ir.Value, ir.Value], ir.Value]  # of these, and a vector
+
+    def __init__(self, names: Sequence[str], lanes: int, border: int) -> None:
+        super().__init__((*GEOMETRY, *names), lanes)
+        self.border = border
+
+    def plane(self, index: ir.Value | int, place: ir.Value) -> ir.Value:
+        """Pointer to a place in a plane."""
+        number = INT(index) if isinstance(index, int) else index
+        return self.at(self.memory, self.offset((number, self.given['plane']), (place,)))
+
+    def value(self, first: int, i: ir.Value, place: ir.Value) -> ir.Value:
+        """A vector of plane `first` + i."""
+        return self.load(self.plane(self.to.add(INT(first), i), place), self.lanes)
+
+    def zero(self, *_: ir.Value) -> ir.Value:
+        return self.vector(0)
+
+    def number(self, pointer: ir.Value, offset: ir.Value | int) -> ir.Value:
+        """A number in memory, in all lanes."""
+        return self.spread(self.to.load(self.at(pointer, offset if isinstance(offset, ir.Value) else INT(offset))))
+
+    def tiles(self, body: Callable[[], None]) -> None:
+        """Write the rest: `body` for every tile."""
+
+        def tile(number: ir.Value) -> None:
+            row = self.at(self.pointer('tiles', INT), self.to.mul(number, INT(5)))
+            self.tile = number
+            self.image, self.top, self.left, self.rows, self.columns = (
+                self.to.load(self.at(row, INT(i))) for i in range(5)
+            )
+            self.width = self.to.add(self.columns, INT(2 * self.border))  # of a row of a plane
+            self.inner = self.to.mul(self.rows, self.width)
+            self.whole = self.to.mul(self.to.add(self.rows, INT(2 * self.border)), self.width)
+            body()
+
+        self.tasks(self.pointer('counter', INT), self.given['count'], tile)
+
+    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
+        """`body` for every vector of pixels of the tile and `border` around it.
+
+        It is given the place of the first one in a plane, the places of all in a map of `channels`, and which of them
+        there are: in the tile or its border, and in the image.
+        """
+        to, given = self.to, self.given
+
+        def row(i: ir.Value, _: Vectors) -> Vectors:
+            y = to.add(self.top, to.sub(i, INT(border)))
+            in_height = to.icmp_unsigned('<', y, given['height'])
+            stop = to.add(self.columns, INT(2 * border))
+
+            def vector(j: ir.Value, _: Vectors) -> Vectors:
+                x = to.add(self.left, to.sub(j, INT(border)))
+                first = self.offset((self.image, given['height'], given['width']), (y, given['width']), (x,))
+                offsets, inside = [], []
+                for lane in range(self.lanes):
+                    offsets.append(to.mul(to.add(first, INT(lane)), INT(channels)))
+                    in_width = to.icmp_unsigned('<', to.add(x, INT(lane)), given['width'])
+                    in_tile = to.icmp_signed('<', to.add(j, INT(lane)), stop)
+                    inside.append(to.and_(in_height, to.and_(in_width, in_tile)))
+                body(to.add(to.mul(i, self.width), j), offsets, inside)
+                return []
+
+            self.loop(INT(0), stop, self.lanes, vector)
+            return []
+
+        self.loop(INT(0), to.add(self.rows, INT(2 * border)), 1, row)
+
+    def parts(self, channels: int, body: Callable[[ir.Value, int], None]) -> None:
+        """`body` for the channels of a pixel, as many at a time as a vector holds: the first one, and how many."""
+        rest = channels % self.lanes
+
+        def whole(start: ir.Value, _: Vectors) -> Vectors:
+            body(start, self.lanes)
+            return []
+
+        self.loop(INT(0), INT(channels - rest), self.lanes, whole)
+        if rest:
+            body(INT(channels - rest), rest)
+
+    def read(self, tensor: str, channels: int, planes: int, border: int, mask: int | None = None) -> None:
+        """The tile and `border` around it into `planes`; into the plane `mask` 1 where the image is, 0 outside."""
+        source, zeros = self.pointer(tensor), self.pointer('zeros')
+
+        def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
+            pixels = [
+                self.to.select(known, self.at(source, offset), zeros)
+                for known, offset in zip(inside, offsets, strict=True)
+            ]
+
+            def part(start: ir.Value, count: int) -> None:
+                rows = [self.load(self.at(pixel, start), count) for pixel in pixels]
+                for i, column in enumerate(self.transposed(rows)):
+                    self.store(column, self.plane(self.offset((INT(planes + i),), (start,)), place))
+
+            self.parts(channels, part)
+            if mask is not None:
+                ones = self.vector_type(ir.Undefined)
+                for lane, known in enumerate(inside):
+                    ones = self.to.insert_element(ones, self.to.uitofp(known, FLOAT), INT(lane))
+                self.store(ones, self.plane(mask, place))
+
+        self.pixels(border, channels, vector)
+
+    def write(self, tensor: str, channels: int, planes: int, plus: str | None = None) -> None:
+        """The tile from `planes` to a map, plus what another map has there. The first plane is no longer needed."""
+        target, spare = self.pointer(tensor), self.memory  # to which pixels go that there are not
+
+        def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
+            def pixels(pointer: ir.Value) -> Vectors:
+                places = zip(inside, offsets, strict=True)
+                return [self.to.select(known, self.at(pointer, offset), spare) for known, offset in places]
+
+            targets, others = pixels(target), pixels(self.pointer(plus)) if plus else []
+
+            def part(start: ir.Value, count: int) -> None:
+                rows = self.transposed([self.value(planes + i, start, place) for i in range(count)])
+                if plus:
+                    found = (self.load(self.at(pixel, start), count) for pixel in others)
+                    rows = [self.to.fadd(row, other) for row, other in zip(rows, found, strict=True)]
+                for row, pixel in zip(rows, targets, strict=True):
+                    self.store(row, self.at(pixel, start))
+
+            self.parts(channels, part)
+
+        self.pixels(0, channels, vector)
+
+    def inside(self, column: ir.Value) -> ir.Value:
+        """Which numbers of a vector from a column of the tile on are in the tile."""
+        left = self.spread(self.to.sitofp(self.to.sub(self.columns, column), FLOAT))
+        return self.to.fcmp_ordered('<', self.vector_type([float(i) for i in range(self.lanes)]), left)
+
+    def lines(self, length: ir.Value, count: int, body: Callable[[Vectors], None]) -> None:
+        """`body` for every `count` vectors of the first pixels of a plane, given their places."""
+
+        def vectors(place: ir.Value, _: Vectors) -> Vectors:
+            body([self.to.add(place, INT(i * self.lanes)) for i in range(count)])
+            return []
+
+        self.loop(INT(0), length, count * self.lanes, vectors)
+
+    def norm(self, scale: str, shift: str, channels: int, planes: int, mask: int, length: ir.Value) -> None:
+        """Layer normalisation of each pixel over `channels`, in place; 0 outside the image."""
+        to = self.to
+        pointers, share = [self.pointer(name) for name in (scale, shift)], self.vector(1 / channels)
+        epsilon = self.spread(self.factor)
+
+        def vectors(places: Vectors) -> None:
+            def over_channels(add: Callable[[int, ir.Value, ir.Value], ir.Value]) -> Vectors:
+                """Means over the channels of what `add` adds up, given the number of a place, a value and the sum."""
+
+                def channel(i: ir.Value, sums: Vectors) -> Vectors:
+                    found = (self.load(self.plane(to.add(INT(planes), i), place), self.lanes) for place in places)
+                    return [add(n, x, total) for n, (x, total) in enumerate(zip(found, sums, strict=True))]
+
+                sums = self.loop(INT(0), INT(channels), 1, channel, [self.vector(0)] * len(places))
+                return [to.fmul(total, share) for total in sums]
+
+            means = over_channels(lambda n, x, total: to.fadd(total, x))
+
+            def squares(n: int, x: ir.Value, total: ir.Value) -> ir.Value:
+                centred = to.fsub(x, means[n])
+                return self.multiply_add(centred, centred, total)
+
+            factors = [
+                to.fdiv(self.vector(1), self.sqrt(to.fadd(variance, epsilon))) for variance in over_channels(squares)
+            ]
+            known = [self.load(self.plane(mask, place), self.lanes) for place in places]
+
+            def channel(i: ir.Value, _: Vectors) -> Vectors:
+                weight, bias = (self.number(pointer, i) for pointer in pointers)
+                for place, mean, factor, inside in zip(places, means, factors, known, strict=True):
+                    pointer = self.plane(to.add(INT(planes), i), place)
+                    x = to.fmul(to.fsub(self.load(pointer, self.lanes), mean), factor)
+                    self.store(self.multiply_add(x, weight, to.fmul(bias, inside)), pointer)
+                return []
+
+            self.loop(INT(0), INT(channels), 1, channel)
+
+        self.lines(length, 4, vectors)
+
+    def linear(
+        self,
+        weight: ir.Value,
+        width: int,
+        source: int,
+        target: int,
+        sizes: tuple[int, int],
+        length: ir.Value,
+        start: Start | None = None,
+    ) -> None:
+        """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, to those from `target` on.
+
+        Args:
+            sizes: planes that go in, and out.
+            length: places, from the first on.
+            start: what they are added to, of the number of a row, and a place.
+        """
+        most, vectors = BLOCKS[self.lanes]
+        ins, outs = sizes
+        count = divisor(outs, most)
+
+        def pixels(places: Vectors) -> None:
+            columns = [self.plane(source, place) for place in places]
+
+            def rows(first: ir.Value, _: Vectors) -> Vectors:
+                numbers = [self.to.add(first, INT(i)) for i in range(count)]
+                sums = [(start or self.zero)(i, place) for i in numbers for place in places]
+                pointers = [self.at(weight, self.to.mul(i, INT(width))) for i in numbers]
+                found = multiply(self, pointers, columns, self.given['plane'], INT(ins), sums)
+                for i, x in enumerate(found):
+                    index = self.to.add(INT(target), numbers[i // vectors])
+                    self.store(x, self.plane(index, places[i % vectors]))
+                return []
+
+            self.loop(INT(0), INT(outs), count, rows)
+
+        self.lines(length, vectors, pixels)
+
+    def around(self, plane: ir.Value | int, place: ir.Value, i: ir.Value | int, size: int) -> Vectors:
+        """What row i of a filter of `size` meets, column by column."""
+        row = self.offset((i if isinstance(i, ir.Value) else INT(i), self.width), (place,))
+        first = self.plane(plane, row)
+        return [self.load(self.at(first, INT(j)), self.lanes) for j in range(size)]
+
+    def depthwise(
+        self,
+        weight: ir.Value,
+        size: int,
+        source: int,
+        target: int,
+        count: int,
+        start: Start | None = None,
+        finish: Finish = lambda i, place, x: x,
+    ) -> None:
+        """A convolution of `count` planes from `source` on, each by size x size numbers, to those from `target` on.
+
+        Args:
+            start: what it is added to, of the number of a plane, and a place.
+            finish: what is stored, of these and the result.
+        """
+
+        def channel(i: ir.Value, _: Vectors) -> Vectors:
+            numbers = self.at(weight, self.to.mul(i, INT(size**2)))
+
+            def pixels(places: Vectors) -> None:
+                sums = [(start or self.zero)(i, place) for place in places]
+                for row in range(size):
+                    near = [self.around(self.to.add(i, INT(source)), place, row, size) for place in places]
+                    for j in range(size):
+                        number = self.number(numbers, row * size + j)
+                        sums = [self.multiply_add(number, x[j], total) for x, total in zip(near, sums, strict=True)]
+                for place, x in zip(places, sums, strict=True):
+                    self.store(finish(i, place, x), self.plane(self.to.add(i, INT(target)), place))
+
+            self.lines(self.inner, 2, pixels)
+            return []
+
+        self.loop(INT(0), INT(count), 1, channel)
+
+
+def most_of_tile(channels: int) -> tuple[int, int]:
+    """Rows and columns of the largest tiles of `channels` that a cache holds well."""
+    return ROWS, max(VALUES // (channels * ROWS), 1)
+
+
+def cuts(length: int, most: int) -> tuple[int, ...]:
+    """Where equal parts of at most `most` begin, and the end."""
+    count = -(-length // most)
+    return tuple(length * i // count for i in range(count + 1))
+
+
+@lru_cache(maxsize=8)
+def tiles(n: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> np.ndarray:
+    """Image, top, left, height and width of every tile of `n` images, (rows * columns * n, 5) int64."""
+    places = product(pairwise(rows), pairwise(columns), range(n))
+    return np.array([(i, y, x, y_stop - y, x_stop - x) for (y, y_stop), (x, x_stop), i in places], np.int64)
+
+
+def call(
+    kernel: Kernel,
+    like: Tensor,
+    border: int,
+    planes: int,
+    arguments: Sequence[Tensor],
+    grid: tuple[Sequence[int], Sequence[int]] | None = None,
+    factor: float = 0.0,
+) -> None:
+    """Run a kernel.
+
+    Args:
+        like: maps (N, C, H, W).
+        border: pixels around a tile.
+        planes: how many the kernel needs.
+        arguments: those beyond `GEOMETRY`.
+        grid: where rows and columns of tiles begin, and the ends of the map; without, they are of a size that is fast.
+        factor: see `Code`.
+    """
+    n, channels, height, width = like.shape
+    found = tiles(n, *(tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels))))
+    size = max(int((found[:, 3:] + 2 * border).prod(1).max()), channels) + 2 * border
+    plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
+    counter, zeros = torch.zeros(1, dtype=torch.int64), like.new_zeros(channels)
+    kernel([counter, zeros, found.ctypes.data, len(found), height, width, plane, *arguments], planes * plane, factor)

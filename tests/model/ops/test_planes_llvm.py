@@ -1,0 +1,179 @@
+"""Blocks of DLGSANet by kernels, against the same blocks in float64, which are PyTorch's operations."""
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from measure.speed import by_kind, clocked
+from model import build
+from model.blocks.pixels import GatedFFN, LayerNorm2d
+from model.dlgsanet import DynamicLocalAttention, SparseGlobalAttention
+from model.ops import channel_attention_llvm, dynamic_conv_llvm, fast, gated_ffn_llvm, planes_llvm
+from tests.conftest import numbers, slow
+
+CLOSE = 1e-5  # of the largest value
+BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
+    'FFN': (12, lambda c: GatedFFN(c, 20)),
+    'FFN of primes': (5, lambda c: GatedFFN(c, 7)),
+    'local': (18, lambda c: DynamicLocalAttention(c, 6, 7)),
+    'local 5x5, a group a channel': (4, lambda c: DynamicLocalAttention(c, 1, 5)),
+    'local 1x1, one group': (6, lambda c: DynamicLocalAttention(c, 6, 1)),
+    'global': (12, lambda c: SparseGlobalAttention(c, 3, 5)),
+    'global, 5 channels a head': (10, lambda c: SparseGlobalAttention(c, 2, 40)),
+}
+KINDS = ['FFN', 'local', 'global']
+SIZES = [(2, 9, 11), (1, 1, 1), (1, 3, 2), (1, 33, 37)]  # images, height, width: smaller than kernels, several tiles
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[8, 16])
+def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Numbers in a vector: a machine without such registers takes several, or a part."""
+    for module in (channel_attention_llvm, dynamic_conv_llvm, gated_ffn_llvm):
+        monkeypatch.setattr(module, 'lanes', lambda: request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the modules whose kernels are called; none of these may fail."""
+    found: list[str] = []
+    by_kernel = fast.by_kernel
+
+    def noted(module: str, *arguments: Any) -> Any:
+        found.append(module)
+        return by_kernel(module, *arguments)
+
+    monkeypatch.setattr(fast, 'by_kernel', noted)
+    monkeypatch.setattr(fast, 'failed', set())
+    yield found
+    assert not fast.failed
+
+
+def make(name: str, *size: int) -> tuple[nn.Module, LayerNorm2d, Tensor]:
+    """A block, the norm before it, and maps of a number of images, height and width."""
+    torch.manual_seed(0)
+    channels, block = BLOCKS[name]
+    norm = LayerNorm2d(channels, 1e-5)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    images, height, width = size
+    return block(channels).eval(), norm, numbers(images, channels, height, width).float() + 0.5
+
+
+def plain(block: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    return deepcopy(block).double()(x.double(), deepcopy(norm).double(), residual=True)
+
+
+def check(found: Tensor, truth: Tensor) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=CLOSE * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('name', BLOCKS)
+def test_equals_the_plain_form(name: str, size: tuple[int, ...], lanes: int, calls: list[str]) -> None:
+    block, norm, x = make(name, *size)
+    found = block(x, norm, residual=True)
+    check(found, plain(block, norm, x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_tiles_of_a_few_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planes_llvm, 'ROWS', 4)
+    monkeypatch.setattr(planes_llvm, 'VALUES', 500)
+    block, norm, x = make(name, 2, 13, 21)
+    check(block(x, norm, residual=True), plain(block, norm, x))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_results_repeat_themselves(name: str) -> None:
+    """To the bit: in another call, with other threads, of an image by itself, and from maps in other memory."""
+    block, norm, x = make(name, 3, 33, 9)
+    first = block(x, norm, residual=True)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(block(x, norm, residual=True), first)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(block(x[1:2], norm, residual=True), first[1:2])
+    turned = x.contiguous(memory_format=torch.channels_last)
+    assert turned.stride() != x.stride()
+    assert torch.equal(block(turned, norm, residual=True), first)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('name', KINDS)
+def test_what_is_not_finite_spreads_as_far_as_in_the_plain_form(name: str, value: float, lanes: int) -> None:
+    block, norm, x = make(name, 2, 33, 20)
+    x[0, 2, 17, 0] = value
+    found, truth = block(x, norm, residual=True), plain(block, norm, x)
+    assert truth.isnan().any() and not truth.isnan().all()
+    assert torch.equal(found.isnan(), truth.isnan())
+
+
+def test_a_kernel_value_that_is_not_a_number_meets_what_is_outside_the_image() -> None:
+    block, norm, x = make('local', 1, 2, 3)
+    block.conv.conv2[0].bias[0] = math.nan  # of the upper left tap of the first group
+    found = block(x, norm, residual=True)
+    assert torch.equal(found.isnan(), plain(block, norm, x).isnan()) and found.isnan().all()
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_other_calls_take_the_plain_form(name: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    block, norm, x = make(name, 1, 9, 8)
+    truth = plain(block, norm, x)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert (block(x, norm, residual=True) - truth).abs().max() > 1e-3
+    with torch.enable_grad():
+        check(block(x, norm, residual=True).detach(), truth)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, 'wanted', False)
+        check(block(x, norm, residual=True), truth)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast, 'is_installed', lambda package: False)
+        check(block(x, norm, residual=True), truth)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.jit, 'is_tracing', lambda: True)
+        check(block(x, norm, residual=True), truth)
+    doubled = deepcopy(block).double()
+    torch.testing.assert_close(x + doubled(deepcopy(norm).double()(x.double())), truth, rtol=0, atol=1e-12)
+    assert not calls
+    check(block(x, norm, residual=True), truth)
+    assert calls
+
+
+@pytest.mark.parametrize(
+    ('name', 'size'), [('DLGSANet-tiny', (9, 50)), *slow(('DLGSANet-light', (70, 21)), ('DLGSANet', (50, 13)))]
+)
+def test_a_whole_network_gives_the_same_with_kernels_and_without(
+    name: str, size: tuple[int, int], calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, x = build(name, 4).eval(), numbers(1, 3, *size).float().sigmoid()
+    found = net(x)
+    assert len(calls) == 4 * sum(type(module) is DynamicLocalAttention for module in net.modules())
+    monkeypatch.setattr(fast, 'wanted', False)
+    torch.testing.assert_close(found, net(x), rtol=0, atol=CLOSE)
+
+
+def test_their_time_is_told_by_name() -> None:
+    for name, operation in zip(KINDS, ('gated_ffn', 'local_attention', 'channel_attention_sums'), strict=True):
+        block, norm, x = make(name, 1, 9, 8)
+        assert f'frugalsr::{operation}' in clocked(lambda: block(x, norm, residual=True))  # noqa: B023
+    block, norm, x = make('FFN', 1, 9, 8)
+    assert by_kind(lambda: block(x, norm, residual=True), 'cpu')['convolution'] > 0
