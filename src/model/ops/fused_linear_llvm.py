@@ -1,6 +1,6 @@
 """Linear layers with what stands around them in registers and the first cache: see `fused_linear`, whose form this is.
 
-A few rows, each the channels of a pixel, are read and normed or gated, go through the layers, and are written.
+A few rows at a time, each the channels of a pixel, are read, go through all of it, and are written.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from model.ops.llvm import FLOAT, INT, Code, Kernel, lanes
 from model.ops.product_llvm import BLOCKS, packed, product
 
 NAMES = (
-    'counter', 'x', 'x_step', 'other', 'other_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
+    'counter', 'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
     'count',
 )  # fmt: skip
 FURTHEST = 5.75  # from where on erf(x / sqrt(2)) is 1; there the quotient below is larger by more than its rounding
@@ -108,8 +108,8 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
-            combine, others = {'sum': to.fadd, 'gate': to.fmul}[before], row('other', here, widths[0])
-            vectors = [combine(x, gelu(code, other)) for x, other in zip(vectors, others, strict=True)]
+            others = row('summed', here, widths[0])
+            vectors = [to.fadd(x, gelu(code, other)) for x, other in zip(vectors, others, strict=True)]
         code.store_row(vectors, code.at(blocks[0], to.mul(i, INT(steps[0]))), steps[0])
         return []
 
@@ -169,7 +169,6 @@ def forward(
     norm_after: Sequence[Tensor],
     eps: float,
     gelu_summed: Tensor | None,
-    gelu_gate: Tensor | None,
     gelu: bool,
     plus: Tensor | None,
 ) -> Tensor:
@@ -186,11 +185,11 @@ def forward(
         tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
         return tensor, tensor.stride(0)
 
-    before = 'norm' if norm else 'sum' if gelu_summed is not None else '' if gelu_gate is None else 'gate'
+    before = 'norm' if norm else '' if gelu_summed is None else 'sum'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
     run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), *by_row(x), *by_row(gelu_gate if gelu_summed is None else gelu_summed),
+        torch.zeros(1, dtype=torch.int64), *by_row(x), *by_row(gelu_summed),
         *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
         *layers, *[0] * (2 - len(layers)), *by_row(plus), out, out.shape[:-1].numel(),
     ]  # fmt: skip
