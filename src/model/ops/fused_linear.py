@@ -1,4 +1,4 @@
-"""Linear layers of pixels with what stands around them: norm or gate before, GELU between, norm and sum behind.
+"""Linear layers of pixels with what stands around them: norm or sum before, GELU between, norm and sum behind.
 
 On a CPU without gradients, where llvmlite is installed, a few pixels at a time go through all of that in registers and
 the first cache (`fused_linear_llvm`). Otherwise these are PyTorch's operations, one after the other.
@@ -35,7 +35,6 @@ def fused_linear(
     *,
     norm: Norm | None = None,
     gelu_summed: Tensor | None = None,
-    gelu_gate: Tensor | None = None,
     gelu: bool = False,
     norm_after: Norm | None = None,
     plus: Tensor | None = None,
@@ -46,8 +45,7 @@ def fused_linear(
         x: the pixels.
         layers: the linear layers.
         norm: normalises x first.
-        gelu_summed: like x; its GELU is added to x first.
-        gelu_gate: like x; x is multiplied by its GELU first. At most one of these three is given.
+        gelu_summed: like x; its GELU is added to x first. Not together with `norm`.
         gelu: whether GELU follows the first layer.
         norm_after: normalises what the last layer gives. Not together with `norm`.
         plus: added in the end, of the shape of the result.
@@ -58,9 +56,9 @@ def fused_linear(
     weights, biases = [weight.flatten(1) for weight, _ in layers], [bias for _, bias in layers]
     first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
-    others = [t for t in (*biases, gelu_summed, gelu_gate, plus) if t is not None]
+    others = [t for t in (*biases, gelu_summed, plus) if t is not None]
     run = fast_forward if is_for_kernel([x, *weights, *first, *last, *others]) else forward
-    return run(x, weights, biases, first, last, eps, gelu_summed, gelu_gate, gelu, plus)
+    return run(x, weights, biases, first, last, eps, gelu_summed, gelu, plus)
 
 
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
@@ -89,7 +87,6 @@ def forward(
     norm_after: Sequence[Tensor],
     eps: float,
     gelu_summed: Tensor | None,
-    gelu_gate: Tensor | None,
     gelu: bool,
     plus: Tensor | None,
 ) -> Tensor:
@@ -98,8 +95,6 @@ def forward(
         x = layer_norm(x, norm[0], norm[1], eps)
     if gelu_summed is not None:
         x = x + F.gelu(gelu_summed)
-    if gelu_gate is not None:  # of parts of the channels a CPU's GELU takes three times as long
-        x = x * F.gelu(gelu_gate.contiguous() if x.is_cpu else gelu_gate)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = linear(x, weight, bias)
         if gelu and i == 0:
@@ -118,10 +113,9 @@ def fast_forward(
     norm_after: Sequence[Tensor],
     eps: float,
     gelu_summed: Tensor | None,
-    gelu_gate: Tensor | None,
     gelu: bool,
     plus: Tensor | None,
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu_gate, gelu, plus)
+    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu, plus)
     return by_llvm('fused_linear_llvm', forward, *steps)

@@ -1,6 +1,6 @@
 """Linear layers with what stands around them in registers and the first cache: see `fused_linear`, whose form this is.
 
-A few rows, each the channels of a pixel, are read and normed or gated, go through the layers, and are written.
+A few rows at a time, each the channels of a pixel, are read, go through all of it, and are written.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from model.ops.llvm import FLOAT, INT, Code, Kernel, lanes
 from model.ops.product_llvm import BLOCKS, packed, product
 
 NAMES = (
-    'counter', 'x', 'x_step', 'other', 'other_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
+    'counter', 'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
     'count',
 )  # fmt: skip
 FURTHEST = 5.75  # from where on erf(x / sqrt(2)) is 1; there the quotient below is larger by more than its rounding
@@ -78,6 +78,7 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
     n_rows, n_vectors = BLOCKS[lanes]
+    finished = normed or added  # else the last layer's rows are written as they are found
     steps = filled_up(widths, lanes)  # from row to row of a block
     places = [n_rows * sum(steps[:i]) for i in range(len(steps))]
     blocks = [code.at(code.memory, INT(place)) for place in places]  # before, between and behind the layers
@@ -89,54 +90,72 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
         scale, shift = (code.load_row(code.pointer(name), width) for name in ('scale', 'shift'))
         return layer_norm(code, vectors, width, scale, shift)
 
-    def read(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        """Row i of a block; behind the last row of all it is that one again."""
+    def result(place: ir.Value) -> ir.Value:
+        return code.at(code.pointer('out'), to.mul(place, INT(widths[-1])))
+
+    def place_of(first: ir.Value, i: ir.Value) -> ir.Value:
+        """Which row is row i of a block; behind the last row of all it is that one again."""
         here, last = to.add(first, i), to.sub(given['count'], INT(1))
-        here = to.select(to.icmp_signed('<', here, last), here, last)
+        return to.select(to.icmp_signed('<', here, last), here, last)
+
+    def read(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        """Row i, while what is needed at the end comes from memory."""
+        here = place_of(first, i)
+        code.prefetch(result(here), widths[-1], written=True)
+        if added:
+            code.prefetch(code.at(code.pointer('plus'), to.mul(here, given['plus_step'])), widths[-1])
         vectors = row('x', here, widths[0])
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
-            combine, others = {'sum': to.fadd, 'gate': to.fmul}[before], row('other', here, widths[0])
-            vectors = [combine(x, gelu(code, other)) for x, other in zip(vectors, others, strict=True)]
+            others = row('summed', here, widths[0])
+            vectors = [to.fadd(x, gelu(code, other)) for x, other in zip(vectors, others, strict=True)]
         code.store_row(vectors, code.at(blocks[0], to.mul(i, INT(steps[0]))), steps[0])
         return []
 
-    def multiply(layer: int, count: int, j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        """`count` vectors of what a layer gives, from vector j on."""
-        inputs, outputs = widths[layer], steps[layer + 1]
+    def multiply(
+        layer: int, count: int, first: ir.Value, j: ir.Value, _: list[ir.Value], width: int = n_vectors * lanes
+    ) -> list[ir.Value]:
+        """`count` vectors of what a layer gives, from vector j on, of which the first `width` numbers are channels."""
         rows = [code.at(blocks[layer], INT(r * steps[layer])) for r in range(n_rows)]
         parameters = code.pointer(('first', 'second')[layer])
-        biases = [code.at(parameters, to.mul(to.add(j, INT(n)), INT((1 + inputs) * lanes))) for n in range(count)]
+        column_step = (1 + widths[layer]) * lanes
+        biases = [code.at(parameters, to.mul(to.add(j, INT(n)), INT(column_step))) for n in range(count)]
         columns = [code.at(bias, INT(lanes)) for bias in biases]
         sums = [code.load(bias, lanes) for bias in biases] * n_rows
-        for n, vector in enumerate(product(code, rows, columns, INT(lanes), INT(inputs), sums)):
-            place = to.add(to.mul(j, INT(lanes)), INT(n // count * outputs + n % count * lanes))
-            code.store(gelu(code, vector) if active and layer == 0 else vector, code.at(blocks[layer + 1], place))
+        found = product(code, rows, columns, INT(lanes), INT(widths[layer]), sums)
+        if active and layer == 0:
+            found = [gelu(code, x) for x in found]
+        for r in range(n_rows):
+            vectors = found[r * count : (r + 1) * count]
+            if layer == len(widths) - 2 and not finished:
+                target, numbers = result(place_of(first, INT(r))), width
+            else:
+                target, numbers = code.at(blocks[layer + 1], INT(r * steps[layer + 1])), count * lanes
+            code.store_row(vectors, code.at(target, to.mul(j, INT(lanes))), numbers)
         return []
 
-    def write(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        here, width = to.add(first, i), widths[-1]
+    def finish(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        here, width = place_of(first, i), widths[-1]
         vectors = code.load_row(code.at(blocks[-1], to.mul(i, INT(steps[-1]))), width)
         if normed:
             vectors = norm(vectors, width)
         if added:
             vectors = [to.fadd(*pair) for pair in zip(row('plus', here, width), vectors, strict=True)]
-        code.store_row(vectors, code.at(code.pointer('out'), to.mul(here, INT(width))), width)
+        code.store_row(vectors, result(here), width)
         return []
 
     def block(task: ir.Value) -> None:
         first = to.mul(task, INT(n_rows))
-        left = to.sub(given['count'], first)
-        stop = to.select(to.icmp_signed('<', left, INT(n_rows)), left, INT(n_rows))
         code.loop(INT(0), INT(n_rows), 1, partial(read, first))
-        for layer in range(len(widths) - 1):
-            vectors = steps[layer + 1] // lanes
-            whole, rest = vectors - vectors % n_vectors, vectors % n_vectors
-            code.loop(INT(0), INT(whole), n_vectors, partial(multiply, layer, n_vectors))
+        for layer, width in enumerate(widths[1:]):
+            whole = width // (n_vectors * lanes) * n_vectors
+            rest = width - whole * lanes
+            code.loop(INT(0), INT(whole), n_vectors, partial(multiply, layer, n_vectors, first))
             if rest:
-                multiply(layer, rest, INT(whole), [])
-        code.loop(INT(0), stop, 1, partial(write, first))
+                multiply(layer, -(-rest // lanes), first, INT(whole), [], rest)
+        if finished:
+            code.loop(INT(0), INT(n_rows), 1, partial(finish, first))
 
     code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['count'], INT(n_rows - 1)), INT(n_rows)), block)
     return Kernel(code)
@@ -150,7 +169,6 @@ def forward(
     norm_after: Sequence[Tensor],
     eps: float,
     gelu_summed: Tensor | None,
-    gelu_gate: Tensor | None,
     gelu: bool,
     plus: Tensor | None,
 ) -> Tensor:
@@ -167,11 +185,11 @@ def forward(
         tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
         return tensor, tensor.stride(0)
 
-    before = 'norm' if norm else 'sum' if gelu_summed is not None else '' if gelu_gate is None else 'gate'
+    before = 'norm' if norm else '' if gelu_summed is None else 'sum'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
     run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), *by_row(x), *by_row(gelu_gate if gelu_summed is None else gelu_summed),
+        torch.zeros(1, dtype=torch.int64), *by_row(x), *by_row(gelu_summed),
         *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
         *layers, *[0] * (2 - len(layers)), *by_row(plus), out, out.shape[:-1].numel(),
     ]  # fmt: skip

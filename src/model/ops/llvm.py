@@ -16,6 +16,7 @@ from llvmlite import ir
 
 FLOAT, INT, BIT = ir.FloatType(), ir.IntType(64), ir.IntType(1)
 ROUNDING = 1.5 * 2**23  # a float32 plus this has no room for digits after the point: its last bits are an integer
+CACHE_LINE = 16  # numbers of float32 that come from memory at once
 TERMS = 7  # of the series of 2^x for |x| <= 1/2, whose rest is 2^-23 of it
 
 
@@ -97,6 +98,14 @@ class Code:
 
     def store(self, vector: ir.Value, pointer: ir.Value) -> None:
         self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=size_of(vector.type.element))
+
+    def prefetch(self, pointer: ir.Value, count: int, written: bool = False) -> None:
+        """Have `count` numbers brought into the first cache, to be read or `written`."""
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[ir.IntType(32)] * 3])
+        function = self.module.declare_intrinsic('llvm.prefetch', [ir.IntType(8).as_pointer()], kind)
+        for i in range(0, count, CACHE_LINE):
+            place = self.to.bitcast(self.at(pointer, INT(i)), ir.IntType(8).as_pointer())
+            self.to.call(function, [place, *(ir.IntType(32)(x) for x in (int(written), 3, 1))])
 
     def load_row(self, pointer: ir.Value, width: int) -> list[ir.Value]:
         """`width` numbers that follow one another, as vectors of which the last one is filled up by zeros."""
