@@ -154,7 +154,7 @@ def by_turns(task: Task, engines: Sequence[str]) -> tuple[dict[str, Row | None],
                 try:
                     return processes[engine].submit(work, *given).result()
                 except Exception as error:  # engines raise nearly anything, or end
-                    failed[engine] = (str(error).splitlines() or [type(error).__name__])[0]
+                    failed[engine] = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
             return []
 
         for engine in engines:
