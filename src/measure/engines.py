@@ -117,9 +117,13 @@ def beside_engines(reports: Iterator[Row], engines: Sequence[str], say: Callable
         yield report
 
 
+@torch.no_grad()
 def enlarger(name: str, scale: int) -> Enlarger:
-    """A network with new weights, always the same."""
-    return Enlarger(make(name, scale, 'cpu', Form())[0]).eval()
+    """A network with new weights, always the same, no two of them equal: PyTorch's exporter loses some of those."""
+    net = Enlarger(make(name, scale, 'cpu', Form())[0]).eval()
+    for weight in net.parameters():
+        weight.add_(torch.randn_like(weight), alpha=1e-3)
+    return net
 
 
 def onnx_files(name: str, scale: int) -> dict[str, bytes | str]:
@@ -150,7 +154,7 @@ def by_turns(task: Task, engines: Sequence[str]) -> tuple[dict[str, Row | None],
                 try:
                     return processes[engine].submit(work, *given).result()
                 except Exception as error:  # engines raise nearly anything, or end
-                    failed[engine] = (str(error).splitlines() or [type(error).__name__])[0]
+                    failed[engine] = (str(error).splitlines() or [type(error).__name__])[0].rstrip('.')
             return []
 
         for engine in engines:

@@ -6,9 +6,14 @@ operations go through memory, and needs no luck with the vectorisation of loops.
 
 import ctypes
 import math
+import os
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 import torch
@@ -285,6 +290,10 @@ class Kernel:
     def __init__(self, code: Code) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
+        self._openmp = openmp()
+        if self._openmp:
+            llvm.add_symbol('omp_get_thread_num', address(self._openmp.omp_get_thread_num))
+            write_member(code.module)
         module = llvm.parse_assembly(str(code.module))
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
@@ -297,6 +306,7 @@ class Kernel:
         self._engine.finalize_object()
         function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float)
         self._run = function(self._engine.get_function_address('run'))
+        self._member = self._engine.get_function_address('member') if self._openmp else None
 
     def __call__(self, given: Sequence[int | torch.Tensor], memory: int, factor: float) -> None:
         """Run it in as many threads as PyTorch has.
@@ -309,6 +319,11 @@ class Kernel:
         arguments = (ctypes.c_int64 * len(given))(*(x if isinstance(x, int) else x.data_ptr() for x in given))
         threads = torch.get_num_threads()
         memories = torch.empty(threads, memory)
+        if threads > 1 and self._openmp:
+            (bits,) = struct.unpack('i', struct.pack('f', factor))
+            team = (ctypes.c_int64 * 4)(address(arguments), memories.data_ptr(), 4 * memory, bits)
+            self._openmp.GOMP_parallel(self._member, address(team), threads, 0)
+            return
         work = [(arguments, x.data_ptr(), factor) for x in memories]
         others = [pool(threads).submit(self._run, *x) for x in work[1:]]
         self._run(*work[0])
@@ -317,5 +332,45 @@ class Kernel:
 
 
 @cache
+def openmp() -> ctypes.CDLL | None:
+    """The OpenMP of GNU, if PyTorch has loaded it.
+
+    Its threads then run kernels too: others would share the cores with them while they look for the next operation.
+    """
+    if not hasattr(os, 'RTLD_NOLOAD'):
+        return None
+    own = (Path(torch.__file__).parent / 'lib').glob('libgomp*')
+    for name in (*map(str, own), 'libgomp.so.1'):
+        with suppress(OSError):
+            found = ctypes.CDLL(name, os.RTLD_NOLOAD | os.RTLD_NOW)
+            found.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            return found
+    return None
+
+
+def address(what: Any) -> int:
+    return ctypes.cast(what, ctypes.c_void_p).value or 0
+
+
+def write_member(module: ir.Module) -> None:
+    """Write `member(team)`, which every thread of a team calls: `run` in the memory of this thread.
+
+    A team is four int64: addresses of the arguments and of the first thread's memory, bytes that each thread has, and
+    the factor's bits.
+    """
+    to = ir.IRBuilder(
+        ir.Function(module, ir.FunctionType(ir.VoidType(), [INT.as_pointer()]), 'member').append_basic_block()
+    )
+    number = ir.Function(module, ir.FunctionType(ir.IntType(32), []), 'omp_get_thread_num')
+    arguments, memory, size, bits = (to.load(to.gep(to.function.args[0], [INT(i)])) for i in range(4))
+    memory = to.add(memory, to.mul(size, to.zext(to.call(number, []), INT)))
+    factor = to.bitcast(to.trunc(bits, ir.IntType(32)), FLOAT)
+    pointers = to.inttoptr(arguments, INT.as_pointer()), to.inttoptr(memory, FLOAT.as_pointer())
+    to.call(module.get_global('run'), [*pointers, factor])
+    to.ret_void()
+
+
+@cache
 def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for kernels where PyTorch's are not to be had."""
     return ThreadPoolExecutor(threads, 'kernel')
