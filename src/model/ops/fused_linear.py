@@ -52,7 +52,12 @@ def fused_linear(
 
     Returns:
         (N, L, C') or (N, H, W, C') with the C' outputs of the last layer.
+
+    Raises:
+        ValueError: steps that do not go together, or more than two layers.
     """
+    if len(layers) > 2 or (norm is not None and not (gelu_summed is None and norm_after is None)):
+        raise ValueError('fused_linear takes one or two layers, and a norm without gelu_summed and norm_after.')
     weights, biases = [weight.flatten(1) for weight, _ in layers], [bias for _, bias in layers]
     first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)

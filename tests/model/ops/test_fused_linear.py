@@ -152,6 +152,14 @@ def test_tensors_in_any_memory(lanes: int, calls: list[Tensor]) -> None:
     assert calls
 
 
+@pytest.mark.parametrize('names', [('norm', 'gelu_summed'), ('norm', 'norm_after')])
+def test_steps_that_do_not_go_together_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match='a norm without'):
+        fused_linear(**operands(names, 3, 4, 4))
+    with pytest.raises(ValueError, match='one or two layers'):
+        fused_linear(**operands((), 3, 4, 4, 4, 4))
+
+
 def test_no_pixels(calls: list[Tensor]) -> None:
     given = converted(operands(('norm', 'plus'), 0, 12, 7), Tensor.float)
     assert fused_linear(**given).shape == (2, 0, 7)
