@@ -129,7 +129,7 @@ def cells(length: int, size: int, like: Tensor, most: int | None = None) -> tupl
         pieces += [slice(*part) for part in pairwise(ends)]
     starts, stops = ([getattr(piece, end) for piece in pieces] for end in ('start', 'stop'))
     spans = [(starts.index(window.start), stops.index(window.stop) + 1) for window in found]
-    if like.is_cpu or is_exporting():  # a file holds the numbers themselves
+    if is_for_llvm(like) or is_exporting():  # a file holds the numbers themselves
         inside = [[float(first <= i < last) for i in range(len(pieces))] for first, last in spans]
         return pieces, torch.tensor(inside, dtype=like.dtype, device=like.device)
     # Made where they are needed: a list would be copied to a GPU, which a CUDA graph does not allow.
