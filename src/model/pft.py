@@ -49,8 +49,7 @@ from model.common import (
     how_many,
     stacked,
 )
-from model.ops.fast import is_for_llvm
-from model.ops.kept_attention import Kept, attend
+from model.ops.kept_attention import Kept, attend, is_for_kernel
 
 AT_ONCE = 2**26  # entries of the maps that are made at once
 AT_ONCE_CPU = 2**22  # on a CPU, where no kernel keeps them in registers: of one window of PFT-light
@@ -72,7 +71,7 @@ def reordered(x: Tensor, order: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, order).view_as(x)
 
 
-def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:
+def groups(windows: Windows, n_heads: int, topk: int) -> tuple[list[int], list[Tensor]]:
     """How many windows are attended at once, all with the same shift mask, and the masks (T, T).
 
     A trace does not follow how many these are: there it is all of them, with masks (B, T, T).
@@ -81,7 +80,7 @@ def groups(windows: Windows, n_heads: int) -> tuple[list[int], list[Tensor]]:
     if torch.jit.is_tracing():
         by_window = torch.cat([mask.expand(n, -1, -1) for n, mask in zip(windows.counts, masks.unbind(), strict=True)])
         return [by_window.shape[0]], [by_window]
-    most = AT_ONCE_CPU if masks.is_cpu and not is_for_llvm(masks) else AT_ONCE
+    most = AT_ONCE_CPU if masks.is_cpu and not is_for_kernel(masks, masks.shape[-1], topk) else AT_ONCE
     at_once = max(1, most // (n_heads * masks[0].numel()))
     sizes, of_group = [], []
     for count, mask in zip(windows.counts, masks.unbind(), strict=True):
@@ -128,7 +127,7 @@ class WindowAttention(nn.Module):
         q = q * q.shape[-1] ** -0.5
         if isinstance(focus, Whole):
             q, k, bias = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.bias + bias
-        sizes, masks = groups(windows, self.n_heads)
+        sizes, masks = groups(windows, self.n_heads, self.topk)
         parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
         if isinstance(focus, list):
             made = [attend(*part, bias, kept, self.topk) for part, kept in zip(parts, drain(focus), strict=True)]

@@ -10,7 +10,7 @@ from functools import cache, partial
 from llvmlite import ir
 
 from model.ops.attention_code import AttentionCode, Sums
-from model.ops.llvm import FLOAT, INT, Kernel
+from model.ops.llvm import FLOAT, INT, Kernel, filled_up
 
 
 @cache
@@ -62,7 +62,7 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
     others = ('grad_biases', 'between_parts') if biased else ()
     code = AttentionCode(tensors, d, e, biased, lanes, (*others, 'parts'))
     to, given, zero = code.to, code.given, code.vector(0)
-    widths = [-(-channels // lanes) * lanes for channels in (d, e)]  # of rows of whole vectors
+    widths = filled_up((d, e), lanes)  # of rows of whole vectors
     width = sum(widths)
     pairs = code.at(code.memory, INT(lanes * width))  # powers and gradients by logits, of the queries of a vector
     sums = code.at(pairs, to.mul(given['keys'], INT(2 * lanes)))  # gradients by keys and values

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.ops.attention_kernels import gradient_kernel, kernel
-from model.ops.llvm import Kernel, lanes
+from model.ops.llvm import Kernel, filled_up, lanes
 
 LINE = 16  # numbers of float32 that a line of a cache holds
 TASKS = 2  # for each thread
@@ -92,7 +92,7 @@ class Call(NamedTuple):
             parts = min(windows, wanted, max(1, MOST_BIASES // size))
             by_biases = torch.zeros(parts, *self.biases.memory.shape)
             others = [by_biases, by_biases.stride(0)]
-        width = sum(-(-channels // lanes()) * lanes() for channels in (self.d, self.e))
+        width = sum(filled_up((self.d, self.e), lanes()))
         memory = lanes() * width + keys * (2 * lanes() + width + self.d + self.e)
         made = gradient_kernel(self.d, self.e, self.biases is not None, lanes())
         self.run(made, (*inputs, grad, *grads), memory, [*others, parts])

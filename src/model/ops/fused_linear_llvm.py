@@ -10,7 +10,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm import FLOAT, INT, Code, Kernel, lanes
+from model.ops.llvm import FLOAT, INT, Code, Kernel, filled_up, lanes
 from model.ops.product_llvm import BLOCKS, packed, product
 
 NAMES = (
@@ -62,11 +62,6 @@ def layer_norm(
     share = code.spread(to.fdiv(FLOAT(1), code.sqrt(to.fadd(variance, code.factor))))
     unit = [to.fmul(vector, share) for vector in centred]
     return [code.multiply_add(*factors) for factors in zip(unit, scale, shift, strict=True)]
-
-
-def filled_up(widths: Sequence[int], lanes: int) -> list[int]:
-    """Numbers of channels, each as that of whole vectors."""
-    return [-(-width // lanes) * lanes for width in widths]
 
 
 @cache

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.fast import by_llvm, by_triton, is_for_triton
+from model.ops.fast import by_llvm, by_triton, is_for_llvm, is_for_triton
 
 warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta state')
 
@@ -234,6 +234,11 @@ def best_of_rows(rows: np.ndarray, count: int) -> np.ndarray:
     return found.reshape(r, count) - np.arange(0, r * n, n)[:, None]
 
 
+def is_for_kernel(like: Tensor, *counts: int) -> bool:
+    """Whether a kernel in LLVM keeps the maps of windows with these numbers of tokens and entries in registers."""
+    return is_for_llvm(like) and not any(count % BLOCK for count in counts)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, topk: int) -> tuple[Tensor, Kept | None]:
     """Progressive focused attention (PFA) in some windows: J. Long et al., PFT (CVPR 2025), figure 2.
 
@@ -249,7 +254,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, t
         (B, T, heads, d), and what is kept; None: all.
     """
     entries = q.shape[1] if before is None else before.keys.shape[-1]
-    if q.dtype == torch.float32 and not any(x % BLOCK for x in (q.shape[1], entries, topk)):
+    if q.dtype == torch.float32 and is_for_kernel(q, q.shape[1], entries, topk):
         return by_llvm('kept_attention_llvm', focused, q, k, v, bias, before, topk)
     return focused(q, k, v, bias, before, topk)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
 from model.ops.kept_attention import Kept
-from model.ops.llvm import FLOAT, INT, Code, Kernel, lanes
+from model.ops.llvm import FLOAT, INT, Code, Kernel, filled_up, lanes
 from model.ops.product_llvm import product
 from model.ops.selection_llvm import WORD, Selection, ordered
 
@@ -41,7 +41,7 @@ class Writer:
         self.tensors = {name: code.pointer(name) for name in ('q', 'k', 'v', 'out', 'bias', 'logits', 'new_logits')}
         self.tensors |= {name: code.pointer(name, SHORT) for name in ('keys', 'new_keys')}
         self.counter = code.pointer('counter', INT)
-        self.key_width, self.value_width = (-(-width // lanes) * lanes for width in (d, e))
+        self.key_width, self.value_width = filled_up((d, e), lanes)
         tokens, entries, chosen = (self.given[name] for name in ('tokens', 'entries', 'count'))
         chosen = code.to.add(chosen, INT(lanes))
         self.packed_keys = self.room(tokens, d if whole else self.key_width)

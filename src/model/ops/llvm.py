@@ -37,6 +37,11 @@ def size_of(kind: ir.Type) -> int:
     return 4 if kind == FLOAT else kind.width // 8
 
 
+def filled_up(widths: Sequence[int], lanes: int) -> list[int]:
+    """Numbers of channels, each as that of whole vectors."""
+    return [-(-width // lanes) * lanes for width in widths]
+
+
 class Code:
     """A function `run(arguments, memory, factor)` that is being written.
 
