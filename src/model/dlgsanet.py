@@ -97,9 +97,7 @@ class DynamicLocalAttention(nn.Module):
 
         if norm is None or not residual or not is_for_llvm(x):
             return local_attention(x)
-        return float32_by_llvm(
-            'dynamic_conv_llvm', local_attention, x, *norm.parameters(), norm.eps, *self.parameters()
-        )
+        return float32_by_llvm('dynamic_conv', local_attention, x, *norm.parameters(), norm.eps, *self.parameters())
 
     def filtered(self, x: Tensor) -> Tensor:
         return dynamic_conv(x.contiguous(), self.conv(x))
@@ -181,7 +179,7 @@ class SparseGlobalAttention(TransposedAttention):
             return channel_attention(x)
         weights = *norm.parameters(), norm.eps, self.qkv.weight, self.qkv_dwconv.weight
         how = self.n_heads, self.layout, self.from_sums
-        return float32_by_llvm('channel_attention_llvm', channel_attention, x, *weights, *how)
+        return float32_by_llvm('channel_attention', channel_attention, x, *weights, *how)
 
     def attention(self, x: Tensor) -> Tensor:
         qkv = self.qkv_dwconv(self.qkv(x)).permute(0, 2, 3, 1)

@@ -56,7 +56,7 @@ check() {
     rm -f "$out/check.jsonl"
     for i in "${!groups[@]}"; do
         FRUGALSR_GPU_SECONDS=$limit_check FRUGALSR_GPU_JSON=$out/check.jsonl limited "$python" -m pytest tests/gpu \
-            tests/model/ops/test_layer_norm.py tests/model/ops/test_kept_attention_triton.py \
+            tests/model/ops/test_layer_norm.py tests/model/ops/triton/test_kept_attention.py \
             -k "(${groups[i]})${CHECK_ONLY:+ and ($CHECK_ONLY)}" -vv -s -rfEs --tb=short --durations=25 \
             -p no:cacheprovider --basetemp="$work/tests$i" >"$work/check$i.txt" 2>&1 &
         pids+=($!)

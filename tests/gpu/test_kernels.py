@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import dynamic_conv, fast
-from model.ops import dynamic_conv_triton as kernels
+from model.ops.triton import dynamic_conv as kernels
 from tests.gpu import programs
 from tests.gpu.parts import CUDA, DEVICE, background, chosen, free_memory, note
 

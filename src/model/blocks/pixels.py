@@ -74,7 +74,7 @@ class GatedFFN(nn.Module):
 
         if norm is None or not residual or not is_for_llvm(x):
             return gated_ffn(x)
-        return float32_by_llvm('gated_ffn_llvm', gated_ffn, x, *norm.parameters(), norm.eps, *self.parameters())
+        return float32_by_llvm('gated_ffn', gated_ffn, x, *norm.parameters(), norm.eps, *self.parameters())
 
 
 class TransposedAttention(nn.Module):

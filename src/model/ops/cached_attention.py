@@ -1,6 +1,6 @@
 """Softmax attention on a CPU, for many windows of few channels: maps are made a few at a time, and none is kept.
 
-A kernel of `cached_attention_llvm` makes no maps at all, where llvmlite is installed, and another one the gradients.
+A kernel of `llvm.cached_attention` makes no maps at all, where llvmlite is installed, and another one the gradients.
 """
 
 import math
@@ -166,7 +166,7 @@ def fast_without_gradients(
     q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    return by_llvm('cached_attention_llvm', without_gradients, q, k, v, masks, kinds, scale)
+    return by_llvm('cached_attention', without_gradients, q, k, v, masks, kinds, scale)
 
 
 def gradients(
@@ -182,4 +182,4 @@ def fast_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `fast_without_gradients`."""
-    return by_llvm('cached_attention_llvm', gradients, grad, q, k, v, masks, kinds, scale)
+    return by_llvm('cached_attention', gradients, grad, q, k, v, masks, kinds, scale)

@@ -57,13 +57,13 @@ def backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op('frugalsr::dynamic_conv', mutates_args=())
 def fast_forward(x: Tensor, weights: Tensor) -> Tensor:
-    return by_triton('dynamic_conv_triton', forward, x.contiguous(), weights.contiguous())
+    return by_triton('dynamic_conv', forward, x.contiguous(), weights.contiguous())
 
 
 @torch.library.custom_op('frugalsr::dynamic_conv_backward', mutates_args=())
 def fast_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     tensors = (tensor.contiguous() for tensor in (grad, x, weights))
-    return by_triton('dynamic_conv_triton', backward, *tensors)
+    return by_triton('dynamic_conv', backward, *tensors)
 
 
 @fast_forward.register_fake

@@ -49,13 +49,13 @@ def is_for_llvm(x: Tensor) -> bool:
 
 
 def by_triton(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
-    """What `plain` gives; on a GPU by the function of its name in a module here, until one there fails."""
-    return by_kernel(module, plain, first, *others) if is_for_triton(first) else plain(first, *others)
+    """What `plain` gives; on a GPU by the function of its name in a module of `triton`, until one fails."""
+    return by_kernel(f'triton.{module}', plain, first, *others) if is_for_triton(first) else plain(first, *others)
 
 
 def by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
-    """What `plain` gives; where `is_for_llvm` by the function of its name in a module here, until one there fails."""
-    return by_kernel(module, plain, first, *others) if is_for_llvm(first) else plain(first, *others)
+    """What `plain` gives; where `is_for_llvm` by the function of its name in a module of `llvm`, until one fails."""
+    return by_kernel(f'llvm.{module}', plain, first, *others) if is_for_llvm(first) else plain(first, *others)
 
 
 def float32_by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
@@ -75,7 +75,7 @@ def by_kernel(module: str, plain: Callable[..., T], *arguments: Any) -> T:
             raise
         except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
             failed.add(module)
-            what, _, how = module.rpartition('_')
-            what, how = what.replace('_', ' '), {'triton': 'Triton', 'llvm': 'llvmlite'}[how]
+            how, what = module.split('.')
+            how, what = {'triton': 'Triton', 'llvm': 'llvmlite'}[how], what.replace('_', ' ')
             log.warning('The %s runs without %s, slower: %s: %s', what, how, type(error).__name__, error)
     return plain(*arguments)

@@ -1,7 +1,7 @@
 """Linear layers of pixels with what stands around them: norm or sum before, GELU between, norm and sum behind.
 
 On a CPU without gradients, where llvmlite is installed, a few pixels at a time go through all of that in registers and
-the first cache (`fused_linear_llvm`). Otherwise these are PyTorch's operations, one after the other.
+the first cache (`llvm.fused_linear`). Otherwise these are PyTorch's operations, one after the other.
 """
 
 from collections.abc import Sequence
@@ -123,4 +123,4 @@ def fast_forward(
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
     steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu, plus)
-    return by_llvm('fused_linear_llvm', forward, *steps)
+    return by_llvm('fused_linear', forward, *steps)

@@ -111,12 +111,12 @@ def values_at(weights: Tensor, v: Tensor, keys: Tensor) -> Tensor:
 @torch.library.custom_op('frugalsr::logits_at', mutates_args=())
 def fast_logits_at(q: Tensor, k: Tensor, bias: Tensor | None, keys: Tensor) -> Tensor:
     bias = None if bias is None else bias.contiguous()
-    return by_triton('kept_attention_triton', logits_at, q.contiguous(), k.contiguous(), bias, keys.contiguous())
+    return by_triton('kept_attention', logits_at, q.contiguous(), k.contiguous(), bias, keys.contiguous())
 
 
 @torch.library.custom_op('frugalsr::values_at', mutates_args=())
 def fast_values_at(weights: Tensor, v: Tensor, keys: Tensor) -> Tensor:
-    return by_triton('kept_attention_triton', values_at, weights.contiguous(), v.contiguous(), keys.contiguous())
+    return by_triton('kept_attention', values_at, weights.contiguous(), v.contiguous(), keys.contiguous())
 
 
 @fast_logits_at.register_fake
@@ -255,7 +255,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, t
     """
     entries = q.shape[1] if before is None else before.keys.shape[-1]
     if q.dtype == torch.float32 and is_for_kernel(q, q.shape[1], entries, topk):
-        return by_llvm('kept_attention_llvm', focused, q, k, v, bias, before, topk)
+        return by_llvm('kept_attention', focused, q, k, v, bias, before, topk)
     return focused(q, k, v, bias, before, topk)
 
 

@@ -37,13 +37,13 @@ class LayerNorm(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return by_triton('layer_norm_triton', forward, x, weight, bias, eps)
+        return by_triton('layer_norm', forward, x, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return *by_triton('layer_norm_triton', backward, grad.contiguous(), x, weight, ctx.eps), None
+        return *by_triton('layer_norm', backward, grad.contiguous(), x, weight, ctx.eps), None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

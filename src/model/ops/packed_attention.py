@@ -54,7 +54,7 @@ def packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scal
 @torch.library.custom_op('frugalsr::packed_attention', mutates_args=())
 def fast_packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
     """As `fast_without_gradients`."""
-    return by_llvm('cached_attention_llvm', packed, qkv, order, masks, kinds, scale)
+    return by_llvm('cached_attention', packed, qkv, order, masks, kinds, scale)
 
 
 def packed_gradients(
@@ -73,4 +73,4 @@ def fast_packed_gradients(
     grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As `fast_without_gradients`."""
-    return by_llvm('cached_attention_llvm', packed_gradients, grad, qkv, order, masks, kinds, scale)
+    return by_llvm('cached_attention', packed_gradients, grad, qkv, order, masks, kinds, scale)

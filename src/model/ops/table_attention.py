@@ -2,7 +2,7 @@
 
 One map of a window of 32x32 pixels fills a cache by itself. Here a few queries of all heads are taken at a time, and
 their biases are copied from a small table, so that no array of all pairs is ever written. A kernel of
-`cached_attention_llvm` reads them there, where llvmlite is installed.
+`llvm.cached_attention` reads them there, where llvmlite is installed.
 """
 
 import torch
@@ -28,7 +28,7 @@ def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
 @torch.library.custom_op('frugalsr::table_attention', mutates_args=())
 def fast_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    return by_llvm('cached_attention_llvm', by_rows, q, k, v, bias, scale)
+    return by_llvm('cached_attention', by_rows, q, k, v, bias, scale)
 
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:

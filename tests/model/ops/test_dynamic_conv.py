@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import model.ops.dynamic_conv
+import model.ops.triton
 from model.ops.dynamic_conv import (
     backward,
     dynamic_conv,
@@ -190,8 +191,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def kernels(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     kernels = Kernels()
-    monkeypatch.setitem(sys.modules, 'model.ops.dynamic_conv_triton', kernels)
-    monkeypatch.setattr(model.ops, 'dynamic_conv_triton', kernels, raising=False)
+    monkeypatch.setitem(sys.modules, 'model.ops.triton.dynamic_conv', kernels)
+    monkeypatch.setattr(model.ops.triton, 'dynamic_conv', kernels, raising=False)
     return kernels
 
 
@@ -285,8 +286,8 @@ def test_without_triton_the_plain_form_runs_after_one_warning(
     on_gpu: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, 'triton', None)
-    monkeypatch.delitem(sys.modules, 'model.ops.dynamic_conv_triton', raising=False)
-    monkeypatch.delattr(model.ops, 'dynamic_conv_triton', raising=False)
+    monkeypatch.delitem(sys.modules, 'model.ops.triton.dynamic_conv', raising=False)
+    monkeypatch.delattr(model.ops.triton, 'dynamic_conv', raising=False)
     x, weights = (t.requires_grad_() for t in operands(*SHAPES[0]))
     assert same(dynamic_conv, x, weights)
     (record,) = caplog.records

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from measure.speed import by_kind, clocked
 from model import build
-from model.ops import fast, fused_linear_llvm
+from model.ops import fast
 from model.ops.fused_linear import fused_linear
+from model.ops.llvm import fused_linear as fused_linear_llvm
 from tests.conftest import numbers
 
 CLOSE = 1e-5  # of the largest value

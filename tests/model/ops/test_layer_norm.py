@@ -18,7 +18,7 @@ SHAPES = [(1, 1), (3, 5), (7, 48), (2, 3, 4, 12), (300, 60), (5, 210)]
 
 
 def by_kernels(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    from model.ops import layer_norm_triton
+    from model.ops.triton import layer_norm as layer_norm_triton
 
     grad, x, weight, bias = (t.to(DEVICE) for t in (grad, x, weight, bias))
     found = layer_norm_triton.forward(x, weight, bias, EPS), *layer_norm_triton.backward(grad, x, weight, EPS)
@@ -70,7 +70,7 @@ def test_half_types_are_summed_in_float32(form: Callable) -> None:
 
 
 def test_gradients_of_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from model.ops import layer_norm_triton
+    from model.ops.triton import layer_norm as layer_norm_triton
 
     monkeypatch.setattr(layer_norm_triton, 'TILE', 16)
     monkeypatch.setattr(layer_norm_triton, 'PROGRAMS', 3)
@@ -101,8 +101,8 @@ def test_the_door_on_a_gpu(on_gpu: None) -> None:
 def test_without_triton_the_plain_form_is_taken_and_it_is_said_once(
     on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, 'model.ops.layer_norm_triton', None)
+    monkeypatch.setitem(sys.modules, 'model.ops.triton.layer_norm', None)
     x, weight, bias = operands(3, 5)[1:]
     for _ in range(2):
         assert torch.equal(layer_norm.layer_norm(x, weight, bias, EPS), F.layer_norm(x, (5,), weight, bias, EPS))
-    assert fast.failed == {'layer_norm_triton'}
+    assert fast.failed == {'triton.layer_norm'}

@@ -1,4 +1,4 @@
-"""What attention on a CPU and its gradients are written with in LLVM: see `cached_attention_llvm`."""
+"""What attention on a CPU and its gradients are written with in LLVM: see `llvm.cached_attention`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 from model.ops.cached_attention import LOG2_E
-from model.ops.llvm import BIT, FLOAT, INT, Code
+from model.ops.llvm.code import BIT, FLOAT, INT, Code
 
 KEYS = 8  # at once
 GIVEN = ('counter', 'windows', 'queries', 'keys', 'heads')

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from measure.speed import clocked
 from model.blocks.windows import Windows, attention, self_attention, window_partition
-from model.ops import cached_attention_llvm, fast
+from model.ops import fast
 from model.ops.cached_attention import cached_attention as attend
+from model.ops.llvm import cached_attention as cached_attention_llvm
 from tests.conftest import kept_for_gradients
-from tests.model.ops.test_cached_attention_llvm import CASES, CLOSE, counted, inputs, lanes, plain
+from tests.model.ops.llvm.test_cached_attention import CASES, CLOSE, counted, inputs, lanes, plain
 
 __all__ = ['lanes']  # a fixture
 CASES = CASES | {'many channels': (2, 20, 19, 1, 35, 40, 1)}

@@ -41,7 +41,7 @@ def expected(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def by_kernels(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-    from model.ops import dynamic_conv_triton
+    from model.ops.triton import dynamic_conv as dynamic_conv_triton
 
     grad, x, weights = (t.to(DEVICE) for t in (grad, x, weights))
     out = dynamic_conv_triton.forward(x, weights), *dynamic_conv_triton.backward(grad, x, weights)
@@ -70,7 +70,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.ops.dynamic_conv_triton import convolve, correlate
+from model.ops.triton.dynamic_conv import convolve, correlate
 
 for kernel, options in [(convolve, dict(ADJOINT=False)), (convolve, dict(ADJOINT=True)), (correlate, dict())]:
     constants = dict(CHANNELS=6, SIZE=7, WIDE=tl.float32, ROWS=8, BLOCK=128) | options

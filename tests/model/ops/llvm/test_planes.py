@@ -13,7 +13,8 @@ from measure.speed import by_kind, clocked
 from model import build
 from model.blocks.pixels import GatedFFN, LayerNorm2d
 from model.dlgsanet import DynamicLocalAttention, SparseGlobalAttention
-from model.ops import channel_attention_llvm, dynamic_conv_llvm, fast, gated_ffn_llvm, planes_llvm
+from model.ops import fast
+from model.ops.llvm import channel_attention, dynamic_conv, gated_ffn, planes
 from tests.conftest import numbers, slow
 
 CLOSE = 1e-5  # of the largest value
@@ -39,7 +40,7 @@ def no_gradients() -> Iterator[None]:
 @pytest.fixture(params=[8, 16])
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Numbers in a vector: a machine without such registers takes several, or a part."""
-    for module in (channel_attention_llvm, dynamic_conv_llvm, gated_ffn_llvm):
+    for module in (channel_attention, dynamic_conv, gated_ffn):
         monkeypatch.setattr(module, 'lanes', lambda: request.param)
     return request.param
 
@@ -92,8 +93,8 @@ def test_equals_the_plain_form(name: str, size: tuple[int, ...], lanes: int, cal
 
 @pytest.mark.parametrize('name', KINDS)
 def test_tiles_of_a_few_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planes_llvm, 'ROWS', 4)
-    monkeypatch.setattr(planes_llvm, 'VALUES', 500)
+    monkeypatch.setattr(planes, 'ROWS', 4)
+    monkeypatch.setattr(planes, 'VALUES', 500)
     block, norm, x = make(name, 2, 13, 21)
     check(block(x, norm, residual=True), plain(block, norm, x))
 

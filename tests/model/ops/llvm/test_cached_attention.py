@@ -9,8 +9,9 @@ from torch import Tensor
 
 from measure.speed import by_kind, clocked
 from model.blocks.windows import attention, biased_attention
-from model.ops import cached_attention_llvm, fast
+from model.ops import fast
 from model.ops.cached_attention import cached_attention as attend
+from model.ops.llvm import cached_attention as cached_attention_llvm
 
 CLOSE = 1e-5  # of the largest value
 CASES = {  # windows, queries, keys, heads, channels of keys and of values, kinds of masks

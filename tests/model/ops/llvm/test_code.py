@@ -5,8 +5,8 @@ import pytest
 import torch
 from llvmlite import ir
 
-from model.ops import llvm
-from model.ops.llvm import FLOAT, INT, Code, Kernel
+from model.ops.llvm import code as llvm
+from model.ops.llvm.code import FLOAT, INT, Code, Kernel
 
 
 @pytest.mark.parametrize(('rows', 'columns'), [(16, 16), (16, 12), (6, 16), (5, 3), (16, 20), (1, 5), (3, 1), (1, 1)])

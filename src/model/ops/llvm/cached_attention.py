@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.ops.attention_kernels import gradient_kernel, kernel
-from model.ops.llvm import Kernel, filled_up, lanes
+from model.ops.llvm.attention_kernels import gradient_kernel, kernel
+from model.ops.llvm.code import Kernel, filled_up, lanes
 
 LINE = 16  # numbers of float32 that a line of a cache holds
 TASKS = 2  # for each thread

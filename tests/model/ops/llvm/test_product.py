@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.ops.llvm import INT, Code, Kernel
-from model.ops.product_llvm import BLOCKS, packed, product
+from model.ops.llvm.code import INT, Code, Kernel
+from model.ops.llvm.product import BLOCKS, packed, product
 from tests.conftest import numbers
 
 

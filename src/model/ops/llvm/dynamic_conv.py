@@ -10,8 +10,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm import INT, Kernel, lanes
-from model.ops.planes_llvm import Planes, Vectors, call
+from model.ops.llvm.code import INT, Kernel, lanes
+from model.ops.llvm.planes import Planes, Vectors, call
 
 WEIGHTS = (
     'scale', 'shift', 'project_in', 'project_out', 'squeeze', 'squeeze_bias', 'depthwise', 'depthwise_bias',

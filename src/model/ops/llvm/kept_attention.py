@@ -11,9 +11,9 @@ from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
 from model.ops.kept_attention import Kept
-from model.ops.llvm import FLOAT, INT, Code, Kernel, filled_up, lanes
-from model.ops.product_llvm import product
-from model.ops.selection_llvm import WORD, Selection, ordered
+from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.product import product
+from model.ops.llvm.selection import WORD, Selection, ordered
 
 SHORT = ir.IntType(16)
 QUERIES = 128  # of a task

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.ops import fast, kept_attention_llvm
+from model.ops import fast
 from model.ops.kept_attention import Kept, attend, focused
+from model.ops.llvm import kept_attention as kept_attention_llvm
 
 CLOSE = 1e-5  # of the largest value
 CASES = {  # windows, tokens, heads, channels of keys and of values, entries before (0: all tokens), entries kept

@@ -10,8 +10,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm import FLOAT, INT, Code, Kernel, filled_up, lanes
-from model.ops.product_llvm import BLOCKS, packed, product
+from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.product import BLOCKS, packed, product
 
 NAMES = (
     'counter', 'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',

@@ -32,7 +32,7 @@ def operands(b: int, t: int, heads: int, d: int, kept: int) -> tuple[Tensor, ...
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_equals_gathered_rows(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from model.ops import kept_attention_triton
+    from model.ops.triton import kept_attention as kept_attention_triton
 
     monkeypatch.setattr(kept_attention_triton, 'BLOCK', 4)
     q, k, v, bias, weights, keys = operands(*shape)
@@ -58,7 +58,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from model.ops.kept_attention_triton import add_up, multiply
+from model.ops.triton.kept_attention import add_up, multiply
 
 sizes = dict(HEADS=4, CHANNELS=13, KEPT=256, ROWS=128, COLUMNS=16, WIDE=tl.float32)
 for kernel, options in [(multiply, dict(BIASED=True)), (multiply, dict(BIASED=False)), (add_up, dict())]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm import INT, Code
+from model.ops.llvm.code import INT, Code
 
 BLOCKS = {16: (12, 2), 8: (6, 2)}  # lanes: rows and vectors whose sums stay in the registers of AVX-512 and AVX2
 

@@ -15,9 +15,9 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm import FLOAT, INT, Code, Kernel
-from model.ops.product_llvm import BLOCKS
-from model.ops.product_llvm import product as multiply
+from model.ops.llvm.code import FLOAT, INT, Code, Kernel
+from model.ops.llvm.product import BLOCKS
+from model.ops.llvm.product import product as multiply
 
 GEOMETRY = ('counter', 'zeros', 'tiles', 'count', 'height', 'width', 'plane')
 ROWS = 16  # of a tile

@@ -6,10 +6,10 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.fused_linear_llvm import gelu
-from model.ops.llvm import INT, Kernel, lanes
-from model.ops.planes_llvm import Planes, Vectors, call, divisor
-from model.ops.product_llvm import BLOCKS
+from model.ops.llvm.code import INT, Kernel, lanes
+from model.ops.llvm.fused_linear import gelu
+from model.ops.llvm.planes import Planes, Vectors, call, divisor
+from model.ops.llvm.product import BLOCKS
 
 SIZE = 3  # side of the depthwise convolution
 

@@ -1,4 +1,4 @@
-"""The kernels of `cached_attention_llvm`: softmax attention in registers, and its gradients.
+"""The kernels of `llvm.cached_attention`: softmax attention in registers, and its gradients.
 
 A vector holds one channel of as many queries as it has lanes. With their queries and sums in registers, keys and values
 are read number by number from the first cache, and no logit is ever written. For the gradients the queries of a vector
@@ -9,8 +9,8 @@ from functools import cache, partial
 
 from llvmlite import ir
 
-from model.ops.attention_code import AttentionCode, Sums
-from model.ops.llvm import FLOAT, INT, Kernel, filled_up
+from model.ops.llvm.attention_code import AttentionCode, Sums
+from model.ops.llvm.code import FLOAT, INT, Kernel, filled_up
 
 
 @cache

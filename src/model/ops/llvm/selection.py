@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from model.ops.llvm import BIT, INT, Code
+from model.ops.llvm.code import BIT, INT, Code
 
 WORD = ir.IntType(32)
 

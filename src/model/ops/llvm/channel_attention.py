@@ -11,8 +11,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm import INT, Kernel, lanes
-from model.ops.planes_llvm import Planes, Vectors, call, divisor, most_of_tile
+from model.ops.llvm.code import INT, Kernel, lanes
+from model.ops.llvm.planes import Planes, Vectors, call, divisor, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in registers

@@ -1,0 +1,1 @@
+"""Kernels for GPUs in Triton; `fast` is the door to them."""
