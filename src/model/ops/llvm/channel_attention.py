@@ -12,7 +12,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.llvm.code import INT, Kernel, lanes
-from model.ops.llvm.planes import Planes, Vectors, call, divisor, most_of_tile
+from model.ops.llvm.planes import Tiles, Vectors, call, divisor, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in registers
@@ -22,7 +22,7 @@ SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in 
 def sums_kernel(channels: int, heads: int, lanes: int) -> Kernel:
     """Values of a tile, and sums over its pixels of the products of queries and keys, and of the squares of both."""
     names = 'x', 'scale', 'shift', 'project_in', 'depthwise', 'values', 'products', 'squares'
-    code = Planes(names, lanes, SIZE // 2)
+    code = Tiles(names, lanes, SIZE // 2)
     to, per_head = code.to, channels // heads
     project_in, depthwise, products, squares = (code.pointer(name) for name in (*names[3:5], *names[6:]))
     mask, normed, projected, filtered = 0, 1, 1 + channels, 1 + 2 * channels
@@ -96,7 +96,7 @@ def sums_kernel(channels: int, heads: int, lanes: int) -> Kernel:
 @cache
 def mix_kernel(channels: int, lanes: int) -> Kernel:
     """What a tile's map makes of the values, plus the input."""
-    code = Planes(('x', 'values', 'maps', 'out'), lanes, 0)
+    code = Tiles(('x', 'values', 'maps', 'out'), lanes, 0)
 
     def tile() -> None:
         weight = code.at(code.pointer('maps'), code.to.mul(code.tile, INT(channels**2)))

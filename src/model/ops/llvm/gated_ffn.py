@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.ops.llvm.code import INT, Kernel, lanes
 from model.ops.llvm.fused_linear import gelu
-from model.ops.llvm.planes import Planes, Vectors, call, divisor
+from model.ops.llvm.planes import Finish, Start, Tiles, Vectors, call, divisor
 from model.ops.llvm.product import BLOCKS
 
 SIZE = 3  # side of the depthwise convolution
@@ -17,13 +17,13 @@ SIZE = 3  # side of the depthwise convolution
 @cache
 def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
     """See `gated_ffn`: a few hidden channels at a time, from the first projection to sums of the last one."""
-    code = Planes(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
+    code = Tiles(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
     to, few = code.to, divisor(hidden, BLOCKS[lanes][0])
     project_in, depthwise, project_out = (code.pointer(name) for name in ('project_in', 'depthwise', 'project_out'))
     mask, normed, projected, gated, sums = 0, 1, 1 + channels, 1 + channels + few, 1 + channels + 2 * few
 
-    def part(first: ir.Value, before: Planes.Start) -> None:
-        def half(number: int, finish: Planes.Finish) -> None:
+    def part(first: ir.Value, before: Start) -> None:
+        def half(number: int, finish: Finish) -> None:
             row = to.add(first, INT(number * hidden))
             weight = code.at(project_in, to.mul(row, INT(channels)))
             code.linear(weight, channels, normed, projected, (channels, few), code.whole)
