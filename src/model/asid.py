@@ -61,14 +61,14 @@ class Cells(NamedTuple):
 def mix(x: Tensor, norm: Norm, attention_map: Tensor, to_v: Tensor, to_out: Tensor, cells: Cells) -> Tensor:
     """Maps plus their values, weighted by the map (B, T, T) and projected: both matrices (C, C) in one."""
 
-    def window_mix(x: Tensor, *_: object) -> Tensor:
+    def window_attention_mix(x: Tensor, *_: object) -> Tensor:
         tokens = to_tokens(x, *cells)
         values = fused_linear(tokens, [(weight, None)], norm=norm)
         return to_map(tokens + torch.bmm(attention_map, values), x, *cells)
 
     weight = to_out @ to_v
     around = norm.weight, norm.bias, norm.eps
-    return float32_by_llvm('window_pixels', window_mix, x, *around, weight, attention_map, *cells)
+    return float32_by_llvm('window_attention', window_attention_mix, x, *around, weight, attention_map, *cells)
 
 
 class WindowAttention(nn.Module):
@@ -84,7 +84,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, norm: Norm, _: None, cells: Cells) -> tuple[Tensor, Tensor]:
         """Maps (N, C, H, W) plus the attention to what `norm` makes of them, and its map (B, T, T)."""
 
-        def window_map(x: Tensor, *_: object) -> Tensor:
+        def window_attention_map(x: Tensor, *_: object) -> Tensor:
             normed = layer_norm(to_tokens(x, *cells), norm.weight, norm.bias, norm.eps)
             products = F.linear(normed, weight)
             logits = torch.baddbmm(bias, products, normed.transpose(1, 2), alpha=len(keys) ** -0.5)
@@ -94,7 +94,7 @@ class WindowAttention(nn.Module):
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
         weight = keys.t() @ queries  # q and k meet in their product alone: one matrix for both
         around = norm.weight, norm.bias, norm.eps
-        attention_map = float32_by_llvm('window_pixels', window_map, x, *around, weight, bias, *cells)
+        attention_map = float32_by_llvm('window_attention', window_attention_map, x, *around, weight, bias, *cells)
         return mix(x, norm, attention_map, values, self.to_out.get_parameter('0.weight'), cells), attention_map
 
 

@@ -54,17 +54,17 @@ class WindowAttention(nn.Module):
         cell = attention_cell(x, self.window_size, self.strided)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
 
-        def window_pixels(x: Tensor, *_: object) -> Tensor:
+        def window_attention(x: Tensor, *_: object) -> Tensor:
             tokens = to_tokens(x, cell, self.strided)
             qkv = self.to_qkv(tokens, norm=norm)
             out = self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))
             return to_map(self.to_out[0](out, plus=tokens if residual else None), x, cell, self.strided)
 
         if norm is None or not residual or not is_for_llvm(x):
-            return window_pixels(x)
+            return window_attention(x)
         weights = self.to_qkv.weight, bias, self.to_out.get_parameter('0.weight')
         around = norm.weight, norm.bias, norm.eps
-        return float32_by_llvm('window_pixels', window_pixels, x, *around, *weights, cell, self.strided)
+        return float32_by_llvm('window_attention', window_attention, x, *around, *weights, cell, self.strided)
 
 
 class Residual(nn.Module):

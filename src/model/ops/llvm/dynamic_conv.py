@@ -10,6 +10,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from model.ops.fast import operation
 from model.ops.llvm.code import INT, Kernel, lanes
 from model.ops.llvm.planes import Tiles, Vectors, call
 
@@ -72,7 +73,7 @@ def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Ke
     return Kernel(code)
 
 
-@torch.library.custom_op('frugalsr::local_attention', mutates_args=())
+@operation('local_attention')
 def local_attention(
     x: Tensor,
     scale: Tensor,

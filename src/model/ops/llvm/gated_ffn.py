@@ -6,6 +6,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from model.ops.fast import operation
 from model.ops.llvm.code import INT, Kernel, lanes
 from model.ops.llvm.fused_linear import gelu
 from model.ops.llvm.planes import Finish, Start, Tiles, Vectors, call, divisor
@@ -50,7 +51,7 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
     return Kernel(code)
 
 
-@torch.library.custom_op('frugalsr::gated_ffn', mutates_args=())
+@operation('gated_ffn')
 def gated_ffn(
     x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, project_in: Tensor, depthwise: Tensor, project_out: Tensor
 ) -> Tensor:

@@ -9,6 +9,7 @@ distances, and puts its result where the upper left of what it met was.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -192,6 +193,7 @@ class Planes(Code):
         sizes: tuple[int, int],
         length: ir.Value,
         start: Start | None = None,
+        finish: Finish = lambda i, place, x: x,
     ) -> None:
         """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, to those from `target` on.
 
@@ -199,6 +201,7 @@ class Planes(Code):
             sizes: planes that go in, and out.
             length: places, from the first on.
             start: what they are added to, of the number of a row, and a place.
+            finish: what is stored, of these and the result.
         """
         most, vectors = BLOCKS[self.lanes]
         ins, outs = sizes
@@ -213,8 +216,8 @@ class Planes(Code):
                 pointers = [self.at(weight, self.to.mul(i, INT(width))) for i in numbers]
                 found = multiply(self, pointers, columns, self.given['plane'], INT(ins), sums)
                 for i, x in enumerate(found):
-                    index = self.to.add(INT(target), numbers[i // vectors])
-                    self.store(x, self.plane(index, places[i % vectors]))
+                    number, place = numbers[i // vectors], places[i % vectors]
+                    self.store(finish(number, place, x), self.plane(self.to.add(INT(target), number), place))
                 return []
 
             self.loop(INT(0), INT(outs), count, rows)
@@ -339,11 +342,20 @@ def cuts(length: int, most: int) -> tuple[int, ...]:
     return tuple(length * i // count for i in range(count + 1))
 
 
-@lru_cache(maxsize=8)
-def tiles(n: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> np.ndarray:
-    """Image, top, left, height and width of every tile of `n` images, (rows * columns * n, 5) int64."""
+class Tiling(NamedTuple):
+    """Image, top, left, height and width of every tile, (T, 5) int64, and where they are in memory."""
+
+    tiles: np.ndarray
+    address: int
+    most: int  # pixels of a tile, with its border
+
+
+@lru_cache(maxsize=16)
+def tiling(n: int, rows: tuple[int, ...], columns: tuple[int, ...], border: int) -> Tiling:
+    """Of `n` images, given where rows and columns of tiles begin, and the end."""
     places = product(pairwise(rows), pairwise(columns), range(n))
-    return np.array([(i, y, x, y_stop - y, x_stop - x) for (y, y_stop), (x, x_stop), i in places], np.int64)
+    tiles = np.array([(i, y, x, y_stop - y, x_stop - x) for (y, y_stop), (x, x_stop), i in places], np.int64)
+    return Tiling(tiles, tiles.ctypes.data, int((tiles[:, 3:] + 2 * border).prod(1).max()))
 
 
 def call(
@@ -366,8 +378,10 @@ def call(
         factor: see `Code`.
     """
     n, channels, height, width = like.shape
-    found = tiles(n, *(tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels))))
-    size = max(int((found[:, 3:] + 2 * border).prod(1).max()), channels) + 2 * border
+    rows, columns = (tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels)))
+    found = tiling(n, rows, columns, border)
+    size = max(found.most, channels) + 2 * border
     plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
     counter, zeros = torch.zeros(1, dtype=torch.int64), like.new_zeros(channels)
-    kernel([counter, zeros, found.ctypes.data, len(found), height, width, plane, *arguments], planes * plane, factor)
+    geometry = counter, zeros, found.address, len(found.tiles), height, width, plane
+    kernel([*geometry, *arguments], planes * plane, factor)

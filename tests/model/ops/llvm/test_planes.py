@@ -11,14 +11,31 @@ from torch import Tensor, nn
 
 from measure.speed import by_kind, clocked
 from model import asid, build, omnisr
-from model.blocks.pixels import ChannelAttention, GatedFFN, LayerNorm2d, attention_cell
+from model.blocks.pixels import ChannelAttention, GatedFFN, LayerNorm2d, LocalBlock, attention_cell
 from model.dlgsanet import DynamicLocalAttention, SparseGlobalAttention
 from model.ops import fast
-from model.ops.llvm import channel_attention, dynamic_conv, gated_ffn, planes, window_channels, window_pixels
+from model.ops.llvm import (
+    channel_attention,
+    dynamic_conv,
+    fused_linear,
+    gated_ffn,
+    local_block,
+    planes,
+    window_attention,
+    window_channel_attention,
+)
 from tests.conftest import numbers, slow
 
 CLOSE = 1e-5  # of the largest value
 WINDOW = 3  # pixels a side, of which an image holds whole ones
+
+
+class Convolutional(LocalBlock):
+    """Called as the others are."""
+
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
+        del norm, residual
+        return super().forward(x)
 
 
 class Shared(nn.Module):
@@ -43,6 +60,8 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     'local 1x1, one group': (6, lambda c: DynamicLocalAttention(c, 6, 1)),
     'global': (12, lambda c: SparseGlobalAttention(c, 3, 5)),
     'global, 5 channels a head': (10, lambda c: SparseGlobalAttention(c, 2, 40)),
+    'convolutional': (12, Convolutional),
+    'convolutional, of a prime': (5, Convolutional),
     'window channels': (16, lambda c: ChannelAttention(c, 1, WINDOW, strided=False)),
     'window channels, strided': (10, lambda c: ChannelAttention(c, 2, WINDOW, strided=True)),
     'window channels, many': (51, lambda c: ChannelAttention(c, 3, WINDOW, strided=True)),
@@ -51,14 +70,15 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     'window map': (12, lambda c: Shared(c, WINDOW, strided=False)),
     'window map, strided': (7, lambda c: Shared(c, WINDOW, strided=True)),
 }
-KINDS = ['FFN', 'local', 'global', 'window channels, strided', 'window pixels', 'window map']
+KINDS = ['FFN', 'local', 'global', 'convolutional', 'window channels, strided', 'window pixels', 'window map']
 OPERATIONS = [
     'gated_ffn',
     'local_attention',
     'channel_attention_sums',
-    'window_channels',
-    'window_pixels',
-    'window_map',
+    'local_block',
+    'window_channel_attention',
+    'window_attention',
+    'window_attention_map',
 ]
 SIZES = [(2, 9, 11), (1, 1, 1), (1, 3, 2), (1, 33, 37)]  # images, height, width: smaller than kernels, several tiles
 
@@ -72,7 +92,8 @@ def no_gradients() -> Iterator[None]:
 @pytest.fixture(params=[8, 16])
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Numbers in a vector: a machine without such registers takes several, or a part."""
-    for module in (channel_attention, dynamic_conv, gated_ffn, window_channels, window_pixels):
+    of_windows = window_channel_attention, window_attention
+    for module in (channel_attention, dynamic_conv, gated_ffn, fused_linear, local_block, *of_windows):
         monkeypatch.setattr(module, 'lanes', lambda: request.param)
     return request.param
 
@@ -184,7 +205,7 @@ def test_other_calls_take_the_plain_form(name: str, calls: list[str], monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, 'is_tracing', lambda: True)
         check(block(x, norm, residual=True), truth)
-    if name != 'window map':  # which has both steps always
+    if name not in ('convolutional', 'window map'):  # which have no norm, or always
         doubled = deepcopy(block).double()
         torch.testing.assert_close(x + doubled(deepcopy(norm).double()(x.double())), truth, rtol=0, atol=1e-12)
     assert not calls
@@ -213,7 +234,7 @@ def test_networks_with_windows_give_the_same_with_kernels_and_without(
     torch.manual_seed(0)
     net, x = build(name, 4).eval(), numbers(2, 3, *size).float().sigmoid()
     found = net(x)
-    assert {'llvm.gated_ffn', 'llvm.window_channels', 'llvm.window_pixels'} <= set(calls)
+    assert {'llvm.gated_ffn', 'llvm.window_channel_attention', 'llvm.window_attention'} <= set(calls)
     monkeypatch.setattr(fast, 'wanted', False)
     torch.testing.assert_close(found, net(x), rtol=0, atol=CLOSE)
 

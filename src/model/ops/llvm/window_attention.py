@@ -14,6 +14,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
+from model.ops.fast import operation
 from model.ops.llvm.code import INT, Kernel, filled_up, lanes
 from model.ops.llvm.groups import Groups, groups_of
 from model.ops.llvm.planes import Planes, Vectors, divisor
@@ -69,7 +70,7 @@ class Group(Planes):
     def softmax(
         self, queries: ir.Value, keys: ir.Value, channels: int, biases: ir.Value, places: Vectors, target: ir.Value
     ) -> Vectors:
-        """Powers of 2 for a few vectors of queries, of a key a row of `count` vectors, to `target`; one over their sums.
+        """Powers of 2 for a few vectors of queries, a row of `count` vectors a key, to `target`; 1 over their sums.
 
         Args:
             queries, keys: numbers of the first planes.
@@ -246,8 +247,8 @@ def call(
     kernel(given, planes * plane + size * BLOCKS[lanes][1] * lanes, epsilon)
 
 
-@torch.library.custom_op('frugalsr::window_pixels', mutates_args=())
-def window_pixels(
+@operation('window_attention')
+def window_attention(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -276,8 +277,8 @@ def window_pixels(
     return out
 
 
-@torch.library.custom_op('frugalsr::window_map', mutates_args=())
-def window_map(
+@operation('window_attention_map')
+def window_attention_map(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -296,8 +297,8 @@ def window_map(
     return out[..., :size].mT
 
 
-@torch.library.custom_op('frugalsr::window_mix', mutates_args=())
-def window_mix(
+@operation('window_attention_mix')
+def window_attention_mix(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,

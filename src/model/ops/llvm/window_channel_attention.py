@@ -13,6 +13,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
+from model.ops.fast import operation
 from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
 from model.ops.llvm.groups import groups_of
 from model.ops.llvm.planes import Tiles, Vectors, call, divisor
@@ -228,8 +229,8 @@ def attention_kernel(channels: int, heads: int, lanes: int) -> Kernel:
     return Kernel(code)
 
 
-@torch.library.custom_op('frugalsr::window_channels', mutates_args=())
-def window_channels(
+@operation('window_channel_attention')
+def window_channel_attention(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
