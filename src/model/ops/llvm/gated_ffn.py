@@ -21,18 +21,19 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
     code = Tiles(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
     to, few = code.to, divisor(hidden, BLOCKS[lanes][0])
     project_in, depthwise, project_out = (code.pointer(name) for name in ('project_in', 'depthwise', 'project_out'))
-    mask, normed, projected, gated, sums = 0, 1, 1 + channels, 1 + channels + few, 1 + channels + 2 * few
+    mask, normed, projected = 0, 1, 1 + channels
+    values, gated, sums = (projected + i * few for i in (1, 2, 3))
 
     def part(first: ir.Value, before: Start) -> None:
-        def half(number: int, finish: Finish) -> None:
+        def half(number: int, target: int, finish: Finish) -> None:
             row = to.add(first, INT(number * hidden))
             weight = code.at(project_in, to.mul(row, INT(channels)))
             code.linear(weight, channels, normed, projected, (channels, few), code.whole)
             weight = code.at(depthwise, to.mul(row, INT(SIZE**2)))
-            code.depthwise(weight, SIZE, projected, gated, few, finish=finish)
+            code.depthwise(weight, SIZE, projected, target, few, finish=finish)
 
-        half(1, lambda i, place, x: x)
-        half(0, lambda i, place, x: to.fmul(gelu(code, x), code.value(gated, i, place)))
+        half(1, values, lambda i, place, x: x)
+        half(0, gated, lambda i, place, x: to.fmul(gelu(code, x), code.value(values, i, place)))
         code.linear(code.at(project_out, first), hidden, gated, sums, (few, channels), code.inner, before)
 
     def tile() -> None:
@@ -59,7 +60,7 @@ def gated_ffn(
     channels, hidden = project_out.shape[:2]
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
-    planes = 1 + 2 * (channels + divisor(hidden, BLOCKS[lanes()][0]))
+    planes = 1 + 2 * channels + 3 * divisor(hidden, BLOCKS[lanes()][0])
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
     call(kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
     return out

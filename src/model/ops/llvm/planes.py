@@ -2,12 +2,12 @@
 
 They are read into planes, one a channel, so that a layer is a loop over one line of pixels, vector by vector. A tile of
 the image has a border of the pixels around it, zeros outside the image. Its rows follow one another without gaps, and
-no width wastes much of a vector: what stands at the border is computed too, and not written. A filter reads at fixed
+no width wastes much of a vector: what stands at the border may be computed too, and is not written. A filter reads at fixed
 distances, and puts its result where the upper left of what it met was.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from model.ops.llvm.product import product as multiply
 
 GEOMETRY = ('counter', 'zeros', 'tiles', 'count', 'height', 'width', 'plane')
 ROWS = 16  # of a tile
+AT_ONCE = 4  # rows of a filter
+KEPT = 9  # numbers of a filter that stay in registers
 VALUES = 2**16  # of a tile of a map
 BEHIND = 96  # values that may be read behind the end of a plane: the vectors of a loop
 Vectors = list[ir.Value]
@@ -309,23 +311,37 @@ class Tiles(Planes):
 
         Args:
             start: what it is added to, of the number of a plane, and a place.
-            finish: what is stored, of these and the result.
+            finish: what is stored, of these and the result; asked for again where rows meet, with the same result.
         """
 
         def channel(i: ir.Value, _: Vectors) -> Vectors:
-            numbers = self.at(weight, self.to.mul(i, INT(size**2)))
+            numbers, plane = self.at(weight, self.to.mul(i, INT(size**2))), self.to.add(i, INT(source))
+            kept = [self.number(numbers, n) for n in range(size**2)] if size**2 <= KEPT else []
 
-            def pixels(places: Vectors) -> None:
-                sums = [(start or self.zero)(i, place) for place in places]
-                for row in range(size):
-                    near = [self.around(self.to.add(i, INT(source)), place, row, size) for place in places]
-                    for j in range(size):
-                        number = self.number(numbers, row * size + j)
-                        sums = [self.multiply_add(number, x[j], total) for x, total in zip(near, sums, strict=True)]
-                for place, x in zip(places, sums, strict=True):
-                    self.store(finish(i, place, x), self.plane(self.to.add(i, INT(target)), place))
+            def rows(count: int, y: ir.Value, _: Vectors) -> Vectors:
+                """`count` rows at once, for which what they have in common is read once."""
+                first = self.to.mul(y, self.width)
 
-            self.lines(self.inner, 2, pixels)
+                def vector(x: ir.Value, _: Vectors) -> Vectors:
+                    places = [self.offset((INT(row), self.width), (first,), (x,)) for row in range(count)]
+                    sums = [(start or self.zero)(i, place) for place in places]
+                    for row in range(count + size - 1):
+                        near = self.around(plane, places[0], row, size)
+                        for n in range(max(0, row - size + 1), min(count, row + 1)):
+                            for column, x in enumerate(near):
+                                number = (row - n) * size + column
+                                factor = kept[number] if kept else self.number(numbers, number)
+                                sums[n] = self.multiply_add(factor, x, sums[n])
+                    for place, x in zip(places, sums, strict=True):
+                        self.store(finish(i, place, x), self.plane(self.to.add(i, INT(target)), place))
+                    return []
+
+                self.loop(INT(0), self.columns, self.lanes, vector)
+                return []
+
+            whole = self.to.sub(self.rows, self.to.srem(self.rows, INT(AT_ONCE)))
+            self.loop(INT(0), whole, AT_ONCE, partial(rows, AT_ONCE))
+            self.loop(whole, self.rows, 1, partial(rows, 1))
             return []
 
         self.loop(INT(0), INT(count), 1, channel)
