@@ -2,7 +2,7 @@
 
 They are read into planes, one a channel, so that a layer is a loop over one line of pixels, vector by vector. A tile of
 the image has a border of the pixels around it, zeros outside the image. Its rows follow one another without gaps, and
-no width wastes much of a vector: what stands at the border may be computed too, and is not written. A filter reads at fixed
+no width wastes much of a vector: what stands at the border is anything, and not written. A filter reads at fixed
 distances, and puts its result where the upper left of what it met was.
 """
 
