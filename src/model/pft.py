@@ -18,12 +18,9 @@ Departures from the official code:
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from itertools import chain, repeat
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,54 +46,12 @@ from model.common import (
     how_many,
     stacked,
 )
-from model.ops.kept_attention import Kept, attend, is_for_kernel
-
-AT_ONCE = 2**26  # entries of the maps that are made at once
-AT_ONCE_CPU = 2**22  # on a CPU, where no kernel keeps them in registers: of one window of PFT-light
-
-
-class Whole(NamedTuple):
-    """What the maps of all windows follow from, where all of each is kept."""
-
-    q: Tensor  # (B, T, heads, d * layers)
-    k: Tensor
-    bias: Tensor  # (T, T)
-
-
-Focus = Whole | list[Kept] | None  # None: there was no map before
+from model.ops.progressive_attention import Focus, progressive_attention
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:
     """Pixels (N, L, C) of all images in another order (N * L,)."""
     return x.flatten(0, 1).index_select(0, order).view_as(x)
-
-
-def groups(windows: Windows, n_heads: int, topk: int) -> tuple[list[int], list[Tensor]]:
-    """How many windows are attended at once, all with the same shift mask, and the masks (T, T).
-
-    A trace does not follow how many these are: there it is all of them, with masks (B, T, T).
-    """
-    masks = windows.masks
-    if torch.jit.is_tracing():
-        by_window = torch.cat([mask.expand(n, -1, -1) for n, mask in zip(windows.counts, masks.unbind(), strict=True)])
-        return [by_window.shape[0]], [by_window]
-    most = AT_ONCE_CPU if masks.is_cpu and not is_for_kernel(masks, masks.shape[-1], topk) else AT_ONCE
-    at_once = max(1, most // (n_heads * masks[0].numel()))
-    sizes, of_group = [], []
-    for count, mask in zip(windows.counts, masks.unbind(), strict=True):
-        parts = [min(at_once, count - i) for i in range(0, count, at_once)]
-        sizes += parts
-        of_group += [mask] * len(parts)
-    return sizes, of_group
-
-
-def drain(kept: list[Kept]) -> Iterator[Kept]:
-    """One after the other. Without gradients none is needed again: its memory is for what follows from it."""
-    if torch.is_grad_enabled():
-        yield from kept
-    else:
-        while kept:
-            yield kept.pop(0)
 
 
 class WindowAttention(nn.Module):
@@ -123,19 +78,8 @@ class WindowAttention(nn.Module):
     def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
         """To (B, T, heads, d)."""
         q, k, v = qkv.view(-1, len(positions), 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads)).unbind(2)
-        bias = self.relative_position_bias_table.flatten().index_select(0, positions.flatten()).view_as(positions)
-        q = q * q.shape[-1] ** -0.5
-        if isinstance(focus, Whole):
-            q, k, bias = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.bias + bias
-        sizes, masks = groups(windows, self.n_heads, self.topk)
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        if isinstance(focus, list):
-            made = [attend(*part, bias, kept, self.topk) for part, kept in zip(parts, drain(focus), strict=True)]
-        else:  # maps over all keys are not kept for the gradients but made again
-            again = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-            made = [again(*part, bias + mask, None, self.topk) for part, mask in zip(parts, masks, strict=True)]
-        out, kept = zip(*made, strict=True)
-        return torch.cat(out), Whole(q, k.contiguous(), bias) if kept[0] is None else list(kept)
+        table = self.relative_position_bias_table.flatten()
+        return progressive_attention(q, k, v, table, positions, windows.areas, windows.counts, focus, self.topk)
 
 
 class PositionalEncoding(nn.Module):
