@@ -49,11 +49,6 @@ from model.common import (
 from model.ops.progressive_attention import Focus, progressive_attention
 
 
-def reordered(x: Tensor, order: Tensor) -> Tensor:
-    """Pixels (N, L, C) of all images in another order (N * L,)."""
-    return x.flatten(0, 1).index_select(0, order).view_as(x)
-
-
 class WindowAttention(nn.Module):
     """Position table, which all heads share, and projection of the attention."""
 
@@ -66,20 +61,16 @@ class WindowAttention(nn.Module):
     def forward(
         self, qkv: Tensor, around: Tensor, positions: Tensor, windows: Windows, focus: Focus, plus: Tensor | None = None
     ) -> tuple[Tensor, Focus]:
-        """Pixels (N, H * W, 3 * C) in the order of the windows; GELU of `around` is added before the projection.
+        """Pixels (N, H * W, 3 * C); GELU of `around` is added before the projection, `plus` behind, both (N, H * W, C).
 
-        It and `plus`, which is added behind, and the result are (N, H * W, C), row by row.
+        Returns (N, H * W, C) and what is handed on.
         """
         with full_precision(qkv):
-            out, focus = self.attend(at_least_float32(qkv), positions, windows, focus)
-        out = reordered(out.view_as(around), windows.inverse)
-        return self.proj(out, gelu_summed=around, plus=plus), focus
-
-    def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
-        """To (B, T, heads, d)."""
-        q, k, v = qkv.view(-1, len(positions), 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads)).unbind(2)
-        table = self.relative_position_bias_table.flatten()
-        return progressive_attention(q, k, v, table, positions, windows.areas, windows.counts, focus, self.topk)
+            pixels = at_least_float32(qkv).view(-1, 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads))
+            table = self.relative_position_bias_table.flatten()
+            q, k, v = pixels.unbind(1)
+            out, focus = progressive_attention(q, k, v, table, positions, *windows[:4], focus, self.topk)
+        return self.proj(out.view_as(around), gelu_summed=around, plus=plus), focus
 
 
 class PositionalEncoding(nn.Module):
@@ -113,8 +104,8 @@ class Layer(nn.Module):
         self, x: Tensor, height: int, width: int, positions: Tensor, windows: Windows, focus: Focus
     ) -> tuple[Tensor, Focus]:
         """Pixels (N, H * W, C), and what is handed on from layer to layer with the same windows."""
-        qkv = self.wqkv(reordered(x, windows.order), norm=self.norm1)
-        v = unflatten_image(reordered(qkv.chunk(3, -1)[2], windows.inverse), height, width)
+        qkv = self.wqkv(x, norm=self.norm1)
+        v = unflatten_image(qkv.chunk(3, -1)[2], height, width)
         x, focus = self.attn_win(qkv, flatten_image(self.v_LePE(v)), positions, windows, focus, plus=x)
         x = checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
         return x, focus

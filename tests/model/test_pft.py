@@ -97,7 +97,7 @@ def test_maps_are_multiplied_and_narrowed(topk: tuple[int, ...], shift: int, at_
     def run(qkvs: list[Tensor]) -> list[Tensor]:
         results, focus = [], None
         for layer, qkv in zip(layers, qkvs, strict=True):
-            result, focus = layer(qkv[:, windows.order], lepe, positions, windows, focus)
+            result, focus = layer(qkv, lepe, positions, windows, focus)
             results.append(result[0])
         return results
 

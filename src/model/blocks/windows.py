@@ -164,12 +164,12 @@ def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 def shift_areas(size: int, shift: int, device: torch.device | None = None, kinds: Sequence[int] = range(4)) -> Tensor:
-    """Which pixels of a window were together before a cyclic shift: the numbers of their areas, (kinds, T) int64.
+    """Which pixels of a window were together before a cyclic shift: the numbers of their areas, (kinds, T) int32.
 
     Only the last windows of a row or column hold pixels from opposite borders. The kinds are 0, a window inside, 1, the
     last of its row, 2, the last of its column, and 3, both.
     """
-    far = (torch.arange(size, device=device) >= size - shift).long()
+    far = (torch.arange(size, device=device) >= size - shift).int()
     down, right = far.repeat_interleave(size), far.repeat(size)
     areas = torch.zeros_like(down), right, down, 2 * down + right
     return torch.stack([areas[kind] for kind in kinds])
@@ -186,8 +186,8 @@ class Windows(NamedTuple):
 
     order: Tensor  # (N * H * W,) int64: row of the flattened tokens (N * H * W, C) for each pixel of each window
     inverse: Tensor  # (N * H * W,) int64: where a row stands in `order`
+    areas: Tensor  # (kinds, T) int32: see `shift_areas`
     counts: list[int]  # windows of each kind, in all images
-    areas: Tensor  # (kinds, T) int64: see `shift_areas`
     masks: Tensor  # (kinds, T, T): see `shift_masks`
 
 
@@ -207,7 +207,7 @@ def window_partition(like: Tensor, size: int, shift: int) -> Windows:
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
     used = [i for i, count in enumerate(counts) if count]
     areas = shift_areas(size, shift, like.device, used)
-    return Windows(order, inverse_of(order), [n * counts[i] for i in used], areas, shift_masks(areas, like.dtype))
+    return Windows(order, inverse_of(order), areas, [n * counts[i] for i in used], shift_masks(areas, like.dtype))
 
 
 def plain_and_shifted(like: Tensor, size: int) -> list[Windows]:

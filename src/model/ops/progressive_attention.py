@@ -28,7 +28,7 @@ BLOCK = 32  # the kernel in LLVM wants whole blocks of tokens, of entries, and o
 class Whole(NamedTuple):
     """What the maps of all windows follow from, where all of each is kept."""
 
-    q: Tensor  # (B, T, heads, d * layers)
+    q: Tensor  # (L, heads, d * layers), of all tokens in the order of the image
     k: Tensor
     table: Tensor  # the sum of the layers' position tables
 
@@ -49,6 +49,8 @@ def progressive_attention(
     v: Tensor,
     table: Tensor,
     positions: Tensor,
+    order: Tensor,
+    inverse: Tensor,
     areas: Tensor,
     counts: Sequence[int],
     focus: Focus,
@@ -57,25 +59,27 @@ def progressive_attention(
     """Attention in square windows of T pixels, which goes on from the maps of the layer before and narrows them.
 
     Args:
-        q, k, v: (B, T, heads, d). Their products are multiplied by d^-0.5.
+        q, k, v: (L, heads, d), of all pixels of all images. Their products are multiplied by d^-0.5.
         table: biases of all heads by relative position, (n,), see `windows.relative_positions`.
         positions: (T, T) int64, where in the table a query and a key find their bias.
-        areas: (kinds, T) int64, by kind of window. A pixel sees hardly anything of other areas, see `APART`.
+        order: (L,) int64, the pixels window by window.
+        inverse: (L,) int64, where each pixel stands in it.
+        areas: (kinds, T) int32, by kind of window. A pixel sees hardly anything of other areas, see `APART`.
         counts: windows of each kind, which stand together.
         focus: what the layer before has handed on. Without gradients it may be written over.
         topk: how many entries of a row are kept, if it has more.
 
     Returns:
-        (B, T, heads, d), and what is handed on.
+        (L, heads, d), and what is handed on.
     """
     if isinstance(focus, Whole):
         q, k, table = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.table + table
     before = focus if isinstance(focus, list) else None
-    tokens = q.shape[1]
+    tokens = areas.shape[1]
     entries = before[0].logits.shape[-1] if before else tokens
     whole_blocks = not any(count % BLOCK for count in (tokens, entries, topk))
     form = partial(by_llvm, 'progressive_attention', attend) if q.dtype == torch.float32 and whole_blocks else attend
-    out, kept = form(q, k, v, table, positions, areas, counts, before, topk)
+    out, kept = form(q, k, v, table, positions, order, inverse, areas, counts, before, topk)
     return out, Whole(q.contiguous(), k.contiguous(), table) if kept is None else kept
 
 
@@ -85,6 +89,8 @@ def attend(
     v: Tensor,
     table: Tensor,
     positions: Tensor,
+    order: Tensor,
+    inverse: Tensor,
     areas: Tensor,
     counts: Sequence[int],
     before: list[Kept] | None,
@@ -92,8 +98,8 @@ def attend(
 ) -> tuple[Tensor, list[Kept] | None]:
     """`progressive_attention`; without `before` q, k and table hold what all logits follow from. None: all is kept."""
     bias = table.index_select(0, positions.flatten()).view_as(positions)
-    sizes, of_group = groups(areas, counts, q.shape[2])
-    q = q * v.shape[-1] ** -0.5
+    sizes, of_group = groups(areas, counts, q.shape[1])
+    q, k, v = (x.index_select(0, order).unflatten(0, (-1, len(positions))) for x in (q * v.shape[-1] ** -0.5, k, v))
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     if before:
         made = [focused(*part, bias, kept, topk) for part, kept in zip(parts, drain(split(before, sizes)), strict=True)]
@@ -101,7 +107,7 @@ def attend(
         again = partial(checkpoint, focused, use_reentrant=False, preserve_rng_state=False)
         made = [again(*part, masked(bias, area), None, topk) for part, area in zip(parts, of_group, strict=True)]
     out, kept = zip(*made, strict=True)
-    return torch.cat(out), None if kept[0] is None else list(kept)
+    return torch.cat(out).flatten(0, 1).index_select(0, inverse), None if kept[0] is None else list(kept)
 
 
 def masked(bias: Tensor, area: Tensor) -> Tensor:

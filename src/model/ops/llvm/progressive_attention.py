@@ -25,9 +25,9 @@ AHEAD = 4  # queries from the one at hand to the one whose entries are brought i
 SUMS = 4  # in which values of a query are added up, since every addition waits for the one before
 BITS = 22  # behind the point of 1 / side, which is exact enough for windows of 64 x 64 tokens
 NAMES = (
-    'counter', 'q', 'k', 'v', 'out', 'table', 'areas', 'kinds', 'logits', 'keys', 'new_logits', 'new_keys', 'windows',
-    'heads', 'tokens', 'side', 'entries', 'count', 'kept_window', 'kept_head', 'row', 'new_row', 'q_window', 'q_token',
-    'q_head', 'k_window', 'k_token', 'k_head', 'v_window', 'v_token', 'v_head',
+    'counter', 'q', 'k', 'v', 'out', 'order', 'table', 'areas', 'kinds', 'logits', 'keys', 'new_logits', 'new_keys',
+    'windows', 'heads', 'tokens', 'side', 'entries', 'count', 'kept_window', 'kept_head', 'row', 'new_row', 'q_token',
+    'q_head', 'k_token', 'k_head', 'v_token', 'v_head',
 )  # fmt: skip
 
 
@@ -46,8 +46,8 @@ class Writer:
         self.given, self.used = code.given, INT(0)
         self.tensors = {name: code.pointer(name) for name in ('q', 'k', 'v', 'out', 'table', 'logits', 'new_logits')}
         self.tensors |= {name: code.pointer(name, BYTE) for name in ('keys', 'new_keys')}
-        self.areas, self.kinds = code.pointer('areas', WORD), code.pointer('kinds', INT)
-        self.counter = code.pointer('counter', INT)
+        self.areas = code.pointer('areas', WORD)
+        self.counter, self.order, self.kinds = (code.pointer(name, INT) for name in ('counter', 'order', 'kinds'))
         self.key_width, self.value_width = filled_up((d, e), lanes)
         tokens, entries, chosen = (self.given[name] for name in ('tokens', 'entries', 'count'))
         chosen = code.to.add(chosen, INT(lanes))
@@ -58,10 +58,8 @@ class Writer:
         self.weights = self.room(code.to.add(entries, INT(lanes)))  # behind the logits, whose last row may pass its end
         self.orders, self.steps = (self.words(entries) for _ in range(2))
         self.places = self.words(code.to.add(entries, INT(lanes)))
-        self.chosen_logits, self.chosen_weights, self.chosen_keys = (
-            *(self.room(chosen) for _ in 'lw'),
-            self.words(chosen),
-        )
+        self.chosen_logits, self.chosen_weights = (self.room(chosen) for _ in range(2))
+        self.chosen_keys = self.words(chosen)
 
     @staticmethod
     def memory(d: int, e: int, tokens: int, entries: int, count: int, lanes: int) -> int:
@@ -128,10 +126,16 @@ class Writer:
         self.keep(i)
         self.put_values([i], self.add_values([self.chosen_weights], self.chosen_keys, self.given['count']), [total])
 
+    def place_of(self, i: ir.Value) -> ir.Value:
+        """Where token i of the window stands among all."""
+        return self.code.to.load(self.code.at(self.order, self.code.offset((self.window, self.given['tokens']), (i,))))
+
     def token(self, name: str, i: ir.Value) -> ir.Value:
         """The row of a token in queries, keys or values."""
-        steps = [self.given[f'{name}_{what}'] for what in ('window', 'token', 'head')]
-        return self.code.at(self.tensors[name], self.code.offset(*zip((self.window, i, self.head), steps, strict=True)))
+        steps = [self.given[f'{name}_{what}'] for what in ('token', 'head')]
+        return self.code.at(
+            self.tensors[name], self.code.offset(*zip((self.place_of(i), self.head), steps, strict=True))
+        )
 
     def entry(self, name: str, i: ir.Value) -> ir.Value:
         """What `logits` or `keys`, old or new, has of a query."""
@@ -368,8 +372,7 @@ class Writer:
         code, heads = self.code, self.given['heads']
         for i, vectors, total in zip(queries, found, totals, strict=True):
             share = code.spread(code.to.fdiv(FLOAT(1), total))
-            row = code.offset((self.window, self.given['tokens']), (i,))
-            place = code.offset((row, heads, INT(self.e)), (self.head, INT(self.e)))
+            place = code.offset((self.place_of(i), heads, INT(self.e)), (self.head, INT(self.e)))
             code.store_row([code.to.fmul(x, share) for x in vectors], code.at(self.tensors['out'], place), self.e)
 
 
@@ -386,11 +389,11 @@ def views(rows: Tensor, count: int, marked: bool) -> Kept:
     return Kept(rows[..., :count], rows.view(kind).narrow(-1, count * rows.itemsize // kind.itemsize, size))
 
 
-def new_kept(like: Tensor, count: int, marked: bool) -> Kept:
-    """Room for `count` entries of each row of `like`, the rows of a window and a head together."""
-    windows, tokens, heads, _ = like.shape
+def new_kept(shape: Sequence[int], count: int, marked: bool) -> Kept:
+    """Room for `count` entries of rows (B, T, heads), the rows of a window and a head together."""
+    windows, tokens, heads = shape
     width = count + (tokens // 32 if marked else count // 2)
-    return views(like.new_empty(windows, heads, tokens, width).transpose(1, 2), count, marked)
+    return views(torch.empty(windows, heads, tokens, width).transpose(1, 2), count, marked)
 
 
 def in_rows(kept: Kept, count: int) -> Kept:
@@ -399,7 +402,7 @@ def in_rows(kept: Kept, count: int) -> Kept:
     together = logits.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
     if together and 3 * count <= 2 * logits.stride(1):
         return kept
-    found = new_kept(logits, logits.shape[3], False)
+    found = new_kept(logits.shape[:3], logits.shape[3], False)
     for new, old in zip(found, listed(kept), strict=True):
         new.copy_(old)
     return found
@@ -418,7 +421,9 @@ def attend(
     k: Tensor,
     v: Tensor,
     table: Tensor,
-    _: Tensor,
+    positions: Tensor,
+    order: Tensor,
+    inverse: Tensor,
     areas: Tensor,
     counts: Sequence[int],
     before: list[Kept] | None,
@@ -426,27 +431,28 @@ def attend(
 ) -> tuple[Tensor, list[Kept] | None]:
     """See `progressive_attention.attend`. What is kept takes the place of `before` in memory."""
     size = lanes()
-    windows, tokens, heads, d = q.shape
-    e = v.shape[3]
+    pixels, heads, d = q.shape
+    e, tokens = v.shape[2], areas.shape[1]
+    windows = pixels // tokens
     entries = before[0].logits.shape[3] if before else tokens
     narrow, count = topk < entries, min(topk, entries)
     old = in_rows(joined(before), count if narrow else 0) if before else None
     new = old
     if narrow:  # a bit for each token where that is less than two bytes for each entry
-        new = narrowed(old, count) if old else new_kept(q, count, tokens // 8 < 2 * count)
+        new = narrowed(old, count) if old else new_kept((windows, tokens, heads), count, tokens // 8 < 2 * count)
     marked = (old or new or Kept(q, q)).keys.dtype == torch.uint8
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    out = q.new_empty(windows, tokens, heads, e)
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    out = q.new_empty(pixels, heads, e)
     turned_table = F.pad(table.flip(0), (0, size))
-    areas = F.pad(areas.flatten().int(), (0, size))
+    areas = F.pad(areas.flatten(), (0, size))
     kinds = torch.repeat_interleave(torch.tensor(counts))
     rows = [0, 0, 0, 0]
     if new:
         by_window, new_row, by_head, _ = new.logits.stride()
         rows = [by_window, by_head, old.logits.stride(1) if old else 0, new_row]
-    strides = [x for tensor in (q, k, v) for x in tensor.stride()[:3]]
-    pointers = [torch.zeros(1, dtype=torch.int64), q, k, v, out, turned_table, areas, kinds]
+    pointers = [torch.zeros(1, dtype=torch.int64), q, k, v, out, order, turned_table, areas, kinds]
     pointers += [*(old or (0, 0)), *(new or (0, 0))]
+    strides = [x for tensor in (q, k, v) for x in tensor.stride()[:2]]
     numbers = [windows, heads, tokens, isqrt(tokens), entries, count, *rows, *strides]
     memory = Writer.memory(d, e, tokens, entries, count, size)
     kernel(d, e, not old, narrow, marked, size)([*pointers, *numbers], memory, e**-0.5)

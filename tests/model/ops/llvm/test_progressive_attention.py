@@ -55,13 +55,14 @@ def operands(side: int, heads: int, d: int, e: int, entries: int, topk: int) -> 
         return (torch.randn(shape, generator=generator) * 16).round() / 16
 
     b, t = sum(COUNTS), side**2
-    q, k, v = (numbers(b, t, 2, heads, c)[:, :, 1] for c in (d, d, e))
+    q, k, v = (numbers(b * t, 2, heads, c)[:, 1] for c in (d, d, e))
+    order = torch.randperm(b * t, generator=generator)
     table, before = numbers((2 * side - 1) ** 2), None
     if entries:
         keys = torch.randn(b, t, heads, t, generator=generator).argsort(-1)[..., :entries].sort(-1)[0].short()
         before = [Kept(numbers(b, t, heads, entries), keys)]
     areas = shift_areas(side, side // 2 - 1)[[0, 3]]
-    return q, k, v, table, relative_positions(side), areas, COUNTS, before, topk
+    return q, k, v, table, relative_positions(side), order, order.argsort(), areas, COUNTS, before, topk
 
 
 def wide(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others) -> tuple:
@@ -101,7 +102,7 @@ def test_results_and_what_is_kept(case: str, lanes: int, threads: None) -> None:
 )
 def test_layer_after_layer(side: int, kept: tuple[int, ...], lanes: int) -> None:
     """With all that is handed on."""
-    layers = [(*operands(side, 1, 16, 16, 0, topk)[:7], topk) for topk in kept]
+    layers = [(*operands(side, 1, 16, 16, 0, topk)[:9], topk) for topk in kept]
     focus = truth = None
     for *given, topk in layers:
         out, focus = progressive_attention(*given, focus, topk)
@@ -140,10 +141,11 @@ def test_the_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def alone(bias_of: Tensor, count: int) -> Kept:
     """What is kept of logits that are nothing but those of before, (T, K), in a window of 8x8 tokens."""
-    nothing = torch.zeros(1, 64, 1, 4)
+    nothing, order = torch.zeros(64, 1, 4), torch.arange(64)
     entries = bias_of.shape[1]
     before = [Kept(bias_of.view(1, 64, 1, entries).clone(), torch.arange(entries).short().expand(1, 64, 1, entries))]
-    given = nothing, nothing, nothing, torch.zeros(225), relative_positions(8), torch.zeros(1, 64).long(), [1], before
+    areas = torch.zeros(1, 64, dtype=torch.int32)
+    given = nothing, nothing, nothing, torch.zeros(225), relative_positions(8), order, order, areas, [1], before
     _, kept = kernels.attend(*given, count)
     return kept[0]
 
@@ -180,22 +182,23 @@ def test_rows_of_every_shape_are_narrowed(scale: float, lanes: int) -> None:
 
 def test_extreme_logits(lanes: int) -> None:
     """A row of one large bias, and one of only lowest ones, as shift masks and small floats have them."""
-    q, k, v, _, positions, _, _, _, _ = operands(8, 1, 4, 4, 0, 64)
-    table, areas = torch.full((225,), -100.0), torch.arange(64).view(1, 64)  # every pixel is of another area
+    q, k, v, _, positions, order, inverse, *_ = operands(8, 1, 4, 4, 0, 64)
+    table, areas = torch.full((225,), -100.0), torch.arange(64, dtype=torch.int32).view(1, 64)  # each pixel has its own
     table[0] = 3e4  # of the first query and the last key
-    out, kept = kernels.attend(q * 0, k, v, table, positions, areas, [3], None, 32)
-    assert torch.equal(out[0, 0, 0], v[0, 63, 0])
-    torch.testing.assert_close(out[0, 3, 0], v[0, 3, 0])  # all others are 100 less
+    out, kept = kernels.attend(q * 0, k, v, table, positions, order, inverse, areas, [3], None, 32)
+    assert torch.equal(out[order[0], 0], v[order[63], 0])
+    torch.testing.assert_close(out[order[3], 0], v[order[3], 0])  # all others are 100 less
     assert listed(kept[0]).keys[0, 3, 0].tolist() == [*range(32)]
 
 
 def test_what_is_no_number_spoils_its_row_alone(lanes: int) -> None:
     given = operands(8, 2, 16, 16, 0, 32)
-    given[0][:, 3, :, 0] = float('nan')
+    rows = given[5].view(3, 64)[:, 3]
+    given[0][rows, :, 0] = float('nan')
     out, found = kernels.attend(*given)
     truth, expected = attend(*given)
-    assert out[:, 3].isnan().all()
-    assert out.isnan().sum() == out[:, 3].numel() == truth.isnan().sum()
+    assert out[rows].isnan().all()
+    assert out.isnan().sum() == out[rows].numel() == truth.isnan().sum()
     assert torch.equal(listed(joined(found)).keys[:, :3], joined(expected).keys[:, :3])
     assert all(len(set(row)) == 32 for row in listed(joined(found)).keys[:, 3].flatten(0, 1).tolist())
 
