@@ -11,9 +11,7 @@ Departures from the official code:
   differ from run to run. Here they are exact.
 - The product of two maps, made to sum to one, is the softmax of the sum of their logits, so these are handed on. The
   official code adds 1e-20 to each entry, which shows only where two maps have less than 1e-12 in common.
-- Logits of all keys of a window are not kept but made again from queries and keys: their sum over several layers is
-  one product of the layers' queries and keys side by side.
-- Maps are made, and kept, for a few windows at a time, in float32 under autocast too; keys as int16.
+- Maps are in float32 under autocast too; those over all keys are not kept but made again (`progressive_attention`).
 - An image smaller than its padding is mirrored again and again; the official code fails.
 """
 
