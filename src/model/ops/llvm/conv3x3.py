@@ -1,302 +1,288 @@
-"""3x3 convolutions by Winograd's algorithm, tiles of 4x4 pixels at a time in a CPU's cache: see `conv3x3`.
+"""3x3 convolutions by Winograd's algorithm: see `conv3x3`, whose form in LLVM this is.
 
-A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016): F(4x4, 3x3).
+F(4x4, 3x3) of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). Patches of 6x6
+values and filters of 3x3 are taken as polynomials, and by their values at six points an axis; there a product of
+polynomials is one of numbers, 36 of them for 4x4 results in place of 144. So a convolution becomes 36 products of
+matrices, tiles by channels and channels by channels.
+
+Errors grow with how unequal the powers of the points are: those here, exact in binary, make a third of the error that
+0, +-1, +-2 and infinity make. A block of tiles at a time goes through all of it in the second cache of a core.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm.code import INT, FLOAT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import INT, Code, Kernel, filled_up, lanes
 from model.ops.llvm.product import BLOCKS, product
 
-NEAR, FAR = 3 / 4, 3 / 2
-TILE, PATCH = 4, 6
-TILES = 24
-CHUNK = 4
-Vectors = list[ir.Value]
-MAPS = 'x', 'plus', 'out'
+NEAR, FAR = 3 / 4, 3 / 2  # the points are 0, +-NEAR, +-FAR and infinity, in this order
+SIZE, TILE, PATCH = 3, 4, 6  # sides of a filter, of what a tile gives, and of what it meets
+TILES = 24  # of a block
+OUTS = 64  # channels whose values at the points a block holds
+MOST_OUTS = 256  # channels whose weights are in memory as values at the points
+APART = 16  # numbers between the 36 matrices: a power of 2 apart they would drive each other from the cache
+PLACES = ('', '_image', '_row', '_pixel')  # of a map in channels_last memory: its address, and numbers from one to the next
 NAMES = (
-    'counter', 'weight', 'bias', *(f'{name}{part}' for name in MAPS for part in ('', '_image', '_row', '_pixel')),
-    'height', 'width', 'rows', 'columns', 'count',
+    'counter', 'weight', 'bias', *(name + part for name in ('x', 'plus', 'out') for part in PLACES),
+    'zeros', 'height', 'width', 'rows', 'columns', 'tiles', 'block',
 )  # fmt: skip
+Vectors = list[ir.Value]
+Square = Sequence[Sequence[ir.Value]]
 
 
-def to_points(code: Code, d: Sequence[ir.Value]) -> Vectors:
-    """Values at the points of six numbers: B^T d."""
-    def fma(x, factor, y):
+def map_to_points(code: Code, d: Sequence[ir.Value]) -> Vectors:
+    """Of six numbers of a patch: B^T d."""
+
+    def add(x: ir.Value, factor: float, y: ir.Value) -> ir.Value:
         return code.multiply_add(x, code.vector(factor), y)
 
-    near, far = NEAR**2, FAR**2
-    def ends(x, y, z):
-        return fma(y, -near - far, fma(x, near * far, z))
-
-    pairs = []
+    near, far, pairs = NEAR**2, FAR**2, []
     for point, other in ((NEAR, far), (FAR, near)):
-        even, odd = fma(d[2], -other, d[4]), fma(d[1], -other, d[3])
-        pairs += [fma(odd, point, even), fma(odd, -point, even)]
-    return [ends(d[0], d[2], d[4]), *pairs, ends(d[1], d[3], d[5])]
-
-
-def from_points(code: Code, m: Sequence[ir.Value]) -> Vectors:
-    """A^T m."""
-    to = code.to
-    near, far = to.fadd(m[1], m[2]), to.fadd(m[3], m[4])
-    near_odd, far_odd = to.fsub(m[1], m[2]), to.fsub(m[3], m[4])
-    def mix(power, near, far, start=None):
-        first = to.fmul(near, code.vector(NEAR**power)) if start is None else code.multiply_add(near, code.vector(NEAR**power), start)
-        return code.multiply_add(far, code.vector(FAR**power), first)
-    return [to.fadd(to.fadd(m[0], near), far), mix(1, near_odd, far_odd), mix(2, near, far), mix(3, near_odd, far_odd, m[5])]
+        even, odd = add(d[2], -other, d[4]), add(d[1], -other, d[3])
+        pairs += [add(odd, point, even), add(odd, -point, even)]
+    zero, infinity = (add(d[i + 2], -near - far, add(d[i], near * far, d[i + 4])) for i in (0, 1))
+    return [zero, *pairs, infinity]
 
 
 def weight_to_points(code: Code, g: Sequence[ir.Value]) -> Vectors:
-    """G g."""
-    to = code.to
-    near, far = NEAR**2, FAR**2
-    found = [to.fmul(g[0], code.vector(1 / (near * far)))]
+    """Of three numbers of a filter: G g."""
+    near, far, pairs = NEAR**2, FAR**2, []
     for point, other in ((NEAR, far), (FAR, near)):
-        n = 2 * point**2 * (point**2 - other)
-        even = code.multiply_add(g[2], code.vector(point**2 / n), to.fmul(g[0], code.vector(1 / n)))
-        found += [code.multiply_add(g[1], code.vector(p / n), even) for p in (point, -point)]
-    return [*found, g[2]]
+        share = 1 / (2 * point**2 * (point**2 - other))
+        even = code.multiply_add(g[2], code.vector(point**2 * share), code.to.fmul(g[0], code.vector(share)))
+        pairs += [code.multiply_add(g[1], code.vector(p * share), even) for p in (point, -point)]
+    return [code.to.fmul(g[0], code.vector(1 / (near * far))), *pairs, g[2]]
 
 
-def by_rows(f, code, square):
-    """f over both axes of a matrix [row][column]."""
-    first = [f(code, column) for column in zip(*square, strict=True)]  # [column][row']
-    return [f(code, row) for row in zip(*first, strict=True)]
+def from_points(code: Code, m: Sequence[ir.Value]) -> Vectors:
+    """Four results of six products: A^T m."""
+    to, results = code.to, []
+    even, odd = ([add(m[i], m[i + 1]) for i in (1, 3)] for add in (to.fadd, to.fsub))
+    for power in range(TILE):
+        near, far = odd if power % 2 else even
+        near = to.fmul(near, code.vector(NEAR**power))
+        results.append(code.multiply_add(far, code.vector(FAR**power), near))
+    return [to.fadd(m[0], results[0]), *results[1:-1], to.fadd(m[5], results[-1])]
+
+
+def by_axes(transform: Callable[[Code, Sequence[ir.Value]], Vectors], code: Code, square: Square) -> Vectors:
+    """A transform along both axes: the results row by row."""
+    columns = [transform(code, column) for column in zip(*square, strict=True)]
+    return [x for row in zip(*columns, strict=True) for x in transform(code, row)]
+
+
+def square(side: int, item: Callable[[int, int], ir.Value]) -> Square:
+    return [[item(y, x) for x in range(side)] for y in range(side)]
+
+
+def matrix(ins: int, outs: int, lanes: int) -> int:
+    """Numbers from a point's matrix of weights, (vectors of outputs, ins, lanes), to the next."""
+    return filled_up([outs], lanes)[0] * ins + APART
+
+
+def sizes(ins: int, outs: int, lanes: int) -> tuple[int, int, int, int]:
+    """Numbers from tile to tile, and from point to point, of what goes into the products and of what comes out."""
+    steps = filled_up([ins, min(outs, OUTS)], lanes)
+    return *steps, *(TILES * step + APART for step in steps)
 
 
 @cache
 def weight_kernel(ins: int, outs: int, lanes: int) -> Kernel:
-    """(outs, ins, 3, 3) to (36, vectors of outs, ins, lanes)."""
+    """Weights (outs, ins, 3, 3) at the points: see `matrix`."""
     code = Code(('counter', 'weight', 'zeros', 'out'), lanes)
-    to = code.to
-    n_vectors = -(-outs // lanes)
-    source, target = code.pointer('weight'), code.pointer('out')
+    to, count = code.to, min(ins, lanes)
+    n_parts, n_vectors = -(-ins // lanes), -(-outs // lanes)
 
     def task(number: ir.Value) -> None:
-        vector, block = to.sdiv(number, INT(-(-ins // lanes))), to.srem(number, INT(-(-ins // lanes)))
-        first = to.mul(block, INT(lanes))
-        first = to.select(to.icmp_signed('<', first, INT(max(ins - lanes, 0))), first, INT(max(ins - lanes, 0)))
-        count = min(lanes, ins)
-        rows = []
-        for o in range(lanes):
-            out = to.add(to.mul(vector, INT(lanes)), INT(o))
-            rows.append(to.select(to.icmp_signed('<', out, INT(outs)), code.at(source, code.offset((out, INT(9 * ins)), (first, INT(9)))), code.pointer('zeros')))
-        # 9 * count numbers of each row
-        places = range(0, 9 * count, lanes)
-        for p in places:
-            parts = [code.padded(code.load(code.at(row, INT(p)), min(lanes, 9 * count - p)), lanes) for row in rows]
-            for i, column in enumerate(code.transposed(parts)):
-                code.store(column, code.at(code.memory, INT((p + i) * lanes)))
+        """A vector of outputs, and as many inputs; the last of these are done twice where they fill no vector."""
+        vector, part = to.sdiv(number, INT(n_parts)), to.srem(number, INT(n_parts))
+        first = to.select(to.icmp_signed('<', part, INT(n_parts - 1)), to.mul(part, INT(lanes)), INT(ins - count))
 
-        def channel(i, _):
-            g = [[code.load(code.at(code.memory, to.mul(to.add(to.mul(i, INT(9)), INT(3 * y + x)), INT(lanes))), lanes) for x in range(3)] for y in range(3)]
-            for pos, value in enumerate(v for row in by_rows(weight_to_points, code, g) for v in row):
-                code.store(value, code.at(target, code.offset((to.add(vector, INT(pos * n_vectors)), INT(ins * lanes)), (to.add(first, i), INT(lanes)))))
+        def row(lane: int) -> ir.Value:
+            out = to.add(to.mul(vector, INT(lanes)), INT(lane))
+            there = code.at(code.pointer('weight'), code.offset((out, INT(ins * SIZE**2)), (first, INT(SIZE**2))))
+            return to.select(to.icmp_signed('<', out, INT(outs)), there, code.pointer('zeros'))
+
+        rows = [code.load_row(row(lane), count * SIZE**2) for lane in range(lanes)]
+        for i, parts in enumerate(zip(*rows, strict=True)):
+            code.store_row(code.transposed(parts), code.at(code.memory, INT(i * lanes**2)), lanes**2)
+
+        def channel(i: ir.Value, _: Vectors) -> Vectors:
+            def number(y: int, x: int) -> ir.Value:
+                place = code.offset((i, INT(SIZE**2 * lanes)), (INT(SIZE * y + x), INT(lanes)))
+                return code.load(code.at(code.memory, place), lanes)
+
+            for point, value in enumerate(by_axes(weight_to_points, code, square(SIZE, number))):
+                start = INT(point * matrix(ins, outs, lanes))
+                place = code.offset((start,), (vector, INT(ins * lanes)), (to.add(first, i), INT(lanes)))
+                code.store(value, code.at(code.pointer('out'), place))
             return []
+
         code.loop(INT(0), INT(count), 1, channel)
 
-    code.tasks(code.pointer('counter', INT), INT(n_vectors * -(-ins // lanes)), task)
+    code.tasks(code.pointer('counter', INT), INT(n_parts * n_vectors), task)
     return Kernel(code)
-
-
-def sizes(ins, outs, lanes, n_tiles=None, chunk=None):
-    n_tiles, chunk = n_tiles or TILES, chunk or CHUNK
-    in_step = -(-ins // lanes) * lanes
-    n_vectors = -(-outs // lanes)
-    chunk = min(chunk, n_vectors)
-    out_step = chunk * lanes
-    v_pos = n_tiles * in_step + 16
-    m_pos = n_tiles * out_step + 16
-    v, m = 0, PATCH**2 * v_pos
-    scratch = m + PATCH**2 * m_pos
-    return in_step, out_step, n_vectors, chunk, v_pos, m_pos, m, scratch, scratch + PATCH**2 * max(in_step, out_step)
 
 
 @cache
-def kernel(ins: int, outs: int, active: bool, added: bool, lanes: int, n_tiles, chunk) -> Kernel:
+def kernel(ins: int, outs: int, behind: str, lanes: int) -> Kernel:
+    """A convolution from and to these numbers of channels.
+
+    Behind it comes 'act', where numbers below 0 are multiplied by `factor`, or 'plus', where it is multiplied by that and
+    `plus` is added, or ''.
+    """
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
     n_rows, n_columns = BLOCKS[lanes]
-    in_step, out_step, n_vectors, chunk, v_pos, m_pos, m_place, s_place, _ = sizes(ins, outs, lanes, n_tiles, chunk)
-    v, m, scratch = (code.at(code.memory, INT(p)) for p in (0, m_place, s_place))
-    total = code.offset((given['rows'], given['columns']), )
+    in_step, out_step, in_matrix, out_matrix = sizes(ins, outs, lanes)
+    patches = code.memory
+    products = code.at(patches, INT(PATCH**2 * in_matrix))
+    spare = code.at(products, INT(PATCH**2 * out_matrix))
 
-    def located(first, i):
-        """image, y, x of tile's upper left"""
-        index = to.add(first, i)
+    def pixels(name: str, number: ir.Value, border: int, side: int, outside: ir.Value) -> Square:
+        """Pointers to pixels that a tile meets, with `border` above and to the left; `outside` the image to that."""
         last = to.sub(given['tiles'], INT(1))
-        index = to.select(to.icmp_signed('<', index, last), index, last)
-        column, line = to.srem(index, given['columns']), to.sdiv(index, given['columns'])
-        row, image = to.srem(line, given['rows']), to.sdiv(line, given['rows'])
-        return image, to.mul(row, INT(TILE)), to.mul(column, INT(TILE))
+        number = to.select(to.icmp_signed('<', number, last), number, last)  # the last tile fills up the last block
+        line, column = to.sdiv(number, given['columns']), to.srem(number, given['columns'])
+        image, row = to.sdiv(line, given['rows']), to.srem(line, given['rows'])
+        top, left = (to.sub(to.mul(i, INT(TILE)), INT(border)) for i in (row, column))
+        ys, xs = ([to.add(first, INT(i)) for i in range(side)] for first in (top, left))
+        in_height, in_width = (
+            [to.icmp_unsigned('<', i, given[length]) for i in places]
+            for places, length in ((ys, 'height'), (xs, 'width'))
+        )
+        base = code.at(code.pointer(name), to.mul(image, given[f'{name}_image']))
 
-    def place(name, image, y, x):
-        return code.at(code.pointer(name), code.offset((image, given[f'{name}_image']), (y, given[f'{name}_row']), (x, given[f'{name}_pixel'])))
+        def pixel(y: int, x: int) -> ir.Value:
+            place = code.offset((ys[y], given[f'{name}_row']), (xs[x], given[f'{name}_pixel']))
+            return to.select(to.and_(in_height[y], in_width[x]), code.at(base, place), outside)
 
-    def per_vector(width, body):
-        """body(offset, count)"""
-        rest = width % lanes
-        def whole(c, _):
-            body(c, lanes)
-            return []
-        code.loop(INT(0), INT(width - rest), lanes, whole)
-        if rest:
-            body(INT(width - rest), rest)
+        return square(side, pixel)
 
-    def when(condition, body, otherwise):
-        with to.if_else(condition) as (yes, no):
-            with yes:
-                body()
-            with no:
-                otherwise()
+    def read(first: ir.Value, i: ir.Value, _: Vectors) -> Vectors:
+        """The patch of tile i of a block to the points."""
+        patch = pixels('x', to.add(first, i), SIZE // 2, PATCH, code.pointer('zeros'))
 
-    def in_image(y, x):
-        return to.and_(to.icmp_unsigned('<', y, given['height']), to.icmp_unsigned('<', x, given['width']))
+        def part(channel: ir.Value, count: int) -> None:
+            def values(y: int, x: int) -> ir.Value:
+                return code.padded(code.load(code.at(patch[y][x], channel), count), lanes)
 
-    def read(first, i, _):
-        image, top, left = located(first, i)
-        top, left = to.sub(top, INT(1)), to.sub(left, INT(1))
-        inside = to.and_(in_image(top, left), in_image(to.add(top, INT(PATCH - 1)), to.add(left, INT(PATCH - 1))))
+            place = code.offset((i, INT(in_step)), (channel,))
+            for point, value in enumerate(by_axes(map_to_points, code, square(PATCH, values))):
+                code.store(value, code.at(patches, to.add(place, INT(point * in_matrix))))
 
-        def transform(pointer, row, pixel):
-            def vector(c, count):
-                d = [[code.padded(code.load(code.at(pointer, code.offset((INT(y), row), (INT(x), pixel), (c,))), count), lanes) for x in range(PATCH)] for y in range(PATCH)]
-                for pos, value in enumerate(z for line in by_rows(to_points, code, d) for z in line):
-                    code.store(value, code.at(v, code.offset((INT(pos * v_pos),), (i, INT(in_step)), (c,))))
-            per_vector(ins, vector)
-
-        def border():
-            def line(y, _):
-                def pixel(x, _):
-                    there = in_image(to.add(top, y), to.add(left, x))
-                    p = place('x', image, to.add(top, y), to.add(left, x))
-                    target = code.at(scratch, code.offset((to.add(to.mul(y, INT(PATCH)), x), INT(in_step))))
-                    def copy():
-                        per_vector(ins, lambda c, count: code.store(code.load(code.at(p, c), count), code.at(target, c)))
-                    def clear():
-                        per_vector(ins, lambda c, count: code.store(code.vector_type([0.0]*lanes), code.at(target, c)))
-                    when(there, copy, clear)
-                    return []
-                code.loop(INT(0), INT(PATCH), 1, pixel)
-                return []
-            code.loop(INT(0), INT(PATCH), 1, line)
-            transform(scratch, INT(PATCH * in_step), INT(in_step))
-        when(inside, lambda: transform(place('x', image, top, left), given['x_row'], given['x_pixel']), border)
+        code.parts(ins, part)
         return []
 
-    def multiply(base, width, pos, _):
-        """Position pos, `width` vectors from vector `base` on."""
-        def columns(count, j, _):
-            vector = to.add(base, j)
-            place = code.offset((pos, INT(n_vectors * ins * lanes)), (vector, INT(ins * lanes)))
-            pointers = [code.at(code.pointer('weight'), to.add(place, INT(n * ins * lanes))) for n in range(count)]
-            def rows(r, _):
-                row = code.at(v, code.offset((pos, INT(v_pos)), (r, INT(in_step))))
-                found = product(code, [code.at(row, INT(n * in_step)) for n in range(n_rows)], pointers, INT(lanes), INT(ins), [code.vector(0)] * (n_rows * count))
-                target = code.at(m, code.offset((pos, INT(m_pos)), (r, INT(out_step)), (j, INT(lanes))))
-                for n, x in enumerate(found):
-                    code.store(x, code.at(target, INT(n // count * out_step + n % count * lanes)))
+    def multiply(start: ir.Value, n_vectors: int, point: ir.Value, _: Vectors) -> Vectors:
+        """The products at a point with vectors of weights from `start` on."""
+
+        def columns(count: int, j: ir.Value, _: Vectors) -> Vectors:
+            place = code.offset((point, INT(matrix(ins, outs, lanes))), (to.add(start, j), INT(ins * lanes)))
+            weights = [code.at(code.pointer('weight'), to.add(place, INT(n * ins * lanes))) for n in range(count)]
+
+            def rows(tile: ir.Value, _: Vectors) -> Vectors:
+                row = code.at(patches, code.offset((point, INT(in_matrix)), (tile, INT(in_step))))
+                values = [code.at(row, INT(n * in_step)) for n in range(n_rows)]
+                zeros = [code.vector(0)] * (n_rows * count)
+                found = product(code, values, weights, INT(lanes), INT(ins), zeros)
+                place = code.offset((point, INT(out_matrix)), (tile, INT(out_step)), (j, INT(lanes)))
+                for n in range(n_rows):
+                    target = code.at(products, to.add(place, INT(n * out_step)))
+                    code.store_row(found[n * count : (n + 1) * count], target, count * lanes)
                 return []
-            code.loop(INT(0), INT(n_tiles), n_rows, rows)
+
+            code.loop(INT(0), given['block'], n_rows, rows)
             return []
-        whole = width // n_columns * n_columns
+
+        whole = n_vectors // n_columns * n_columns
         code.loop(INT(0), INT(whole), n_columns, partial(columns, n_columns))
-        if width > whole:
-            columns(width - whole, INT(whole), [])
+        if whole < n_vectors:
+            columns(n_vectors - whole, INT(whole), [])
         return []
 
-    def write(base, width, first, i, _):
-        """width channels from vector base on."""
-        image, top, left = located(first, i)
-        inside = in_image(to.add(top, INT(TILE - 1)), to.add(left, INT(TILE - 1)))
-        channel = to.mul(base, INT(lanes))
+    def write(start: ir.Value, width: int, first: ir.Value, i: ir.Value, _: Vectors) -> Vectors:
+        """`width` channels from `start` on of what tile i of a block gives."""
+        out = pixels('out', to.add(first, i), 0, TILE, spare)
+        plus = pixels('plus', to.add(first, i), 0, TILE, spare) if behind == 'plus' else []
 
-        def transform(out, plus):
-            def vector(c, count):
-                d = [[code.load(code.at(m, code.offset((INT((PATCH * y + x) * m_pos),), (i, INT(out_step)), (c,))), lanes) for x in range(PATCH)] for y in range(PATCH)]
-                bias = code.load(code.at(code.pointer('bias'), to.add(channel, c)), lanes)
-                for y, line in enumerate(by_rows(from_points, code, d)):
-                    for x, value in enumerate(line):
-                        value = to.fadd(value, bias)
-                        if active:
-                            value = code.select_greater(to.fmul(value, code.spread(code.factor)), value)
-                        value = code.part(value, 0, count) if count < lanes else value
-                        if added:
-                            value = to.fadd(value, code.load(code.at(plus(INT(y), INT(x)), c), count))
-                        code.store(value, code.at(out(INT(y), INT(x)), c))
-            per_vector(width, vector)
+        def part(channel: ir.Value, count: int) -> None:
+            here = to.add(start, channel)
+            place = code.offset((i, INT(out_step)), (channel,))
+            bias = code.padded(code.load(code.at(code.pointer('bias'), here), count), lanes)
 
-        def pixels(name):
-            base = code.at(place(name, image, top, left), channel)
-            return lambda y, x: code.at(base, code.offset((y, given[f'{name}_row']), (x, given[f'{name}_pixel'])))
+            def values(y: int, x: int) -> ir.Value:
+                point = INT((PATCH * y + x) * out_matrix)
+                return code.load(code.at(products, to.add(place, point)), lanes)
 
-        def whole():
-            transform(pixels('out'), pixels('plus'))
+            for n, value in enumerate(by_axes(from_points, code, square(PATCH, values))):
+                y, x = divmod(n, TILE)
+                value = to.fadd(value, bias)
+                if behind == 'act':
+                    positive = to.fcmp_ordered('>', value, code.vector(0))
+                    value = to.select(positive, value, to.fmul(value, code.spread(code.factor)))
+                elif behind == 'plus':
+                    other = code.padded(code.load(code.at(plus[y][x], here), count), lanes)
+                    value = code.multiply_add(value, code.spread(code.factor), other)
+                code.store(code.part(value, 0, count), code.at(out[y][x], here))
 
-        def border():
-            def in_scratch(y, x):
-                return code.at(scratch, code.offset((y, INT(TILE * out_step)), (x, INT(out_step))))
-            def copied(source, target):
-                def line(y, _):
-                    def pixel(x, _):
-                        with to.if_then(in_image(to.add(top, y), to.add(left, x))):
-                            per_vector(width, lambda c, count: code.store(code.load(code.at(source(y, x), c), count), code.at(target(y, x), c)))
-                        return []
-                    code.loop(INT(0), INT(TILE), 1, pixel)
-                    return []
-                code.loop(INT(0), INT(TILE), 1, line)
-            if added:
-                copied(pixels('plus'), in_scratch)
-            transform(in_scratch, in_scratch)
-            copied(in_scratch, pixels('out'))
-        when(inside, whole, border)
+        code.parts(width, part)
         return []
 
-    given['tiles'] = given['count']
+    def block(number: ir.Value) -> None:
+        first = to.mul(number, given['block'])
+        code.loop(INT(0), given['block'], 1, partial(read, first))
 
-    def task(number):
-        first = to.mul(number, INT(n_tiles))
-        code.loop(INT(0), INT(n_tiles), 1, partial(read, first))
-        whole = n_vectors // chunk if outs % (chunk * lanes) else outs // (chunk * lanes)
-        whole = outs // (chunk * lanes)
-
-        def part(base, width):
-            code.loop(INT(0), INT(PATCH**2), 1, partial(multiply, base, -(-width // lanes)))
-            code.loop(INT(0), INT(n_tiles), 1, partial(write, base, width, first))
-        def one(n, _):
-            part(to.mul(n, INT(chunk)), chunk * lanes)
+        def channels(width: int, start: ir.Value, _: Vectors) -> Vectors:
+            vectors = partial(multiply, to.sdiv(start, INT(lanes)), -(-width // lanes))
+            code.loop(INT(0), INT(PATCH**2), 1, vectors)
+            code.loop(INT(0), given['block'], 1, partial(write, start, width, first))
             return []
-        code.loop(INT(0), INT(whole), 1, one)
-        if outs > whole * chunk * lanes:
-            part(INT(whole * chunk), outs - whole * chunk * lanes)
 
-    code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['count'], INT(n_tiles - 1)), INT(n_tiles)), task)
+        rest = outs % OUTS
+        code.loop(INT(0), INT(outs - rest), OUTS, partial(channels, OUTS))
+        if rest:
+            channels(rest, INT(outs - rest), [])
+
+    blocks = to.sdiv(to.add(given['tiles'], to.sub(given['block'], INT(1))), given['block'])
+    code.tasks(code.pointer('counter', INT), blocks, block)
     return Kernel(code)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, slope: float | None, plus: Tensor | None, n_tiles=24, chunk=4) -> Tensor:
-    vector = lanes()
-    n, ins, height, width = x.shape
-    outs = len(weight)
-    out = torch.empty((n, outs, height, width), memory_format=torch.channels_last)
-    n_vectors = -(-outs // vector)
-    counters = torch.zeros(2, dtype=torch.int64)
-    transformed = x.new_empty(PATCH**2 * n_vectors * ins * vector)
-    zeros = x.new_zeros(max(9 * vector, 1))
-    weight_kernel(ins, outs, vector)([counters, weight, zeros, transformed], 9 * vector * vector, 0.0)
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | None, plus: Tensor | None, factor: float
+) -> Tensor:
+    """See `conv3x3.forward`."""
+    (n, ins, height, width), n_outs, vector = x.shape, len(weight), lanes()
     rows, columns = -(-height // TILE), -(-width // TILE)
-    bias = torch.nn.functional.pad(bias, (0, -outs % vector)) if outs % vector else bias
+    out = torch.empty((n, n_outs, height, width), memory_format=torch.channels_last)
+    zeros = torch.zeros(max(ins, vector * SIZE**2))
+    bias = x.new_zeros(n_outs) if bias is None else bias.contiguous()
+    behind = 'act' if slope is not None else 'plus' if plus is not None else ''
 
-    def strides(t):
-        return (0,) * 4 if t is None else (t, t.stride(0), t.stride(2), t.stride(3))
+    def as_rows(tensor: Tensor | None) -> tuple[Tensor | int, ...]:
+        """A map as `PLACES` has it."""
+        if tensor is None:
+            return (0,) * len(PLACES)
+        tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous(memory_format=torch.channels_last)
+        return tensor, tensor.stride(0), tensor.stride(2), tensor.stride(3)
 
-    run = kernel(ins, outs, slope is not None, plus is not None, vector, n_tiles, chunk)
-    run([counters[1:], transformed, bias, *strides(x), *strides(plus), *strides(out), height, width, rows, columns, n * rows * columns],
-        sizes(ins, outs, vector, n_tiles, chunk)[-1], slope or 0.0)
+    for start in range(0, n_outs, MOST_OUTS):
+        few = slice(start, start + MOST_OUTS)
+        part = weight[few].contiguous()
+        outs = len(part)
+        counters = torch.zeros(2, dtype=torch.int64)
+        at_points = torch.empty(PATCH**2 * matrix(ins, outs, vector))
+        weight_kernel(ins, outs, vector)([counters, part, zeros, at_points], SIZE**2 * vector**2, 0.0)
+        maps = [as_rows(x), as_rows(None if plus is None else plus[:, few]), as_rows(out[:, few])]
+        given = [
+            counters[1:], at_points, bias[few], *(place for places in maps for place in places),
+            zeros, height, width, rows, columns, n * rows * columns, TILES,
+        ]  # fmt: skip
+        memory = PATCH**2 * sum(sizes(ins, outs, vector)[2:]) + filled_up([outs], vector)[0]
+        kernel(ins, outs, behind, vector)(given, memory, factor if slope is None else slope)
     return out
