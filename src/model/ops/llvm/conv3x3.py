@@ -27,7 +27,7 @@ MOST_OUTS = 256  # channels whose weights are in memory as values at the points
 APART = 16  # numbers between the 36 matrices: a power of 2 apart they would drive each other from the cache
 PLACES = ('', '_image', '_row', '_pixel')  # of a map in channels_last memory: its address, and numbers from one to the next
 NAMES = (
-    'counter', 'weight', 'bias', *(name + part for name in ('x', 'plus', 'out') for part in PLACES),
+    'counter', 'weight', 'bias', 'share', *(name + part for name in ('x', 'plus', 'out') for part in PLACES),
     'zeros', 'height', 'width', 'rows', 'columns', 'tiles', 'block',
 )  # fmt: skip
 Vectors = list[ir.Value]
@@ -107,9 +107,13 @@ def weight_kernel(ins: int, outs: int, lanes: int) -> Kernel:
             there = code.at(code.pointer('weight'), code.offset((out, INT(ins * SIZE**2)), (first, INT(SIZE**2))))
             return to.select(to.icmp_signed('<', out, INT(outs)), there, code.pointer('zeros'))
 
-        rows = [code.load_row(row(lane), count * SIZE**2) for lane in range(lanes)]
-        for i, parts in enumerate(zip(*rows, strict=True)):
-            code.store_row(code.transposed(parts), code.at(code.memory, INT(i * lanes**2)), lanes**2)
+        rows = [row(lane) for lane in range(lanes)]
+
+        def transpose(place: ir.Value, count: int) -> None:
+            columns = code.transposed([code.load(code.at(row, place), count) for row in rows])
+            code.store_row(columns, code.at(code.memory, to.mul(place, INT(lanes))), count * lanes)
+
+        code.parts(count * SIZE**2, transpose)
 
         def channel(i: ir.Value, _: Vectors) -> Vectors:
             def number(y: int, x: int) -> ir.Value:
@@ -129,47 +133,62 @@ def weight_kernel(ins: int, outs: int, lanes: int) -> Kernel:
 
 
 @cache
-def kernel(ins: int, outs: int, behind: str, lanes: int) -> Kernel:
-    """A convolution from and to these numbers of channels.
-
-    Behind it comes 'act', where numbers below 0 are multiplied by `factor`, or 'plus', where it is multiplied by that and
-    `plus` is added, or ''.
-    """
+def kernel(ins: int, outs: int, lanes: int) -> Kernel:
+    """A convolution from and to these numbers of channels; numbers below 0 in it are multiplied by `factor`."""
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
     n_rows, n_columns = BLOCKS[lanes]
     in_step, out_step, in_matrix, out_matrix = sizes(ins, outs, lanes)
     patches = code.memory
     products = code.at(patches, INT(PATCH**2 * in_matrix))
-    spare = code.at(products, INT(PATCH**2 * out_matrix))
+    spare = code.at(products, INT(PATCH**2 * out_matrix))  # a patch, or one pixel
+    share = code.spread(to.load(code.pointer('share')))
 
-    def pixels(name: str, number: ir.Value, border: int, side: int, outside: ir.Value) -> Square:
-        """Pointers to pixels that a tile meets, with `border` above and to the left; `outside` the image to that."""
-        last = to.sub(given['tiles'], INT(1))
-        number = to.select(to.icmp_signed('<', number, last), number, last)  # the last tile fills up the last block
+    def corner(first: ir.Value, i: ir.Value) -> Vectors:
+        """Image, top and left of tile i of a block; the last tile fills up the last block."""
+        number, last = to.add(first, i), to.sub(given['tiles'], INT(1))
+        number = to.select(to.icmp_signed('<', number, last), number, last)
         line, column = to.sdiv(number, given['columns']), to.srem(number, given['columns'])
         image, row = to.sdiv(line, given['rows']), to.srem(line, given['rows'])
-        top, left = (to.sub(to.mul(i, INT(TILE)), INT(border)) for i in (row, column))
-        ys, xs = ([to.add(first, INT(i)) for i in range(side)] for first in (top, left))
-        in_height, in_width = (
-            [to.icmp_unsigned('<', i, given[length]) for i in places]
-            for places, length in ((ys, 'height'), (xs, 'width'))
-        )
-        base = code.at(code.pointer(name), to.mul(image, given[f'{name}_image']))
+        return [image, to.mul(row, INT(TILE)), to.mul(column, INT(TILE))]
 
-        def pixel(y: int, x: int) -> ir.Value:
-            place = code.offset((ys[y], given[f'{name}_row']), (xs[x], given[f'{name}_pixel']))
-            return to.select(to.and_(in_height[y], in_width[x]), code.at(base, place), outside)
+    def in_image(y: ir.Value, x: ir.Value) -> ir.Value:
+        pairs = (y, given['height']), (x, given['width'])
+        return to.and_(*(to.icmp_unsigned('<', *pair) for pair in pairs))
 
-        return square(side, pixel)
+    def pixel(name: str, image: ir.Value, y: ir.Value, x: ir.Value) -> ir.Value:
+        places = zip((image, y, x), (given[name + part] for part in PLACES[1:]), strict=True)
+        return code.at(code.pointer(name), code.offset(*places))
+
+    def bordered(image: ir.Value, top: ir.Value, left: ir.Value) -> None:
+        """A patch that is not all in the image, with zeros around that, to spare memory."""
+
+        def copy(n: ir.Value, _: Vectors) -> Vectors:
+            y, x = to.add(top, to.sdiv(n, INT(PATCH))), to.add(left, to.srem(n, INT(PATCH)))
+            source = to.select(in_image(y, x), pixel('x', image, y, x), code.pointer('zeros'))
+            target = code.at(spare, to.mul(n, INT(in_step)))
+            code.parts(ins, lambda c, count: code.store(code.load(code.at(source, c), count), code.at(target, c)))
+            return []
+
+        code.loop(INT(0), INT(PATCH**2), 1, copy)
 
     def read(first: ir.Value, i: ir.Value, _: Vectors) -> Vectors:
         """The patch of tile i of a block to the points."""
-        patch = pixels('x', to.add(first, i), SIZE // 2, PATCH, code.pointer('zeros'))
+        image, *ends = corner(first, i)
+        start = [to.sub(place, INT(SIZE // 2)) for place in ends]
+        inside = to.and_(in_image(*start), in_image(*(to.add(place, INT(PATCH - 1)) for place in start)))
+        with to.if_then(to.not_(inside), likely=False):
+            bordered(image, *start)
+        patch = to.select(inside, pixel('x', image, *start), spare)
+        row, column = (
+            to.select(inside, given[name], INT(step))
+            for name, step in (('x_row', PATCH * in_step), ('x_pixel', in_step))
+        )
 
         def part(channel: ir.Value, count: int) -> None:
             def values(y: int, x: int) -> ir.Value:
-                return code.padded(code.load(code.at(patch[y][x], channel), count), lanes)
+                place = code.offset((INT(y), row), (INT(x), column), (channel,))
+                return code.padded(code.load(code.at(patch, place), count), lanes)
 
             place = code.offset((i, INT(in_step)), (channel,))
             for point, value in enumerate(by_axes(map_to_points, code, square(PATCH, values))):
@@ -207,8 +226,16 @@ def kernel(ins: int, outs: int, behind: str, lanes: int) -> Kernel:
 
     def write(start: ir.Value, width: int, first: ir.Value, i: ir.Value, _: Vectors) -> Vectors:
         """`width` channels from `start` on of what tile i of a block gives."""
-        out = pixels('out', to.add(first, i), 0, TILE, spare)
-        plus = pixels('plus', to.add(first, i), 0, TILE, spare) if behind == 'plus' else []
+        image, top, left = corner(first, i)
+
+        def pixels(name: str) -> Square:
+            def there(y: int, x: int) -> ir.Value:
+                place = to.add(top, INT(y)), to.add(left, INT(x))
+                return to.select(in_image(*place), pixel(name, image, *place), spare)
+
+            return square(TILE, there)
+
+        targets, others = pixels('out'), pixels('plus')
 
         def part(channel: ir.Value, count: int) -> None:
             here = to.add(start, channel)
@@ -219,16 +246,14 @@ def kernel(ins: int, outs: int, behind: str, lanes: int) -> Kernel:
                 point = INT((PATCH * y + x) * out_matrix)
                 return code.load(code.at(products, to.add(place, point)), lanes)
 
-            for n, value in enumerate(by_axes(from_points, code, square(PATCH, values))):
-                y, x = divmod(n, TILE)
+            found = by_axes(from_points, code, square(PATCH, values))
+            for value, target, other in zip(found, sum(targets, []), sum(others, []), strict=True):
                 value = to.fadd(value, bias)
-                if behind == 'act':
-                    positive = to.fcmp_ordered('>', value, code.vector(0))
-                    value = to.select(positive, value, to.fmul(value, code.spread(code.factor)))
-                elif behind == 'plus':
-                    other = code.padded(code.load(code.at(plus[y][x], here), count), lanes)
-                    value = code.multiply_add(value, code.spread(code.factor), other)
-                code.store(code.part(value, 0, count), code.at(out[y][x], here))
+                positive = to.fcmp_ordered('>', value, code.vector(0))
+                value = to.select(positive, value, to.fmul(value, code.spread(code.factor)))
+                plus = code.padded(code.load(code.at(other, here), count), lanes)
+                value = code.multiply_add(value, share, plus)
+                code.store(code.part(value, 0, count), code.at(target, here))
 
         code.parts(width, part)
         return []
@@ -254,20 +279,20 @@ def kernel(ins: int, outs: int, behind: str, lanes: int) -> Kernel:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float | None, plus: Tensor | None, factor: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, plus: Tensor | None, factor: float
 ) -> Tensor:
     """See `conv3x3.forward`."""
     (n, ins, height, width), n_outs, vector = x.shape, len(weight), lanes()
     rows, columns = -(-height // TILE), -(-width // TILE)
     out = torch.empty((n, n_outs, height, width), memory_format=torch.channels_last)
-    zeros = torch.zeros(max(ins, vector * SIZE**2))
-    bias = x.new_zeros(n_outs) if bias is None else bias.contiguous()
-    behind = 'act' if slope is not None else 'plus' if plus is not None else ''
+    zeros = torch.zeros(max(ins, n_outs, vector * SIZE**2))
+    bias = zeros if bias is None else bias.contiguous()
+    share = torch.full((1,), factor)
 
     def as_rows(tensor: Tensor | None) -> tuple[Tensor | int, ...]:
-        """A map as `PLACES` has it."""
+        """A map as `PLACES` has it; zeros without one."""
         if tensor is None:
-            return (0,) * len(PLACES)
+            return zeros, 0, 0, 0
         tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous(memory_format=torch.channels_last)
         return tensor, tensor.stride(0), tensor.stride(2), tensor.stride(3)
 
@@ -280,9 +305,9 @@ def forward(
         weight_kernel(ins, outs, vector)([counters, part, zeros, at_points], SIZE**2 * vector**2, 0.0)
         maps = [as_rows(x), as_rows(None if plus is None else plus[:, few]), as_rows(out[:, few])]
         given = [
-            counters[1:], at_points, bias[few], *(place for places in maps for place in places),
+            counters[1:], at_points, bias[few], share, *(place for places in maps for place in places),
             zeros, height, width, rows, columns, n * rows * columns, TILES,
         ]  # fmt: skip
-        memory = PATCH**2 * sum(sizes(ins, outs, vector)[2:]) + filled_up([outs], vector)[0]
-        kernel(ins, outs, behind, vector)(given, memory, factor if slope is None else slope)
+        memory = PATCH**2 * sum(sizes(ins, outs, vector)[2:]) + max(PATCH**2 * filled_up([ins], vector)[0], filled_up([outs], vector)[0])
+        kernel(ins, outs, vector)(given, memory, slope)
     return out
