@@ -1,4 +1,4 @@
-"""3x3 convolutions by Winograd's algorithm: see `conv3x3`, whose form in LLVM this is.
+"""3x3 convolutions by Winograd's algorithm: see `fused_conv`, whose form in LLVM this is.
 
 F(4x4, 3x3) of A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). Patches of 6x6
 values and filters of 3x3 are taken as polynomials, and by their values at six points an axis; there a product of
@@ -279,9 +279,9 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, plus: Tensor | None, factor: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, slope: float, plus: Tensor | None, factor: float
 ) -> Tensor:
-    """See `conv3x3.forward`."""
+    """See `fused_conv.forward`, for 3x3 weights and no dilation."""
     (n, ins, height, width), n_outs, vector = x.shape, len(weight), lanes()
     rows, columns = -(-height // TILE), -(-width // TILE)
     out = torch.empty((n, n_outs, height, width), memory_format=torch.channels_last)

@@ -1,0 +1,68 @@
+"""Convolutions that keep height and width, and what stands behind them: activation, factor and sum.
+
+On a CPU without gradients, where llvmlite is installed, those of 3x3 need a quarter of the multiplications
+(`llvm.fused_conv`). Otherwise these are PyTorch's operations, one after the other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ops.fast import float32_by_llvm, is_for_llvm
+
+FEWEST_CHANNELS = 16  # with which a kernel is faster than PyTorch's library
+FEWEST_PIXELS = 256
+
+
+def fused_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dilation: int = 1,
+    *,
+    slope: float = 1.0,
+    plus: Tensor | None = None,
+    factor: float = 1.0,
+) -> Tensor:
+    """Convolution with zeros around the maps: plus + factor * activation(x * weight + bias).
+
+    Args:
+        x: maps (N, C, H, W).
+        weight: (C', C, K, K) with an odd K.
+        bias: (C',).
+        dilation: pixels from one that the weight meets to the next.
+        slope: the activation multiplies negative numbers by that: 0 is ReLU, 1 none.
+        plus: maps (N, C', H, W).
+        factor: without `plus`, 1.
+
+    Returns:
+        (N, C', H, W). A kernel takes maps whose channels follow one another, and gives such; its results are within 5e-6
+        of the largest one, and where one is not finite, those of up to three pixels around are not either.
+    """
+    run = fast_forward if is_for_kernel(x, weight, dilation) else forward
+    return run(x, weight, bias, dilation, slope, plus, factor)
+
+
+def is_for_kernel(x: Tensor, weight: Tensor, dilation: int) -> bool:
+    """Whether a kernel takes these maps and is worth it."""
+    if not is_for_llvm(x) or torch.is_autocast_enabled('cpu') or weight.shape[2:] != (3, 3) or dilation != 1:
+        return False
+    return x.stride(1) == 1 and min(weight.shape[:2]) >= FEWEST_CHANNELS and x[:, 0].numel() >= FEWEST_PIXELS
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, slope: float, plus: Tensor | None, factor: float
+) -> Tensor:
+    """See `fused_conv`."""
+    out = F.conv2d(x, weight, bias, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
+    if slope != 1:
+        out = F.leaky_relu_(out, slope) if slope else F.relu_(out)
+    return out if plus is None else torch.add(plus, out, alpha=factor)
+
+
+@torch.library.custom_op('frugalsr::fused_conv', mutates_args=())
+def fast_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, slope: float, plus: Tensor | None, factor: float
+) -> Tensor:
+    """An operation with a name, by which its time is told from that of others."""
+    return float32_by_llvm('fused_conv', forward, x, weight, bias, dilation, slope, plus, factor)
