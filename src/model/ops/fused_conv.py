@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.ops.fast import float32_by_llvm, is_for_llvm
 
-FEWEST_CHANNELS = 16  # with which a kernel is faster than PyTorch's library
-FEWEST_PIXELS = 256
+# With fewer a kernel is slower than PyTorch's library: channels that go in, pixels, and channels * channels * pixels.
+FEWEST_CHANNELS, FEWEST_PIXELS, LEAST = 16, 512, 2**20
 
 
 def fused_conv(
@@ -47,7 +47,8 @@ def is_for_kernel(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Whether a kernel takes these maps and is worth it."""
     if not is_for_llvm(x) or torch.is_autocast_enabled('cpu') or weight.shape[2:] != (3, 3) or dilation != 1:
         return False
-    return x.stride(1) == 1 and min(weight.shape[:2]) >= FEWEST_CHANNELS and x[:, 0].numel() >= FEWEST_PIXELS
+    outs, ins, pixels = *weight.shape[:2], x[:, 0].numel()
+    return x.stride(1) == 1 and ins >= FEWEST_CHANNELS and pixels >= FEWEST_PIXELS and ins * outs * pixels >= LEAST
 
 
 def forward(

@@ -9,6 +9,7 @@ Errors grow with how unequal the powers of the points are: those here, exact in 
 0, +-1, +-2 and infinity make. A block of tiles at a time goes through all of it in the second cache of a core.
 """
 
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
@@ -16,7 +17,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm.code import INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
 from model.ops.llvm.product import BLOCKS, product
 
 NEAR, FAR = 3 / 4, 3 / 2  # the points are 0, +-NEAR, +-FAR and infinity, in this order
@@ -90,6 +91,12 @@ def sizes(ins: int, outs: int, lanes: int) -> tuple[int, int, int, int]:
     return *steps, *(TILES * step + APART for step in steps)
 
 
+def memory(ins: int, outs: int, lanes: int) -> int:
+    """Numbers that a thread needs."""
+    in_step, out_step, *matrices = sizes(ins, outs, lanes)
+    return PATCH**2 * sum(matrices) + max(PATCH**2 * in_step, filled_up([outs], lanes)[0])
+
+
 @cache
 def weight_kernel(ins: int, outs: int, lanes: int) -> Kernel:
     """Weights (outs, ins, 3, 3) at the points: see `matrix`."""
@@ -142,7 +149,7 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
     patches = code.memory
     products = code.at(patches, INT(PATCH**2 * in_matrix))
     spare = code.at(products, INT(PATCH**2 * out_matrix))  # a patch, or one pixel
-    share = code.spread(to.load(code.pointer('share')))
+    share = code.spread(to.bitcast(to.trunc(given['share'], ir.IntType(32)), FLOAT))
 
     def corner(first: ir.Value, i: ir.Value) -> Vectors:
         """Image, top and left of tile i of a block; the last tile fills up the last block."""
@@ -286,28 +293,32 @@ def forward(
     rows, columns = -(-height // TILE), -(-width // TILE)
     out = torch.empty((n, n_outs, height, width), memory_format=torch.channels_last)
     zeros = torch.zeros(max(ins, n_outs, vector * SIZE**2))
-    bias = zeros if bias is None else bias.contiguous()
-    share = torch.full((1,), factor)
+    weight, bias = weight.contiguous(), zeros if bias is None else bias.contiguous()
+    plus = plus if plus is None or plus.stride(1) == 1 else plus.contiguous(memory_format=torch.channels_last)
+    n_tiles = n * rows * columns
+    # Many threads with few tiles take smaller blocks, so that they end at nearly the same time.
+    block = TILES if n_tiles > 8 * TILES * torch.get_num_threads() else TILES // 2
+    (bits,) = struct.unpack('i', struct.pack('f', factor))
 
-    def as_rows(tensor: Tensor | None) -> tuple[Tensor | int, ...]:
-        """A map as `PLACES` has it; zeros without one."""
+    def places(tensor: Tensor | None, first: int = 0) -> tuple[int, ...]:
+        """A map from channel `first` on as `PLACES` has it; zeros without one."""
         if tensor is None:
-            return zeros, 0, 0, 0
-        tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous(memory_format=torch.channels_last)
-        return tensor, tensor.stride(0), tensor.stride(2), tensor.stride(3)
+            return zeros.data_ptr(), 0, 0, 0
+        image, _, row, pixel = tensor.stride()
+        return address(tensor, first), image, row, pixel
+
+    def address(tensor: Tensor, number: int) -> int:
+        return tensor.data_ptr() + number * tensor.element_size()
 
     for start in range(0, n_outs, MOST_OUTS):
-        few = slice(start, start + MOST_OUTS)
-        part = weight[few].contiguous()
-        outs = len(part)
+        outs = min(MOST_OUTS, n_outs - start)
         counters = torch.zeros(2, dtype=torch.int64)
         at_points = torch.empty(PATCH**2 * matrix(ins, outs, vector))
-        weight_kernel(ins, outs, vector)([counters, part, zeros, at_points], SIZE**2 * vector**2, 0.0)
-        maps = [as_rows(x), as_rows(None if plus is None else plus[:, few]), as_rows(out[:, few])]
+        weights = address(counters, 0), address(weight, start * ins * SIZE**2), zeros, at_points
+        weight_kernel(ins, outs, vector)(weights, SIZE**2 * vector**2, 0.0)
         given = [
-            counters[1:], at_points, bias[few], share, *(place for places in maps for place in places),
-            zeros, height, width, rows, columns, n * rows * columns, TILES,
+            address(counters, 1), at_points, address(bias, start), bits, *places(x), *places(plus, start), *places(out, start),
+            zeros, height, width, rows, columns, n_tiles, block,
         ]  # fmt: skip
-        memory = PATCH**2 * sum(sizes(ins, outs, vector)[2:]) + max(PATCH**2 * filled_up([ins], vector)[0], filled_up([outs], vector)[0])
-        kernel(ins, outs, vector)(given, memory, slope)
+        kernel(ins, outs, vector)(given, memory(ins, outs, vector), slope)
     return out
