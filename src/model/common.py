@@ -190,8 +190,17 @@ def stacked(parts: int, layer: Layer) -> Layer:
 
 
 def in_fast_memory(x: Tensor) -> Tensor:
-    """On a CPU in channels_last memory, where convolutions are up to a tenth faster; elsewhere as it is."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
+    """On a CPU in channels_last memory, where convolutions are faster; elsewhere as it is."""
+    return in_channels_last(x) if x.device.type == 'cpu' else x
+
+
+def in_channels_last(x: Tensor) -> Tensor:
+    """A copy in channels_last memory.
+
+    `contiguous` leaves a single picture as it was read, row by row, whose first stride does not tell its format:
+    convolutions then give maps in the other one.
+    """
+    return x.clone(memory_format=torch.channels_last)
 
 
 def is_exporting() -> bool:
@@ -221,9 +230,9 @@ class Float32Conv(Conv):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        with full_precision(x):
-            return super().forward(at_least_float32(x))
+    def forward(self, input: Tensor, **behind: Any) -> Tensor:
+        with full_precision(input):
+            return super().forward(at_least_float32(input), **behind)
 
 
 def activation(name: str) -> nn.Module:

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from model.blocks.edsr import Tail, mean_shifts, recognise_ends
-from model.common import NetworkSpec, activated, activation, check_divides, check_images, conv, how_many, in_fast_memory, shape_of
+from model.common import (
+    NetworkSpec,
+    activated,
+    activation,
+    check_divides,
+    check_images,
+    conv,
+    how_many,
+    in_fast_memory,
+    shape_of,
+)
 
 
 class ChannelAttention(nn.Module):

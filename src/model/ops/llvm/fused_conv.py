@@ -26,7 +26,7 @@ TILES = 24  # of a block
 OUTS = 64  # channels whose values at the points a block holds
 MOST_OUTS = 256  # channels whose weights are in memory as values at the points
 APART = 16  # numbers between the 36 matrices: a power of 2 apart they would drive each other from the cache
-PLACES = ('', '_image', '_row', '_pixel')  # of a map in channels_last memory: its address, and numbers from one to the next
+PLACES = ('', '_image', '_row', '_pixel')  # of a map: its address, and numbers from one image, row or pixel to the next
 NAMES = (
     'counter', 'weight', 'bias', 'share', *(name + part for name in ('x', 'plus', 'out') for part in PLACES),
     'zeros', 'height', 'width', 'rows', 'columns', 'tiles', 'block',
@@ -77,6 +77,7 @@ def by_axes(transform: Callable[[Code, Sequence[ir.Value]], Vectors], code: Code
 
 
 def square(side: int, item: Callable[[int, int], ir.Value]) -> Square:
+    """Row by row."""
     return [[item(y, x) for x in range(side)] for y in range(side)]
 
 
@@ -85,16 +86,16 @@ def matrix(ins: int, outs: int, lanes: int) -> int:
     return filled_up([outs], lanes)[0] * ins + APART
 
 
-def sizes(ins: int, outs: int, lanes: int) -> tuple[int, int, int, int]:
+def sizes(ins: int, outs: int, lanes: int) -> list[int]:
     """Numbers from tile to tile, and from point to point, of what goes into the products and of what comes out."""
     steps = filled_up([ins, min(outs, OUTS)], lanes)
-    return *steps, *(TILES * step + APART for step in steps)
+    return [*steps, *(TILES * step + APART for step in steps)]
 
 
 def memory(ins: int, outs: int, lanes: int) -> int:
-    """Numbers that a thread needs."""
-    in_step, out_step, *matrices = sizes(ins, outs, lanes)
-    return PATCH**2 * sum(matrices) + max(PATCH**2 * in_step, filled_up([outs], lanes)[0])
+    """Numbers that a thread needs: those of the products, and a patch or a pixel."""
+    in_step, _, *matrices = sizes(ins, outs, lanes)
+    return PATCH**2 * sum(matrices) + max(PATCH**2 * in_step, outs)
 
 
 @cache
@@ -235,12 +236,10 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
         """`width` channels from `start` on of what tile i of a block gives."""
         image, top, left = corner(first, i)
 
-        def pixels(name: str) -> Square:
-            def there(y: int, x: int) -> ir.Value:
-                place = to.add(top, INT(y)), to.add(left, INT(x))
-                return to.select(in_image(*place), pixel(name, image, *place), spare)
-
-            return square(TILE, there)
+        def pixels(name: str) -> Vectors:
+            """Pointers to those of the tile, where the image ends to spare memory."""
+            places = [(to.add(top, INT(y)), to.add(left, INT(x))) for y in range(TILE) for x in range(TILE)]
+            return [to.select(in_image(*place), pixel(name, image, *place), spare) for place in places]
 
         targets, others = pixels('out'), pixels('plus')
 
@@ -254,7 +253,7 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
                 return code.load(code.at(products, to.add(place, point)), lanes)
 
             found = by_axes(from_points, code, square(PATCH, values))
-            for value, target, other in zip(found, sum(targets, []), sum(others, []), strict=True):
+            for value, target, other in zip(found, targets, others, strict=True):
                 value = to.fadd(value, bias)
                 positive = to.fcmp_ordered('>', value, code.vector(0))
                 value = to.select(positive, value, to.fmul(value, code.spread(code.factor)))
@@ -291,14 +290,14 @@ def forward(
     """See `fused_conv.forward`, for 3x3 weights and no dilation."""
     (n, ins, height, width), n_outs, vector = x.shape, len(weight), lanes()
     rows, columns = -(-height // TILE), -(-width // TILE)
-    out = torch.empty((n, n_outs, height, width), memory_format=torch.channels_last)
-    zeros = torch.zeros(max(ins, n_outs, vector * SIZE**2))
+    out = x.new_empty(n, height, width, n_outs).permute(0, 3, 1, 2)
+    zeros = x.new_zeros(max(ins, n_outs, vector * SIZE**2))
     weight, bias = weight.contiguous(), zeros if bias is None else bias.contiguous()
     plus = plus if plus is None or plus.stride(1) == 1 else plus.contiguous(memory_format=torch.channels_last)
     n_tiles = n * rows * columns
     # Many threads with few tiles take smaller blocks, so that they end at nearly the same time.
     block = TILES if n_tiles > 8 * TILES * torch.get_num_threads() else TILES // 2
-    (bits,) = struct.unpack('i', struct.pack('f', factor))
+    (bits,) = struct.unpack('i', struct.pack('f', 1 if plus is None else factor))
 
     def places(tensor: Tensor | None, first: int = 0) -> tuple[int, ...]:
         """A map from channel `first` on as `PLACES` has it; zeros without one."""
@@ -313,12 +312,12 @@ def forward(
     for start in range(0, n_outs, MOST_OUTS):
         outs = min(MOST_OUTS, n_outs - start)
         counters = torch.zeros(2, dtype=torch.int64)
-        at_points = torch.empty(PATCH**2 * matrix(ins, outs, vector))
+        at_points = x.new_empty(PATCH**2 * matrix(ins, outs, vector))
         weights = address(counters, 0), address(weight, start * ins * SIZE**2), zeros, at_points
         weight_kernel(ins, outs, vector)(weights, SIZE**2 * vector**2, 0.0)
         given = [
-            address(counters, 1), at_points, address(bias, start), bits, *places(x), *places(plus, start), *places(out, start),
-            zeros, height, width, rows, columns, n_tiles, block,
+            address(counters, 1), at_points, address(bias, start), bits,
+            *places(x), *places(plus, start), *places(out, start), zeros, height, width, rows, columns, n_tiles, block,
         ]  # fmt: skip
         kernel(ins, outs, vector)(given, memory(ins, outs, vector), slope)
     return out
