@@ -259,18 +259,6 @@ class Code:
         self.to.position_at_end(after)
         return variables[1:]
 
-    def parts(self, channels: int, body: Callable[[ir.Value, int], None]) -> None:
-        """`body` for the channels of a pixel, as many at a time as a vector holds: the first one, and how many."""
-        rest = channels % self.lanes
-
-        def whole(start: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            body(start, self.lanes)
-            return []
-
-        self.loop(INT(0), INT(channels - rest), self.lanes, whole)
-        if rest:
-            body(INT(channels - rest), rest)
-
     def repeat(
         self, body: Callable[[list[ir.Value]], tuple[ir.Value, Sequence[ir.Value]]], carried: Sequence[ir.Value]
     ) -> list[ir.Value]:

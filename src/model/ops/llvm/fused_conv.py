@@ -81,6 +81,18 @@ def square(side: int, item: Callable[[int, int], ir.Value]) -> Square:
     return [[item(y, x) for x in range(side)] for y in range(side)]
 
 
+def parts(code: Code, count: int, body: Callable[[ir.Value, int], None]) -> None:
+    """`body` for vectors of `count` numbers, the last of which ends with them, given its start and its length."""
+    length = min(count, code.lanes)
+
+    def part(start: ir.Value, _: Vectors) -> Vectors:
+        last = INT(count - length)
+        body(code.to.select(code.to.icmp_signed('<', start, last), start, last), length)
+        return []
+
+    code.loop(INT(0), INT(count), code.lanes, part)
+
+
 def matrix(ins: int, outs: int, lanes: int) -> int:
     """Numbers from a point's matrix of weights, (vectors of outputs, ins, lanes), to the next."""
     return filled_up([outs], lanes)[0] * ins + APART
@@ -121,7 +133,7 @@ def weight_kernel(ins: int, outs: int, lanes: int) -> Kernel:
             columns = code.transposed([code.load(code.at(row, place), count) for row in rows])
             code.store_row(columns, code.at(code.memory, to.mul(place, INT(lanes))), count * lanes)
 
-        code.parts(count * SIZE**2, transpose)
+        parts(code, count * SIZE**2, transpose)
 
         def channel(i: ir.Value, _: Vectors) -> Vectors:
             def number(y: int, x: int) -> ir.Value:
@@ -175,7 +187,7 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
             y, x = to.add(top, to.sdiv(n, INT(PATCH))), to.add(left, to.srem(n, INT(PATCH)))
             source = to.select(in_image(y, x), pixel('x', image, y, x), code.pointer('zeros'))
             target = code.at(spare, to.mul(n, INT(in_step)))
-            code.parts(ins, lambda c, count: code.store(code.load(code.at(source, c), count), code.at(target, c)))
+            parts(code, ins, lambda c, count: code.store(code.load(code.at(source, c), count), code.at(target, c)))
             return []
 
         code.loop(INT(0), INT(PATCH**2), 1, copy)
@@ -202,7 +214,7 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
             for point, value in enumerate(by_axes(map_to_points, code, square(PATCH, values))):
                 code.store(value, code.at(patches, to.add(place, INT(point * in_matrix))))
 
-        code.parts(ins, part)
+        parts(code, ins, part)
         return []
 
     def multiply(start: ir.Value, n_vectors: int, point: ir.Value, _: Vectors) -> Vectors:
@@ -261,7 +273,7 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
                 value = code.multiply_add(value, share, plus)
                 code.store(code.part(value, 0, count), code.at(target, here))
 
-        code.parts(width, part)
+        parts(code, width, part)
         return []
 
     def block(number: ir.Value) -> None:

@@ -113,6 +113,18 @@ class Planes(Code):
 
         self.loop(INT(0), to.add(self.rows, INT(2 * border)), 1, row)
 
+    def parts(self, channels: int, body: Callable[[ir.Value, int], None]) -> None:
+        """`body` for the channels of a pixel, as many at a time as a vector holds: the first one, and how many."""
+        rest = channels % self.lanes
+
+        def whole(start: ir.Value, _: Vectors) -> Vectors:
+            body(start, self.lanes)
+            return []
+
+        self.loop(INT(0), INT(channels - rest), self.lanes, whole)
+        if rest:
+            body(INT(channels - rest), rest)
+
     def read(self, tensor: str, channels: int, planes: int, border: int, mask: int | None = None) -> None:
         """The tile and `border` around it into `planes`; into the plane `mask` 1 where the image is, 0 outside."""
         source, zeros = self.pointer(tensor), self.pointer('zeros')
