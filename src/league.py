@@ -28,6 +28,7 @@ NETWORKS = (
 )  # fmt: skip
 SCALE = 2
 OUTPUT = (1280, 720)
+DONE = 0.02  # of the time: as much may be missing at the end
 # LR patches of 64 pixels: a multiple of nearly all windows. One epoch that never ends, so that no test takes time.
 RECIPE = (
     '--data_train SR291 --sampling area --patch_size 128 --batch_size 8 --lr 5e-4 --warmup 100 --weight_ema 0.99 '
@@ -35,8 +36,9 @@ RECIPE = (
 )
 NOTE = """# A league of short runs
 
-Written by `python src/league.py`. Every light network from nothing, x{scale}, {minutes:g} minutes each on {where}: the
-same images, patches, rate and seed. Options of all runs: `{recipe}`.
+Written by `python src/league.py`. Every light network from nothing, x{scale}, {minutes:g} minutes each on {where};
+on a CPU these are processor time, of which other programs take nothing. The same images, patches, rate and seed.
+Options of all runs: `{recipe}`.
 
 This says how far a network comes in a short time on this machine, which is what somebody sees who tries it. It does not
 say which one is better after the half million steps of a paper: a fast network has seen many more patches here than a
@@ -95,27 +97,40 @@ def run(args: Namespace, more: Sequence[str]) -> None:
 
 
 def train(args: Namespace, name: str, recipe: Sequence[str]) -> None:
-    """Give a network the rest of its minutes; `league.json` in its folder says how many seconds it had."""
+    """Give a network the rest of its minutes; `league.json` in its folder says how many seconds it had.
+
+    On a CPU these are of its threads' processor time, so that other programs take nothing from it.
+    """
+    from wiring import device
+
     place = args.save_dir / name / 'league.json'
     asked = {'minutes': args.minutes, 'options': list(recipe)}
     had = json.loads(place.read_text()) if place.is_file() else {**asked, 'seconds': 0.0}
     if {key: had[key] for key in asked} != asked:
         raise UserError(f'{place} is of a run with other minutes or options: give these, or another --save_dir.')
-    left = 60 * args.minutes - had['seconds']
-    if left <= 0:
-        return
-    what = (
-        ['--load', name]
-        if had['seconds']
-        else ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
-    )
-    line = [*what, '--max_time', f'{left:.1f}', '--save_dir', str(args.save_dir)]
-    start = time.monotonic()
-    program.run(option.parse(line), line)
-    took = time.monotonic() - start
-    write_atomic(place, json.dumps({**asked, 'seconds': had['seconds'] + took}).encode())
-    if took < left:
-        raise KeyboardInterrupt
+    seconds, pace = had['seconds'], 1.0
+    on_cpu = device(option.parse([*network(name), *recipe])) == 'cpu'
+    while (left := 60 * args.minutes - seconds) > DONE * 60 * args.minutes:
+        what = (
+            ['--load', name] if seconds else ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
+        )
+        wall = left * pace
+        line = [*what, '--max_time', f'{wall:.1f}', '--save_dir', str(args.save_dir)]
+        start = time.monotonic(), processor_seconds()
+        program.run(option.parse(line), line)
+        took, worked = time.monotonic() - start[0], processor_seconds() - start[1]
+        seconds += worked if on_cpu else took
+        pace = took / worked if on_cpu else 1.0
+        write_atomic(place, json.dumps({**asked, 'seconds': seconds}).encode())
+        if took < wall:
+            raise KeyboardInterrupt
+
+
+def processor_seconds() -> float:
+    """What each thread of this process has computed for, on average."""
+    import torch
+
+    return time.process_time() / torch.get_num_threads()
 
 
 def network(name: str) -> list[str]:

@@ -11,19 +11,14 @@ Departures from the official code:
   differ from run to run. Here they are exact.
 - The product of two maps, made to sum to one, is the softmax of the sum of their logits, so these are handed on. The
   official code adds 1e-20 to each entry, which shows only where two maps have less than 1e-12 in common.
-- Logits of all keys of a window are not kept but made again from queries and keys: their sum over several layers is
-  one product of the layers' queries and keys side by side.
-- Maps are made, and kept, for a few windows at a time, in float32 under autocast too; keys as int16.
+- Maps are in float32 under autocast too; those over all keys are not kept but made again (`progressive_attention`).
 - An image smaller than its padding is mirrored again and again; the official code fails.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from itertools import chain, repeat
-from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,54 +44,7 @@ from model.common import (
     how_many,
     stacked,
 )
-from model.ops.kept_attention import Kept, attend, is_for_kernel
-
-AT_ONCE = 2**26  # entries of the maps that are made at once
-AT_ONCE_CPU = 2**22  # on a CPU, where no kernel keeps them in registers: of one window of PFT-light
-
-
-class Whole(NamedTuple):
-    """What the maps of all windows follow from, where all of each is kept."""
-
-    q: Tensor  # (B, T, heads, d * layers)
-    k: Tensor
-    bias: Tensor  # (T, T)
-
-
-Focus = Whole | list[Kept] | None  # None: there was no map before
-
-
-def reordered(x: Tensor, order: Tensor) -> Tensor:
-    """Pixels (N, L, C) of all images in another order (N * L,)."""
-    return x.flatten(0, 1).index_select(0, order).view_as(x)
-
-
-def groups(windows: Windows, n_heads: int, topk: int) -> tuple[list[int], list[Tensor]]:
-    """How many windows are attended at once, all with the same shift mask, and the masks (T, T).
-
-    A trace does not follow how many these are: there it is all of them, with masks (B, T, T).
-    """
-    masks = windows.masks
-    if torch.jit.is_tracing():
-        by_window = torch.cat([mask.expand(n, -1, -1) for n, mask in zip(windows.counts, masks.unbind(), strict=True)])
-        return [by_window.shape[0]], [by_window]
-    most = AT_ONCE_CPU if masks.is_cpu and not is_for_kernel(masks, masks.shape[-1], topk) else AT_ONCE
-    at_once = max(1, most // (n_heads * masks[0].numel()))
-    sizes, of_group = [], []
-    for count, mask in zip(windows.counts, masks.unbind(), strict=True):
-        parts = [min(at_once, count - i) for i in range(0, count, at_once)]
-        sizes += parts
-        of_group += [mask] * len(parts)
-    return sizes, of_group
-
-
-def drain(kept: list[Kept]) -> Iterator[Kept]:
-    """One after the other. Without gradients none is needed again: its memory is for what follows from it."""
-    if torch.is_grad_enabled():
-        yield from kept
-    else:
-        while kept:
-            yield kept.pop(0)
+from model.ops.progressive_attention import Focus, progressive_attention
 
 
 class WindowAttention(nn.Module):
@@ -111,31 +59,16 @@ class WindowAttention(nn.Module):
     def forward(
         self, qkv: Tensor, around: Tensor, positions: Tensor, windows: Windows, focus: Focus, plus: Tensor | None = None
     ) -> tuple[Tensor, Focus]:
-        """Pixels (N, H * W, 3 * C) in the order of the windows; GELU of `around` is added before the projection.
+        """Pixels (N, H * W, 3 * C); GELU of `around` is added before the projection, `plus` behind, both (N, H * W, C).
 
-        It and `plus`, which is added behind, and the result are (N, H * W, C), row by row.
+        Returns (N, H * W, C) and what is handed on.
         """
         with full_precision(qkv):
-            out, focus = self.attend(at_least_float32(qkv), positions, windows, focus)
-        out = reordered(out.view_as(around), windows.inverse)
-        return self.proj(out, gelu_summed=around, plus=plus), focus
-
-    def attend(self, qkv: Tensor, positions: Tensor, windows: Windows, focus: Focus) -> tuple[Tensor, Focus]:
-        """To (B, T, heads, d)."""
-        q, k, v = qkv.view(-1, len(positions), 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads)).unbind(2)
-        bias = self.relative_position_bias_table.flatten().index_select(0, positions.flatten()).view_as(positions)
-        q = q * q.shape[-1] ** -0.5
-        if isinstance(focus, Whole):
-            q, k, bias = torch.cat((focus.q, q), -1), torch.cat((focus.k, k), -1), focus.bias + bias
-        sizes, masks = groups(windows, self.n_heads, self.topk)
-        parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        if isinstance(focus, list):
-            made = [attend(*part, bias, kept, self.topk) for part, kept in zip(parts, drain(focus), strict=True)]
-        else:  # maps over all keys are not kept for the gradients but made again
-            again = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-            made = [again(*part, bias + mask, None, self.topk) for part, mask in zip(parts, masks, strict=True)]
-        out, kept = zip(*made, strict=True)
-        return torch.cat(out), Whole(q, k.contiguous(), bias) if kept[0] is None else list(kept)
+            pixels = at_least_float32(qkv).view(-1, 3, self.n_heads, qkv.shape[2] // (3 * self.n_heads))
+            table = self.relative_position_bias_table.flatten()
+            q, k, v = pixels.unbind(1)
+            out, focus = progressive_attention(q, k, v, table, positions, *windows[:4], focus, self.topk)
+        return self.proj(out.view_as(around), gelu_summed=around, plus=plus), focus
 
 
 class PositionalEncoding(nn.Module):
@@ -169,8 +102,8 @@ class Layer(nn.Module):
         self, x: Tensor, height: int, width: int, positions: Tensor, windows: Windows, focus: Focus
     ) -> tuple[Tensor, Focus]:
         """Pixels (N, H * W, C), and what is handed on from layer to layer with the same windows."""
-        qkv = self.wqkv(reordered(x, windows.order), norm=self.norm1)
-        v = unflatten_image(reordered(qkv.chunk(3, -1)[2], windows.inverse), height, width)
+        qkv = self.wqkv(x, norm=self.norm1)
+        v = unflatten_image(qkv.chunk(3, -1)[2], height, width)
         x, focus = self.attn_win(qkv, flatten_image(self.v_LePE(v)), positions, windows, focus, plus=x)
         x = checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
         return x, focus

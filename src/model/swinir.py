@@ -33,6 +33,7 @@ from model.blocks.windows import (
     plain_and_shifted,
     relative_position_bias_table,
     relative_positions,
+    shift_areas,
     shift_masks,
     window_attention,
 )
@@ -112,7 +113,7 @@ def nominal_masks(window_size: int) -> Tensor:
     side = -(-NOMINAL_SIZE // window_size)
     last = torch.arange(side) == side - 1
     kind = 2 * last.long()[:, None] + last.long()
-    return shift_masks(window_size, window_size // 2, torch.empty(()))[kind.flatten()]
+    return shift_masks(shift_areas(window_size, window_size // 2), torch.float32)[kind.flatten()]
 
 
 class ResidualGroup(nn.Module):

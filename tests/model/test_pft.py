@@ -5,9 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
-from model import NETWORKS, build, pft
+from model import NETWORKS, build
 from model.blocks.windows import relative_positions, window_partition
-from model.pft import PFT, Kept, Layer, WindowAttention, drain, recognise
+from model.ops import progressive_attention
+from model.ops.progressive_attention import Kept, Whole, drain
+from model.pft import PFT, Layer, WindowAttention, recognise
 from tests.conftest import kept_for_gradients, numbers
 
 SMALL = {
@@ -87,7 +89,7 @@ def plain(layers: list[WindowAttention], qkvs: list[Tensor], shift: int) -> list
 @pytest.mark.parametrize('topk', [(16, 16, 9, 9, 4, 4), (99, 99, 5), (6, 6, 2, 6), (3,), (16,)])
 def test_maps_are_multiplied_and_narrowed(topk: tuple[int, ...], shift: int, at_once: int, monkeypatch) -> None:
     """Results, and gradients, which go through all the maps before."""
-    monkeypatch.setattr(pft, 'AT_ONCE_CPU', at_once)
+    monkeypatch.setattr(progressive_attention, 'AT_ONCE_CPU', at_once)
     layers, positions = attentions(topk), relative_positions(SIZE)
     windows = window_partition(numbers(1, 1, HEIGHT, WIDTH), SIZE, shift)
     lepe = torch.zeros(1, HEIGHT * WIDTH, CHANNELS, dtype=torch.float64)
@@ -95,7 +97,7 @@ def test_maps_are_multiplied_and_narrowed(topk: tuple[int, ...], shift: int, at_
     def run(qkvs: list[Tensor]) -> list[Tensor]:
         results, focus = [], None
         for layer, qkv in zip(layers, qkvs, strict=True):
-            result, focus = layer(qkv[:, windows.order], lepe, positions, windows, focus)
+            result, focus = layer(qkv, lepe, positions, windows, focus)
             results.append(result[0])
         return results
 
@@ -148,7 +150,7 @@ def test_keys_are_narrowed_block_by_block() -> None:
         if isinstance(layer, Layer):
             layer.register_forward_hook(lambda module, given, result: widths.append(result[1]))
     net(images(1, 3, 8, 12))
-    assert [None if isinstance(focus, pft.Whole) else {kept.keys.shape[-1] for kept in focus} for focus in widths] == [
+    assert [None if isinstance(focus, Whole) else {kept.keys.shape[-1] for kept in focus} for focus in widths] == [
         None, None, {6}, {6}, {3}, {3},
     ]  # fmt: skip
     assert all(kept.keys.dtype is torch.int16 for focus in widths[2:] for kept in focus)
@@ -174,7 +176,7 @@ def test_results_do_not_depend_on_how_many_windows_are_attended_at_once(monkeypa
     net, x = small().eval(), images(2, 3, 15, 22)
     expected = net(x)
     for at_once in (1, 3 * 2 * 16**2):
-        monkeypatch.setattr(pft, 'AT_ONCE_CPU', at_once)
+        monkeypatch.setattr(progressive_attention, 'AT_ONCE_CPU', at_once)
         assert torch.allclose(net(x), expected, rtol=0, atol=1e-12)
 
 

@@ -163,18 +163,22 @@ def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
-def shift_masks(size: int, shift: int, like: Tensor, kinds: Sequence[int] = range(4)) -> Tensor:
-    """What to add to the logits of a window after a cyclic shift, (kinds, T, T): -100 between what was apart, else 0.
+def shift_areas(size: int, shift: int, device: torch.device | None = None, kinds: Sequence[int] = range(4)) -> Tensor:
+    """Which pixels of a window were together before a cyclic shift: the numbers of their areas, (kinds, T) int32.
 
     Only the last windows of a row or column hold pixels from opposite borders. The kinds are 0, a window inside, 1, the
     last of its row, 2, the last of its column, and 3, both.
     """
-    far = (torch.arange(size, device=like.device) >= size - shift).long()  # torch.compile fails to compare booleans
+    far = (torch.arange(size, device=device) >= size - shift).int()
     down, right = far.repeat_interleave(size), far.repeat(size)
-    down, right = down[:, None] != down, right[:, None] != right
-    apart = torch.zeros_like(down), right, down, down | right
-    mask = torch.stack([apart[kind] for kind in kinds])
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(mask, -100.0)
+    areas = torch.zeros_like(down), right, down, 2 * down + right
+    return torch.stack([areas[kind] for kind in kinds])
+
+
+def shift_masks(areas: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the logits of a window, (kinds, T, T): -100 between pixels of different `shift_areas`, else 0."""
+    apart = areas.unsqueeze(2) != areas.unsqueeze(1)
+    return torch.zeros_like(apart, dtype=dtype).masked_fill_(apart, -100.0)
 
 
 class Windows(NamedTuple):
@@ -182,8 +186,9 @@ class Windows(NamedTuple):
 
     order: Tensor  # (N * H * W,) int64: row of the flattened tokens (N * H * W, C) for each pixel of each window
     inverse: Tensor  # (N * H * W,) int64: where a row stands in `order`
+    areas: Tensor  # (kinds, T) int32: see `shift_areas`
     counts: list[int]  # windows of each kind, in all images
-    masks: Tensor  # (kinds, T, T)
+    masks: Tensor  # (kinds, T, T): see `shift_masks`
 
 
 def window_partition(like: Tensor, size: int, shift: int) -> Windows:
@@ -201,8 +206,8 @@ def window_partition(like: Tensor, size: int, shift: int) -> Windows:
     rows, columns = height // size, width // size
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
     used = [i for i, count in enumerate(counts) if count]
-    masks = shift_masks(size, shift, like, used)
-    return Windows(order, inverse_of(order), [n * counts[i] for i in used], masks)
+    areas = shift_areas(size, shift, like.device, used)
+    return Windows(order, inverse_of(order), areas, [n * counts[i] for i in used], shift_masks(areas, like.dtype))
 
 
 def plain_and_shifted(like: Tensor, size: int) -> list[Windows]:

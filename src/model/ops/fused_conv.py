@@ -45,10 +45,13 @@ def fused_conv(
 
 def is_for_kernel(x: Tensor, weight: Tensor, dilation: int) -> bool:
     """Whether a kernel takes these maps and is worth it."""
-    if not is_for_llvm(x) or torch.is_autocast_enabled('cpu') or weight.shape[2:] != (3, 3) or dilation != 1:
+    outs, ins, *size = weight.shape
+    if not is_for_llvm(x) or torch.is_autocast_enabled('cpu') or size != [3, 3] or dilation != 1:
         return False
-    outs, ins, pixels = *weight.shape[:2], x[:, 0].numel()
-    return x.stride(1) == 1 and ins >= FEWEST_CHANNELS and pixels >= FEWEST_PIXELS and ins * outs * pixels >= LEAST
+    if x.dim() != 4 or x.shape[1] != ins or x.stride(1) != 1:
+        return False
+    pixels = x[:, 0].numel()
+    return ins >= FEWEST_CHANNELS and pixels >= FEWEST_PIXELS and ins * outs * pixels >= LEAST
 
 
 def forward(

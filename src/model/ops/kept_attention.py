@@ -1,4 +1,4 @@
-"""Attention to the keys that each query has kept: plain, in other forms and in LLVM on a CPU, in Triton on a GPU.
+"""Attention to the keys that each query has kept: plain, in other forms on a CPU, and in Triton on a GPU.
 
 Queries, keys and values are (B, T, heads, d), of B windows with T tokens; `keys` (B, T, heads, K) says for each query
 and head which K of the T keys were kept, none of them twice.
@@ -8,7 +8,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.fast import by_llvm, by_triton, is_for_llvm, is_for_triton
+from model.ops.fast import by_triton, is_for_triton
 
 warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta state')
 
 LANES = 16  # channels that a CPU takes at once
 IMAGES = 16  # that a 1x1 convolution is given, see `as_convolution`
 ROWS = 512  # whose best are chosen at once, in a CPU's cache
-BLOCK = 32  # the kernel in LLVM wants whole blocks of tokens, of entries, and of those that are kept
-
-
-class Kept(NamedTuple):
-    """What is kept of the maps of some windows: sums of logits, each with its key."""
-
-    logits: Tensor  # (B, T, heads, K)
-    keys: Tensor  # (B, T, heads, K) int16
 
 
 def is_plain(x: Tensor) -> bool:
@@ -232,46 +224,3 @@ def best_of_rows(rows: np.ndarray, count: int) -> np.ndarray:
             taken[i, np.argsort(-rows[i], kind='stable')[:count]] = True
         found = np.flatnonzero(taken)
     return found.reshape(r, count) - np.arange(0, r * n, n)[:, None]
-
-
-def is_for_kernel(like: Tensor, *counts: int) -> bool:
-    """Whether a kernel in LLVM keeps the maps of windows with these numbers of tokens and entries in registers."""
-    return is_for_llvm(like) and not any(count % BLOCK for count in counts)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, topk: int) -> tuple[Tensor, Kept | None]:
-    """Progressive focused attention (PFA) in some windows: J. Long et al., PFT (CVPR 2025), figure 2.
-
-    Args:
-        q, k: (B, T, heads, D), `q` with its factor.
-        v: (B, T, heads, d).
-        bias: (T, T), without `before` also (B, T, T).
-        before: what was kept of the maps before, which without gradients may be written over; None: all, and q, k and
-            bias hold what these followed from.
-        topk: how many entries of a row are kept, if it has more.
-
-    Returns:
-        (B, T, heads, d), and what is kept; None: all.
-    """
-    entries = q.shape[1] if before is None else before.keys.shape[-1]
-    if q.dtype == torch.float32 and is_for_kernel(q, q.shape[1], entries, topk):
-        return by_llvm('kept_attention', focused, q, k, v, bias, before, topk)
-    return focused(q, k, v, bias, before, topk)
-
-
-def focused(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, before: Kept | None, topk: int
-) -> tuple[Tensor, Kept | None]:
-    """See `attend`."""
-    if before is None:
-        logits, keys = products(q, k).add_(bias.unsqueeze(-2)), None
-    else:
-        logits, keys = before.logits + kept_logits(q, k, bias, before.keys), before.keys
-    weights = logits.softmax(-1)
-    if topk < logits.shape[-1]:
-        places = best(logits.detach(), topk)
-        logits, weights = logits.gather(-1, places), weights.gather(-1, places)
-        keys = places.short() if keys is None else keys.gather(-1, places)
-    if keys is None:
-        return read(weights, v), None
-    return kept_values(weights, v, keys), Kept(logits, keys)

@@ -157,6 +157,17 @@ def test_tensors_in_any_memory(any_size: None, calls: list[Tensor]) -> None:
     assert len(calls) == 1
 
 
+def test_sizes_that_do_not_fit_are_refused(calls: list[Tensor]) -> None:
+    given = single(operands('sum', 1, 48, 48, 24, 24))
+    with pytest.raises(RuntimeError, match='channels'):
+        fused_conv(**given | {'x': given['x'][:, :40]})
+    with pytest.raises(RuntimeError, match='size'):
+        fused_conv(**given | {'plus': given['plus'][:, :, :20]})
+    by_channel = given['plus'][:, :, :1, :1]
+    check(fused_conv(**given | {'plus': by_channel}), plain(**given | {'plus': by_channel}).double())
+    assert calls
+
+
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_what_is_not_finite_stays_near(value: float, lanes: int, any_size: None) -> None:
     given = single(operands('LeakyReLU', 2, 20, 18, 16, 16))
