@@ -39,16 +39,18 @@ def fused_conv(
         (N, C', H, W). A kernel takes maps in channels_last memory and gives such. Of normal numbers its results are
         within 3e-6 of the largest one; a number that is not finite makes results up to three pixels away not finite.
     """
-    run = fast_forward if is_for_kernel(x, weight, dilation) else forward
+    run = fast_forward if is_for_kernel(x, weight, dilation, plus) else forward
     return run(x, weight, bias, dilation, slope, plus, factor)
 
 
-def is_for_kernel(x: Tensor, weight: Tensor, dilation: int) -> bool:
+def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None) -> bool:
     """Whether a kernel takes these maps and is worth it."""
     outs, ins, *size = weight.shape
     if not is_for_llvm(x) or torch.is_autocast_enabled('cpu') or size != [3, 3] or dilation != 1:
         return False
     if x.dim() != 4 or x.shape[1] != ins or x.stride(1) != 1:
+        return False
+    if plus is not None and plus.shape != (len(x), outs, *x.shape[2:]):
         return False
     pixels = x[:, 0].numel()
     return ins >= FEWEST_CHANNELS and pixels >= FEWEST_PIXELS and ins * outs * pixels >= LEAST

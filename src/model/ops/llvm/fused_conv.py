@@ -305,9 +305,7 @@ def forward(
     out = x.new_empty(n, height, width, n_outs).permute(0, 3, 1, 2)
     zeros = x.new_zeros(max(ins, n_outs, vector * SIZE**2))
     weight, bias = weight.contiguous(), zeros if bias is None else bias.contiguous()
-    if plus is not None:
-        plus = plus.expand_as(out)
-        plus = plus if plus.stride(1) == 1 else plus.contiguous(memory_format=torch.channels_last)
+    plus = plus if plus is None or plus.stride(1) == 1 else plus.contiguous(memory_format=torch.channels_last)
     n_tiles = n * rows * columns
     # Many threads with few tiles take smaller blocks, so that they end at nearly the same time.
     block = TILES if n_tiles > 8 * TILES * torch.get_num_threads() else TILES // 2
