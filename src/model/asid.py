@@ -38,7 +38,7 @@ from model.blocks.pixels import (
     to_tokens,
 )
 from model.blocks.windows import check_window, look_up_bias, relative_positions
-from model.common import NetworkSpec, check_images, conv, how_many, stacked, zero_pad
+from model.common import NetworkSpec, check_images, conv, how_many, in_channels_last, stacked, zero_pad
 from model.ops.fast import float32_by_llvm
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
@@ -240,7 +240,7 @@ class ASID(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         height, width = x.shape[2:]
-        x = zero_pad(x, self.window_size, ESA.AT_LEAST).contiguous(memory_format=torch.channels_last)
+        x = in_channels_last(zero_pad(x, self.window_size, ESA.AT_LEAST))
         head = self.input(x)
         x, maps = head, None
         for name in self.groups:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import ESA, ContrastAttention, gelu, join_outputs
-from model.common import NetworkSpec, check_images, conv, zero_pad
+from model.common import NetworkSpec, check_images, conv, in_channels_last, zero_pad
 
 COPIES = 4  # of the image, side by side in the first channels
 
@@ -124,7 +124,7 @@ class BSRN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         height, width = x.shape[2:]
-        x = zero_pad(x, 1, ESA.AT_LEAST).contiguous(memory_format=torch.channels_last)
+        x = in_channels_last(zero_pad(x, 1, ESA.AT_LEAST))
         first = self.fea_conv(torch.cat([x] * COPIES, 1))
         x = join_outputs([self.get_submodule(name) for name in self.names], first, self.c1)
         return self.upsampler(first + self.c2(gelu(x)))[..., : self.scale * height, : self.scale * width]

@@ -40,6 +40,7 @@ from model.common import (
     conv,
     full_precision,
     how_many,
+    in_channels_last,
     is_exporting,
 )
 from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
@@ -353,7 +354,7 @@ class DLGSANet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
-        x = self.overlap_embed((x - self.mean).contiguous(memory_format=torch.channels_last))
+        x = self.overlap_embed(in_channels_last(x - self.mean))
         return self.upsample(x + self.deep_feature_extraction(x)) + self.mean
 
 

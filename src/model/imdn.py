@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import ContrastAttention, join_outputs
-from model.common import NetworkSpec, check_images, conv, how_many, in_fast_memory
+from model.common import NetworkSpec, activated, check_images, conv, how_many, in_fast_memory
 
 
 def leaky_relu() -> nn.Module:
@@ -46,7 +46,7 @@ class IMDB(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts, rest = [], x
         for layer in (self.c1, self.c2, self.c3):
-            part, rest = self.act(layer(rest)).split(self.sizes, 1)
+            part, rest = activated(layer, self.act, rest).split(self.sizes, 1)
             parts.append(part)
         parts.append(self.c4(rest))
         return x + self.c5(self.cca(torch.cat(parts, 1)))
@@ -83,7 +83,7 @@ class IMDN(nn.Module):
         first = self.fea_conv(in_fast_memory(x))
         join, act = self.c
         x = join_outputs([self.get_submodule(name) for name in self.names], first, cast(nn.Conv2d, join))
-        return self.upsampler(first + self.LR_conv(act(x)))
+        return self.upsampler(self.LR_conv(act(x), plus=first))
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:

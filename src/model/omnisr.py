@@ -15,7 +15,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from model.blocks.edsr import DirectUpsampler
@@ -32,7 +31,7 @@ from model.blocks.pixels import (
 )
 from model.blocks.tokens import TokenLinear
 from model.blocks.windows import check_window, look_up_bias, relative_positions, self_attention
-from model.common import NetworkSpec, check_divides, check_images, conv, how_many, stacked, zero_pad
+from model.common import NetworkSpec, check_divides, check_images, conv, how_many, in_channels_last, stacked, zero_pad
 from model.ops.fast import float32_by_llvm, is_for_llvm
 from model.ops.fused_linear import Norm
 
@@ -155,7 +154,7 @@ class OmniSR(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_images(x)
         height, width = x.shape[2:]
-        x = zero_pad(x, self.window_size, ESA.AT_LEAST).contiguous(memory_format=torch.channels_last)
+        x = in_channels_last(zero_pad(x, self.window_size, ESA.AT_LEAST))
         x = self.input(x)
         x = x + self.output(self.residual_layer(x))
         return self.up(x)[..., : self.scale * height, : self.scale * width]

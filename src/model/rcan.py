@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from model.blocks.edsr import Tail, mean_shifts, recognise_ends
-from model.common import NetworkSpec, activation, check_divides, check_images, conv, how_many, in_fast_memory, shape_of
+from model.common import (
+    NetworkSpec,
+    activated,
+    activation,
+    check_divides,
+    check_images,
+    conv,
+    how_many,
+    in_fast_memory,
+    shape_of,
+)
 
 
 class ChannelAttention(nn.Module):
@@ -41,7 +51,8 @@ class RCAB(nn.Module):
         self.body = nn.Sequential(first, activation(act), second, ChannelAttention(n_feats, reduction))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        first, act, second, attention = self.body
+        return x + attention(second(activated(first, act, x)))
 
 
 class ResidualGroup(nn.Module):

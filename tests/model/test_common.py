@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from error import UserError
+from model import build
 from model.common import activation, conv, reflect_pad, rgb_to_ycbcr, ycbcr_to_rgb
 
 # 8-bit values of MATLAB's rgb2ycbcr before it rounds them.
@@ -75,3 +76,16 @@ def test_reflection_of_less_than_the_padding(n: int, expected: str) -> None:
     assert ''.join(str(int(value)) for value in found[0, 0, 3]) == expected
     found = reflect_pad(row.view(n, 1).expand(1, 1, n, 7), 7)
     assert ''.join(str(int(value)) for value in found[0, 0, :, 3]) == expected
+
+
+@pytest.mark.parametrize('name', ['ASID', 'BSRN', 'DLGSANet-tiny', 'EDSR-baseline', 'IMDN', 'OmniSR'])
+def test_a_picture_as_it_was_read_becomes_maps_in_channels_last_memory(name: str) -> None:
+    """A single one in memory (H, W, 3), of whole windows: its strides fit both formats."""
+    net, found = build(name, 4).eval(), []
+    layer = next(m for m in net.modules() if isinstance(m, nn.Conv2d) and m.out_channels > 3)
+    layer.register_forward_hook(lambda module, given, maps: found.append(maps.stride(1)))
+    picture = torch.rand(32, 48, 3).permute(2, 0, 1)
+    with torch.no_grad():
+        net(picture[None])
+        net(picture[None, :, :16, 16:32])
+    assert found == [1, 1]

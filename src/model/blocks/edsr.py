@@ -12,6 +12,7 @@ from error import UserError
 from model.common import (
     RGB_MEAN,
     Float32Conv,
+    activated,
     activation,
     at_least_float32,
     conv,
@@ -56,7 +57,8 @@ class ResBlock(nn.Module):
         self.res_scale = res_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.body(x), alpha=self.res_scale)
+        first, act, second = self.body
+        return second(activated(first, act, x), plus=x, factor=self.res_scale)
 
 
 class Upsampler(nn.Sequential):

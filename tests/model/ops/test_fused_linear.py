@@ -246,7 +246,7 @@ NETWORKS = ('SwinIR-light', 'ATD-light', 'HiT-SRF', 'PFT-light', 'OmniSR', 'ASID
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_networks_with_and_without_it(name: str, calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # with 0 PFT-light chooses between tokens that are equal but for rounding
     net = build(name, 2).eval()
     for key, buffer in net.named_buffers():
         if key.endswith('initted'):

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.ops.fast import operation
 from model.ops.llvm.code import INT, Kernel, lanes
 from model.ops.llvm.fused_linear import gelu
-from model.ops.llvm.planes import Finish, Start, Tiles, Vectors, call, divisor
+from model.ops.llvm.planes import Finish, Tiles, Vectors, call, divisor
 from model.ops.llvm.product import BLOCKS
 
 SIZE = 3  # side of the depthwise convolution
@@ -24,7 +24,13 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
     mask, normed, projected = 0, 1, 1 + channels
     values, gated, sums = (projected + i * few for i in (1, 2, 3))
 
-    def part(first: ir.Value, before: Start) -> None:
+    def clear(i: ir.Value, _: Vectors) -> Vectors:
+        code.lines(
+            code.inner, 1, lambda places: code.store(code.vector(0), code.plane(to.add(i, INT(sums)), places[0]))
+        )
+        return []
+
+    def part(first: ir.Value, _: Vectors) -> Vectors:
         def half(number: int, target: int, finish: Finish) -> None:
             row = to.add(first, INT(number * hidden))
             weight = code.at(project_in, to.mul(row, INT(channels)))
@@ -34,18 +40,15 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
 
         half(1, values, lambda i, place, x: x)
         half(0, gated, lambda i, place, x: to.fmul(gelu(code, x), code.value(values, i, place)))
+        before = partial(code.value, sums)
         code.linear(code.at(project_out, first), hidden, gated, sums, (few, channels), code.inner, before)
+        return []
 
     def tile() -> None:
         code.read('x', channels, normed, SIZE // 2, mask)
         code.norm('scale', 'shift', channels, normed, mask, code.whole)
-        part(INT(0), code.zero)
-
-        def further(first: ir.Value, _: Vectors) -> Vectors:
-            part(first, partial(code.value, sums))
-            return []
-
-        code.loop(INT(few), INT(hidden), few, further)
+        code.loop(INT(0), INT(channels), 1, clear)
+        code.loop(INT(0), INT(hidden), few, part)
         code.write('out', channels, sums, 'x')
 
     code.tiles(tile)
