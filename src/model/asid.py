@@ -39,6 +39,7 @@ from model.blocks.pixels import (
 )
 from model.blocks.windows import check_window, look_up_bias, relative_positions
 from model.common import NetworkSpec, check_images, conv, how_many, in_channels_last, stacked, zero_pad
+from model.ops.fast import float32_by_llvm
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
 
@@ -50,9 +51,24 @@ class StageMaps(NamedTuple):
     across: Tensor | None
 
 
-def mix(tokens: Tensor, norm: Norm, attention_map: Tensor, to_v: Tensor, to_out: Tensor) -> Tensor:
-    """Tokens (B, T, C) plus their values, weighted by the map (B, T, T) and projected: both matrices (C, C) in one."""
-    return tokens + torch.bmm(attention_map, fused_linear(tokens, [(to_out @ to_v, None)], norm=norm))
+class Cells(NamedTuple):
+    """How pixels are grouped: see `to_tokens`."""
+
+    cell: tuple[int, int]
+    strided: bool
+
+
+def mix(x: Tensor, norm: Norm, attention_map: Tensor, to_v: Tensor, to_out: Tensor, cells: Cells) -> Tensor:
+    """Maps plus their values, weighted by the map (B, T, T) and projected: both matrices (C, C) in one."""
+
+    def window_attention_mix(x: Tensor, *_: object) -> Tensor:
+        tokens = to_tokens(x, *cells)
+        values = fused_linear(tokens, [(weight, None)], norm=norm)
+        return to_map(tokens + torch.bmm(attention_map, values), x, *cells)
+
+    weight = to_out @ to_v
+    around = norm.weight, norm.bias, norm.eps
+    return float32_by_llvm('window_attention', window_attention_mix, x, *around, weight, attention_map, *cells)
 
 
 class WindowAttention(nn.Module):
@@ -65,15 +81,21 @@ class WindowAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(n_feats, n_feats, bias=False))
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, 1)
 
-    def forward(self, tokens: Tensor, norm: Norm, _: None) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C) plus the attention to what `norm` makes of them, and its map (B, T, T)."""
+    def forward(self, x: Tensor, norm: Norm, _: None, cells: Cells) -> tuple[Tensor, Tensor]:
+        """Maps (N, C, H, W) plus the attention to what `norm` makes of them, and its map (B, T, T)."""
+
+        def window_attention_map(x: Tensor, *_: object) -> Tensor:
+            normed = layer_norm(to_tokens(x, *cells), norm.weight, norm.bias, norm.eps)
+            products = F.linear(normed, weight)
+            logits = torch.baddbmm(bias, products, normed.transpose(1, 2), alpha=len(keys) ** -0.5)
+            return logits.softmax(-1)
+
         queries, keys, values = self.to_qkv.weight.chunk(3)
-        normed = layer_norm(tokens, norm.weight, norm.bias, norm.eps)
-        bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, tokens.device))
-        products = F.linear(normed, keys.t() @ queries)  # q and k meet in their product alone: one matrix for both
-        logits = torch.baddbmm(bias, products, normed.transpose(1, 2), alpha=len(keys) ** -0.5)
-        attention_map = logits.softmax(-1)
-        return mix(tokens, norm, attention_map, values, self.to_out.get_parameter('0.weight')), attention_map
+        bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
+        weight = keys.t() @ queries  # q and k meet in their product alone: one matrix for both
+        around = norm.weight, norm.bias, norm.eps
+        attention_map = float32_by_llvm('window_attention', window_attention_map, x, *around, weight, bias, *cells)
+        return mix(x, norm, attention_map, values, self.to_out.get_parameter('0.weight'), cells), attention_map
 
 
 class SharedAttention(nn.Module):
@@ -84,8 +106,9 @@ class SharedAttention(nn.Module):
         self.to_v = nn.Linear(n_feats, n_feats, bias=False)
         self.to_out = nn.Sequential(nn.Linear(n_feats, n_feats, bias=False))
 
-    def forward(self, tokens: Tensor, norm: Norm, attention_map: Tensor) -> tuple[Tensor, Tensor]:
-        return mix(tokens, norm, attention_map, self.to_v.weight, self.to_out.get_parameter('0.weight')), attention_map
+    def forward(self, x: Tensor, norm: Norm, attention_map: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+        to_out = self.to_out.get_parameter('0.weight')
+        return mix(x, norm, attention_map, self.to_v.weight, to_out, cells), attention_map
 
 
 class SpatialAttention(nn.Module):
@@ -100,9 +123,9 @@ class SpatialAttention(nn.Module):
         self.gfn = GatedFFN(n_feats, n_feats)
 
     def forward(self, x: Tensor, attention_map: Tensor | None) -> tuple[Tensor, Tensor]:
-        cell = attention_cell(x, self.window_size, self.strided)
-        tokens, attention_map = self.attn(to_tokens(x, cell, self.strided), self.norm, attention_map)
-        return self.gfn(to_map(tokens, x, cell, self.strided), self.cnorm, residual=True), attention_map
+        cells = Cells(attention_cell(x, self.window_size, self.strided), self.strided)
+        x, attention_map = self.attn(x, self.norm, attention_map, cells)
+        return self.gfn(x, self.cnorm, residual=True), attention_map
 
 
 class LB(nn.Module):

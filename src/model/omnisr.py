@@ -32,6 +32,7 @@ from model.blocks.pixels import (
 from model.blocks.tokens import TokenLinear
 from model.blocks.windows import check_window, look_up_bias, relative_positions, self_attention
 from model.common import NetworkSpec, check_divides, check_images, conv, how_many, in_channels_last, stacked, zero_pad
+from model.ops.fast import float32_by_llvm, is_for_llvm
 from model.ops.fused_linear import Norm
 
 TOKEN_EPS, MAP_EPS = 1e-5, 1e-6  # of the norms before attention over pixels, and of all others
@@ -50,11 +51,19 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
         """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
         cell = attention_cell(x, self.window_size, self.strided)
-        tokens = to_tokens(x, cell, self.strided)
-        qkv = self.to_qkv(tokens, norm=norm)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
-        out = self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))
-        return to_map(self.to_out[0](out, plus=tokens if residual else None), x, cell, self.strided)
+
+        def window_attention(x: Tensor, *_: object) -> Tensor:
+            tokens = to_tokens(x, cell, self.strided)
+            qkv = self.to_qkv(tokens, norm=norm)
+            out = self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))
+            return to_map(self.to_out[0](out, plus=tokens if residual else None), x, cell, self.strided)
+
+        if norm is None or not residual or not is_for_llvm(x):
+            return window_attention(x)
+        weights = self.to_qkv.weight, bias, self.to_out.get_parameter('0.weight')
+        around = norm.weight, norm.bias, norm.eps
+        return float32_by_llvm('window_attention', window_attention, x, *around, *weights, cell, self.strided)
 
 
 class Residual(nn.Module):

@@ -173,11 +173,14 @@ class LocalBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        first, _, *between, last = self.fn
-        y = first(x, gelu=True)
-        for layer in between:
-            y = layer(y)
-        return last(y, plus=x)
+        def local_block(x: Tensor, *_: object) -> Tensor:
+            first, *between, last = self.fn
+            y = first(x, gelu=True)
+            for layer in between[1:]:
+                y = layer(y)
+            return last(y, plus=x)
+
+        return float32_by_llvm('local_block', local_block, x, *self.parameters())
 
 
 def l2_norm(x: Tensor) -> Tensor:
@@ -199,11 +202,21 @@ class ChannelAttention(TransposedAttention):
 
     def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
         """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
-        parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
-        q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
-        cosines = q.transpose(2, 3) @ k / l2_norm(q).transpose(2, 3) / l2_norm(k)
-        out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
-        return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
+
+        def window_channel_attention(x: Tensor, *_: object) -> Tensor:
+            parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
+            q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
+            cosines = q.transpose(2, 3) @ k / l2_norm(q).transpose(2, 3) / l2_norm(k)
+            out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
+            return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
+
+        if norm is None or not residual or not is_for_llvm(x):
+            return window_channel_attention(x)
+        weights = self.qkv.weight, self.qkv_dwconv.weight, self.temperature, self.project_out.weight
+        around = norm.weight, norm.bias, norm.eps
+        return float32_by_llvm(
+            'window_channel_attention', window_channel_attention, x, *around, *weights, self.cell[0], self.strided
+        )
 
 
 class ESA(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.fast import by_llvm, has_llvm
+from model.ops.fast import by_llvm, has_llvm, operation
 
 CACHED_LOGITS = 2**20  # that a CPU's cache holds: 4 MB in float32, twice that in the backward pass
 LOG2_E = 1 / math.log(2)
@@ -161,7 +161,7 @@ def without_gradients(q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kin
     return forward(q, k, v, masks, kinds, scale)[0]
 
 
-@torch.library.custom_op('frugalsr::cached_attention', mutates_args=())
+@operation('cached_attention')
 def fast_without_gradients(
     q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> Tensor:
@@ -177,7 +177,7 @@ def gradients(
     return backward(grad, q, k, v, masks, kinds, scale, *rows)
 
 
-@torch.library.custom_op('frugalsr::cached_attention_gradients', mutates_args=())
+@operation('cached_attention_gradients')
 def fast_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,9 +15,25 @@ import torch
 from torch import Tensor
 
 T = TypeVar('T')
+Function = TypeVar('Function', bound=Callable[..., Any])
+library = torch.library.Library('frugalsr', 'FRAGMENT')
 log = logging.getLogger('frugalsr')
 failed: set[str] = set()  # modules whose kernels did not run
 wanted = os.environ.get('FRUGALSR_KERNELS') != 'off'
+
+
+def operation(name: str) -> Callable[[Function], Function]:
+    """Makes a function an operation of PyTorch, by whose name its time is told from that of others.
+
+    It is called in half the time of a `torch.library.custom_op`, or less, but not with gradients, nor compiled.
+    """
+
+    def named(function: Function) -> Function:
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(name, function, 'CompositeExplicitAutograd')
+        return getattr(torch.ops.frugalsr, name).default
+
+    return named
 
 
 def leave_out_kernels() -> None:

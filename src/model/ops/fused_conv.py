@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops.fast import float32_by_llvm, is_for_llvm
+from model.ops.fast import float32_by_llvm, is_for_llvm, operation
 
 # With fewer a kernel is slower than PyTorch's library: channels that go in, pixels, and channels * channels * pixels.
 FEWEST_CHANNELS, FEWEST_PIXELS, LEAST = 8, 512, 2**20
@@ -66,7 +66,7 @@ def forward(
     return out if plus is None else torch.add(plus, out, alpha=factor)
 
 
-@torch.library.custom_op('frugalsr::fused_conv', mutates_args=())
+@operation('fused_conv')
 def fast_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, slope: float, plus: Tensor | None, factor: float
 ) -> Tensor:

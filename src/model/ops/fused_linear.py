@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops.fast import by_llvm, is_for_llvm
+from model.ops.fast import by_llvm, is_for_llvm, operation
 from model.ops.layer_norm import layer_norm
 
 Layer = tuple[Tensor, Tensor | None]  # weight (O, I), or (O, I, 1, 1) as of a convolution, and bias (O,)
@@ -109,7 +109,7 @@ def forward(
     return x if plus is None else plus + x
 
 
-@torch.library.custom_op('frugalsr::fused_linear', mutates_args=())
+@operation('fused_linear')
 def fast_forward(
     x: Tensor,
     weights: Sequence[Tensor],

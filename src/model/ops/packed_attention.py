@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.ops.cached_attention import gradients, without_gradients
-from model.ops.fast import by_llvm
+from model.ops.fast import by_llvm, operation
 
 
 class PackedAttention(torch.autograd.Function):
@@ -51,7 +51,7 @@ def packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scal
     return out
 
 
-@torch.library.custom_op('frugalsr::packed_attention', mutates_args=())
+@operation('packed_attention')
 def fast_packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
     """As `fast_without_gradients`."""
     return by_llvm('cached_attention', packed, qkv, order, masks, kinds, scale)
@@ -68,7 +68,7 @@ def packed_gradients(
     return by_qkv, by_masks
 
 
-@torch.library.custom_op('frugalsr::packed_attention_gradients', mutates_args=())
+@operation('packed_attention_gradients')
 def fast_packed_gradients(
     grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

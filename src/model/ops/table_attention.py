@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.ops.cached_attention import CACHED_LOGITS, LEAST_QUERIES, LOG2_E, in_range, is_for_kernel
-from model.ops.fast import by_llvm
+from model.ops.fast import by_llvm, operation
 
 
 def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -25,7 +25,7 @@ def table_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float)
     return (fast_by_rows if rows_are_vectors and is_for_kernel(q, *q.shape[1::2]) else by_rows)(q, k, v, bias, scale)
 
 
-@torch.library.custom_op('frugalsr::table_attention', mutates_args=())
+@operation('table_attention')
 def fast_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
     return by_llvm('cached_attention', by_rows, q, k, v, bias, scale)

@@ -11,8 +11,9 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from model.ops.fast import operation
 from model.ops.llvm.code import INT, Kernel, lanes
-from model.ops.llvm.planes import Planes, Vectors, call, divisor, most_of_tile
+from model.ops.llvm.planes import Tiles, Vectors, call, divisor, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in registers
@@ -22,7 +23,7 @@ SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in 
 def sums_kernel(channels: int, heads: int, lanes: int) -> Kernel:
     """Values of a tile, and sums over its pixels of the products of queries and keys, and of the squares of both."""
     names = 'x', 'scale', 'shift', 'project_in', 'depthwise', 'values', 'products', 'squares'
-    code = Planes(names, lanes, SIZE // 2)
+    code = Tiles(names, lanes, SIZE // 2)
     to, per_head = code.to, channels // heads
     project_in, depthwise, products, squares = (code.pointer(name) for name in (*names[3:5], *names[6:]))
     mask, normed, projected, filtered = 0, 1, 1 + channels, 1 + 2 * channels
@@ -96,7 +97,7 @@ def sums_kernel(channels: int, heads: int, lanes: int) -> Kernel:
 @cache
 def mix_kernel(channels: int, lanes: int) -> Kernel:
     """What a tile's map makes of the values, plus the input."""
-    code = Planes(('x', 'values', 'maps', 'out'), lanes, 0)
+    code = Tiles(('x', 'values', 'maps', 'out'), lanes, 0)
 
     def tile() -> None:
         weight = code.at(code.pointer('maps'), code.to.mul(code.tile, INT(channels**2)))
@@ -108,7 +109,7 @@ def mix_kernel(channels: int, lanes: int) -> Kernel:
     return Kernel(code)
 
 
-@torch.library.custom_op('frugalsr::channel_attention_sums', mutates_args=())
+@operation('channel_attention_sums')
 def sums_of_tiles(
     x: Tensor,
     scale: Tensor,
@@ -131,7 +132,7 @@ def sums_of_tiles(
     return values, products, squares
 
 
-@torch.library.custom_op('frugalsr::channel_attention_mix', mutates_args=())
+@operation('channel_attention_mix')
 def mixed_tiles(x: Tensor, values: Tensor, maps: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
     """Maps (T, C, C) of the tiles times their values, plus x."""
     channels, out = x.shape[1], torch.empty_like(x)
@@ -154,8 +155,8 @@ def channel_attention(
     x = x.contiguous(memory_format=torch.channels_last)
     rows, columns, inside = layout(x, *most_of_tile(x.shape[1]))
     grid = [[*(part.start for part in parts), parts[-1].stop] for parts in (rows, columns)]
-    weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
-    values, *sums = sums_of_tiles(x, *weights[:2], epsilon, *weights[2:], heads, *grid)
+    scale, shift, project_in, depthwise = (weight.contiguous() for weight in (scale, shift, project_in, depthwise))
+    values, *sums = sums_of_tiles(x, scale, shift, epsilon, project_in, depthwise, heads, grid[0], grid[1])
     products, squares = (t.unflatten(0, (-1, len(x))) for t in sums)
     maps = from_sums(products, squares, inside)
-    return mixed_tiles(x, values, maps.flatten(0, 1).mT.contiguous(), *grid)
+    return mixed_tiles(x, values, maps.flatten(0, 1).mT.contiguous(), grid[0], grid[1])

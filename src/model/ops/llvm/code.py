@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -321,19 +322,20 @@ class Kernel:
             memory: numbers of float32 that each thread needs.
             factor: see `Code`.
         """
-        arguments = (ctypes.c_int64 * len(given))(*(x if isinstance(x, int) else x.data_ptr() for x in given))
-        threads = torch.get_num_threads()
-        memories = torch.empty(threads, memory)
-        if threads > 1 and self._openmp:
+        arguments = array('q', [x if isinstance(x, int) else x.data_ptr() for x in given])
+        threads, place = torch.get_num_threads(), arguments.buffer_info()[0]
+        memories = torch.empty(threads * memory)
+        first = memories.data_ptr()
+        if threads == 1:
+            self._run(place, first, factor)
+        elif self._openmp:
             (bits,) = struct.unpack('i', struct.pack('f', factor))
-            team = (ctypes.c_int64 * 4)(address(arguments), memories.data_ptr(), 4 * memory, bits)
-            self._openmp.GOMP_parallel(self._member, address(team), threads, 0)
-            return
-        work = [(arguments, x.data_ptr(), factor) for x in memories]
-        others = [pool(threads).submit(self._run, *x) for x in work[1:]]
-        self._run(*work[0])
-        for other in others:
-            other.result()
+            team = array('q', [place, first, 4 * memory, bits])
+            self._openmp.GOMP_parallel(self._member, team.buffer_info()[0], threads, 0)
+        else:
+            starts = range(first, first + 4 * threads * memory, 4 * memory)
+            for work in [pool(threads).submit(self._run, place, start, factor) for start in starts]:
+                work.result()
 
 
 @cache

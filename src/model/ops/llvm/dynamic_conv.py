@@ -10,8 +10,9 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from model.ops.fast import operation
 from model.ops.llvm.code import INT, Kernel, lanes
-from model.ops.llvm.planes import Planes, Vectors, call
+from model.ops.llvm.planes import Tiles, Vectors, call
 
 WEIGHTS = (
     'scale', 'shift', 'project_in', 'project_out', 'squeeze', 'squeeze_bias', 'depthwise', 'depthwise_bias',
@@ -22,7 +23,7 @@ WEIGHTS = (
 @cache
 def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Kernel:
     border = size // 2
-    code = Planes(('x', 'out', *WEIGHTS), lanes, border)
+    code = Tiles(('x', 'out', *WEIGHTS), lanes, border)
     to, pointers = code.to, {name: code.pointer(name) for name in WEIGHTS}
     mask, first, second, squeezed, features = 0, 1, 1 + channels, 1 + 2 * channels, 1 + 2 * channels + hidden
 
@@ -72,7 +73,7 @@ def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Ke
     return Kernel(code)
 
 
-@torch.library.custom_op('frugalsr::local_attention', mutates_args=())
+@operation('local_attention')
 def local_attention(
     x: Tensor,
     scale: Tensor,

@@ -1,14 +1,15 @@
-"""Chains of layers on maps in channels_last memory, a tile of the image at a time, in a CPU's cache: written in LLVM.
+"""Chains of layers on maps in channels_last memory, a few pixels at a time, in a CPU's cache: written in LLVM.
 
-A tile is read into planes, one a channel, with a border of the pixels around it, zeros outside the image. Rows follow
-one another without gaps, so that a layer is a loop over one line of pixels, vector by vector, and no width wastes much
-of a vector: what stands at the border is computed too, and not written. A filter reads at fixed distances, and puts its
-result where the upper left of what it met was.
+They are read into planes, one a channel, so that a layer is a loop over one line of pixels, vector by vector. A tile of
+the image has a border of the pixels around it, zeros outside the image. Its rows follow one another without gaps, and
+no width wastes much of a vector: what stands at the border is anything, and not written. A filter reads at fixed
+distances, and puts its result where the upper left of what it met was.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +22,13 @@ from model.ops.llvm.product import product as multiply
 
 GEOMETRY = ('counter', 'zeros', 'tiles', 'count', 'height', 'width', 'plane')
 ROWS = 16  # of a tile
+AT_ONCE = 4  # rows of a filter
+KEPT = 9  # numbers of a filter that stay in registers
 VALUES = 2**16  # of a tile of a map
 BEHIND = 96  # values that may be read behind the end of a plane: the vectors of a loop
 Vectors = list[ir.Value]
+Start = Callable[[ir.Value, ir.Value], ir.Value]  # of the number of a plane, and a place
+Finish = Callable[[ir.Value, ir.Value, ir.Value], ir.Value]  # of these, and a vector
 
 
 def divisor(count: int, most: int) -> int:
@@ -32,24 +37,18 @@ def divisor(count: int, most: int) -> int:
 
 
 class Planes(Code):
-    """Code for tiles whose planes are in the memory of a thread.
+    """Code for pixels whose planes are in the memory of a thread.
 
-    Args:
-        names: of arguments beyond `GEOMETRY`.
-        border: pixels around a tile.
-
-    Attributes:
-        tile: the number of the tile.
-        rows, columns: of its pixels.
-        inner, whole: places in a plane before the end of its rows, without the border and with it.
+    Of what it is given `zeros` are as many numbers as a map has channels, and `plane` says how far planes are apart.
     """
 
-    Start = Callable[[ir.Value, ir.Value], ir.Value]  # of the number of a plane, and a place
-    Finish = Callable[[ir.Value, ir.Value, ir.Value], ir.Value]  # of these, and a vector
+    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
+        """`body` for every vector of pixels, and of `border` around them.
 
-    def __init__(self, names: Sequence[str], lanes: int, border: int) -> None:
-        super().__init__((*GEOMETRY, *names), lanes)
-        self.border = border
+        It is given the place of the first one in a plane, the places of all in a map of `channels`, and which of them
+        there are.
+        """
+        raise NotImplementedError
 
     def plane(self, index: ir.Value | int, place: ir.Value) -> ir.Value:
         """Pointer to a place in a plane."""
@@ -67,52 +66,6 @@ class Planes(Code):
         """A number in memory, in all lanes."""
         return self.spread(self.to.load(self.at(pointer, offset if isinstance(offset, ir.Value) else INT(offset))))
 
-    def tiles(self, body: Callable[[], None]) -> None:
-        """Write the rest: `body` for every tile."""
-
-        def tile(number: ir.Value) -> None:
-            row = self.at(self.pointer('tiles', INT), self.to.mul(number, INT(5)))
-            self.tile = number
-            self.image, self.top, self.left, self.rows, self.columns = (
-                self.to.load(self.at(row, INT(i))) for i in range(5)
-            )
-            self.width = self.to.add(self.columns, INT(2 * self.border))  # of a row of a plane
-            self.inner = self.to.mul(self.rows, self.width)
-            self.whole = self.to.mul(self.to.add(self.rows, INT(2 * self.border)), self.width)
-            body()
-
-        self.tasks(self.pointer('counter', INT), self.given['count'], tile)
-
-    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
-        """`body` for every vector of pixels of the tile and `border` around it.
-
-        It is given the place of the first one in a plane, the places of all in a map of `channels`, and which of them
-        there are: in the tile or its border, and in the image.
-        """
-        to, given = self.to, self.given
-
-        def row(i: ir.Value, _: Vectors) -> Vectors:
-            y = to.add(self.top, to.sub(i, INT(border)))
-            in_height = to.icmp_unsigned('<', y, given['height'])
-            stop = to.add(self.columns, INT(2 * border))
-
-            def vector(j: ir.Value, _: Vectors) -> Vectors:
-                x = to.add(self.left, to.sub(j, INT(border)))
-                first = self.offset((self.image, given['height'], given['width']), (y, given['width']), (x,))
-                offsets, inside = [], []
-                for lane in range(self.lanes):
-                    offsets.append(to.mul(to.add(first, INT(lane)), INT(channels)))
-                    in_width = to.icmp_unsigned('<', to.add(x, INT(lane)), given['width'])
-                    in_tile = to.icmp_signed('<', to.add(j, INT(lane)), stop)
-                    inside.append(to.and_(in_height, to.and_(in_width, in_tile)))
-                body(to.add(to.mul(i, self.width), j), offsets, inside)
-                return []
-
-            self.loop(INT(0), stop, self.lanes, vector)
-            return []
-
-        self.loop(INT(0), to.add(self.rows, INT(2 * border)), 1, row)
-
     def parts(self, channels: int, body: Callable[[ir.Value, int], None]) -> None:
         """`body` for the channels of a pixel, as many at a time as a vector holds: the first one, and how many."""
         rest = channels % self.lanes
@@ -126,7 +79,7 @@ class Planes(Code):
             body(INT(channels - rest), rest)
 
     def read(self, tensor: str, channels: int, planes: int, border: int, mask: int | None = None) -> None:
-        """The tile and `border` around it into `planes`; into the plane `mask` 1 where the image is, 0 outside."""
+        """The pixels and `border` around them into `planes`; into the plane `mask` 1 where the image is, 0 outside."""
         source, zeros = self.pointer(tensor), self.pointer('zeros')
 
         def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
@@ -149,9 +102,20 @@ class Planes(Code):
 
         self.pixels(border, channels, vector)
 
-    def write(self, tensor: str, channels: int, planes: int, plus: str | None = None) -> None:
-        """The tile from `planes` to a map, plus what another map has there. The first plane is no longer needed."""
-        target, spare = self.pointer(tensor), self.memory  # to which pixels go that there are not
+    def write(
+        self,
+        tensor: str,
+        channels: int,
+        planes: int,
+        plus: str | None = None,
+        of: tuple[int, ir.Value] | None = None,
+    ) -> None:
+        """The pixels from `planes` to a map, plus what another map has there. The first plane is no longer needed.
+
+        `of` says how many channels the map has, if these are not all of it, and which is the first of these.
+        """
+        step, first = of or (channels, INT(0))
+        target, spare = self.at(self.pointer(tensor), first), self.memory  # to which pixels go that there are not
 
         def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
             def pixels(pointer: ir.Value) -> Vectors:
@@ -170,12 +134,7 @@ class Planes(Code):
 
             self.parts(channels, part)
 
-        self.pixels(0, channels, vector)
-
-    def inside(self, column: ir.Value) -> ir.Value:
-        """Which numbers of a vector from a column of the tile on are in the tile."""
-        left = self.spread(self.to.sitofp(self.to.sub(self.columns, column), FLOAT))
-        return self.to.fcmp_ordered('<', self.vector_type([float(i) for i in range(self.lanes)]), left)
+        self.pixels(0, step, vector)
 
     def lines(self, length: ir.Value, count: int, body: Callable[[Vectors], None]) -> None:
         """`body` for every `count` vectors of the first pixels of a plane, given their places."""
@@ -186,8 +145,8 @@ class Planes(Code):
 
         self.loop(INT(0), length, count * self.lanes, vectors)
 
-    def norm(self, scale: str, shift: str, channels: int, planes: int, mask: int, length: ir.Value) -> None:
-        """Layer normalisation of each pixel over `channels`, in place; 0 outside the image."""
+    def norm(self, scale: str, shift: str, channels: int, planes: int, mask: int | None, length: ir.Value) -> None:
+        """Layer normalisation of each pixel over `channels`, in place; 0 outside the image, as a plane shows it."""
         to = self.to
         pointers, share = [self.pointer(name) for name in (scale, shift)], self.vector(1 / channels)
         epsilon = self.spread(self.factor)
@@ -212,7 +171,8 @@ class Planes(Code):
             factors = [
                 to.fdiv(self.vector(1), self.sqrt(to.fadd(variance, epsilon))) for variance in over_channels(squares)
             ]
-            known = [self.load(self.plane(mask, place), self.lanes) for place in places]
+            ones = [self.vector(1)] * len(places)
+            known = ones if mask is None else [self.load(self.plane(mask, place), self.lanes) for place in places]
 
             def channel(i: ir.Value, _: Vectors) -> Vectors:
                 weight, bias = (self.number(pointer, i) for pointer in pointers)
@@ -235,6 +195,7 @@ class Planes(Code):
         sizes: tuple[int, int],
         length: ir.Value,
         start: Start | None = None,
+        finish: Finish = lambda i, place, x: x,
     ) -> None:
         """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, to those from `target` on.
 
@@ -242,6 +203,7 @@ class Planes(Code):
             sizes: planes that go in, and out.
             length: places, from the first on.
             start: what they are added to, of the number of a row, and a place.
+            finish: what is stored, of these and the result.
         """
         most, vectors = BLOCKS[self.lanes]
         ins, outs = sizes
@@ -256,13 +218,78 @@ class Planes(Code):
                 pointers = [self.at(weight, self.to.mul(i, INT(width))) for i in numbers]
                 found = multiply(self, pointers, columns, self.given['plane'], INT(ins), sums)
                 for i, x in enumerate(found):
-                    index = self.to.add(INT(target), numbers[i // vectors])
-                    self.store(x, self.plane(index, places[i % vectors]))
+                    number, place = numbers[i // vectors], places[i % vectors]
+                    self.store(finish(number, place, x), self.plane(self.to.add(INT(target), number), place))
                 return []
 
             self.loop(INT(0), INT(outs), count, rows)
 
         self.lines(length, vectors, pixels)
+
+
+class Tiles(Planes):
+    """Code for tiles of an image.
+
+    Args:
+        names: of arguments beyond `GEOMETRY`.
+        border: pixels around a tile.
+
+    Attributes:
+        tile: the number of the tile.
+        rows, columns: of its pixels.
+        inner, whole: places in a plane before the end of its rows, without the border and with it.
+    """
+
+    def __init__(self, names: Sequence[str], lanes: int, border: int) -> None:
+        super().__init__((*GEOMETRY, *names), lanes)
+        self.border = border
+
+    def tiles(self, body: Callable[[], None]) -> None:
+        """Write the rest: `body` for every tile."""
+
+        def tile(number: ir.Value) -> None:
+            row = self.at(self.pointer('tiles', INT), self.to.mul(number, INT(5)))
+            self.tile = number
+            self.image, self.top, self.left, self.rows, self.columns = (
+                self.to.load(self.at(row, INT(i))) for i in range(5)
+            )
+            self.width = self.to.add(self.columns, INT(2 * self.border))  # of a row of a plane
+            self.inner = self.to.mul(self.rows, self.width)
+            self.whole = self.to.mul(self.to.add(self.rows, INT(2 * self.border)), self.width)
+            body()
+
+        self.tasks(self.pointer('counter', INT), self.given['count'], tile)
+
+    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
+        """See `Planes`: there are those in the tile or its border, and in the image."""
+        to, given = self.to, self.given
+
+        def row(i: ir.Value, _: Vectors) -> Vectors:
+            y = to.add(self.top, to.sub(i, INT(border)))
+            in_height = to.icmp_unsigned('<', y, given['height'])
+            stop = to.add(self.columns, INT(2 * border))
+
+            def vector(j: ir.Value, _: Vectors) -> Vectors:
+                x = to.add(self.left, to.sub(j, INT(border)))
+                first = self.offset((self.image, given['height'], given['width']), (y, given['width']), (x,))
+                offsets, inside = [], []
+                for lane in range(self.lanes):
+                    offsets.append(to.mul(to.add(first, INT(lane)), INT(channels)))
+                    in_width = to.icmp_unsigned('<', to.add(x, INT(lane)), given['width'])
+                    in_tile = to.icmp_signed('<', to.add(j, INT(lane)), stop)
+                    inside.append(to.and_(in_height, to.and_(in_width, in_tile)))
+                body(to.add(to.mul(i, self.width), j), offsets, inside)
+                return []
+
+            self.loop(INT(0), stop, self.lanes, vector)
+            return []
+
+        self.loop(INT(0), to.add(self.rows, INT(2 * border)), 1, row)
+
+    def inside(self, column: ir.Value) -> ir.Value:
+        """Which numbers of a vector from a column of the tile on are in the tile."""
+        left = self.spread(self.to.sitofp(self.to.sub(self.columns, column), FLOAT))
+        return self.to.fcmp_ordered('<', self.vector_type([float(i) for i in range(self.lanes)]), left)
 
     def around(self, plane: ir.Value | int, place: ir.Value, i: ir.Value | int, size: int) -> Vectors:
         """What row i of a filter of `size` meets, column by column."""
@@ -284,23 +311,37 @@ class Planes(Code):
 
         Args:
             start: what it is added to, of the number of a plane, and a place.
-            finish: what is stored, of these and the result.
+            finish: what is stored, of these and the result; asked for again where rows meet, with the same result.
         """
 
         def channel(i: ir.Value, _: Vectors) -> Vectors:
-            numbers = self.at(weight, self.to.mul(i, INT(size**2)))
+            numbers, plane = self.at(weight, self.to.mul(i, INT(size**2))), self.to.add(i, INT(source))
+            kept = [self.number(numbers, n) for n in range(size**2)] if size**2 <= KEPT else []
 
-            def pixels(places: Vectors) -> None:
-                sums = [(start or self.zero)(i, place) for place in places]
-                for row in range(size):
-                    near = [self.around(self.to.add(i, INT(source)), place, row, size) for place in places]
-                    for j in range(size):
-                        number = self.number(numbers, row * size + j)
-                        sums = [self.multiply_add(number, x[j], total) for x, total in zip(near, sums, strict=True)]
-                for place, x in zip(places, sums, strict=True):
-                    self.store(finish(i, place, x), self.plane(self.to.add(i, INT(target)), place))
+            def rows(count: int, y: ir.Value, _: Vectors) -> Vectors:
+                """`count` rows at once, for which what they have in common is read once."""
+                first = self.to.mul(y, self.width)
 
-            self.lines(self.inner, 2, pixels)
+                def vector(x: ir.Value, _: Vectors) -> Vectors:
+                    places = [self.offset((INT(row), self.width), (first,), (x,)) for row in range(count)]
+                    sums = [(start or self.zero)(i, place) for place in places]
+                    for row in range(count + size - 1):
+                        near = self.around(plane, places[0], row, size)
+                        for n in range(max(0, row - size + 1), min(count, row + 1)):
+                            for column, x in enumerate(near):
+                                number = (row - n) * size + column
+                                factor = kept[number] if kept else self.number(numbers, number)
+                                sums[n] = self.multiply_add(factor, x, sums[n])
+                    for place, x in zip(places, sums, strict=True):
+                        self.store(finish(i, place, x), self.plane(self.to.add(i, INT(target)), place))
+                    return []
+
+                self.loop(INT(0), self.columns, self.lanes, vector)
+                return []
+
+            whole = self.to.sub(self.rows, self.to.srem(self.rows, INT(AT_ONCE)))
+            self.loop(INT(0), whole, AT_ONCE, partial(rows, AT_ONCE))
+            self.loop(whole, self.rows, 1, partial(rows, 1))
             return []
 
         self.loop(INT(0), INT(count), 1, channel)
@@ -317,11 +358,20 @@ def cuts(length: int, most: int) -> tuple[int, ...]:
     return tuple(length * i // count for i in range(count + 1))
 
 
-@lru_cache(maxsize=8)
-def tiles(n: int, rows: tuple[int, ...], columns: tuple[int, ...]) -> np.ndarray:
-    """Image, top, left, height and width of every tile of `n` images, (rows * columns * n, 5) int64."""
+class Tiling(NamedTuple):
+    """Image, top, left, height and width of every tile, (T, 5) int64, and where they are in memory."""
+
+    tiles: np.ndarray
+    address: int
+    most: int  # pixels of a tile, with its border
+
+
+@lru_cache(maxsize=16)
+def tiling(n: int, rows: tuple[int, ...], columns: tuple[int, ...], border: int) -> Tiling:
+    """Of `n` images, given where rows and columns of tiles begin, and the end."""
     places = product(pairwise(rows), pairwise(columns), range(n))
-    return np.array([(i, y, x, y_stop - y, x_stop - x) for (y, y_stop), (x, x_stop), i in places], np.int64)
+    tiles = np.array([(i, y, x, y_stop - y, x_stop - x) for (y, y_stop), (x, x_stop), i in places], np.int64)
+    return Tiling(tiles, tiles.ctypes.data, int((tiles[:, 3:] + 2 * border).prod(1).max()))
 
 
 def call(
@@ -344,8 +394,10 @@ def call(
         factor: see `Code`.
     """
     n, channels, height, width = like.shape
-    found = tiles(n, *(tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels))))
-    size = max(int((found[:, 3:] + 2 * border).prod(1).max()), channels) + 2 * border
+    rows, columns = (tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels)))
+    found = tiling(n, rows, columns, border)
+    size = max(found.most, channels) + 2 * border
     plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
     counter, zeros = torch.zeros(1, dtype=torch.int64), like.new_zeros(channels)
-    kernel([counter, zeros, found.ctypes.data, len(found), height, width, plane, *arguments], planes * plane, factor)
+    geometry = counter, zeros, found.address, len(found.tiles), height, width, plane
+    kernel([*geometry, *arguments], planes * plane, factor)

@@ -18,14 +18,15 @@ def product(
     step: ir.Value,
     count: ir.Value,
     sums: Sequence[ir.Value],
+    row_step: ir.Value | None = None,
 ) -> list[ir.Value]:
     """Write the product of a few rows and a few vectors of columns: `sums` and, over all k, rows[k] * columns[k].
 
     Args:
         code: what is being written.
-        rows: R pointers, each to `count` numbers that follow one another.
+        rows: R pointers, each to `count` numbers that are `row_step` apart, or follow one another.
         columns: V pointers, each to `count` vectors that are `step` numbers apart.
-        step: an integer.
+        step, row_step: integers.
         count: an integer, 0 or more.
         sums: R * V vectors, those of the first row first. `BLOCKS` has numbers of both that are fast.
 
@@ -34,9 +35,9 @@ def product(
     """
 
     def add(k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        place = code.to.mul(k, step)
+        place, of_row = code.to.mul(k, step), code.to.mul(k, row_step or INT(1))
         vectors = [code.load(code.at(column, place), code.lanes) for column in columns]
-        numbers = [code.spread(code.to.load(code.at(row, k))) for row in rows]
+        numbers = [code.spread(code.to.load(code.at(row, of_row))) for row in rows]
         pairs = ((number, vector) for number in numbers for vector in vectors)
         return [code.multiply_add(*pair, total) for pair, total in zip(pairs, sums, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Blocks of DLGSANet by kernels, against the same blocks in float64, which are PyTorch's operations."""
+"""Blocks of DLGSANet, OmniSR and ASID by kernels, against the same in float64, which are PyTorch's operations."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,14 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from measure.speed import by_kind, clocked
-from model import build
-from model.blocks.pixels import GatedFFN, LayerNorm2d
+from model import asid, build, omnisr
+from model.blocks.pixels import ChannelAttention, GatedFFN, LayerNorm2d, LocalBlock, attention_cell
 from model.dlgsanet import DynamicLocalAttention, SparseGlobalAttention
 from model.ops import fast
-from model.ops.llvm import channel_attention, dynamic_conv, gated_ffn, planes
+from model.ops.llvm import (
+    channel_attention,
+    dynamic_conv,
+    fused_linear,
+    gated_ffn,
+    local_block,
+    planes,
+    window_attention,
+    window_channel_attention,
+)
 from tests.conftest import numbers, slow
 
 CLOSE = 1e-5  # of the largest value
+WINDOW = 3  # pixels a side, of which an image holds whole ones
+
+
+class Convolutional(LocalBlock):
+    """Called as the others are."""
+
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
+        del norm, residual
+        return super().forward(x)
+
+
+class Shared(nn.Module):
+    """ASID's attention of the first group, and then that of another one with the same map."""
+
+    def __init__(self, n_feats: int, window_size: int, strided: bool) -> None:
+        super().__init__()
+        self.first, self.other = asid.WindowAttention(n_feats, window_size), asid.SharedAttention(n_feats)
+        self.window_size, self.strided = window_size, strided
+
+    def forward(self, x: Tensor, norm: LayerNorm2d, residual: bool) -> Tensor:
+        cells = asid.Cells(attention_cell(x, self.window_size, self.strided), self.strided)
+        x, attention_map = self.first(x, norm, None, cells)
+        return self.other(x, norm, attention_map, cells)[0]
+
+
 BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     'FFN': (12, lambda c: GatedFFN(c, 20)),
     'FFN of primes': (5, lambda c: GatedFFN(c, 7)),
@@ -26,8 +60,26 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     'local 1x1, one group': (6, lambda c: DynamicLocalAttention(c, 6, 1)),
     'global': (12, lambda c: SparseGlobalAttention(c, 3, 5)),
     'global, 5 channels a head': (10, lambda c: SparseGlobalAttention(c, 2, 40)),
+    'convolutional': (12, Convolutional),
+    'convolutional, of a prime': (5, Convolutional),
+    'window channels': (16, lambda c: ChannelAttention(c, 1, WINDOW, strided=False)),
+    'window channels, strided': (10, lambda c: ChannelAttention(c, 2, WINDOW, strided=True)),
+    'window channels, many': (51, lambda c: ChannelAttention(c, 3, WINDOW, strided=True)),
+    'window pixels': (16, lambda c: omnisr.WindowAttention(c, 2, WINDOW, strided=False)),
+    'window pixels, strided': (15, lambda c: omnisr.WindowAttention(c, 3, WINDOW, strided=True)),
+    'window map': (12, lambda c: Shared(c, WINDOW, strided=False)),
+    'window map, strided': (7, lambda c: Shared(c, WINDOW, strided=True)),
 }
-KINDS = ['FFN', 'local', 'global']
+KINDS = ['FFN', 'local', 'global', 'convolutional', 'window channels, strided', 'window pixels', 'window map']
+OPERATIONS = [
+    'gated_ffn',
+    'local_attention',
+    'channel_attention_sums',
+    'local_block',
+    'window_channel_attention',
+    'window_attention',
+    'window_attention_map',
+]
 SIZES = [(2, 9, 11), (1, 1, 1), (1, 3, 2), (1, 33, 37)]  # images, height, width: smaller than kernels, several tiles
 
 
@@ -40,7 +92,8 @@ def no_gradients() -> Iterator[None]:
 @pytest.fixture(params=[8, 16])
 def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Numbers in a vector: a machine without such registers takes several, or a part."""
-    for module in (channel_attention, dynamic_conv, gated_ffn):
+    of_windows = window_channel_attention, window_attention
+    for module in (channel_attention, dynamic_conv, gated_ffn, fused_linear, local_block, *of_windows):
         monkeypatch.setattr(module, 'lanes', lambda: request.param)
     return request.param
 
@@ -62,13 +115,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def make(name: str, *size: int) -> tuple[nn.Module, LayerNorm2d, Tensor]:
-    """A block, the norm before it, and maps of a number of images, height and width."""
+    """A block, the norm before it, and maps of a number of images, height and width, or of so many windows."""
     torch.manual_seed(0)
     channels, block = BLOCKS[name]
     norm = LayerNorm2d(channels, 1e-5)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    images, height, width = size
+    images, *sides = size
+    height, width = (side * WINDOW if name.startswith('window') else side for side in sides)
     return block(channels).eval(), norm, numbers(images, channels, height, width).float() + 0.5
 
 
@@ -88,7 +142,7 @@ def test_equals_the_plain_form(name: str, size: tuple[int, ...], lanes: int, cal
     found = block(x, norm, residual=True)
     check(found, plain(block, norm, x))
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert len(calls) == 1
+    assert len(calls) == (3 if name.startswith('window map') else 1)
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -151,8 +205,9 @@ def test_other_calls_take_the_plain_form(name: str, calls: list[str], monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, 'is_tracing', lambda: True)
         check(block(x, norm, residual=True), truth)
-    doubled = deepcopy(block).double()
-    torch.testing.assert_close(x + doubled(deepcopy(norm).double()(x.double())), truth, rtol=0, atol=1e-12)
+    if name not in ('convolutional', 'window map'):  # which have no norm, or always
+        doubled = deepcopy(block).double()
+        torch.testing.assert_close(x + doubled(deepcopy(norm).double()(x.double())), truth, rtol=0, atol=1e-12)
     assert not calls
     check(block(x, norm, residual=True), truth)
     assert calls
@@ -167,13 +222,26 @@ def test_a_whole_network_gives_the_same_with_kernels_and_without(
     torch.manual_seed(0)
     net, x = build(name, 4).eval(), numbers(1, 3, *size).float().sigmoid()
     found = net(x)
-    assert len(calls) == 4 * sum(type(module) is DynamicLocalAttention for module in net.modules())
+    of_blocks = [call for call in calls if call != 'llvm.fused_conv']
+    assert len(of_blocks) == 4 * sum(type(module) is DynamicLocalAttention for module in net.modules())
+    monkeypatch.setattr(fast, 'wanted', False)
+    torch.testing.assert_close(found, net(x), rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize(('name', 'size'), [('ASID', (9, 50)), *slow(('OmniSR', (70, 21)))])
+def test_networks_with_windows_give_the_same_with_kernels_and_without(
+    name: str, size: tuple[int, int], calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, x = build(name, 4).eval(), numbers(2, 3, *size).float().sigmoid()
+    found = net(x)
+    assert {'llvm.gated_ffn', 'llvm.window_channel_attention', 'llvm.window_attention'} <= set(calls)
     monkeypatch.setattr(fast, 'wanted', False)
     torch.testing.assert_close(found, net(x), rtol=0, atol=CLOSE)
 
 
 def test_their_time_is_told_by_name() -> None:
-    for name, operation in zip(KINDS, ('gated_ffn', 'local_attention', 'channel_attention_sums'), strict=True):
+    for name, operation in zip(KINDS, OPERATIONS, strict=True):
         block, norm, x = make(name, 1, 9, 8)
         assert f'frugalsr::{operation}' in clocked(lambda: block(x, norm, residual=True))  # noqa: B023
     block, norm, x = make('FFN', 1, 9, 8)

@@ -36,6 +36,17 @@ def test_equals_the_product_in_float64(lanes: int, count: int) -> None:
     torch.testing.assert_close(found.double(), sums + rows @ columns, rtol=0, atol=1e-5)
 
 
+def test_rows_may_be_columns_of_a_matrix() -> None:
+    code = Code(('left', 'right', 'out'), 8)
+    rows, columns = [code.at(code.pointer('left'), INT(i)) for i in range(3)], [code.pointer('right')]
+    for i, x in enumerate(product(code, rows, columns, INT(8), INT(5), [code.vector(0)] * 3, INT(3))):
+        code.store(x, code.at(code.pointer('out'), INT(8 * i)))
+    code.to.ret_void()
+    left, right, out = numbers(5, 3), numbers(5, 8), torch.zeros(3, 8)
+    Kernel(code)([left.float(), right.float(), out], 1, 0.0)
+    torch.testing.assert_close(out.double(), left.mT @ right, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(('rows', 'vectors'), [(1, 1), (5, 3)])
 def test_other_shapes(rows: int, vectors: int) -> None:
     left, right = numbers(rows, 7), numbers(7, 8 * vectors)
