@@ -154,8 +154,8 @@ SMALL: Recipe = {
 # Ours: from the weights for clean images to those for photographs, in short runs
 PHOTO: Recipe = {
     'model': 'ASID', **TILES, 'degradation': 'photo', 'data_train': ['SR291', 'W216'], 'sampling': 'area',
-    'batch_size': 8, 'lr': 4e-4, 'schedule': 'cosine', 'decay_unit': 'steps', 'warmup': 100, 'weight_ema': 0.998,
-    'test_every': 500, 'epochs': 4,
+    'batch_size': 8, 'optimizer': 'MUON', 'lr': 5e-4, 'schedule': 'cosine', 'decay_unit': 'steps', 'warmup': 100,
+    'weight_ema': 0.998, 'test_every': 500, 'epochs': 6,
 }  # fmt: skip
 
 TEMPLATES: dict[str, Recipe] = {

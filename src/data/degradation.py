@@ -90,7 +90,7 @@ KINDS = {
     'poisson': Kind((0, 6), 0, 100, add_shot_noise),  # the same in white
     'jpeg': Kind((40, 95), 1, 100, compress, 2, BLOCK),  # quality; a decoder smooths colours over 2 pixels
 }
-PRESETS = {'photo': '0.5*blur0.2-1.2+0.5*noise0-6+0.8*jpeg40-95'}
+PRESETS = {'photo': '0.1*blur0.2-1+0.2*noise0-6+0.6*jpeg30-95'}
 
 
 @dataclass(frozen=True)
