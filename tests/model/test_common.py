@@ -82,10 +82,11 @@ def test_reflection_of_less_than_the_padding(n: int, expected: str) -> None:
 def test_a_picture_as_it_was_read_becomes_maps_in_channels_last_memory(name: str) -> None:
     """A single one in memory (H, W, 3), of whole windows: its strides fit both formats."""
     net, found = build(name, 4).eval(), []
-    layer = next(m for m in net.modules() if isinstance(m, nn.Conv2d) and m.out_channels > 3)
-    layer.register_forward_hook(lambda module, given, maps: found.append(maps.stride(1)))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.out_channels > 3:
+            layer.register_forward_hook(lambda module, given, maps: found.append(maps.stride(1)))
     picture = torch.rand(32, 48, 3).permute(2, 0, 1)
     with torch.no_grad():
         net(picture[None])
         net(picture[None, :, :16, 16:32])
-    assert found == [1, 1]
+    assert set(found) == {1}
