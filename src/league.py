@@ -114,7 +114,7 @@ def train(args: Namespace, name: str, recipe: Sequence[str]) -> None:
         what = (
             ['--load', name] if seconds else ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
         )
-        wall = left * pace
+        wall = max(0.1, left * pace)
         line = [*what, '--max_time', f'{wall:.1f}', '--save_dir', str(args.save_dir)]
         start = time.monotonic(), processor_seconds()
         program.run(option.parse(line), line)

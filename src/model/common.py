@@ -161,7 +161,13 @@ def ycbcr_to_rgb(ycbcr: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """Convolution that keeps height and width, of a dilation that is the same along both."""
+    """Convolution that keeps height and width (zero padding), of a dilation that is the same along both."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, dilation: int = 1
+    ) -> None:
+        padding = dilation * (kernel_size // 2)
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
 
     def forward(self, input: Tensor, **behind: Any) -> Tensor:
         """Maps (N, C, H, W), with what `fused_conv` takes behind it."""
@@ -176,8 +182,7 @@ def activated(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = True, dilation: int = 1) -> Conv:
     """Convolution that keeps height and width (zero padding)."""
-    padding = dilation * (kernel_size // 2)
-    return Conv(in_channels, out_channels, kernel_size, padding=padding, bias=bias, dilation=dilation)
+    return Conv(in_channels, out_channels, kernel_size, bias, dilation)
 
 
 def stacked(parts: int, layer: Layer) -> Layer:
@@ -228,7 +233,7 @@ class Float32Conv(Conv):
     """3x3 or 1x1 convolution in float32 or more, also under autocast: for pixels, of which bfloat16 keeps 8 bits."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        super().__init__(in_channels, out_channels, kernel_size)
 
     def forward(self, input: Tensor, **behind: Any) -> Tensor:
         with full_precision(input):

@@ -8,7 +8,7 @@ from error import UserError
 from model import NETWORKS, build
 from model.blocks.windows import relative_positions, window_partition
 from model.ops import progressive_attention
-from model.ops.progressive_attention import Kept, Whole, drain
+from model.ops.progressive_attention import Whole
 from model.pft import PFT, Layer, WindowAttention, recognise
 from tests.conftest import kept_for_gradients, numbers
 
@@ -162,13 +162,24 @@ def test_maps_over_all_keys_are_not_kept_for_the_gradients() -> None:
     assert max(tensor.numel() for tensor in kept) < 32 * 32 * SMALL['n_heads'] * 16
 
 
-def test_without_gradients_maps_are_given_up_one_by_one() -> None:
-    kept = [Kept(torch.zeros(1), torch.zeros(1)) for _ in range(3)]
-    with torch.no_grad():
-        left = [len(kept) for _ in drain(kept)]
-    assert left == [2, 1, 0]
-    kept = [Kept(torch.zeros(1), torch.zeros(1))]
-    assert list(drain(kept)) == kept
+def test_without_gradients_maps_are_given_up_one_by_one(monkeypatch) -> None:
+    """Of several groups of windows, each when what follows from it is made."""
+    monkeypatch.setattr(progressive_attention, 'AT_ONCE_CPU', 1)
+    left = []
+    function = progressive_attention.focused
+    windows, positions = window_partition(numbers(1, 1, HEIGHT, WIDTH), SIZE, 0), relative_positions(SIZE)
+    qkv, lepe = numbers(1, HEIGHT * WIDTH, 3 * CHANNELS), numbers(1, HEIGHT * WIDTH, CHANNELS)
+    first, second = attentions((6, 3))
+    for enabled, expected in ((False, [5, 4, 3, 2, 1, 0]), (True, [6] * 6)):
+        with torch.set_grad_enabled(enabled):
+            _, focus = first(qkv, lepe, positions, windows, None)
+            left.clear()
+            monkeypatch.setattr(
+                progressive_attention, 'focused', lambda *given, kept=focus: left.append(len(kept)) or function(*given)
+            )
+            second(qkv, lepe, positions, windows, focus)
+            monkeypatch.setattr(progressive_attention, 'focused', function)
+        assert left == expected
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ def operation(name: str) -> Callable[[Function], Function]:
 
     def named(function: Function) -> Function:
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
-        library.impl(name, function, 'CompositeExplicitAutograd')
+        library.impl(name, function, 'CPU')
         return getattr(torch.ops.frugalsr, name).default
 
     return named

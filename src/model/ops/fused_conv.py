@@ -37,7 +37,7 @@ def fused_conv(
 
     Returns:
         (N, C', H, W). A kernel takes maps in channels_last memory and gives such. Of normal numbers its results are
-        within 3e-6 of the largest one; a number that is not finite makes results up to three pixels away not finite.
+        within some 3e-6 of the largest one; a number that is not finite makes those up to three pixels away not finite.
     """
     run = fast_forward if is_for_kernel(x, weight, dilation, plus) else forward
     return run(x, weight, bias, dilation, slope, plus, factor)

@@ -61,7 +61,8 @@ def progressive_attention(
     Args:
         q, k, v: (L, heads, d), of all pixels of all images. Their products are multiplied by d^-0.5.
         table: biases of all heads by relative position, (n,), see `windows.relative_positions`.
-        positions: (T, T) int64, where in the table a query and a key find their bias.
+        positions: (T, T) int64, where in the table a query and a key find their bias; a kernel takes those of
+            `windows.relative_positions` instead.
         order: (L,) int64, the pixels window by window.
         inverse: (L,) int64, where each pixel stands in it.
         areas: (kinds, T) int32, by kind of window. A pixel sees hardly anything of other areas, see `APART`.
@@ -78,7 +79,8 @@ def progressive_attention(
     tokens = areas.shape[1]
     entries = before[0].logits.shape[-1] if before else tokens
     whole_blocks = not any(count % BLOCK for count in (tokens, entries, topk))
-    form = partial(by_llvm, 'progressive_attention', attend) if q.dtype == torch.float32 and whole_blocks else attend
+    is_float32 = all(x.dtype == torch.float32 for x in (q, k, v, table))
+    form = partial(by_llvm, 'progressive_attention', attend) if is_float32 and whole_blocks else attend
     out, kept = form(q, k, v, table, positions, order, inverse, areas, counts, before, topk)
     return out, Whole(q.contiguous(), k.contiguous(), table) if kept is None else kept
 
@@ -102,7 +104,8 @@ def attend(
     q, k, v = (x.index_select(0, order).unflatten(0, (-1, len(positions))) for x in (q * v.shape[-1] ** -0.5, k, v))
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     if before:
-        made = [focused(*part, bias, kept, topk) for part, kept in zip(parts, drain(split(before, sizes)), strict=True)]
+        given = drain(before if len(before) == len(sizes) else split(before, sizes))
+        made = [focused(*part, bias, listed(kept), topk) for part, kept in zip(parts, given, strict=True)]
     else:  # maps over all keys are not kept for the gradients but made again
         again = partial(checkpoint, focused, use_reentrant=False, preserve_rng_state=False)
         made = [again(*part, masked(bias, area), None, topk) for part, area in zip(parts, of_group, strict=True)]
@@ -149,8 +152,6 @@ def listed(kept: Kept) -> Kept:
 
 def split(kept: list[Kept], sizes: list[int]) -> list[Kept]:
     """Of as many windows each as `sizes` says, where a kernel has done all of them at once."""
-    if len(kept) == len(sizes):
-        return [*map(listed, kept)]
     return [Kept(*parts) for parts in zip(*(x.split(sizes) for x in listed(joined(kept))), strict=True)]
 
 

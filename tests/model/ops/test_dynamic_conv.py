@@ -156,7 +156,7 @@ def test_multiply_adds_of_the_dynamic_convolution_can_be_counted() -> None:
     assert count.total == 49 * out.numel()
 
 
-# The choice. That the kernels are right is tested in test_dynamic_conv_triton.py.
+# The choice. That the kernels are right is tested in triton/test_dynamic_conv.py.
 
 
 class Kernels:

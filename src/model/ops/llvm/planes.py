@@ -110,7 +110,9 @@ class Planes(Code):
         plus: str | None = None,
         of: tuple[int, ir.Value] | None = None,
     ) -> None:
-        """The pixels from `planes` to a map, plus what another map has there. The first plane is no longer needed.
+        """The pixels from `planes` to a map, plus what another map has there.
+
+        The first `channels` numbers of the memory are written over.
 
         `of` says how many channels the map has, if these are not all of it, and which is the first of these.
         """
@@ -311,7 +313,8 @@ class Tiles(Planes):
 
         Args:
             start: what it is added to, of the number of a plane, and a place.
-            finish: what is stored, of these and the result; asked for again where rows meet, with the same result.
+            finish: what is stored, of these and the result; asked for again where rows meet, and gives the same, as it
+                depends on the number of the plane and the place alone.
         """
 
         def channel(i: ir.Value, _: Vectors) -> Vectors:

@@ -23,7 +23,7 @@ BYTE, SHORT = ir.IntType(8), ir.IntType(16)
 ROWS, VECTORS = 4, 2  # of queries and of keys, of which a whole window's logits are made at once
 AHEAD = 4  # queries from the one at hand to the one whose entries are brought into the cache
 SUMS = 4  # in which values of a query are added up, since every addition waits for the one before
-BITS = 22  # behind the point of 1 / side, which is exact enough for windows of 64 x 64 tokens
+BITS = 22  # behind the point of 1 / side, which is exact enough for windows of up to `windows.MOST_WINDOW` a side
 NAMES = (
     'counter', 'q', 'k', 'v', 'out', 'order', 'table', 'areas', 'kinds', 'logits', 'keys', 'new_logits', 'new_keys',
     'windows', 'heads', 'tokens', 'side', 'entries', 'count', 'kept_window', 'kept_head', 'row', 'new_row', 'q_token',
@@ -440,17 +440,16 @@ def attend(
     new = old
     if narrow:  # a bit for each token where that is less than two bytes for each entry
         new = narrowed(old, count) if old else new_kept((windows, tokens, heads), count, tokens // 8 < 2 * count)
-    marked = (old or new or Kept(q, q)).keys.dtype == torch.uint8
+    some = old or new
+    marked = some is not None and some.keys.dtype == torch.uint8
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(pixels, heads, e)
     turned_table = F.pad(table.flip(0), (0, size))
     areas = F.pad(areas.flatten(), (0, size))
     kinds = torch.repeat_interleave(torch.tensor(counts))
-    rows = [0, 0, 0, 0]
-    if new:
-        by_window, new_row, by_head, _ = new.logits.stride()
-        rows = [by_window, by_head, old.logits.stride(1) if old else 0, new_row]
-    pointers = [torch.zeros(1, dtype=torch.int64), q, k, v, out, order, turned_table, areas, kinds]
+    by_window, new_row, by_head = new.logits.stride()[:3] if new else (0, 0, 0)
+    rows = [by_window, by_head, old.logits.stride(1) if old else 0, new_row]
+    pointers = [torch.zeros(1, dtype=torch.int64), q, k, v, out, order.contiguous(), turned_table, areas, kinds]
     pointers += [*(old or (0, 0)), *(new or (0, 0))]
     strides = [x for tensor in (q, k, v) for x in tensor.stride()[:2]]
     numbers = [windows, heads, tokens, isqrt(tokens), entries, count, *rows, *strides]
