@@ -34,7 +34,6 @@ from model.blocks.windows import (
     relative_position_bias_table,
     relative_positions,
     shift_areas,
-    shift_masks,
     window_attention,
 )
 from model.common import (
@@ -44,6 +43,7 @@ from model.common import (
     stacked,
 )
 from model.ops.fused_linear import Norm, fused_linear
+from model.ops.progressive_attention import area_masks
 
 NOMINAL_SIZE = 64  # of the input that the masks in the weights are for
 
@@ -113,7 +113,7 @@ def nominal_masks(window_size: int) -> Tensor:
     side = -(-NOMINAL_SIZE // window_size)
     last = torch.arange(side) == side - 1
     kind = 2 * last.long()[:, None] + last.long()
-    return shift_masks(shift_areas(window_size, window_size // 2), torch.float32)[kind.flatten()]
+    return area_masks(shift_areas(window_size, window_size // 2), torch.float32)[kind.flatten()]
 
 
 class ResidualGroup(nn.Module):

@@ -15,6 +15,7 @@ from model.common import at_least_float32, full_precision
 from model.ops.cached_attention import CACHED_LOGITS, cached_attention, is_for_kernel
 from model.ops.fast import has_llvm
 from model.ops.packed_attention import packed_attention
+from model.ops.progressive_attention import area_masks
 from model.ops.table_attention import table_attention
 
 MOST_WINDOW = 64  # pixels along the side of an attention window
@@ -175,12 +176,6 @@ def shift_areas(size: int, shift: int, device: torch.device | None = None, kinds
     return torch.stack([areas[kind] for kind in kinds])
 
 
-def shift_masks(areas: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the logits of a window, (kinds, T, T): -100 between pixels of different `shift_areas`, else 0."""
-    apart = areas.unsqueeze(2) != areas.unsqueeze(1)
-    return torch.zeros_like(apart, dtype=dtype).masked_fill_(apart, -100.0)
-
-
 class Windows(NamedTuple):
     """How a batch of images is cut into square windows of T pixels, windows with the same mask together."""
 
@@ -188,7 +183,7 @@ class Windows(NamedTuple):
     inverse: Tensor  # (N * H * W,) int64: where a row stands in `order`
     areas: Tensor  # (kinds, T) int32: see `shift_areas`
     counts: list[int]  # windows of each kind, in all images
-    masks: Tensor  # (kinds, T, T): see `shift_masks`
+    masks: Tensor  # (kinds, T, T): see `area_masks`
 
 
 def window_partition(like: Tensor, size: int, shift: int) -> Windows:
@@ -207,7 +202,7 @@ def window_partition(like: Tensor, size: int, shift: int) -> Windows:
     counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1] if shift else [rows * columns]
     used = [i for i, count in enumerate(counts) if count]
     areas = shift_areas(size, shift, like.device, used)
-    return Windows(order, inverse_of(order), areas, [n * counts[i] for i in used], shift_masks(areas, like.dtype))
+    return Windows(order, inverse_of(order), areas, [n * counts[i] for i in used], area_masks(areas, like.dtype))
 
 
 def plain_and_shifted(like: Tensor, size: int) -> list[Windows]:

@@ -108,15 +108,16 @@ def attend(
         made = [focused(*part, bias, listed(kept), topk) for part, kept in zip(parts, given, strict=True)]
     else:  # maps over all keys are not kept for the gradients but made again
         again = partial(checkpoint, focused, use_reentrant=False, preserve_rng_state=False)
-        made = [again(*part, masked(bias, area), None, topk) for part, area in zip(parts, of_group, strict=True)]
+        masks = (area_masks(area, bias.dtype) for area in of_group)
+        made = [again(*part, bias + mask, None, topk) for part, mask in zip(parts, masks, strict=True)]
     out, kept = zip(*made, strict=True)
     return torch.cat(out).flatten(0, 1).index_select(0, inverse), None if kept[0] is None else list(kept)
 
 
-def masked(bias: Tensor, area: Tensor) -> Tensor:
-    """Biases (T, T) less those of pixels in different areas (T,), or (B, T) to (B, T, T)."""
-    apart = area.unsqueeze(-1) != area.unsqueeze(-2)
-    return bias + torch.zeros_like(apart, dtype=bias.dtype).masked_fill_(apart, APART)
+def area_masks(areas: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the logits of a window, (..., T) to (..., T, T): `APART` between different areas, else 0."""
+    apart = areas.unsqueeze(-1) != areas.unsqueeze(-2)
+    return torch.zeros_like(apart, dtype=dtype).masked_fill_(apart, APART)
 
 
 def groups(areas: Tensor, counts: Sequence[int], heads: int) -> tuple[list[int], list[Tensor]]:
