@@ -1,6 +1,5 @@
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +15,9 @@ from model.ops import fused_conv as module
 from model.ops.fused_conv import fused_conv
 from model.ops.llvm import fused_conv as fused_conv_llvm
 from tests.conftest import numbers
+
+pytestmark = pytest.mark.usefixtures('no_gradients')
+KERNELS = (fused_conv_llvm,)
 
 CLOSE = 5e-6  # of the largest value
 BEHIND: dict[str, dict[str, Any]] = {
@@ -35,19 +37,6 @@ SIZES = {  # of the batch, channels in and out, height, width
     'to one channel': (1, 2, 1, 4, 30),
     'a row': (1, 33, 17, 1, 70),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Numbers in a vector: a machine without such registers takes several, or a part."""
-    monkeypatch.setattr(fused_conv_llvm, 'lanes', lambda: request.param)
-    return request.param
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,9 @@ from model.ops import fast
 from model.ops.fused_linear import fused_linear
 from model.ops.llvm import fused_linear as fused_linear_llvm
 from tests.conftest import numbers
+
+pytestmark = pytest.mark.usefixtures('no_gradients')
+KERNELS = (fused_linear_llvm,)
 
 CLOSE = 1e-5  # of the largest value
 # What stands around the layers: of the tensors that `tensors` makes, and flags.
@@ -34,19 +37,6 @@ SIZES = {  # pixels, channels before, between and behind the layers
     'odd': (61, 33, 47, 65),
     'one channel': (13, 1, 1, 1),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Numbers in a vector: a machine without such registers takes several, or a part."""
-    monkeypatch.setattr(fused_linear_llvm, 'lanes', lambda: request.param)
-    return request.param
 
 
 @pytest.fixture

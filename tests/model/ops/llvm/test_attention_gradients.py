@@ -13,9 +13,9 @@ from model.ops import fast
 from model.ops.cached_attention import cached_attention as attend
 from model.ops.llvm import cached_attention as cached_attention_llvm
 from tests.conftest import kept_for_gradients
-from tests.model.ops.llvm.test_cached_attention import CASES, CLOSE, counted, inputs, lanes, plain
+from tests.model.ops.llvm.test_cached_attention import CASES, CLOSE, counted, inputs, plain
 
-__all__ = ['lanes']  # a fixture
+KERNELS = (cached_attention_llvm,)
 CASES = CASES | {'many channels': (2, 20, 19, 1, 35, 40, 1)}
 
 

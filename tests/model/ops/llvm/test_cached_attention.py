@@ -1,7 +1,6 @@
 import logging
 import math
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +12,9 @@ from model.ops import fast
 from model.ops.cached_attention import cached_attention as attend
 from model.ops.llvm import cached_attention as cached_attention_llvm
 
+pytestmark = pytest.mark.usefixtures('no_gradients')
+KERNELS = (cached_attention_llvm,)
+
 CLOSE = 1e-5  # of the largest value
 CASES = {  # windows, queries, keys, heads, channels of keys and of values, kinds of masks
     'SwinIR-light': (5, 64, 64, 6, 10, 10, 2),
@@ -22,19 +24,6 @@ CASES = {  # windows, queries, keys, heads, channels of keys and of values, kind
     'one key': (2, 16, 1, 1, 1, 1, 1),
     'few keys': (2, 17, 3, 1, 3, 20, 0),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Numbers in a vector: a machine without such registers takes several, or a part."""
-    monkeypatch.setattr(cached_attention_llvm, 'lanes', lambda: request.param)
-    return request.param
 
 
 @pytest.fixture

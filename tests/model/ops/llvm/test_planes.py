@@ -26,6 +26,11 @@ from model.ops.llvm import (
 )
 from tests.conftest import numbers, slow
 
+pytestmark = pytest.mark.usefixtures('no_gradients')
+KERNELS = (
+    channel_attention, dynamic_conv, gated_ffn, fused_linear, local_block, window_channel_attention, window_attention,
+)  # fmt: skip
+
 CLOSE = 1e-5  # of the largest value
 WINDOW = 3  # pixels a side, of which an image holds whole ones
 
@@ -81,21 +86,6 @@ OPERATIONS = [
     'window_attention_map',
 ]
 SIZES = [(2, 9, 11), (1, 1, 1), (1, 3, 2), (1, 33, 37)]  # images, height, width: smaller than kernels, several tiles
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Numbers in a vector: a machine without such registers takes several, or a part."""
-    of_windows = window_channel_attention, window_attention
-    for module in (channel_attention, dynamic_conv, gated_ffn, fused_linear, local_block, *of_windows):
-        monkeypatch.setattr(module, 'lanes', lambda: request.param)
-    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,9 @@ from model.ops import fast
 from model.ops.llvm import progressive_attention as kernels
 from model.ops.progressive_attention import Kept, Whole, attend, joined, listed, progressive_attention
 
+pytestmark = pytest.mark.usefixtures('no_gradients')
+KERNELS = (kernels,)
+
 CLOSE = 1e-5  # of the largest value
 CASES = {  # side of a window, heads, channels of keys and of values, entries before (0: all tokens), entries kept
     'all keys': (8, 2, 13, 16, 0, 64),
@@ -21,18 +24,6 @@ CASES = {  # side of a window, heads, channels of keys and of values, entries be
     'few keys': (8, 1, 16, 16, 32, 64),
 }
 COUNTS = [2, 1]  # windows within the image, and in its corner
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=[8, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(kernels, 'lanes', lambda: request.param)
-    return request.param
 
 
 @pytest.fixture(params=[1, 2])
