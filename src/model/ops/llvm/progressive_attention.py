@@ -14,9 +14,9 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
-from model.ops.llvm.code import CACHE_LINE, FLOAT, INT, Code, Kernel, filled_up, lanes, size_of
+from model.ops.llvm.code import CACHE_LINE, FLOAT, INT, WORD, Code, Kernel, filled_up, lanes, size_of
 from model.ops.llvm.product import product
-from model.ops.llvm.selection import WORD, Selection, ordered, turned
+from model.ops.llvm.selection import Selection, ordered, turned
 from model.ops.progressive_attention import APART, Kept, joined, listed
 
 BYTE, SHORT = ir.IntType(8), ir.IntType(16)
