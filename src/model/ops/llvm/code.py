@@ -290,6 +290,7 @@ class Code:
         self.to.branch(head)
 
 
+@cache
 def host() -> tuple[str, str]:
     """Name and features of this machine's CPU."""
     return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()

@@ -4,7 +4,6 @@ A vector holds one channel of as many pixels as it has lanes. A kernel value of 
 the hidden features, which are in others, meets the channels of its group, and is forgotten.
 """
 
-
 import torch
 from llvmlite import ir
 from torch import Tensor

@@ -9,13 +9,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
-from functools import cache
+from functools import cache, wraps
 from hashlib import sha256
 from pathlib import Path
 from tempfile import mkstemp
-from typing import ParamSpec
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -25,7 +24,6 @@ from model.ops.llvm.code import Code, Kernel, host, object_file, openmp
 DAYS = 30  # after its last use a kernel is removed
 SUFFIX = '.kernel'
 
-Arguments = ParamSpec('Arguments')
 log = logging.getLogger('frugalsr')
 
 
@@ -40,17 +38,21 @@ def digest_of(folder: Path) -> str:
 SOURCES = digest_of(Path(__file__).parent.parent)  # as they are when the first kernel is wanted, not edited later
 
 
-def compiled(write: Callable[Arguments, Code]) -> Callable[Arguments, Kernel]:
-    """Makes a function that writes code one that gives its kernel, the same one for the same arguments."""
+def compiled(write: Callable[..., Code]) -> Callable[..., Kernel]:
+    """Makes a function that writes code one that gives its kernel, the same one for the same arguments.
+
+    The code may depend on nothing else but what stands in the source files of `model.ops`, and the CPU.
+    """
 
     @cache
-    def kernel(*given: Arguments.args, **named: Arguments.kwargs) -> Kernel:
-        what = write.__module__, write.__qualname__, given, named
+    @wraps(write)
+    def kernel(*arguments: Hashable) -> Kernel:
+        what = write.__module__, write.__qualname__, arguments
         by = SOURCES, llvmlite.__version__, llvm.llvm_version_info, llvm.get_process_triple(), host(), bool(openmp())
         path = place(sha256(repr((what, by)).encode()).hexdigest())
         content = load(path) if path else None
         if content is None:
-            content = object_file(write(*given, **named))
+            content = object_file(write(*arguments))
             if path:
                 store(path, content)
         return Kernel(content)
@@ -91,7 +93,7 @@ def find_folder() -> Path | None:
 
 
 def is_private(status: os.stat_result) -> bool:
-    """Whether a file or folder is this user's and nobody else can write to it; Windows sees to that by itself."""
+    """Whether a file or folder is this user's and nobody else may write to it; on Windows modes say nothing of that."""
     return sys.platform == 'win32' or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
 
 
@@ -127,9 +129,9 @@ def store(path: Path, content: bytes) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
+        sweep(path.parent)
     except OSError as error:
         log.debug('A kernel is not kept: %s', error)
-    sweep(path.parent)
 
 
 @cache
