@@ -297,7 +297,7 @@ def host() -> tuple[str, str]:
 
 
 def target_machine() -> llvm.TargetMachine:
-    """This machine, for an engine that may own it."""
+    """This machine as LLVM knows it; an engine takes it for its own."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     cpu, features = host()

@@ -1,8 +1,8 @@
 """Compiled kernels kept on disk: what one process has compiled, the next ones load.
 
 They are in the user's folder for caches, or below FRUGALSR_CACHE of the environment; with FRUGALSR_CACHE=off none is
-kept. As they run, they are taken only from a folder of this user in which nobody else can write. Where there is none,
-each process compiles for itself.
+kept. Since they are run as code, they are taken only from a folder of this user in which nobody else may write. Where
+there is none, each process compiles for itself.
 """
 
 import logging
@@ -97,7 +97,7 @@ def is_private(status: os.stat_result) -> bool:
     return sys.platform == 'win32' or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
 
 
-def digest(path: Path, content: bytes) -> bytes:
+def checksum(path: Path, content: bytes) -> bytes:
     """What stands before the content of a file, so that one that is damaged, or another one's, is found out."""
     return sha256(path.name.encode() + content).digest()
 
@@ -110,7 +110,7 @@ def load(path: Path) -> bytes | None:
             found, content = file.read(sha256().digest_size), file.read()
     except OSError:
         return None
-    if not private or found != digest(path, content):
+    if not private or found != checksum(path, content):
         log.debug('%s is damaged, or not of this user alone: the kernel is compiled again.', path)
         return None
     with suppress(OSError):
@@ -125,7 +125,7 @@ def store(path: Path, content: bytes) -> None:
         aside = Path(name)
         try:
             with os.fdopen(descriptor, 'wb') as file:
-                file.write(digest(path, content) + content)
+                file.write(checksum(path, content) + content)
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
