@@ -5,20 +5,21 @@ are read number by number from the first cache, and no logit is ever written. Fo
 have their rows of the map, and of the gradient by the logits, in the cache; no more of these is ever there.
 """
 
-from functools import cache, partial, reduce
+from functools import partial, reduce
 
 from llvmlite import ir
 
 from model.ops.llvm.attention_code import AttentionCode, Sums
-from model.ops.llvm.code import FLOAT, INT, Kernel, filled_up
+from model.ops.llvm.code import FLOAT, INT, Code, filled_up
+from model.ops.llvm.kernel_cache import compiled
 
 AT_ONCE = 64  # keys, whose powers are in the cache
 MOST = 2**80  # sum of powers, which times values up to 2^40 have their place in float32
 MOST_FOR_GRADIENTS = 2**32  # whose square is divided by
 
 
-@cache
-def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Kernel:
+@compiled
+def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
     """Attention of queries and keys of `d` channels and values of `e`: see `AttentionCode`."""
     code = AttentionCode(('q', 'k', 'v', 'out'), d, e, biased, lanes, parted=parted)
     to, given = code.to, code.given
@@ -67,11 +68,11 @@ def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Kernel:
         code.loop(INT(0), given['queries'], lanes, queries)
 
     code.tasks(code.pointer('counter', INT), to.mul(given['windows'], given['heads']), attend)
-    return Kernel(code)
+    return code
 
 
-@cache
-def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
+@compiled
+def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
     """Gradients of the attention that `kernel` computes.
 
     A task is a head and a part of the windows, which come one after the other and share what a bias has gathered.
@@ -201,4 +202,4 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
         code.loop(first, stop, 1, window)
 
     code.tasks(code.pointer('counter', INT), to.mul(given['heads'], given['parts']), attend)
-    return Kernel(code)
+    return code

@@ -309,25 +309,43 @@ class Code:
         self.to.branch(head)
 
 
-class Kernel:
-    """`Code` as a function of this machine."""
+@cache
+def host() -> tuple[str, str]:
+    """Name and features of this machine's CPU."""
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
-    def __init__(self, code: Code) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
+
+def target_machine() -> llvm.TargetMachine:
+    """This machine as LLVM knows it; an engine takes it for its own."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu, features = host()
+    return llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
+
+
+def object_file(code: Code) -> bytes:
+    """`Code` compiled for this machine, with `write_member` where there is OpenMP."""
+    if openmp():
+        write_member(code.module)
+    machine = target_machine()
+    module = llvm.parse_assembly(str(code.module))
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_unrolling = False  # is done where it pays
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return machine.emit_object(module)
+
+
+class Kernel:
+    """An `object_file` as a function of this process."""
+
+    def __init__(self, compiled: bytes) -> None:
+        machine = target_machine()
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(''), machine)  # which owns the function's memory
         self._openmp = openmp()
         if self._openmp:
             llvm.add_symbol('omp_get_thread_num', address(self._openmp.omp_get_thread_num))
-            write_member(code.module)
-        module = llvm.parse_assembly(str(code.module))
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-        )
-        options = llvm.create_pipeline_tuning_options(speed_level=2)
-        options.loop_unrolling = False  # is done where it pays
-        builder = llvm.create_pass_builder(machine, options)
-        builder.getModulePassManager().run(module, builder)
-        self._engine = llvm.create_mcjit_compiler(module, machine)  # which owns the memory of the function
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(compiled))
         self._engine.finalize_object()
         function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float)
         self._run = function(self._engine.get_function_address('run'))

@@ -4,14 +4,15 @@ A few rows at a time, each the channels of a pixel, are read, go through all of 
 """
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, layer, packed
 
 NAMES = (
@@ -65,8 +66,8 @@ def layer_norm(
     return [code.multiply_add(*factors) for factors in zip(unit, scale, shift, strict=True)]
 
 
-@cache
-def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Kernel:
+@compiled
+def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Code:
     """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
 
     `active` says whether GELU follows the first layer, `added` whether `plus` is added.
@@ -143,7 +144,7 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
             code.loop(INT(0), INT(n_rows), 1, partial(finish, first))
 
     code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['count'], INT(n_rows - 1)), INT(n_rows)), block)
-    return Kernel(code)
+    return code
 
 
 def forward(

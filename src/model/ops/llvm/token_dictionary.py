@@ -6,7 +6,7 @@ some thousand pixels, whose weights are made, a few hundred at a time, in the ca
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,8 +14,9 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
-from model.ops.llvm.code import BIT, FLOAT, INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import BIT, FLOAT, INT, Code, filled_up, lanes
 from model.ops.llvm.fused_linear import layer_norm
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import divisor
 from model.ops.llvm.product import BLOCKS, layer, packed, product
 
@@ -68,8 +69,8 @@ class Rows(Code):
         return self.to.select(self.to.icmp_signed('<', here, last), here, last)
 
 
-@cache
-def read_kernel(channels: int, outputs: int, reduced: int, tokens: int, lanes: int) -> Kernel:
+@compiled
+def read_kernel(channels: int, outputs: int, reduced: int, tokens: int, lanes: int) -> Code:
     """See `read`; to what `keys` are multiplied with 2 is the base of the powers."""
     code = Rows(READ, lanes)
     to, pointer = code.to, code.pointer
@@ -143,11 +144,11 @@ def read_kernel(channels: int, outputs: int, reduced: int, tokens: int, lanes: i
         layer(code, rows, tokens, pointer('values'), channels, write(partial(code.row_of, 'out', channels)), start)
 
     code.blocks(block)
-    return Kernel(code)
+    return code
 
 
-@cache
-def moments_kernel(tokens: int, lanes: int) -> Kernel:
+@compiled
+def moments_kernel(tokens: int, lanes: int) -> Code:
     """Of each part of the pixels the mean similarity to each token, squared differences from it, least and greatest."""
     code = Code(MOMENTS, lanes)
     to, given, rows = code.to, code.given, code.pointer('map')
@@ -180,11 +181,11 @@ def moments_kernel(tokens: int, lanes: int) -> Kernel:
         code.loop(INT(0), INT(tokens), lanes, column)
 
     code.tasks(code.pointer('counter', INT), given['parts'], part)
-    return Kernel(code)
+    return code
 
 
-@cache
-def refine_kernel(channels: int, tokens: int, lanes: int) -> Kernel:
+@compiled
+def refine_kernel(channels: int, tokens: int, lanes: int) -> Code:
     """Of each part of the pixels, for each token, the sum of 2^(factor (similarity - extreme)), and of that times x.
 
     The sums are rows of `channels` in whole vectors, behind which a vector has the other sum in each number.
@@ -243,7 +244,7 @@ def refine_kernel(channels: int, tokens: int, lanes: int) -> Kernel:
         code.loop(first, stop, AT_ONCE, some)
 
     code.tasks(code.pointer('counter', INT), given['parts'], part)
-    return Kernel(code)
+    return code
 
 
 def counter() -> Tensor:
