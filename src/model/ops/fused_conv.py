@@ -1,7 +1,8 @@
 """Convolutions that keep height and width, and what stands behind them: activation, factor and sum.
 
 On a CPU without gradients, where llvmlite is installed, those of 3x3 need a quarter of the multiplications
-(`llvm.fused_conv`). Otherwise these are PyTorch's operations, one after the other.
+(`llvm.fused_conv`), and those of 1x1 are linear layers of pixels (`fused_linear`). Otherwise these are PyTorch's
+operations, one after the other.
 """
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.fast import float32_by_llvm, is_for_llvm, operation
+from model.ops.fused_linear import fused_linear
 
 # With fewer a kernel is slower than PyTorch's library: channels that go in, pixels, and channels * channels * pixels.
 FEWEST_CHANNELS, FEWEST_PIXELS, LEAST = 8, 512, 2**20
@@ -39,6 +41,9 @@ def fused_conv(
         (N, C', H, W). A kernel takes maps in channels_last memory and gives such. Of normal numbers its results are
         within some 3e-6 of the largest one; a number that is not finite makes those up to three pixels away not finite.
     """
+    if weight.shape[1:] == (x.shape[1], 1, 1) and has_pixels_as_rows(x):
+        out = fused_linear(x.permute(0, 2, 3, 1), [(weight, bias)]).permute(0, 3, 1, 2)
+        return finished(out, slope, plus, factor)
     run = fast_forward if is_for_kernel(x, weight, dilation, plus) else forward
     return run(x, weight, bias, dilation, slope, plus, factor)
 
@@ -46,14 +51,16 @@ def fused_conv(
 def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None) -> bool:
     """Whether a kernel takes these maps and is worth it."""
     outs, ins, *size = weight.shape
-    if not is_for_llvm(x) or torch.is_autocast_enabled('cpu') or size != [3, 3] or dilation != 1:
+    if torch.is_autocast_enabled('cpu') or size != [3, 3] or dilation != 1 or not has_pixels_as_rows(x):
         return False
-    if x.dim() != 4 or x.shape[1] != ins or x.stride(1) != 1:
+    if x.shape[1] != ins or (plus is not None and plus.shape != (len(x), outs, *x.shape[2:])):
         return False
-    if plus is not None and plus.shape != (len(x), outs, *x.shape[2:]):
-        return False
-    pixels = x[:, 0].numel()
-    return ins >= FEWEST_CHANNELS and pixels >= FEWEST_PIXELS and ins * outs * pixels >= LEAST
+    return ins >= FEWEST_CHANNELS and ins * outs * x[:, 0].numel() >= LEAST
+
+
+def has_pixels_as_rows(x: Tensor) -> bool:
+    """Whether these are maps in channels_last memory, for which a kernel would be used, of not too few pixels."""
+    return is_for_llvm(x) and x.dim() == 4 and x.stride(1) == 1 and x[:, 0].numel() >= FEWEST_PIXELS
 
 
 def forward(
@@ -61,6 +68,11 @@ def forward(
 ) -> Tensor:
     """See `fused_conv`."""
     out = F.conv2d(x, weight, bias, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
+    return finished(out, slope, plus, factor)
+
+
+def finished(out: Tensor, slope: float, plus: Tensor | None, factor: float) -> Tensor:
+    """What stands behind a convolution."""
     if slope != 1:
         out = F.leaky_relu_(out, slope) if slope else F.relu_(out)
     return out if plus is None else torch.add(plus, out, alpha=factor)

@@ -14,6 +14,7 @@ from model.ops import fast
 from model.ops import fused_conv as module
 from model.ops.fused_conv import fused_conv
 from model.ops.llvm import fused_conv as fused_conv_llvm
+from model.ops.llvm import fused_linear as fused_linear_llvm
 from tests.conftest import numbers
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
@@ -209,7 +210,7 @@ def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytes
     assert calls
 
 
-@pytest.mark.parametrize(('size', 'dilation'), [(1, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize(('size', 'dilation'), [(3, 2), (5, 1)])
 def test_other_weights_take_the_plain_form(size: int, dilation: int, calls: list[Tensor]) -> None:
     x, weight = numbers(1, 32, 40, 40).float(), numbers(32, 32, size, size, seed=2).float()
     x = fast_memory(x)
@@ -218,6 +219,28 @@ def test_other_weights_take_the_plain_form(size: int, dilation: int, calls: list
     truth = x + 0.1 * F.leaky_relu(F.conv2d(x, weight, None, padding=padding, dilation=dilation), 0.5)
     torch.testing.assert_close(found, truth)
     assert not calls
+
+
+@pytest.mark.parametrize('behind', BEHIND)
+def test_1x1_is_a_linear_layer(behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def counted(*given: object) -> Tensor:
+        made.append(given)
+        return linear(*given)
+
+    linear = fused_linear_llvm.forward
+    monkeypatch.setattr(fused_linear_llvm, 'forward', counted)
+    given = operands(behind, 2, 19, 21, 17, 31)
+    given['weight'] = given['weight'][..., 1:2, 1:2]
+    truth = plain(**given | {'weight': F.pad(given['weight'], (1, 1, 1, 1))})
+    check(fused_conv(**single(given)), truth)
+    assert len(made) == 1
+    few = single(given | {'x': given['x'][:, :, :2], **({'plus': given['plus'][:, :, :2]} if 'plus' in given else {})})
+    check(fused_conv(**few), truth[:, :, :2])
+    assert len(made) == 1
+    with pytest.raises(RuntimeError, match='channels'):
+        fused_conv(**single(given | {'x': given['x'][:, 1:]}))
 
 
 def test_a_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
