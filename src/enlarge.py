@@ -66,7 +66,7 @@ def build_parser() -> Parser:
         '--precision',
         choices=('single', 'half'),
         default='single',
-        help='half: faster on a GPU, but not on a CPU with llvmlite',
+        help='half: faster on a GPU, mostly slower on a CPU',
     )
     add = parser.add_argument_group('machine').add_argument
     add('--cpu', action='store_true', help='leave the GPU alone')

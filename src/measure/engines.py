@@ -25,7 +25,7 @@ from measure.speed import Form, attempt, make, spread
 SIZES = ((64, 64), (128, 128), (180, 320))  # height and width of an LR image
 OURS = 'FrugalSR'
 TURNS, CALLS = 5, 2  # measured calls of a turn come after one more, by which an engine finds its memory again
-PAUSE = 1.0  # seconds before a turn: those of OpenVINO go on looking for work for some tenths after theirs
+PAUSE = 1.0  # seconds before a turn: with less, some networks took four times as long after OpenVINO (docs/LOG.md)
 
 Enlarge = Callable[[np.ndarray], np.ndarray]
 

@@ -165,8 +165,8 @@ class Model(nn.Module):
         self.tiler, self.ensemble, self.wants_half, self.pad_to = tiler, ensemble, half, pad_to
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
-        if half and self.device.type == 'cpu' and wants_llvm():
-            log.info('Half precision on a CPU: kernels are in float32 alone, which is faster here without it.')
+        if self.dtype != torch.float32 and self.device.type == 'cpu' and wants_llvm():
+            log.info('Half precision on a CPU leaves out the kernels of llvmlite: it is mostly slower than float32.')
         self.settings = all_settings(self.network, scale, **settings)
         self.n_colors = self.settings.get('n_colors', 3)
         self.range = self.network.value_range

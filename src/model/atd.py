@@ -43,8 +43,8 @@ from model.blocks.windows import (
     hidden_width,
     init_linear,
     plain_and_shifted,
+    register_positions,
     relative_position_bias_table,
-    relative_positions,
     window_attention,
 )
 from model.common import (
@@ -58,7 +58,7 @@ from model.common import (
     how_many,
     stacked,
 )
-from model.ops.cached_attention import is_for_kernel
+from model.ops.cached_attention import CACHED_LOGITS, is_for_kernel
 from model.ops.packed_attention import packed_attention
 from model.ops.token_dictionary import Reading, read_tokens, refine_tokens
 
@@ -98,14 +98,15 @@ class CategoryAttention(nn.Module):
         self.logit_scale = nn.Parameter(torch.full((1, 1), math.log(10)))
         self.proj = TokenLinear(n_feats, n_feats)
 
-    def forward(self, qkv: Tensor, category: Tensor, plus: Tensor | None = None) -> Tensor:
-        """(N, L, 3 * C) and the categories (N, L) int64 to (N, L, C), like `plus`, which is added."""
+    def forward(self, qkv: Tensor, category: Tensor, n_tokens: int, plus: Tensor | None = None) -> Tensor:
+        """(N, L, 3 * C) and the categories (N, L) int64 below `n_tokens` to (N, L, C), like `plus`, which is added."""
         n, length, channels = qkv.shape
         size = min(length, self.category_size)
         d = channels // (3 * self.n_heads)
-        order = stable_order(category)
+        order = stable_order(category, n_tokens)
         factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        if length % size == 0 and not torch.is_grad_enabled() and is_for_kernel(qkv, size, d):
+        whole = length % size == 0 and size**2 <= CACHED_LOGITS
+        if whole and not torch.is_grad_enabled() and is_for_kernel(qkv, size, d):
             groups = (order + torch.arange(n).view(-1, 1) * length).view(-1, size)
             rows, kinds = qkv.reshape(-1, 3, self.n_heads, d), torch.zeros(len(groups), dtype=torch.int64)
             out = packed_attention(rows, groups, None, kinds, float(factor))
@@ -168,7 +169,7 @@ class Layer(nn.Module):
         """Pixels (N, H * W, C) and tokens (N, M, C), both to new ones."""
         qkv, x, similarity, category = self.attn_atd(x, tokens, self.norm1, self.wqkv)
         x = self.attn_win(qkv, positions, windows, plus=x)
-        x = self.attn_aca(qkv, category, plus=x)
+        x = self.attn_aca(qkv, category, tokens.shape[1], plus=x)
         x = checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
         return x, self.refine(tokens, similarity, x) if self.refines else tokens
 
@@ -258,7 +259,7 @@ class ATD(Frame):
             return ResidualGroup(layers, n_tokens, n_feats)
 
         super().__init__(scale, n_feats, window_size, (group() for _ in range(n_resgroups)))
-        self.register_buffer('relative_position_index_SA', relative_positions(window_size))
+        register_positions(self, 'relative_position_index_SA', window_size)
         before: nn.Module
         upsample: nn.Module
         last: nn.Module

@@ -45,6 +45,7 @@ from model.blocks.tokens import (
     TokenNorm,
     flatten_image,
     inverse_of,
+    stable_order,
     take_rows,
     unflatten_image,
 )
@@ -109,7 +110,7 @@ class IntraGroupAttention(SelfAttention):
         n, length, channels = x.shape
         size = min(length, self.group_size)
         groups = (length + size - 1) // size
-        order = codes.argsort(dim=-1, stable=True)
+        order = stable_order(codes, len(keys))
         # The last group is filled up by the last tokens mirrored, and has mirrored ones as its neighbour.
         order = order.index_select(1, mirrored((groups + 1) * size, length, x.device))
         rows = take_rows(self.qkv(x), order)

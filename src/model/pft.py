@@ -31,8 +31,8 @@ from model.blocks.windows import (
     hidden_width,
     init_linear,
     plain_and_shifted,
+    register_positions,
     relative_position_bias_table,
-    relative_positions,
 )
 from model.common import (
     NetworkSpec,
@@ -171,7 +171,7 @@ class PFT(Frame):
             for depth, most in zip(layers, chain(kept, repeat(kept[-1])), strict=False)
         )
         super().__init__(scale, n_feats, window_size, groups)
-        self.register_buffer('relative_position_index_SA', relative_positions(window_size))
+        register_positions(self, 'relative_position_index_SA', window_size)
         self.upsample = DirectUpsampler(scale, n_feats)
         self.apply(init_linear)
 

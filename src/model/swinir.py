@@ -30,8 +30,8 @@ from model.blocks.windows import (
     hidden_width,
     init_linear,
     plain_and_shifted,
+    register_positions,
     relative_position_bias_table,
-    relative_positions,
     shift_areas,
     window_attention,
 )
@@ -55,7 +55,7 @@ class WindowAttention(nn.Module):
     def __init__(self, n_feats: int, n_heads: int, window_size: int) -> None:
         super().__init__()
         self.relative_position_bias_table = relative_position_bias_table(window_size, n_heads)
-        self.register_buffer('relative_position_index', relative_positions(window_size))
+        register_positions(self, 'relative_position_index', window_size)
         self.qkv = stacked(3, TokenLinear(n_feats, 3 * n_feats))
         self.proj = TokenLinear(n_feats, n_feats)
 

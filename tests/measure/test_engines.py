@@ -17,6 +17,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small images, in few calls."""
     monkeypatch.setattr(engines, 'SIZES', (SIZE,))
     monkeypatch.setattr(engines, 'TURNS', 2)
+    monkeypatch.setattr(engines, 'PAUSE', 0.0)
 
 
 @pytest.fixture(scope='module')

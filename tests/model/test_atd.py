@@ -113,7 +113,7 @@ def test_category_attention_equals_plain_loops(length: int) -> None:
     attention.logit_scale.fill_(math.log(3))
     qkv = torch.randn(2, length, 18, dtype=torch.float64)
     category = torch.randint(3, (2, length))
-    out = attention(qkv, category)
+    out = attention(qkv, category, 3)
     for image in range(2):
         plain = plain_category_attention(qkv[image].numpy(), category[image].tolist(), 8, 3, 3.0)
         assert np.abs(out[image].numpy() - linear(attention.proj, plain)).max() < 1e-12
@@ -124,9 +124,9 @@ def test_category_attention_by_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     """In float32, with as many pixels as whole groups have, against the other form in double precision."""
     attention = random_(CategoryAttention(24, 2, 32))
     qkv, category = torch.randn(2, 96, 72), torch.randint(3, (2, 96))
-    truth = attention(qkv.double(), category)
+    truth = attention(qkv.double(), category, 3)
     monkeypatch.setattr('model.atd.take_rows', None)  # is not needed
-    found = attention.float()(qkv, category)
+    found = attention.float()(qkv, category, 3)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
 
 
@@ -136,7 +136,7 @@ def test_the_logit_scale_stops_at_a_hundred() -> None:
     with torch.no_grad():
         attention.logit_scale.fill_(6.0)
         plain = plain_category_attention(qkv[0].numpy(), [0] * 8, 8, 3, 100.0)
-    out = attention(qkv, category)
+    out = attention(qkv, category, 1)
     assert np.abs(out[0].detach().numpy() - linear(attention.proj, plain)).max() < 1e-12
     out.square().sum().backward()
     assert attention.logit_scale.grad.item() == 0

@@ -333,5 +333,5 @@ def test_half_precision_where_kernels_are_in_float32_is_said_to_be_slower(
 ) -> None:
     monkeypatch.setattr('model.wants_llvm', lambda: wanted)
     with caplog.at_level(logging.INFO, 'frugalsr'):
-        Model('Bicubic', 2, device, half=True)
+        Model('EDSR-baseline', 2, device, half=True)
     assert bool(caplog.messages) == said

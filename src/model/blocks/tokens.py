@@ -18,12 +18,14 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, channels)
 
 
-def stable_order(codes: Tensor) -> Tensor:
-    """Where integers (..., L) below 2^15 stand in their order, of equal ones the first before the others: int64.
+def stable_order(codes: Tensor, count: int) -> Tensor:
+    """Which integers (..., L) come first in the order of their size, of equal ones those that stand first: int64.
 
-    NumPy sorts small integers by counting them, which is some five times as fast on a CPU as PyTorch's sort.
+    NumPy sorts integers of 16 bits, as those below a `count` of 2^15 are, by counting them: some five times as fast on
+    a CPU as PyTorch's sort.
     """
-    if not codes.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling():
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling() or type(codes) is not Tensor
+    if not codes.is_cpu or traced or count > 2**15:
         return codes.argsort(dim=-1, stable=True)
     return torch.from_numpy(codes.short().numpy().argsort(axis=-1, kind='stable'))
 

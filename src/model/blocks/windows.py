@@ -1,7 +1,8 @@
 """Attention within windows of an image, as in transformers (SwinIR, ATD; parts in OmniSR and ASID)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -154,6 +155,22 @@ def relative_positions(size: int, device: torch.device | None = None) -> Tensor:
     return (dy + size - 1) * (2 * size - 1) + dx + size - 1
 
 
+def register_positions(module: nn.Module, name: str, size: int) -> None:
+    """Give a module `relative_positions` as the buffer `name`, which weights hold, too, and have others refused."""
+    module.register_buffer(name, relative_positions(size))
+    module.register_load_state_dict_pre_hook(partial(check_positions, name))
+
+
+def check_positions(name: str, module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Refuse weights whose windows know other positions: kernels go by the usual ones alone."""
+    own, given = module.get_buffer(name), state.get(prefix + name)
+    if given is not None and given.shape == own.shape and not torch.equal(given.to(own), own):
+        raise UserError(
+            f'{prefix}{name} of these weights has other positions than those of Swin: they are of a network that is '
+            'not known here.'
+        )
+
+
 def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (T, T) of a position table ((2 * size - 1)^2, heads), as a mask (heads, T, T).
 
@@ -223,7 +240,7 @@ def window_attention(qkv: Tensor, table: Tensor, positions: Tensor, windows: Win
     pixels, heads = len(positions), table.shape[1]
     d = qkv.shape[-1] // (3 * heads)
     by_rows = isqrt(pixels) % LEAST_QUERIES == 0 and not torch.is_grad_enabled()  # else a vector is not within a row
-    if by_rows and table.dtype == qkv.dtype and is_for_kernel(qkv, pixels, d):
+    if by_rows and pixels**2 <= CACHED_LOGITS and table.dtype == qkv.dtype and is_for_kernel(qkv, pixels, d):
         rows, order, kinds = qkv.reshape(-1, 3, heads, d), windows.order.view(-1, pixels), kinds_of(windows.counts)
         out = fast_by_position(rows, order, table, positions, windows.areas, kinds, d**-0.5)
         return out.view(*qkv.shape[:2], -1)
@@ -240,7 +257,7 @@ def self_attention(qkv: Tensor, heads: int, masks: Tensor | None = None, windows
     b, t, channels = qkv.shape
     d = channels // (3 * heads)
     counts = windows.counts if windows else None
-    if is_for_kernel(qkv, t, d) and t**2 <= CACHED_LOGITS:
+    if t**2 <= CACHED_LOGITS and is_for_kernel(qkv, t, d):
         order = windows.order if windows else torch.arange(b * t)
         rows, kinds = qkv.reshape(-1, 3, heads, d), kinds_of(counts or [b])
         return packed_attention(rows, order.view(b, t), masks, kinds, d**-0.5).view(b, t, -1)

@@ -81,9 +81,13 @@ def by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -
 
 def float32_by_llvm(module: str, plain: Callable[..., T], first: Tensor, *others: Any) -> T:
     """As `by_llvm` where all tensors are float32 and no autocast has others in their place; else what `plain` gives."""
-    tensors = [x for x in (first, *others) if isinstance(x, Tensor)]
-    fits = all(x.is_cpu and x.dtype == torch.float32 for x in tensors) and not torch.is_autocast_enabled('cpu')
-    return by_llvm(module, plain, first, *others) if fits else plain(first, *others)
+    return by_llvm(module, plain, first, *others) if are_float32(first, *others) else plain(first, *others)
+
+
+def are_float32(*given: Any) -> bool:
+    """Whether all tensors among these are, on a CPU, and no autocast has others in their place."""
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    return all(x.is_cpu and x.dtype == torch.float32 for x in tensors) and not torch.is_autocast_enabled('cpu')
 
 
 def by_kernel(module: str, plain: Callable[..., T], *arguments: Any) -> T:

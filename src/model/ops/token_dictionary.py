@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.common import at_least_float32, full_precision
-from model.ops.fast import by_llvm, is_for_llvm, operation
+from model.ops.fast import are_float32, by_llvm, is_for_llvm, operation
 from model.ops.fused_linear import Layer, Norm, linear
 from model.ops.layer_norm import layer_norm
 
 VECTOR = 16  # tokens: of whole vectors a kernel has nothing to fill up
+MOST = 512  # tokens and channels that a kernel takes, which is written for each vector of them
 
 
 class Reading(NamedTuple):
@@ -33,19 +34,19 @@ def read_tokens(x: Tensor, norm: Norm, qkv: Layer, query: Layer, keys: Tensor, v
         x: pixels (N, L, C).
         norm: layer normalisation of these.
         qkv, query: linear layers from C to C' and to D channels.
-        keys: (N, M, D), by which the queries, made to have length 1, are multiplied.
+        keys: (N, M, D), by which the queries, made to have length 1, are multiplied; of a length of at most 60, since
+            powers of the products are taken as they are.
         values: (N, M, C), what is read.
     """
     parameters = norm.weight, norm.bias, norm.eps, *qkv, *query
-    form = fast_read if is_for_kernel(x, *parameters, keys, values) else read
+    form = fast_read if is_for_kernel(keys.shape[1], x, *parameters, keys, values) else read
     return Reading(*form(x, *parameters, keys, values))
 
 
-def is_for_kernel(x: Tensor, *others: Tensor | float | None) -> bool:
-    """Whether a kernel takes these pixels and parameters, the last one of which has M tokens."""
-    tensors = [x, *(t for t in others if isinstance(t, Tensor))]
-    are_float32 = all(t.dtype == torch.float32 for t in tensors) and not torch.is_autocast_enabled('cpu')
-    return is_for_llvm(x) and are_float32 and tensors[-1].shape[1] % VECTOR == 0
+def is_for_kernel(tokens: int, x: Tensor, *others: Tensor | float | None) -> bool:
+    """Whether a kernel takes so many tokens, these pixels and parameters."""
+    sizes = tokens % VECTOR == 0 and max(tokens, x.shape[2]) <= MOST
+    return sizes and is_for_llvm(x) and are_float32(x, *others)
 
 
 def read(
@@ -63,8 +64,7 @@ def read(
     """See `read_tokens`. What decides the category is in float32 or more, also under autocast."""
     normed = layer_norm(x, scale, shift, eps)
     with full_precision(x):
-        query = linear(at_least_float32(normed), at_least_float32(query_weight), query_bias)
-        query = F.normalize(query, dim=-1)
+        query = F.normalize(linear(at_least_float32(normed), query_weight, query_bias), dim=-1)
         similarity = (query @ keys.transpose(1, 2)).softmax(-1)
     found = x + similarity @ values
     return linear(normed, qkv_weight, qkv_bias), found, similarity, similarity.argmax(-1)
@@ -99,7 +99,8 @@ def refine_tokens(tokens: Tensor, similarity: Tensor, x: Tensor, norm: Norm, sha
             pixels.
         share: (M, 1), of what a token was before.
     """
-    form = fast_refine if is_for_kernel(x, similarity, norm.weight, norm.bias, share, tokens) else refine
+    others = tokens, similarity, norm.weight, norm.bias, share
+    form = fast_refine if is_for_kernel(tokens.shape[1], x, *others) else refine
     return form(x, tokens, similarity, norm.weight, norm.bias, norm.eps, share)
 
 

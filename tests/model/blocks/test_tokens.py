@@ -17,8 +17,9 @@ def test_linear_layer_of_tokens(n: int) -> None:
 def test_order_of_codes() -> None:
     codes = torch.randint(0, 2**15, (2, 3, 50), generator=torch.Generator().manual_seed(0))
     codes[:, :, 10:30] = codes[:, :, 20:40]  # some come again
-    order = stable_order(codes)
+    order = stable_order(codes, 2**15)
     assert order.dtype == torch.int64
+    assert stable_order(torch.tensor([40000, 5, 32768, 1]), 2**16).tolist() == [3, 1, 2, 0]
     for row, found in zip(codes.flatten(0, 1).tolist(), order.flatten(0, 1).tolist(), strict=True):
         assert found == sorted(range(50), key=lambda i, row=row: row[i])
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.blocks.windows import Insisting, attention
+from error import UserError
+from model import build
+from model.blocks.windows import Insisting, attention, relative_positions, window_attention, window_partition
 from tests.conftest import numbers
 
 
@@ -64,3 +66,25 @@ def test_gradients_of_what_is_marked_alone_have_to_repeat_themselves(warning_onl
     assert Looking.seen == [False, True, False]  # after, within and before the marks
     assert torch.equal(x.grad, torch.full((2, 3), 9.0 * 3 + 2))
     assert torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def test_weights_with_other_positions_are_refused() -> None:
+    net = build('SwinIR-light', 2, n_resgroups=1, n_resblocks=1)
+    state = net.state_dict()
+    net.load_state_dict(state)
+    name = next(key for key in state if key.endswith('relative_position_index'))
+    state[name] = state[name].mT.contiguous()
+    with pytest.raises(UserError, match=f'{name} of these weights has other positions'):
+        net.load_state_dict(state)
+
+
+@torch.no_grad()
+def test_windows_too_large_for_a_map_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but PyTorch's kernel takes them, also where those in LLVM have failed."""
+    monkeypatch.setattr('model.blocks.windows.CACHED_LOGITS', 200 * 200)
+    qkv, table = torch.randn(1, 512, 18), torch.randn(31**2, 2)
+    windows = window_partition(torch.empty(1, 1, 16, 32), 16, 0)
+    given = table, relative_positions(16), windows
+    truth = window_attention(qkv.double(), given[0].double(), *given[1:])
+    monkeypatch.setattr('model.blocks.windows.is_for_kernel', None)  # is not asked
+    torch.testing.assert_close(window_attention(qkv, *given), truth.float(), rtol=1e-5, atol=1e-5)

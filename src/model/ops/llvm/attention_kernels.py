@@ -27,7 +27,7 @@ def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
     code.packed = code.at(powers, INT(AT_ONCE * lanes))
 
     def attend(task: ir.Value) -> None:
-        """A window and a head; the windows of one head follow one another, since they share biases."""
+        """A window and a head; the heads of one window follow one another, while its tokens are in the cache."""
         code.begin(to.sdiv(task, given['heads']), to.srem(task, given['heads']))
 
         def queries(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:

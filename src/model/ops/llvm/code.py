@@ -230,11 +230,12 @@ class Code:
     def exp2(self, x: ir.Value) -> ir.Value:
         """2^x to 2^-22 of it: 2^n, with n the nearest integer, times the series of the rest.
 
-        0, or what has fewer digits, takes the place of numbers below 2^-126, infinity that of those from 2^128 on.
+        0 takes the place of numbers below 2^-126, infinity that of those from 2^127.5 on, or 2^128.
         """
         if self.lanes == 16 and has('avx512dq'):
             rest = self._by_avx512('reduce', x, WORD(0))
-            return self._by_avx512('scalef', self._series(rest), self.to.fsub(x, rest))
+            normal = self.to.fcmp_unordered('>=', x, self.vector(-126))  # the others have fewer digits, which is slow
+            return self._by_avx512('scalef', self._series(rest), self.to.fsub(x, rest), normal)
         x = self.select_less(self.vector(128), self.select_greater(self.vector(-127), x))
         shifted = self.to.fadd(x, self.vector(ROUNDING))
         power = self._series(self.to.fsub(x, self.to.fsub(shifted, self.vector(ROUNDING))))
@@ -248,13 +249,14 @@ class Code:
             found = self.multiply_add(found, x, factor)
         return found
 
-    def _by_avx512(self, name: str, x: ir.Value, argument: ir.Value) -> ir.Value:
-        """An instruction of AVX-512 that has two operands."""
-        mask = ir.IntType(16)
-        kind = ir.FunctionType(x.type, [x.type, argument.type, x.type, mask, WORD])
+    def _by_avx512(self, name: str, x: ir.Value, argument: ir.Value, where: ir.Value | None = None) -> ir.Value:
+        """An instruction of AVX-512 that has two operands, in all lanes, or `where` a bit says so, and else 0."""
+        bits, zero = ir.IntType(self.lanes), self.vector(0)
+        mask = bits(-1) if where is None else self.to.bitcast(where, bits)
+        kind = ir.FunctionType(x.type, [x.type, argument.type, x.type, bits, WORD])
         name = f'llvm.x86.avx512.mask.{name}.ps.512'
         function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
-        return self.to.call(function, [x, argument, x, mask(-1), WORD(4)])
+        return self.to.call(function, [x, argument, zero, mask, WORD(4)])
 
     def loop(
         self,
@@ -361,7 +363,7 @@ class Kernel:
         """
         arguments = array('q', [x if isinstance(x, int) else x.data_ptr() for x in given])
         threads, place = torch.get_num_threads(), arguments.buffer_info()[0]
-        memories = torch.empty(threads * memory)
+        memories = torch.empty(threads * memory, dtype=torch.float32)
         first = memories.data_ptr()
         if threads == 1:
             self._run(place, first, factor)
@@ -370,7 +372,7 @@ class Kernel:
             team = array('q', [place, first, 4 * memory, bits])
             self._openmp.GOMP_parallel(self._member, team.buffer_info()[0], threads, 0)
         else:
-            starts = range(first, first + 4 * threads * memory, 4 * memory)
+            starts = [first + 4 * memory * i for i in range(threads)]
             for work in [pool(threads).submit(self._run, place, start, factor) for start in starts]:
                 work.result()
 

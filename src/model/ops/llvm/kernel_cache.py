@@ -27,12 +27,12 @@ SUFFIX = '.kernel'
 log = logging.getLogger('frugalsr')
 
 
-def digest_of(folder: Path) -> str:
-    """Of the source files in a folder and those in it, names and contents."""
-    found = sha256()
-    for path in sorted(folder.rglob('*.py')):
+def digest_of(folder: Path) -> str | None:
+    """Of the source files in a folder and those in it, names and contents; None if there are none."""
+    found, paths = sha256(), sorted(folder.rglob('*.py'))
+    for path in paths:
         found.update(path.relative_to(folder).as_posix().encode() + b'\0' + sha256(path.read_bytes()).digest())
-    return found.hexdigest()
+    return found.hexdigest() if paths else None
 
 
 SOURCES = digest_of(Path(__file__).parent.parent)  # as they are when the first kernel is wanted, not edited later
@@ -49,7 +49,7 @@ def compiled(write: Callable[..., Code]) -> Callable[..., Kernel]:
     def kernel(*arguments: Hashable) -> Kernel:
         what = write.__module__, write.__qualname__, arguments
         by = SOURCES, llvmlite.__version__, llvm.llvm_version_info, llvm.get_process_triple(), host(), bool(openmp())
-        path = place(sha256(repr((what, by)).encode()).hexdigest())
+        path = place(sha256(repr((what, by)).encode()).hexdigest()) if SOURCES else None
         content = load(path) if path else None
         if content is None:
             content = object_file(write(*arguments))

@@ -266,7 +266,7 @@ def read(
     """See `token_dictionary.read`."""
     (n, length, channels), tokens, size = x.shape, keys.shape[1], lanes()
     outputs, reduced = len(qkv_weight), len(query_weight)
-    qkv, out, similarity = x.new_empty(n, length, outputs), torch.empty_like(x), x.new_empty(n, length, tokens)
+    qkv, out, similarity = (x.new_empty(n, length, width) for width in (outputs, channels, tokens))
     category = torch.empty(n, length, dtype=torch.int64)
     run = read_kernel(channels, outputs, reduced, tokens, size)
     (wide, low), rows = filled_up((channels, reduced), size), BLOCKS[size][0]
@@ -287,17 +287,17 @@ def refine(
     (wide,) = filled_up([channels], size)
     parts = max(1, min(PARTS, length // LEAST_PART))
     ends = [length * i // parts for i in range(parts + 1)]
-    counts = torch.tensor([[float(stop - start)] for start, stop in pairwise(ends)])
-    moved = torch.empty(n, count, channels)
+    counts = x.new_tensor([[stop - start] for start, stop in pairwise(ends)])
+    moved = x.new_empty(n, count, channels)
     for pixels, rows, target in zip(x.contiguous(), similarity.contiguous(), moved, strict=True):
-        moments = torch.empty(parts, 4, count)
+        moments = x.new_empty(parts, 4, count)
         moments_kernel(count, size)([counter(), parts, length, rows, moments], 0, 0.0)
         means, squares, least, greatest = moments.unbind(1)
         mean = (means * counts).sum(0) / length
         variance = (squares + counts * (means - mean).square()).sum(0) / length
         gain = scale * (variance + eps).rsqrt()
         factors = torch.stack((gain * LOG2_E, torch.where(gain < 0, least.amin(0), greatest.amax(0))))
-        sums = torch.zeros(parts, count, wide + size)
+        sums = x.new_zeros(parts, count, wide + size)
         refine_kernel(channels, count, size)(
             [counter(), parts, length, rows, pixels, factors, sums], AT_ONCE * (wide + size + count), 0.0
         )

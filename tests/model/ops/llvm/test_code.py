@@ -1,3 +1,4 @@
+import math
 import sys
 from collections.abc import Iterator
 
@@ -61,3 +62,42 @@ def test_each_thread_has_memory_of_its_own(threads: None) -> None:
     Kernel(object_file(code))([counter, out], vectors * width, 0.5)
     assert out.tolist() == [[0.5 * task * vectors] * width for task in range(count)]
     assert counter.item() == count + 3
+
+
+def test_kernels_that_need_no_memory(threads: None) -> None:
+    code = Code(('counter', 'out'), 8)
+
+    def work(task: ir.Value) -> None:
+        code.to.store(code.factor, code.at(code.pointer('out'), task))
+
+    code.tasks(code.pointer('counter', INT), INT(50), work)
+    out = torch.zeros(50)
+    Kernel(object_file(code))([torch.zeros(1, dtype=torch.int64), out], 0, 0.5)
+    assert out.tolist() == [0.5] * 50
+
+
+@pytest.mark.parametrize('instructions', ['any', 'AVX2'])
+@pytest.mark.parametrize('lanes', [8, 16])
+def test_powers_of_2(lanes: int, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if instructions == 'AVX2':
+        monkeypatch.setattr(llvm, 'has', lambda feature: False)
+    special = [math.inf, -math.inf, math.nan, 0.0, 127.0, 127.5, 128.0, -125.9, -126.0, -126.5, -150.0, 1e30, -1e30]
+    given = torch.cat((torch.tensor(special), torch.arange(-252, 256) / 2, torch.linspace(-1, 1, 31)))
+    x = torch.cat((given, torch.zeros(-len(given) % lanes)))
+    code = Code(('x', 'out'), lanes)
+
+    def power(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        vector = code.exp2(code.load(code.at(code.pointer('x'), i), lanes))
+        code.store(vector, code.at(code.pointer('out'), i))
+        return []
+
+    code.loop(INT(0), INT(len(x)), lanes, power)
+    code.to.ret_void()
+    out = torch.empty_like(x)
+    Kernel(object_file(code))([x, out], 0, 0.0)
+    truth = x.double().exp2()
+    assert out.isnan().equal(x.isnan())
+    assert (out[x >= 128] == math.inf).all()
+    assert (out[x < -126] <= 2.0**-126).all()
+    usual = (x >= -125.9) & (x < 127.4)
+    torch.testing.assert_close(out[usual].double(), truth[usual], rtol=2**-22, atol=0)

@@ -1,5 +1,7 @@
 """Kernels for ATD's dictionary of tokens, against the plain forms in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ def close(found: Tensor, truth: Tensor) -> None:
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
 
 
-def reading(case: str, dtype: torch.dtype, biased: bool = True) -> Reading:
+def reading(case: str, dtype: torch.dtype, biased: bool = True, strided: bool = False) -> Reading:
     torch.manual_seed(0)
     length, channels, outputs, reduced, tokens = CASES[case]
     norm = nn.LayerNorm(channels)
@@ -53,6 +55,7 @@ def reading(case: str, dtype: torch.dtype, biased: bool = True) -> Reading:
     tensors = normal(2, length, channels), normal(2, tokens, reduced) * 2, normal(2, tokens, channels)
     x, keys, values = (tensor.to(dtype) for tensor in tensors)
     qkv, query = ((weight.to(dtype), bias if bias is None else bias.to(dtype)) for weight, bias in layers)
+    x = x.mT.contiguous().mT if strided else x
     return read_tokens(x, norm.to(dtype), qkv, query, keys, values)
 
 
@@ -68,6 +71,25 @@ def test_layers_without_bias() -> None:
     found, truth = (reading('odd', dtype, biased=False) for dtype in (torch.float32, torch.float64))
     close(found.qkv, truth.qkv)
     close(found.x, truth.x)
+
+
+def test_pixels_in_another_order_of_memory() -> None:
+    found, truth = (reading('odd', torch.float32, strided=strided) for strided in (True, False))
+    assert all(torch.equal(*pair) for pair in zip(found, truth, strict=True))
+
+
+def test_a_pixel_that_is_not_a_number_stays_in_its_row() -> None:
+    norm, layer, x = nn.LayerNorm(4), (torch.eye(4), None), torch.randn(1, 30, 4)
+    keys, values = torch.randn(1, 16, 4), torch.randn(1, 16, 4)
+    before = read_tokens(x, norm, layer, layer, keys, values)
+    x = x.clone()
+    x[0, 7, 2] = math.nan
+    found = read_tokens(x, norm, layer, layer, keys, values)
+    others = torch.arange(30) != 7
+    for spoilt, good in zip(found[:3], before[:3], strict=True):
+        assert spoilt[0, 7].isnan().any()
+        assert torch.equal(spoilt[:, others], good[:, others])
+    assert found.category[0, 7] == 0
 
 
 def test_of_equal_tokens_the_first_one_is_the_category() -> None:
@@ -97,7 +119,7 @@ def refined(length: int, channels: int, tokens: int, dtype: torch.dtype, spread:
 
 
 @pytest.mark.parametrize('spread', [0.01, 3.0])  # variances of the order of the epsilon, and far above
-@pytest.mark.parametrize('size', [(1, 5, 16), (300, 48, 64), (1501, 13, 32)], ids=str)
+@pytest.mark.parametrize('size', [(1, 5, 16), (300, 48, 64), (1501, 13, 32), (40_000, 3, 16)], ids=str)
 def test_tokens_that_are_refined(size: tuple[int, int, int], spread: float, lanes: int) -> None:
     found, truth = (refined(*size, dtype, spread) for dtype in (torch.float32, torch.float64))
     close(found, truth)
