@@ -185,9 +185,9 @@ class IDSABlock(nn.Module):
         x, across_map = across(x, maps.across)
         return torch.cat((x, loc), 1), StageMaps(local_map, across_map)
 
-    def distil(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def distil(self, x: Tensor) -> tuple[Tensor, ...]:
         """A quarter of n_feats, and the rest."""
-        return x[:, : self.quarter], x[:, self.quarter :]
+        return x.split((self.quarter, x.shape[1] - self.quarter), 1)
 
 
 class Group(nn.Module):
