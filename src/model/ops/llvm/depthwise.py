@@ -202,9 +202,7 @@ def gradient_kernel(channels: int, size: int, act: str, lanes: int) -> Kernel:
         if act == 'gate':
             other = to.add(channel, INT(outs))
             gates, others = code.layer(channel, count), code.layer(other, count)
-            first = [
-                to.fmul(to.fmul(g, b), gelu_slope(code, a)) for g, a, b in zip(grads, gates, others, strict=True)
-            ]
+            first = [to.fmul(to.fmul(g, b), gelu_slope(code, a)) for g, a, b in zip(grads, gates, others, strict=True)]
             second = [to.fmul(g, gelu(code, a)) for g, a in zip(grads, gates, strict=True)]
             found = [(channel, first), (other, second)]
         for place, vectors in found:

@@ -141,7 +141,7 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, lanes: int) -> Ke
         code.loop(INT(0), pixels, n_rows, tile)
 
     def repeat(pixels: ir.Value) -> None:
-        """The first layer: GELU or what there is to `values[1]`, its derivative to `grads[1]`, or into what is there."""
+        """The first layer once more: to `values[1]`, and GELU's derivative to `grads[1]`, or into what is there."""
         columns = (1 + widths[0]) * lanes
 
         def start(v: ir.Value) -> ir.Value:
