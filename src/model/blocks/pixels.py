@@ -173,7 +173,7 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def local_block(x: Tensor, *_: object) -> Tensor:
-            first, _, depthwise, _, gate, last = self.fn
+            first, depthwise, gate, last = (self.fn[i] for i in (0, 2, 4, 5))
             return last(gate(depthwise(first(x, gelu=True), 'gelu')), plus=x)
 
         return float32_by_llvm('local_block', local_block, x, *self.parameters())

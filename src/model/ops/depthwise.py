@@ -61,9 +61,9 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act:
     """By `x`, weight and bias, given the one by the result of `forward`; some for a bias that is None, too."""
     given = [x, weight, x.new_zeros(len(weight)) if bias is None else bias]
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in given]
-        out = forward(*leaves, act)
-    return list(torch.autograd.grad(out, leaves, grad))
+        x, weight, bias = (t.detach().requires_grad_() for t in given)
+        out = forward(x, weight, bias, act)
+    return list(torch.autograd.grad(out, [x, weight, bias], grad))
 
 
 @operation('depthwise_conv_gradients')

@@ -147,7 +147,7 @@ class FusedLinear(torch.autograd.Function):
         eps: float,
         gelu: bool,
         layers: int,
-        *parameters: Tensor | None,
+        *parameters: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, gelu_summed, *parameters)
         ctx.eps, ctx.gelu, ctx.layers, ctx.added = eps, gelu, layers, plus is not None
@@ -177,11 +177,11 @@ def gradients(
 ) -> list[Tensor]:
     """By `x`, `gelu_summed`, weights, biases and norm, given the one by the result of `forward`; empty for None."""
     given = [x, gelu_summed, *weights, *biases, *norm]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in given]
         pixels, summed, *others = leaves
-        of_layers = others[: len(weights)], others[len(weights) : 2 * len(weights)]
-        out = forward(pixels, *of_layers, others[2 * len(weights) :], [], eps, summed, gelu, None)
+        first, last = len(weights), 2 * len(weights)
+        out = forward(pixels, others[:first], others[first:last], others[last:], [], eps, summed, gelu, None)
     found = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], grad))
     return [x.new_empty(0) if t is None else next(found) for t in leaves]
 

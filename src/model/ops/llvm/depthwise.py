@@ -5,7 +5,7 @@ the filter after the other. A task is a few rows of an image, and has sums of it
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Rows(Code):
     Attributes:
         top, end: rows of a task.
         y, x: of the first of the pixels.
-        sums: pointer to those of the task.
+        totals: pointer to the sums of a task.
     """
 
     def __init__(self, channels: int, size: int, lanes: int) -> None:
@@ -45,7 +45,7 @@ class Rows(Code):
 
         def task(number: ir.Value) -> None:
             self.image, strip = to.sdiv(number, given['strips']), to.srem(number, given['strips'])
-            self.sums = self.at(self.pointer('sums'), to.mul(number, INT((self.size**2 + 1) * self.step)))
+            self.totals = self.at(self.pointer('sums'), to.mul(number, INT((self.size**2 + 1) * self.step)))
             self.top = to.mul(strip, INT(ROWS))
             self.end = self.least(to.add(self.top, INT(ROWS)), given['height'])
             body()
@@ -151,20 +151,26 @@ class Rows(Code):
         """Add the gradients by weights and bias to the task's sums, given those by what the convolution gives."""
 
         def add(place: ir.Value, term: Callable[[int, ir.Value], ir.Value]) -> None:
-            pointer = self.at(self.sums, place)
+            pointer = self.at(self.totals, place)
             total = self.load(pointer, self.lanes)
             for p in range(PIXELS):
                 total = term(p, total)
             self.store(total, pointer)
 
         def row(i: ir.Value, met: Vectors, _: Vectors) -> Vectors:
+            def product(j: int, p: int, total: ir.Value) -> ir.Value:
+                return self.multiply_add(grads[p], met[p + j], total)
+
             for j in range(self.size):
                 place = self.offset((i, INT(self.size * self.step)), (INT(j * self.step),), (channel,))
-                add(place, lambda p, total, j=j: self.multiply_add(grads[p], met[p + j], total))
+                add(place, partial(product, j))
             return []
 
+        def last(p: int, total: ir.Value) -> ir.Value:
+            return self.to.fadd(total, grads[p])
+
         self.filter_rows(self.of_map('x', self.channels), channel, count, row, [])
-        add(self.offset((INT(self.size**2 * self.step),), (channel,)), lambda p, total: self.to.fadd(total, grads[p]))
+        add(self.offset((INT(self.size**2 * self.step),), (channel,)), last)
 
 
 @cache
