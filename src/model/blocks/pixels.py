@@ -11,6 +11,7 @@ from model.ops.depthwise import gelu, is_for_kernel
 from model.ops.fast import float32_by_llvm, is_for_llvm
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
+from model.ops.small_products import small_products
 
 
 class GELU(nn.Module):
@@ -201,9 +202,10 @@ class ChannelAttention(TransposedAttention):
 
         def window_channel_attention(x: Tensor, *_: object) -> Tensor:
             parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
-            q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
-            cosines = q.transpose(2, 3) @ k / l2_norm(q).transpose(2, 3) / l2_norm(k)
-            out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
+            q, k, v = parts.unflatten(0, (3, -1)).unbind(0)  # (heads * groups, pixels, channels)
+            cosines = small_products(q.mT, k) / l2_norm(q).mT / l2_norm(k)
+            maps = self.weights(cosines.unflatten(0, (self.n_heads, -1)) * self.temperature.unsqueeze(1)).flatten(0, 1)
+            out = small_products(v, maps.mT)
             return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
 
         if norm is None or not residual or not is_for_llvm(x):
