@@ -62,7 +62,12 @@ def build_parser() -> Parser:
     add('--self_ensemble', action='store_true', help='average over flips and rotations: slower, a little better')
     add('--seamless', action='store_true', help='for textures that are laid out in tiles: the border goes on at the '
         'opposite one')  # fmt: skip
-    add('--precision', choices=('single', 'half'), default='single', help='half: faster on a GPU')
+    add(
+        '--precision',
+        choices=('single', 'half'),
+        default='single',
+        help='half: faster on a GPU, but not on a CPU with llvmlite',
+    )
     add = parser.add_argument_group('machine').add_argument
     add('--cpu', action='store_true', help='leave the GPU alone')
     add('--n_GPUs', metavar='N', type=natural, default=1, help='GPUs that share the photographs')

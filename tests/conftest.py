@@ -25,11 +25,12 @@ WITHOUT_A_GPU = ('no CUDA device', 'only on a GPU')
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What torch.compile makes is kept for one session, and not shared with others on this machine."""
-    if 'TORCHINDUCTOR_CACHE_DIR' not in os.environ:  # as it is in workers
-        folder = tempfile.TemporaryDirectory(prefix='frugalsr-inductor-', ignore_cleanup_errors=True)
-        os.environ['TORCHINDUCTOR_CACHE_DIR'] = folder.name
-        config.add_cleanup(folder.cleanup)
+    """What is compiled is kept for one session, and not shared with others on this machine."""
+    for name in ('TORCHINDUCTOR_CACHE_DIR', 'FRUGALSR_CACHE'):
+        if name not in os.environ:  # as it is in workers
+            folder = tempfile.TemporaryDirectory(prefix='frugalsr-cache-', ignore_cleanup_errors=True)
+            os.environ[name] = folder.name
+            config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,6 +32,7 @@ from model import (
 )
 from model.bicubic import Bicubic
 from model.common import NetworkSpec, reflect_pad, rgb_to_ycbcr, ycbcr_to_rgb
+from model.ops.fast import log, wants_llvm
 from model.ops.graphed import Graphed
 from model.tiles.ensemble import self_ensemble
 from model.tiles.tiling import Report, Tiler, unreported
@@ -164,6 +165,8 @@ class Model(nn.Module):
         self.tiler, self.ensemble, self.wants_half, self.pad_to = tiler, ensemble, half, pad_to
         fast = (torch.bfloat16,) if self.device.type == 'cpu' else (torch.float16, torch.bfloat16)
         self.dtype = self.safe(*fast) if half else torch.float32
+        if half and self.device.type == 'cpu' and wants_llvm():
+            log.info('Half precision on a CPU: kernels are in float32 alone, which is faster here without it.')
         self.settings = all_settings(self.network, scale, **settings)
         self.n_colors = self.settings.get('n_colors', 3)
         self.range = self.network.value_range

@@ -33,6 +33,7 @@ from model.blocks.tokens import (
     TokenLinear,
     TokenNorm,
     inverse_of,
+    stable_order,
     take_rows,
 )
 from model.blocks.windows import (
@@ -41,7 +42,6 @@ from model.blocks.windows import (
     check_window,
     hidden_width,
     init_linear,
-    look_up_bias,
     plain_and_shifted,
     relative_position_bias_table,
     relative_positions,
@@ -58,6 +58,9 @@ from model.common import (
     how_many,
     stacked,
 )
+from model.ops.cached_attention import is_for_kernel
+from model.ops.packed_attention import packed_attention
+from model.ops.token_dictionary import Reading, read_tokens, refine_tokens
 
 MAX_LOGIT_SCALE = math.log(100)
 UPSAMPLER_FEATS = 64  # channels of the classical upsampler
@@ -73,14 +76,13 @@ class DictionaryAttention(nn.Module):
         self.wk = TokenLinear(n_feats, reduced_dim)
         self.wv = TokenLinear(n_feats, n_feats)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (N, L, C) and tokens (N, M, C) to what the pixels read (N, L, C) and the softmaxed map (N, L, M)."""
+    def forward(self, x: Tensor, tokens: Tensor, norm: TokenNorm, qkv: TokenLinear) -> Reading:
+        """Pixels (N, L, C), normalised first, and tokens (N, M, C)."""
         with full_precision(x):
             factor = 1 + self.scale.clamp(0, 1) * math.log(len(self.scale))
             keys = F.normalize(self.wk(at_least_float32(tokens)), dim=-1) * factor.unsqueeze(-1)
-            queries = F.normalize(self.wq(at_least_float32(x)), dim=-1)
-            similarity = (queries @ keys.transpose(1, 2)).softmax(-1)
-        return similarity @ self.wv(tokens), similarity
+        linear, query = ((layer.weight, layer.bias) for layer in (qkv, self.wq))
+        return read_tokens(x, norm, linear, query, keys, self.wv(tokens))
 
 
 class CategoryAttention(nn.Module):
@@ -100,11 +102,17 @@ class CategoryAttention(nn.Module):
         """(N, L, 3 * C) and the categories (N, L) int64 to (N, L, C), like `plus`, which is added."""
         n, length, channels = qkv.shape
         size = min(length, self.category_size)
-        order = category.argsort(dim=-1, stable=True)
+        d = channels // (3 * self.n_heads)
+        order = stable_order(category)
+        factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        if length % size == 0 and not torch.is_grad_enabled() and is_for_kernel(qkv, size, d):
+            groups = (order + torch.arange(n).view(-1, 1) * length).view(-1, size)
+            rows, kinds = qkv.reshape(-1, 3, self.n_heads, d), torch.zeros(len(groups), dtype=torch.int64)
+            out = packed_attention(rows, groups, None, kinds, float(factor))
+            return self.proj(out.view(n, length, -1), plus=plus)
         tail = order[:, length - -length % size :]
         rows = take_rows(qkv, torch.cat((order, tail), 1))
-        q, k, v = rows.view(-1, size, 3, self.n_heads, channels // (3 * self.n_heads)).unbind(2)
-        factor = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        q, k, v = rows.view(-1, size, 3, self.n_heads, d).unbind(2)
         out = attention((q * factor).to(v.dtype), k, v, scale=1.0)
         return self.proj(take_rows(out.reshape(n, -1, channels // 3), inverse_of(order)), plus=plus)
 
@@ -118,8 +126,8 @@ class WindowAttention(nn.Module):
         self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(self, qkv: Tensor, positions: Tensor, windows: Windows, plus: Tensor) -> Tensor:
-        bias = look_up_bias(self.relative_position_bias_table, positions)
-        return self.proj(window_attention(qkv, bias, windows), plus=plus)
+        out = window_attention(qkv, self.relative_position_bias_table, positions, windows)
+        return self.proj(out, plus=plus)
 
 
 class Layer(nn.Module):
@@ -158,11 +166,9 @@ class Layer(nn.Module):
         self, x: Tensor, tokens: Tensor, height: int, width: int, positions: Tensor, windows: Windows
     ) -> tuple[Tensor, Tensor]:
         """Pixels (N, H * W, C) and tokens (N, M, C), both to new ones."""
-        normed = self.norm1(x)
-        qkv = self.wqkv(normed)
-        read, similarity = self.attn_atd(normed, tokens)
-        x = self.attn_win(qkv, positions, windows, plus=x) + read
-        x = self.attn_aca(qkv, similarity.argmax(-1), plus=x)
+        qkv, x, similarity, category = self.attn_atd(x, tokens, self.norm1, self.wqkv)
+        x = self.attn_win(qkv, positions, windows, plus=x)
+        x = self.attn_aca(qkv, category, plus=x)
         x = checkpoint(self.feed_forward, x, height, width, use_reentrant=False, preserve_rng_state=False)
         return x, self.refine(tokens, similarity, x) if self.refines else tokens
 
@@ -170,19 +176,8 @@ class Layer(nn.Module):
         return self.convffn(x, height, width, norm=self.norm2, plus=x)
 
     def refine(self, tokens: Tensor, similarity: Tensor, x: Tensor) -> Tensor:
-        """Adaptive token refinement: tokens (N, M, C) move towards the pixels (N, L, C) that are similar to them.
-
-        The instance norm is over the L positions of each token. It is written out since the similarity has the
-        positions first, and since PyTorch's variance along such an axis takes ten times as long.
-        """
-        with full_precision(x):
-            norm, tokens, x = self.norm3, at_least_float32(tokens), at_least_float32(x)
-            centred = similarity - similarity.mean(1, keepdim=True)
-            gain = norm.weight * (centred.square().mean(1, keepdim=True) + norm.eps).rsqrt()
-            logits = torch.addcmul(norm.bias, centred, gain)
-            # Along an axis that is not the last one PyTorch's softmax leaves a GPU idle: three quarters of ATD-light.
-            weights = logits.mT.contiguous().softmax(-1) if x.is_cuda else logits.softmax(1).mT
-            return torch.lerp(weights @ x, tokens, self.sigma.sigmoid())
+        """Adaptive token refinement: tokens (N, M, C) move towards the pixels (N, L, C) that are similar to them."""
+        return refine_tokens(tokens, similarity, x, self.norm3, self.sigma.sigmoid())
 
 
 class ResidualGroup(nn.Module):

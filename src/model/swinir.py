@@ -29,7 +29,6 @@ from model.blocks.windows import (
     check_window,
     hidden_width,
     init_linear,
-    look_up_bias,
     plain_and_shifted,
     relative_position_bias_table,
     relative_positions,
@@ -61,8 +60,8 @@ class WindowAttention(nn.Module):
         self.proj = TokenLinear(n_feats, n_feats)
 
     def forward(self, x: Tensor, windows: Windows, norm: Norm, plus: Tensor | None) -> Tensor:
-        bias = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
-        return self.proj(window_attention(self.qkv(x, norm=norm), bias, windows), plus=plus)
+        table, positions = self.relative_position_bias_table, self.relative_position_index
+        return self.proj(window_attention(self.qkv(x, norm=norm), table, positions, windows), plus=plus)
 
 
 class MLP(nn.Module):

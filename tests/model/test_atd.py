@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from error import UserError
 from model import NETWORKS, build
 from model.atd import ATD, CategoryAttention, DictionaryAttention, Layer, recognise, recognise_v2
+from model.blocks.tokens import TokenLinear, TokenNorm
 from tests.conftest import kept_for_gradients
 
 SMALL = {
@@ -66,19 +67,25 @@ def test_features_of_the_feed_forward_network_are_not_kept_for_the_gradients() -
 def test_dictionary_attention_equals_plain_loops() -> None:
     attention = random_(DictionaryAttention(6, 5, 3), 1.0)
     attention.scale.copy_(torch.tensor([-0.3, 0.2, 0.5, 1.0, 1.7], dtype=torch.float64))
+    norm, qkv = random_(TokenNorm(6)), random_(TokenLinear(6, 4))
     x, tokens = torch.randn(2, 7, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
-    out, similarity = attention(x, tokens)
+    found = attention(x, tokens, norm, qkv)
     for image in range(2):
         for pixel in range(7):
-            query = unit(linear(attention.wq, x[image, pixel].numpy()))
+            given = x[image, pixel].numpy()
+            normed = (given - given.mean()) / np.sqrt(given.var() + norm.eps)
+            normed = normed * norm.weight.numpy() + norm.bias.numpy()
+            assert np.abs(found.qkv[image, pixel].numpy() - linear(qkv, normed)).max() < 1e-12
+            query = unit(linear(attention.wq, normed))
             logits = [
                 query @ unit(linear(attention.wk, token)) * (1 + scale * math.log(5))
                 for token, scale in zip(tokens[image].numpy(), (0, 0.2, 0.5, 1, 1), strict=True)
             ]
             weights = softmax(np.array(logits))
-            assert np.abs(similarity[image, pixel].numpy() - weights).max() < 1e-12
+            assert np.abs(found.similarity[image, pixel].numpy() - weights).max() < 1e-12
+            assert found.category[image, pixel] == np.argmax(weights)
             read = weights @ linear(attention.wv, tokens[image].numpy())
-            assert np.abs(out[image, pixel].numpy() - read).max() < 1e-12
+            assert np.abs(found.x[image, pixel].numpy() - given - read).max() < 1e-12
 
 
 def plain_category_attention(qkv: np.ndarray, category: list[int], size: int, heads: int, factor: float) -> np.ndarray:
@@ -110,6 +117,17 @@ def test_category_attention_equals_plain_loops(length: int) -> None:
     for image in range(2):
         plain = plain_category_attention(qkv[image].numpy(), category[image].tolist(), 8, 3, 3.0)
         assert np.abs(out[image].numpy() - linear(attention.proj, plain)).max() < 1e-12
+
+
+@torch.no_grad()
+def test_category_attention_by_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, with as many pixels as whole groups have, against the other form in double precision."""
+    attention = random_(CategoryAttention(24, 2, 32))
+    qkv, category = torch.randn(2, 96, 72), torch.randint(3, (2, 96))
+    truth = attention(qkv.double(), category)
+    monkeypatch.setattr('model.atd.take_rows', None)  # is not needed
+    found = attention.float()(qkv, category)
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-5 * float(truth.abs().max()))
 
 
 def test_the_logit_scale_stops_at_a_hundred() -> None:
@@ -199,11 +217,13 @@ def test_similarity_and_refinement_keep_their_precision_under_autocast() -> None
     torch.manual_seed(0)
     layer = Layer(12, 3, 4, 8, 5, 3, 3, 2.0, refines=True)
     x, tokens = torch.randn(1, 64, 12), torch.randn(1, 5, 12)
-    similarity = layer.attn_atd(x, tokens)[1]
+    given = x, tokens, layer.norm1, layer.wqkv
+    similarity = layer.attn_atd(*given).similarity
     refined = layer.refine(tokens, similarity, x)
     with torch.autocast('cpu', torch.bfloat16):
-        assert layer.attn_atd(x, tokens)[0].dtype is torch.bfloat16
-        assert torch.equal(layer.attn_atd(x, tokens)[1], similarity)
+        found = layer.attn_atd(*given)
+        assert found.qkv.dtype is torch.bfloat16
+        assert torch.equal(found.similarity, similarity)
         assert torch.equal(layer.refine(tokens, similarity, x), refined)
 
 

@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -322,3 +323,15 @@ def test_tiles_are_compiled_once(monkeypatch: pytest.MonkeyPatch, auto: bool) ->
         image = picture(0, height, width)
         assert np.array_equal(model.upscale(image), plain.upscale(image))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ('wanted', 'device', 'said'), [(True, 'cpu', True), (False, 'cpu', False), (True, 'meta', False)]
+)
+def test_half_precision_where_kernels_are_in_float32_is_said_to_be_slower(
+    wanted: bool, device: str, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr('model.wants_llvm', lambda: wanted)
+    with caplog.at_level(logging.INFO, 'frugalsr'):
+        Model('Bicubic', 2, device, half=True)
+    assert bool(caplog.messages) == said

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from error import UserError
 from model import NETWORKS, build
-from model.blocks.windows import look_up_bias, relative_positions, window_attention, window_partition
+from model.blocks.windows import relative_positions, window_attention, window_partition
 from model.swinir import Layer, SwinIR, nominal_masks, recognise
 
 SMALL = {'n_feats': 12, 'n_resgroups': 2, 'n_resblocks': 2, 'n_heads': 3, 'window_size': 4}
@@ -62,7 +62,7 @@ def test_window_attention_equals_plain_loops(size: tuple[int, int], shift: int) 
     qkv = torch.randn(2, *size, 18, dtype=torch.float64)
     table = torch.randn(49, 3, dtype=torch.float64)
     windows = window_partition(qkv.permute(0, 3, 1, 2), 4, shift)
-    out = window_attention(qkv.flatten(1, 2), look_up_bias(table, relative_positions(4)), windows)
+    out = window_attention(qkv.flatten(1, 2), table, relative_positions(4), windows)
     for image in range(2):
         plain = plain_window_attention(qkv[image].numpy(), table.numpy(), 4, shift)
         assert np.abs(out[image].numpy().reshape(plain.shape) - plain).max() < 1e-12

@@ -19,6 +19,16 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, channels)
 
 
+def stable_order(codes: Tensor) -> Tensor:
+    """Where integers (..., L) below 2^15 stand in their order, of equal ones the first before the others: int64.
+
+    NumPy sorts small integers by counting them, which is some five times as fast on a CPU as PyTorch's sort.
+    """
+    if not codes.is_cpu or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return codes.argsort(dim=-1, stable=True)
+    return torch.from_numpy(codes.short().numpy().argsort(axis=-1, kind='stable'))
+
+
 def inverse_of(order: Tensor) -> Tensor:
     """Where each number stands in the permutations `order` (..., L) of 0 to L - 1."""
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)

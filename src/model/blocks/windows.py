@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from error import UserError
 from model.blocks.tokens import inverse_of
 from model.common import at_least_float32, full_precision
-from model.ops.cached_attention import CACHED_LOGITS, cached_attention, is_for_kernel
+from model.ops.cached_attention import CACHED_LOGITS, LEAST_QUERIES, cached_attention, is_for_kernel
 from model.ops.fast import has_llvm
-from model.ops.packed_attention import packed_attention
+from model.ops.packed_attention import fast_by_position, packed_attention
 from model.ops.progressive_attention import area_masks
 from model.ops.table_attention import table_attention
 
@@ -210,12 +211,25 @@ def plain_and_shifted(like: Tensor, size: int) -> list[Windows]:
     return [window_partition(like, size, shift) for shift in (0, size // 2)]
 
 
-def window_attention(qkv: Tensor, bias: Tensor, windows: Windows) -> Tensor:
-    """Multi-head attention within windows: (N, H * W, 3 * C) and a position bias (heads, T, T) to (N, H * W, C)."""
-    heads, pixels, _ = bias.shape
-    masks = (bias.unsqueeze(1) + windows.masks.mT).to(qkv.dtype)  # which are symmetric
+def window_attention(qkv: Tensor, table: Tensor, positions: Tensor, windows: Windows) -> Tensor:
+    """Multi-head attention within windows of an image: (N, H * W, 3 * C) to (N, H * W, C).
+
+    Args:
+        qkv: queries, keys and values side by side.
+        table: position table ((2 * size - 1)^2, heads).
+        positions: see `relative_positions`.
+        windows: how the image is cut.
+    """
+    pixels, heads = len(positions), table.shape[1]
+    d = qkv.shape[-1] // (3 * heads)
+    by_rows = isqrt(pixels) % LEAST_QUERIES == 0 and not torch.is_grad_enabled()  # else a vector is not within a row
+    if by_rows and table.dtype == qkv.dtype and is_for_kernel(qkv, pixels, d):
+        rows, order, kinds = qkv.reshape(-1, 3, heads, d), windows.order.view(-1, pixels), kinds_of(windows.counts)
+        out = fast_by_position(rows, order, table, positions, windows.areas, kinds, d**-0.5)
+        return out.view(*qkv.shape[:2], -1)
+    masks = look_up_bias(table, positions).unsqueeze(1) + windows.masks.mT  # which are symmetric
     rows = qkv.reshape(-1, pixels, qkv.shape[-1])
-    return self_attention(rows, heads, masks, windows).view(*qkv.shape[:2], -1)
+    return self_attention(rows, heads, masks.to(qkv.dtype), windows).view(*qkv.shape[:2], -1)
 
 
 def self_attention(qkv: Tensor, heads: int, masks: Tensor | None = None, windows: Windows | None = None) -> Tensor:

@@ -53,10 +53,15 @@ def is_for_triton(x: Tensor) -> bool:
     return wanted and x.is_cuda
 
 
+def wants_llvm() -> bool:
+    """Whether kernels for CPUs are used, where llvmlite is installed."""
+    return wanted and is_installed('llvmlite')
+
+
 def has_llvm(x: Tensor) -> bool:
     """Whether `x` is on a CPU with llvmlite, in an eager call."""
     traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return wanted and x.is_cpu and not traced and is_installed('llvmlite')
+    return x.is_cpu and not traced and wants_llvm()
 
 
 def is_for_llvm(x: Tensor) -> bool:

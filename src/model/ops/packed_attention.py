@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from model.ops.cached_attention import gradients, without_gradients
 from model.ops.fast import by_llvm, operation
+from model.ops.progressive_attention import area_masks
 
 
 class PackedAttention(torch.autograd.Function):
@@ -55,6 +56,30 @@ def packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scal
 def fast_packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float) -> Tensor:
     """As `fast_without_gradients`."""
     return by_llvm('cached_attention', packed, qkv, order, masks, kinds, scale)
+
+
+def by_position(
+    qkv: Tensor, order: Tensor, table: Tensor, positions: Tensor, areas: Tensor, kinds: Tensor, scale: float
+) -> Tensor:
+    """`packed_attention` without gradients in square windows, for biases by the position of the query to the key.
+
+    Args:
+        qkv, order, kinds, scale: as of `packed_attention`.
+        table: biases ((2 * size - 1)^2, heads).
+        positions: (T, T) int64, where in the table a query and a key find their bias; a kernel takes those of
+            `windows.relative_positions` instead.
+        areas: (kinds, T) int32, by kind of window; between different ones `APART` is added.
+    """
+    biases = table.t()[:, positions].unsqueeze(1)
+    return packed(qkv, order, biases + area_masks(areas, biases.dtype), kinds, scale)
+
+
+@operation('packed_attention_by_position')
+def fast_by_position(
+    qkv: Tensor, order: Tensor, table: Tensor, positions: Tensor, areas: Tensor, kinds: Tensor, scale: float
+) -> Tensor:
+    """As `fast_without_gradients`."""
+    return by_llvm('cached_attention', by_position, qkv, order, table, positions, areas, kinds, scale)
 
 
 def packed_gradients(

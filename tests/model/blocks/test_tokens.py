@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.blocks.tokens import ConvFFN, TokenLinear
+from model.blocks.tokens import ConvFFN, TokenLinear, stable_order
 from tests.conftest import numbers
 
 
@@ -12,6 +12,15 @@ def test_linear_layer_of_tokens(n: int) -> None:
     out = layer(x)
     torch.testing.assert_close(out, x @ layer.weight.t() + layer.bias, rtol=0, atol=1e-12)
     assert out.is_contiguous()
+
+
+def test_order_of_codes() -> None:
+    codes = torch.randint(0, 2**15, (2, 3, 50), generator=torch.Generator().manual_seed(0))
+    codes[:, :, 10:30] = codes[:, :, 20:40]  # some come again
+    order = stable_order(codes)
+    assert order.dtype == torch.int64
+    for row, found in zip(codes.flatten(0, 1).tolist(), order.flatten(0, 1).tolist(), strict=True):
+        assert found == sorted(range(50), key=lambda i, row=row: row[i])
 
 
 @torch.no_grad()

@@ -2,41 +2,65 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from llvmlite import ir
 
 from model.ops.cached_attention import LOG2_E
-from model.ops.llvm.code import BIT, FLOAT, INT, Code
+from model.ops.llvm.code import BIT, FLOAT, INT, WORD, Code
+from model.ops.progressive_attention import APART
 
 KEYS = 8  # at once
+LEAST = 2**-32  # sum of powers, of which those that are too small for float32 come to less than its rounding
 GIVEN = ('counter', 'windows', 'queries', 'keys', 'heads')
 OF_BIASES = ('kinds', 'by_key', 'by_query', 'between_heads', 'between_kinds', 'biases')
+OF_AREAS = ('areas',)
 Sums = list[ir.Value]
+
+
+class Biases(NamedTuple):
+    """What is added to the logits of the queries of a vector: `row` points to where those of the keys are found.
+
+    With `areas`, a pointer to those of the keys, and the queries' `own`, less is added between different ones.
+    """
+
+    row: ir.Value
+    areas: ir.Value | None
+    own: ir.Value | None
 
 
 class AttentionCode(Code):
     """What attention and its gradients are written with, for one window and head at a time.
 
     The bias of query i and key j is at `by_key[j] + by_query[i]` among those of its head and kind, where the queries
-    of a vector follow one another. Of each tensor `name` a token is at `name_places[window, token]`, and its heads are
-    `name_between_heads` apart.
+    of a vector follow one another. A window of a kind has the areas `areas[kind]` of its tokens. Of each tensor `name`
+    a token is at `name_places[window, token]`, and its heads are `name_between_heads` apart.
 
     Args:
         tensors: names of tensors of tokens, among them q, k and v.
         d, e: channels of queries and keys, and of values.
         biased: whether there are biases.
         others: names of what else is given.
+        parted: whether there are areas, too.
 
     Attributes:
         packed: where keys and values lie beside each other, in a thread's memory.
     """
 
     def __init__(
-        self, tensors: Sequence[str], d: int, e: int, biased: bool, lanes: int, others: Sequence[str] = ()
+        self,
+        tensors: Sequence[str],
+        d: int,
+        e: int,
+        biased: bool,
+        lanes: int,
+        others: Sequence[str] = (),
+        parted: bool = False,
     ) -> None:
-        about = (f'{name}{what}' for name in tensors for what in ('', '_places', '_between_heads'))
-        super().__init__((*GIVEN, *(OF_BIASES if biased else ()), *others, *about), lanes)
-        self.d, self.e, self.biased = d, e, biased
+        about = [f'{name}{what}' for name in tensors for what in ('', '_places', '_between_heads')]
+        about = [*(OF_BIASES if biased else ()), *(OF_AREAS if parted else ()), *others, *about]
+        super().__init__((*GIVEN, *about), lanes)
+        self.d, self.e, self.biased, self.parted = d, e, biased, parted
         self.packed = self.memory
         self.to_base_2 = self.spread(self.to.fmul(self.factor, FLOAT(LOG2_E)))
 
@@ -68,11 +92,30 @@ class AttentionCode(Code):
         """Key j, and its value."""
         return self.at(self.packed, self.to.mul(j, INT(self.d + self.e)))
 
-    def biases_of(self, first: ir.Value, memory: ir.Value | None = None) -> ir.Value:
-        """Those of the queries from `first` on; or what is at their place in other memory."""
+    def row_of(self, first: ir.Value, biases: ir.Value) -> ir.Value:
+        """Where those of the queries from `first` on are in memory like that of the biases."""
         kind = self.integer('kinds', self.window)
         steps = (self.head, self.given['between_heads']), (kind, self.given['between_kinds'])
-        return self.at(memory or self.pointer('biases'), self.offset(*steps, (self.integer('by_query', first),)))
+        return self.at(biases, self.offset(*steps, (self.integer('by_query', first),)))
+
+    def biases_of(self, first: ir.Value) -> Biases | None:
+        """Those of the queries from `first` on."""
+        if not self.biased:
+            return None
+        row, areas, own = self.row_of(first, self.pointer('biases')), None, None
+        if self.parted:
+            kind = self.integer('kinds', self.window)
+            areas = self.at(self.pointer('areas', WORD), self.to.mul(kind, self.given['keys']))
+            own = self.load(self.at(areas, first), self.lanes)
+        return Biases(row, areas, own)
+
+    def bias(self, biases: Biases, j: ir.Value) -> ir.Value:
+        """Of the queries of a vector and key j."""
+        found = self.load(self.at(biases.row, self.integer('by_key', j)), self.lanes)
+        if biases.areas is None:
+            return found
+        apart = self.to.icmp_signed('!=', biases.own, self.spread(self.to.load(self.at(biases.areas, j))))
+        return self.to.select(apart, self.to.fadd(found, self.vector(APART)), found)
 
     def queries(self, i: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
         """The first of the queries of a vector and all of them; the last vector takes some again that came before."""
@@ -91,34 +134,44 @@ class AttentionCode(Code):
             start = [self.multiply_add(channel, *given) for given in zip(factors, start, strict=True)]
         return start
 
-    def logits(self, query: Sequence[ir.Value], keys: Sequence[ir.Value], bias: ir.Value, start: ir.Value) -> Sums:
+    def logits(
+        self, query: Sequence[ir.Value], keys: Sequence[ir.Value], biases: Biases | None, start: ir.Value
+    ) -> Sums:
         """To base 2, plus `start`, for queries that were multiplied by `to_base_2`."""
         found = [start] * len(keys)
-        if self.biased:
-            places = (self.at(bias, self.integer('by_key', j)) for j in keys)
-            found = [self.multiply_add(self.load(place, self.lanes), self.vector(LOG2_E), start) for place in places]
+        if biases:
+            found = [self.multiply_add(self.bias(biases, j), self.vector(LOG2_E), start) for j in keys]
         return self.products(query, keys, 0, found)
 
-    def over_keys(self, body: Callable[[list[ir.Value], list[ir.Value]], Sums], sums: Sums) -> Sums:
-        """Write `sums = body(keys, sums)` for all keys, a few at once."""
+    def over_keys(
+        self,
+        body: Callable[[list[ir.Value], list[ir.Value]], Sums],
+        sums: Sums,
+        span: tuple[ir.Value, ir.Value] | None = None,
+    ) -> Sums:
+        """Write `sums = body(keys, sums)` for all keys, or a `span` from one to before another, a few at once."""
 
         def few(count: int, j: ir.Value, sums: Sums) -> Sums:
             return body([self.to.add(j, INT(n)) for n in range(count)], sums)
 
-        whole = self.to.sub(self.given['keys'], self.to.srem(self.given['keys'], INT(KEYS)))
-        sums = self.loop(INT(0), whole, KEYS, lambda j, sums: few(KEYS, j, sums), sums)
-        return self.loop(whole, self.given['keys'], 1, lambda j, sums: few(1, j, sums), sums)
+        first, stop = span or (INT(0), self.given['keys'])
+        whole = self.to.sub(stop, self.to.srem(self.to.sub(stop, first), INT(KEYS)))
+        sums = self.loop(first, whole, KEYS, lambda j, sums: few(KEYS, j, sums), sums)
+        return self.loop(whole, stop, 1, lambda j, sums: few(1, j, sums), sums)
 
-    def in_range(self, sums: Callable[[ir.Value], Sums], query: Sequence[ir.Value], bias: ir.Value) -> Sums:
+    def in_range(
+        self, sums: Callable[[ir.Value], Sums], query: Sequence[ir.Value], biases: Biases | None, most: float
+    ) -> Sums:
         """`sums(start)`, the first of which are of powers of 2 of `logits`.
 
-        The greatest logit of a query is subtracted only where powers of 2 without that were out of range.
+        The greatest logit of a query is subtracted only where powers of 2 without that were out of range: their sum
+        below `LEAST` or above `most`.
         """
 
-        def greater(keys: list[ir.Value], most: list[ir.Value]) -> list[ir.Value]:
-            for logit in self.logits(query, keys, bias, self.vector(0)):
-                most = [self.select_greater(logit, *most)]
-            return most
+        def greater(keys: list[ir.Value], found: list[ir.Value]) -> list[ir.Value]:
+            for logit in self.logits(query, keys, biases, self.vector(0)):
+                found = [self.select_greater(logit, *found)]
+            return found
 
         to = self.to
         before, once, again, end = to.block, *(to.append_basic_block() for _ in range(3))
@@ -127,14 +180,14 @@ class AttentionCode(Code):
         start, is_first = to.phi(self.vector_type), to.phi(BIT)
         found = sums(start)
         in_range = to.and_(
-            to.fcmp_ordered('>', found[0], self.vector(2**-32)), to.fcmp_ordered('<', found[0], self.vector(2**32))
+            to.fcmp_ordered('>', found[0], self.vector(LEAST)), to.fcmp_ordered('<', found[0], self.vector(most))
         )
         all_lanes = ir.IntType(self.lanes)
         safe = to.icmp_signed('==', to.bitcast(in_range, all_lanes), all_lanes(-1))
         to.cbranch(to.or_(safe, to.not_(is_first)), end, again)
         to.position_at_end(again)
-        (most,) = self.over_keys(greater, [self.vector(-math.inf)])
-        subtracted = to.select(in_range, self.vector(0), to.fsub(self.vector(0), most))
+        (greatest,) = self.over_keys(greater, [self.vector(-math.inf)])
+        subtracted = to.select(in_range, self.vector(0), to.fsub(self.vector(0), greatest))
         for block, value, first_time in ((before, self.vector(0), 1), (to.block, subtracted, 0)):
             start.add_incoming(value, block)
             is_first.add_incoming(BIT(first_time), block)

@@ -5,40 +5,61 @@ are read number by number from the first cache, and no logit is ever written. Fo
 have their rows of the map, and of the gradient by the logits, in the cache; no more of these is ever there.
 """
 
-from functools import cache, partial
+from functools import partial, reduce
 
 from llvmlite import ir
 
 from model.ops.llvm.attention_code import AttentionCode, Sums
-from model.ops.llvm.code import FLOAT, INT, Kernel, filled_up
+from model.ops.llvm.code import FLOAT, INT, Code, filled_up
+from model.ops.llvm.kernel_cache import compiled
+
+AT_ONCE = 64  # keys, whose powers are in the cache
+MOST = 2**80  # sum of powers, which times values up to 2^40 have their place in float32
+MOST_FOR_GRADIENTS = 2**32  # whose square is divided by
 
 
-@cache
-def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
-    """Attention of queries and keys of `d` channels and values of `e`."""
-    code = AttentionCode(('q', 'k', 'v', 'out'), d, e, biased, lanes)
+@compiled
+def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
+    """Attention of queries and keys of `d` channels and values of `e`: see `AttentionCode`."""
+    code = AttentionCode(('q', 'k', 'v', 'out'), d, e, biased, lanes, parted=parted)
     to, given = code.to, code.given
+    powers = code.memory
+    code.packed = code.at(powers, INT(AT_ONCE * lanes))
 
     def attend(task: ir.Value) -> None:
         """A window and a head; the windows of one head follow one another, since they share biases."""
-        code.begin(to.srem(task, given['windows']), to.sdiv(task, given['windows']))
+        code.begin(to.sdiv(task, given['heads']), to.srem(task, given['heads']))
 
         def queries(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             first, tokens = code.queries(i)
             query = [to.fmul(x, code.to_base_2) for x in code.by_channel('q', tokens, d)]
-            bias = code.biases_of(first) if biased else None
+            biases = code.biases_of(first)
 
-            def add(start: ir.Value, keys: list[ir.Value], sums: Sums) -> Sums:
-                """Powers of 2, and those times values."""
-                powers = [code.exp2(logit) for logit in code.logits(query, keys, bias, start)]
-                for j, power in zip(keys, powers, strict=True):
-                    values = (code.number(code.row(j), d + i) for i in range(e))
-                    weighted = (code.multiply_add(power, *x) for x in zip(values, sums[1:], strict=True))
-                    sums = [to.fadd(sums[0], power), *weighted]
-                return sums
+            def add(start: ir.Value, first: ir.Value, sums: Sums) -> Sums:
+                """Powers of 2 of some keys from the first one on, and then those times values."""
+                left = to.sub(given['keys'], first)
+                stop = to.add(first, to.select(to.icmp_signed('<', left, INT(AT_ONCE)), left, INT(AT_ONCE)))
+
+                def power_of(j: ir.Value) -> ir.Value:
+                    return code.at(powers, to.mul(to.sub(j, first), INT(lanes)))
+
+                def weigh(keys: list[ir.Value], sums: Sums) -> Sums:
+                    found = [code.exp2(logit) for logit in code.logits(query, keys, biases, start)]
+                    for j, power in zip(keys, found, strict=True):
+                        code.store(power, power_of(j))
+                    return [reduce(to.fadd, found, *sums)]
+
+                def multiply(j: ir.Value, sums: Sums) -> Sums:
+                    power, values = code.load(power_of(j), lanes), (code.number(code.row(j), d + i) for i in range(e))
+                    return [code.multiply_add(power, *x) for x in zip(values, sums, strict=True)]
+
+                total = code.over_keys(weigh, sums[:1], (first, stop))
+                return [*total, *code.loop(first, stop, 1, multiply, sums[1:])]
 
             zeros = [code.vector(0)] * (e + 1)
-            total, *weighted = code.in_range(lambda start: code.over_keys(partial(add, start), zeros), query, bias)
+            total, *weighted = code.in_range(
+                lambda start: code.loop(INT(0), given['keys'], AT_ONCE, partial(add, start), zeros), query, biases, MOST
+            )
             share = to.fdiv(code.vector(1), total)
             for n, result in zip(tokens, code.transposed([to.fmul(x, share) for x in weighted]), strict=True):
                 code.store(result, code.token('out', n))
@@ -47,11 +68,11 @@ def kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
         code.loop(INT(0), given['queries'], lanes, queries)
 
     code.tasks(code.pointer('counter', INT), to.mul(given['windows'], given['heads']), attend)
-    return Kernel(code)
+    return code
 
 
-@cache
-def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
+@compiled
+def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
     """Gradients of the attention that `kernel` computes.
 
     A task is a head and a part of the windows, which come one after the other and share what a bias has gathered.
@@ -88,11 +109,11 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
         # 0 for queries that come again in a vector before this one, which then takes their place.
         counted = to.fcmp_ordered('>=', code.numbers(), code.spread(to.sitofp(to.sub(i, first), FLOAT)))
         grad = [to.select(counted, x, zero) for x in code.transposed(by_results)]
-        bias = code.biases_of(first) if biased else None
+        biases = code.biases_of(first)
 
         def weigh(start: ir.Value, keys: list[ir.Value], found: Sums) -> Sums:
             total, weighted = found
-            powers = [code.exp2(logit) for logit in code.logits(query, keys, bias, start)]
+            powers = [code.exp2(logit) for logit in code.logits(query, keys, biases, start)]
             products = code.products(grad, keys, d, [zero] * len(keys))
             for j, power, product in zip(keys, powers, products, strict=True):
                 for vector, place in zip((power, product), pair(j), strict=True):
@@ -100,7 +121,9 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
                 total, weighted = to.fadd(total, power), code.multiply_add(power, product, weighted)
             return [total, weighted]
 
-        total, weighted = code.in_range(lambda start: code.over_keys(partial(weigh, start), [zero] * 2), query, bias)
+        total, weighted = code.in_range(
+            lambda start: code.over_keys(partial(weigh, start), [zero] * 2), query, biases, MOST_FOR_GRADIENTS
+        )
         share = to.fdiv(code.vector(1), total)
         mean = to.fmul(to.fmul(weighted, share), share)
         shares = to.select(counted, share, zero)
@@ -111,7 +134,7 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
             code.store(code.padded(to.fmul(by_result, share_of), widths[1]), code.at(place, INT(widths[0])))
         if biased:
             of_part = code.at(code.pointer('grad_biases'), to.mul(part, given['between_parts']))
-            grad_bias = code.biases_of(first, of_part)
+            grad_bias = code.row_of(first, of_part)
 
         def spread(keys: list[ir.Value], found: Sums) -> Sums:
             """Add what the logits of these keys come to in the gradients by biases and queries."""
@@ -179,4 +202,4 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Kernel:
         code.loop(first, stop, 1, window)
 
     code.tasks(code.pointer('counter', INT), to.mul(given['heads'], given['parts']), attend)
-    return Kernel(code)
+    return code

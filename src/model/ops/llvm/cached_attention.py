@@ -1,12 +1,13 @@
 """Attention on a CPU by kernels in LLVM, of the names of the plain functions in whose place these are."""
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.ops.llvm.attention_kernels import gradient_kernel, kernel
+from model.ops.llvm.attention_kernels import AT_ONCE, gradient_kernel, kernel
 from model.ops.llvm.code import Kernel, filled_up, lanes
 
 LINE = 16  # numbers of float32 that a line of a cache holds
@@ -39,11 +40,15 @@ def rows_of(x: Tensor, order: Tensor) -> Tokens:
 
 
 class Biases(NamedTuple):
-    """Biases (heads, kinds, ...), in which that of query i and key j is at `by_query[i] + by_key[j]`."""
+    """Biases (heads, kinds, ...), in which that of query i and key j is at `by_query[i] + by_key[j]`.
+
+    With areas of a window's tokens, (kinds, T) int32, `APART` is added between different ones.
+    """
 
     memory: Tensor
     by_query: Tensor
     by_key: Tensor
+    areas: Tensor | None = None
 
 
 def biases_of(masks: Tensor | None) -> Biases | None:
@@ -70,8 +75,9 @@ class Call(NamedTuple):
         counter, sizes = torch.zeros(1, dtype=torch.int64), (windows, queries, tensors[1].places.shape[1], self.heads)
         about: list[Tensor | int] = []
         if self.biases:
-            biases, by_query, by_key = self.biases
+            biases, by_query, by_key, areas = self.biases
             about = [self.kinds, by_key, by_query, *biases.stride()[:2], biases]
+            about += [] if areas is None else [areas]
         given = [counter, *sizes, *about, *others]
         for tokens in tensors:
             given += tokens
@@ -79,8 +85,9 @@ class Call(NamedTuple):
 
     def attend(self, q: Tokens, k: Tokens, v: Tokens, out: Tokens) -> None:
         """Write the result of `cached_attention` to `out`."""
-        made = kernel(self.d, self.e, self.biases is not None, lanes())
-        self.run(made, (q, k, v, out), k.places.shape[1] * (self.d + self.e))
+        biased, parted = self.biases is not None, self.biases is not None and self.biases.areas is not None
+        made = kernel(self.d, self.e, biased, parted, lanes())
+        self.run(made, (q, k, v, out), AT_ONCE * lanes() + k.places.shape[1] * (self.d + self.e))
 
     def differentiate(self, inputs: Sequence[Tokens], grad: Tokens, grads: Sequence[Tokens]) -> Tensor:
         """Write to `grads` the gradients by queries, keys and values, given that by the result; that by the masks."""
@@ -128,6 +135,21 @@ def packed(qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scal
     out = qkv.new_empty(len(qkv), heads, d)
     call = Call(heads, d, d, biases_of(masks), kinds, scale)
     call.attend(*(rows_of(x, order) for x in (*qkv.unbind(1), out)))
+    return out
+
+
+def by_position(
+    qkv: Tensor, order: Tensor, table: Tensor, positions: Tensor, areas: Tensor, kinds: Tensor, scale: float
+) -> Tensor:
+    """See `by_position` of `packed_attention`. In the table the queries of a vector follow one another."""
+    _, _, heads, d = qkv.shape
+    size = isqrt(areas.shape[1])
+    place = torch.arange(size)
+    by_query = (place[:, None] * (2 * size - 1) + place).flatten()
+    memory = table.t().contiguous().unsqueeze(1).expand(-1, len(areas), -1)
+    biases = Biases(memory, by_query, by_query.flip(0), areas if areas.any() else None)
+    out = qkv.new_empty(len(qkv), heads, d)
+    Call(heads, d, d, biases, kinds, scale).attend(*(rows_of(x, order) for x in (*qkv.unbind(1), out)))
     return out
 
 

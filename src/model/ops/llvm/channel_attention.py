@@ -5,22 +5,22 @@ the sums of the tiles of a window PyTorch makes maps. Another kernel weights val
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
 from model.ops.fast import operation
-from model.ops.llvm.code import INT, Kernel, lanes
+from model.ops.llvm.code import INT, Code, lanes
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Tiles, Vectors, call, divisor, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in registers
 
 
-@cache
-def sums_kernel(channels: int, heads: int, lanes: int) -> Kernel:
+@compiled
+def sums_kernel(channels: int, heads: int, lanes: int) -> Code:
     """Values of a tile, and sums over its pixels of the products of queries and keys, and of the squares of both."""
     names = 'x', 'scale', 'shift', 'project_in', 'depthwise', 'values', 'products', 'squares'
     code = Tiles(names, lanes, SIZE // 2)
@@ -91,11 +91,11 @@ def sums_kernel(channels: int, heads: int, lanes: int) -> Kernel:
         code.loop(INT(0), INT(2 * channels), few, square)
 
     code.tiles(tile)
-    return Kernel(code)
+    return code
 
 
-@cache
-def mix_kernel(channels: int, lanes: int) -> Kernel:
+@compiled
+def mix_kernel(channels: int, lanes: int) -> Code:
     """What a tile's map makes of the values, plus the input."""
     code = Tiles(('x', 'values', 'maps', 'out'), lanes, 0)
 
@@ -106,7 +106,7 @@ def mix_kernel(channels: int, lanes: int) -> Kernel:
         code.write('out', channels, channels, 'x')
 
     code.tiles(tile)
-    return Kernel(code)
+    return code
 
 
 @operation('channel_attention_sums')

@@ -20,17 +20,22 @@ import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 
-FLOAT, INT, BIT = ir.FloatType(), ir.IntType(64), ir.IntType(1)
+FLOAT, INT, WORD, BIT = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(1)
 ROUNDING = 1.5 * 2**23  # a float32 plus this has no room for digits after the point: its last bits are an integer
 CACHE_LINE = 16  # numbers of float32 that come from memory at once
 TERMS = 7  # of the series of 2^x for |x| <= 1/2, whose rest is 2^-23 of it
 
 
 @cache
+def has(feature: str) -> bool:
+    """Whether this machine's processor has it, by LLVM's name."""
+    return bool(llvm.get_host_cpu_features().get(feature))
+
+
+@cache
 def lanes() -> int:
     """Numbers of float32 that a vector register holds, as far as kernels make use of that."""
-    features = llvm.get_host_cpu_features()
-    return 16 if features.get('avx512f') else 8
+    return 16 if has('avx512f') else 8
 
 
 def size_of(kind: ir.Type) -> int:
@@ -74,7 +79,7 @@ class Code:
         return self.vector_type(list(map(float, range(self.lanes))))
 
     def integers(self, x: int) -> ir.Value:
-        return ir.VectorType(ir.IntType(32), self.lanes)([x] * self.lanes)
+        return ir.VectorType(WORD, self.lanes)([x] * self.lanes)
 
     def spread(self, number: ir.Value, count: int | None = None) -> ir.Value:
         """A number in all lanes, or `count` times."""
@@ -112,11 +117,11 @@ class Code:
 
     def prefetch(self, pointer: ir.Value, count: int, written: bool = False) -> None:
         """Have `count` numbers brought into the first cache, to be read or `written`."""
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[ir.IntType(32)] * 3])
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), *[WORD] * 3])
         function = self.module.declare_intrinsic('llvm.prefetch', [ir.IntType(8).as_pointer()], kind)
         for i in range(0, count, CACHE_LINE):
             place = self.to.bitcast(self.at(pointer, INT(i)), ir.IntType(8).as_pointer())
-            self.to.call(function, [place, *(ir.IntType(32)(x) for x in (int(written), 3, 1))])
+            self.to.call(function, [place, *(WORD(x) for x in (int(written), 3, 1))])
 
     def load_row(self, pointer: ir.Value, width: int) -> list[ir.Value]:
         """`width` numbers that follow one another, as vectors of which the last one is filled up by zeros."""
@@ -194,7 +199,7 @@ class Code:
 
     def shuffled(self, x: ir.Value, y: ir.Value, places: Sequence[int]) -> ir.Value:
         """The numbers at these places of `x`, which `y` follows."""
-        return self.to.shuffle_vector(x, y, ir.VectorType(ir.IntType(32), len(places))(list(places)))
+        return self.to.shuffle_vector(x, y, ir.VectorType(WORD, len(places))(list(places)))
 
     def part(self, vector: ir.Value, first: int, count: int) -> ir.Value:
         """`count` numbers of a vector, from number `first` on; after its end they may be any."""
@@ -225,17 +230,31 @@ class Code:
     def exp2(self, x: ir.Value) -> ir.Value:
         """2^x to 2^-22 of it: 2^n, with n the nearest integer, times the series of the rest.
 
-        0 takes the place of numbers below 2^-126, infinity that of those from 2^128 on.
+        0, or what has fewer digits, takes the place of numbers below 2^-126, infinity that of those from 2^128 on.
         """
+        if self.lanes == 16 and has('avx512dq'):
+            rest = self._by_avx512('reduce', x, WORD(0))
+            return self._by_avx512('scalef', self._series(rest), self.to.fsub(x, rest))
         x = self.select_less(self.vector(128), self.select_greater(self.vector(-127), x))
         shifted = self.to.fadd(x, self.vector(ROUNDING))
-        rest = self.to.fsub(x, self.to.fsub(shifted, self.vector(ROUNDING)))
-        *others, series = (self.vector(math.log(2) ** n / math.factorial(n)) for n in range(TERMS))
-        for factor in reversed(others):
-            series = self.multiply_add(series, rest, factor)
+        power = self._series(self.to.fsub(x, self.to.fsub(shifted, self.vector(ROUNDING))))
         exponent = self.to.shl(self.to.bitcast(shifted, self.integers(0).type), self.integers(23))
-        power = self.to.bitcast(self.to.add(exponent, self.integers(127 << 23)), self.vector_type)
-        return self.to.fmul(series, power)
+        return self.to.fmul(power, self.to.bitcast(self.to.add(exponent, self.integers(127 << 23)), self.vector_type))
+
+    def _series(self, x: ir.Value) -> ir.Value:
+        """2^x for |x| <= 1/2."""
+        *others, found = (self.vector(math.log(2) ** n / math.factorial(n)) for n in range(TERMS))
+        for factor in reversed(others):
+            found = self.multiply_add(found, x, factor)
+        return found
+
+    def _by_avx512(self, name: str, x: ir.Value, argument: ir.Value) -> ir.Value:
+        """An instruction of AVX-512 that has two operands."""
+        mask = ir.IntType(16)
+        kind = ir.FunctionType(x.type, [x.type, argument.type, x.type, mask, WORD])
+        name = f'llvm.x86.avx512.mask.{name}.ps.512'
+        function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
+        return self.to.call(function, [x, argument, x, mask(-1), WORD(4)])
 
     def loop(
         self,
@@ -290,25 +309,43 @@ class Code:
         self.to.branch(head)
 
 
-class Kernel:
-    """`Code` as a function of this machine."""
+@cache
+def host() -> tuple[str, str]:
+    """Name and features of this machine's CPU."""
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
-    def __init__(self, code: Code) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
+
+def target_machine() -> llvm.TargetMachine:
+    """This machine as LLVM knows it; an engine takes it for its own."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu, features = host()
+    return llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
+
+
+def object_file(code: Code) -> bytes:
+    """`Code` compiled for this machine, with `write_member` where there is OpenMP."""
+    if openmp():
+        write_member(code.module)
+    machine = target_machine()
+    module = llvm.parse_assembly(str(code.module))
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_unrolling = False  # is done where it pays
+    builder = llvm.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return machine.emit_object(module)
+
+
+class Kernel:
+    """An `object_file` as a function of this process."""
+
+    def __init__(self, compiled: bytes) -> None:
+        machine = target_machine()
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(''), machine)  # which owns the function's memory
         self._openmp = openmp()
         if self._openmp:
             llvm.add_symbol('omp_get_thread_num', address(self._openmp.omp_get_thread_num))
-            write_member(code.module)
-        module = llvm.parse_assembly(str(code.module))
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-        )
-        options = llvm.create_pipeline_tuning_options(speed_level=2)
-        options.loop_unrolling = False  # is done where it pays
-        builder = llvm.create_pass_builder(machine, options)
-        builder.getModulePassManager().run(module, builder)
-        self._engine = llvm.create_mcjit_compiler(module, machine)  # which owns the memory of the function
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(compiled))
         self._engine.finalize_object()
         function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float)
         self._run = function(self._engine.get_function_address('run'))
@@ -368,7 +405,7 @@ def write_member(module: ir.Module) -> None:
     to = ir.IRBuilder(
         ir.Function(module, ir.FunctionType(ir.VoidType(), [INT.as_pointer()]), 'member').append_basic_block()
     )
-    number = ir.Function(module, ir.FunctionType(ir.IntType(32), []), 'omp_get_thread_num')
+    number = ir.Function(module, ir.FunctionType(WORD, []), 'omp_get_thread_num')
     arguments, memory, size, bits = (to.load(to.gep(to.function.args[0], [INT(i)])) for i in range(4))
     memory = to.add(memory, to.mul(size, to.zext(to.call(number, []), INT)))
     factor = to.bitcast(to.trunc(bits, ir.IntType(32)), FLOAT)

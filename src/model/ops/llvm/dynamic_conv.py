@@ -4,14 +4,13 @@ A vector holds one channel of as many pixels as it has lanes. A kernel value of 
 the hidden features, which are in others, meets the channels of its group, and is forgotten.
 """
 
-from functools import cache
-
 import torch
 from llvmlite import ir
 from torch import Tensor
 
 from model.ops.fast import operation
-from model.ops.llvm.code import INT, Kernel, lanes
+from model.ops.llvm.code import INT, Code, lanes
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Tiles, Vectors, call
 
 WEIGHTS = (
@@ -20,8 +19,8 @@ WEIGHTS = (
 )  # fmt: skip
 
 
-@cache
-def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Kernel:
+@compiled
+def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Code:
     border = size // 2
     code = Tiles(('x', 'out', *WEIGHTS), lanes, border)
     to, pointers = code.to, {name: code.pointer(name) for name in WEIGHTS}
@@ -70,7 +69,7 @@ def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Ke
         code.write('out', channels, second, 'x')
 
     code.tiles(tile)
-    return Kernel(code)
+    return code
 
 
 @operation('local_attention')

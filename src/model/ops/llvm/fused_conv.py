@@ -11,13 +11,14 @@ Errors grow with how unequal the powers of the points are: those here, exact in 
 
 import struct
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, product
 
 NEAR, FAR = 3 / 4, 3 / 2  # the points are 0, +-NEAR, +-FAR and infinity, in this order
@@ -110,8 +111,8 @@ def memory(ins: int, outs: int, lanes: int) -> int:
     return PATCH**2 * sum(matrices) + max(PATCH**2 * in_step, outs)
 
 
-@cache
-def weight_kernel(ins: int, outs: int, lanes: int) -> Kernel:
+@compiled
+def weight_kernel(ins: int, outs: int, lanes: int) -> Code:
     """Weights (outs, ins, 3, 3) at the points: see `matrix`."""
     code = Code(('counter', 'weight', 'zeros', 'out'), lanes)
     to, count = code.to, min(ins, lanes)
@@ -149,11 +150,11 @@ def weight_kernel(ins: int, outs: int, lanes: int) -> Kernel:
         code.loop(INT(0), INT(count), 1, channel)
 
     code.tasks(code.pointer('counter', INT), INT(n_parts * n_vectors), task)
-    return Kernel(code)
+    return code
 
 
-@cache
-def kernel(ins: int, outs: int, lanes: int) -> Kernel:
+@compiled
+def kernel(ins: int, outs: int, lanes: int) -> Code:
     """A convolution from and to these numbers of channels; numbers below 0 in it are multiplied by `factor`."""
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
@@ -293,7 +294,7 @@ def kernel(ins: int, outs: int, lanes: int) -> Kernel:
 
     blocks = to.sdiv(to.add(given['tiles'], to.sub(given['block'], INT(1))), given['block'])
     code.tasks(code.pointer('counter', INT), blocks, block)
-    return Kernel(code)
+    return code
 
 
 def forward(

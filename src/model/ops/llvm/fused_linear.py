@@ -5,14 +5,16 @@ A few rows at a time, each the channels of a pixel, are read, go through all of 
 
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
+from itertools import pairwise
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
-from model.ops.llvm.product import BLOCKS, packed, product
+from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
+from model.ops.llvm.kernel_cache import compiled
+from model.ops.llvm.product import BLOCKS, layer, packed
 
 NAMES = (
     'counter', 'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
@@ -77,15 +79,15 @@ def layer_norm(
     return [code.multiply_add(*factors) for factors in zip(unit, scale, shift, strict=True)]
 
 
-@cache
-def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Kernel:
+@compiled
+def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Code:
     """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
 
     `active` says whether GELU follows the first layer, `added` whether `plus` is added.
     """
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
-    n_rows, n_vectors = BLOCKS[lanes]
+    n_rows, _ = BLOCKS[lanes]
     finished = normed or added  # else the last layer's rows are written as they are found
     steps = filled_up(widths, lanes)  # from row to row of a block
     places = [n_rows * sum(steps[:i]) for i in range(len(steps))]
@@ -121,27 +123,18 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
         code.store_row(vectors, code.at(blocks[0], to.mul(i, INT(steps[0]))), steps[0])
         return []
 
-    def multiply(
-        layer: int, count: int, first: ir.Value, j: ir.Value, _: list[ir.Value], width: int = n_vectors * lanes
-    ) -> list[ir.Value]:
-        """`count` vectors of what a layer gives, from vector j on, of which the first `width` numbers are channels."""
-        rows = [code.at(blocks[layer], INT(r * steps[layer])) for r in range(n_rows)]
-        parameters = code.pointer(('first', 'second')[layer])
-        column_step = (1 + widths[layer]) * lanes
-        biases = [code.at(parameters, to.mul(to.add(j, INT(n)), INT(column_step))) for n in range(count)]
-        columns = [code.at(bias, INT(lanes)) for bias in biases]
-        sums = [code.load(bias, lanes) for bias in biases] * n_rows
-        found = product(code, rows, columns, INT(lanes), INT(widths[layer]), sums)
-        if active and layer == 0:
+    def write(number: int, first: ir.Value, j: ir.Value, width: int, found: list[ir.Value]) -> None:
+        """Some vectors of what a layer gives, from vector j on, of which the first `width` numbers are channels."""
+        count = len(found) // n_rows
+        if active and number == 0:
             found = [gelu(code, x) for x in found]
         for r in range(n_rows):
             vectors = found[r * count : (r + 1) * count]
-            if layer == len(widths) - 2 and not finished:
+            if number == len(widths) - 2 and not finished:
                 target, numbers = result(place_of(first, INT(r))), width
             else:
-                target, numbers = code.at(blocks[layer + 1], INT(r * steps[layer + 1])), count * lanes
+                target, numbers = code.at(blocks[number + 1], INT(r * steps[number + 1])), count * lanes
             code.store_row(vectors, code.at(target, to.mul(j, INT(lanes))), numbers)
-        return []
 
     def finish(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
         here, width = place_of(first, i), widths[-1]
@@ -156,17 +149,15 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
     def block(task: ir.Value) -> None:
         first = to.mul(task, INT(n_rows))
         code.loop(INT(0), INT(n_rows), 1, partial(read, first))
-        for layer, width in enumerate(widths[1:]):
-            whole = width // (n_vectors * lanes) * n_vectors
-            rest = width - whole * lanes
-            code.loop(INT(0), INT(whole), n_vectors, partial(multiply, layer, n_vectors, first))
-            if rest:
-                multiply(layer, -(-rest // lanes), first, INT(whole), [], rest)
+        for number, (inputs, outputs) in enumerate(pairwise(widths)):
+            rows = [code.at(blocks[number], INT(r * steps[number])) for r in range(n_rows)]
+            parameters = code.pointer(('first', 'second')[number])
+            layer(code, rows, inputs, parameters, outputs, partial(write, number, first))
         if finished:
             code.loop(INT(0), INT(n_rows), 1, partial(finish, first))
 
     code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['count'], INT(n_rows - 1)), INT(n_rows)), block)
-    return Kernel(code)
+    return code
 
 
 def forward(

@@ -1,22 +1,23 @@
 """The gated feed-forward network on a CPU without gradients: see `GatedFFN`, whose form in LLVM this is."""
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from llvmlite import ir
 from torch import Tensor
 
 from model.ops.fast import operation
-from model.ops.llvm.code import INT, Kernel, lanes
+from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import gelu
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Finish, Tiles, Vectors, call, divisor
 from model.ops.llvm.product import BLOCKS
 
 SIZE = 3  # side of the depthwise convolution
 
 
-@cache
-def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
+@compiled
+def kernel(channels: int, hidden: int, lanes: int) -> Code:
     """See `gated_ffn`: a few hidden channels at a time, from the first projection to sums of the last one."""
     code = Tiles(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
     to, few = code.to, divisor(hidden, BLOCKS[lanes][0])
@@ -52,7 +53,7 @@ def kernel(channels: int, hidden: int, lanes: int) -> Kernel:
         code.write('out', channels, sums, 'x')
 
     code.tiles(tile)
-    return Kernel(code)
+    return code
 
 
 @operation('gated_ffn')

@@ -4,7 +4,7 @@ One kernel goes as far as the second GELU, a tile at a time, and sums up its res
 multiplied into the last layer, which is another kernel.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,16 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.fast import operation
-from model.ops.llvm.code import INT, Kernel, lanes
+from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import forward, gelu
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Tiles, Vectors, call, cuts, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 
 
-@cache
-def kernel(channels: int, lanes: int) -> Kernel:
+@compiled
+def kernel(channels: int, lanes: int) -> Code:
     """What the gate meets of a tile, and the sum of each channel over its pixels."""
     names = 'x', 'project_in', 'bias', 'depthwise', 'depthwise_bias', 'out', 'sums'
     code = Tiles(names, lanes, SIZE // 2)
@@ -60,7 +61,7 @@ def kernel(channels: int, lanes: int) -> Kernel:
         code.write('out', channels, given)
 
     code.tiles(tile)
-    return Kernel(code)
+    return code
 
 
 @operation('local_block')

@@ -1,6 +1,7 @@
 """The matrix product of kernels for CPUs: a few rows of one matrix times a few vectors of another, in registers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from llvmlite import ir
@@ -50,3 +51,40 @@ def packed(weight: Tensor, bias: Tensor | None, lanes: int) -> Tensor:
     if bias is not None:
         rows[: len(weight), 0] = bias
     return rows.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
+
+
+def layer(
+    code: Code,
+    rows: Sequence[ir.Value],
+    inputs: int,
+    parameters: ir.Value,
+    outputs: int,
+    write: Callable[[ir.Value, int, list[ir.Value]], None],
+    start: Callable[[ir.Value, int], list[ir.Value]] | None = None,
+) -> None:
+    """Write a linear layer of a few rows, some vectors of its outputs at a time.
+
+    Args:
+        code: what is being written.
+        rows: pointers, to `inputs` numbers each.
+        parameters: pointer to what `packed` gave.
+        outputs: how many numbers each row gets.
+        write: is given the number of the first vector, how many numbers of each row these vectors hold, and the
+            vectors, those of the first row first.
+        start: gives, for the first two of these, vectors that take the place of the bias.
+    """
+    at_once, step = BLOCKS[code.lanes][1], (1 + inputs) * code.lanes
+
+    def some(numbers: int, j: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+        places = [code.to.add(j, INT(n)) for n in range(-(-numbers // code.lanes))]
+        biases = [code.at(parameters, code.to.mul(place, INT(step))) for place in places]
+        columns = [code.at(bias, INT(code.lanes)) for bias in biases]
+        sums = start(j, numbers) if start else [code.load(bias, code.lanes) for bias in biases] * len(rows)
+        write(j, numbers, product(code, rows, columns, INT(code.lanes), INT(inputs), sums))
+        return []
+
+    whole = outputs // (at_once * code.lanes) * at_once
+    rest = outputs - whole * code.lanes
+    code.loop(INT(0), INT(whole), at_once, partial(some, at_once * code.lanes))
+    if rest:
+        some(rest, INT(whole), [])

@@ -5,7 +5,6 @@ cache. Biases are read in the position table, whose rows, turned round, lie as t
 """
 
 from collections.abc import Sequence
-from functools import cache
 from math import isqrt
 
 import torch
@@ -14,9 +13,10 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
-from model.ops.llvm.code import CACHE_LINE, FLOAT, INT, Code, Kernel, filled_up, lanes, size_of
+from model.ops.llvm.code import CACHE_LINE, FLOAT, INT, WORD, Code, filled_up, lanes, size_of
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import product
-from model.ops.llvm.selection import WORD, Selection, ordered, turned
+from model.ops.llvm.selection import Selection, ordered, turned
 from model.ops.progressive_attention import APART, Kept, joined, listed
 
 BYTE, SHORT = ir.IntType(8), ir.IntType(16)
@@ -376,10 +376,10 @@ class Writer:
             code.store_row([code.to.fmul(x, share) for x in vectors], code.at(self.tensors['out'], place), self.e)
 
 
-@cache
-def kernel(d: int, e: int, whole: bool, narrow: bool, marked: bool, lanes: int) -> Kernel:
+@compiled
+def kernel(d: int, e: int, whole: bool, narrow: bool, marked: bool, lanes: int) -> Code:
     """See `Writer`."""
-    return Kernel(Writer(d, e, whole, narrow, marked, lanes).write())
+    return Writer(d, e, whole, narrow, marked, lanes).write()
 
 
 def views(rows: Tensor, count: int, marked: bool) -> Kept:

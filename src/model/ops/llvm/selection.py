@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 
-from model.ops.llvm.code import BIT, FLOAT, INT, Code
+from model.ops.llvm.code import BIT, FLOAT, INT, WORD, Code
 
-WORD = ir.IntType(32)
 BLOCK = 32  # integers that are counted in a step
 GUESSES = 8  # by interpolation, before the range is halved
 

@@ -6,7 +6,6 @@ channel of as many pixels as it has lanes. Of a map of the attention a few colum
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
 from model.ops.fast import operation
-from model.ops.llvm.code import INT, Kernel, filled_up, lanes
+from model.ops.llvm.code import INT, Code, Kernel, filled_up, lanes
 from model.ops.llvm.groups import Groups, groups_of
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Planes, Vectors, divisor
 from model.ops.llvm.product import BLOCKS, product
 
@@ -131,8 +131,8 @@ class Group(Planes):
         self.loop(INT(0), INT(channels), few, some)
 
 
-@cache
-def heads_kernel(channels: int, heads: int, size: int, lanes: int) -> Kernel:
+@compiled
+def heads_kernel(channels: int, heads: int, size: int, lanes: int) -> Code:
     """Attention of several heads, projected, plus the input."""
     code = Group(('x', 'scale', 'shift', 'project_in', 'biases', 'project_out', 'out'), lanes, size)
     to, per_head, normed, query = code.to, channels // heads, 0, channels
@@ -161,11 +161,11 @@ def heads_kernel(channels: int, heads: int, size: int, lanes: int) -> Kernel:
         code.write('out', channels, query, 'x')
 
     code.each(group)
-    return Kernel(code)
+    return code
 
 
-@cache
-def map_kernel(channels: int, size: int, lanes: int) -> Kernel:
+@compiled
+def map_kernel(channels: int, size: int, lanes: int) -> Code:
     """The map of one head."""
     code = Group(('x', 'scale', 'shift', 'weight', 'biases', 'out'), lanes, size)
     normed, query = 0, channels
@@ -191,11 +191,11 @@ def map_kernel(channels: int, size: int, lanes: int) -> Kernel:
         code.queries(queries)
 
     code.each(group)
-    return Kernel(code)
+    return code
 
 
-@cache
-def mix_kernel(channels: int, size: int, lanes: int) -> Kernel:
+@compiled
+def mix_kernel(channels: int, size: int, lanes: int) -> Code:
     """What a given map makes of values, plus the input."""
     code = Group(('x', 'scale', 'shift', 'weight', 'maps', 'out'), lanes, size)
     normed, value, mixed = 0, channels, 2 * channels
@@ -215,7 +215,7 @@ def mix_kernel(channels: int, size: int, lanes: int) -> Kernel:
         code.write('out', channels, mixed, 'x')
 
     code.each(group)
-    return Kernel(code)
+    return code
 
 
 def padded(columns: Tensor, lanes: int) -> Tensor:

@@ -6,7 +6,7 @@ and keys it sums up what the group's map is made of, and then weights and projec
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 from llvmlite import ir
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from model.ops.cached_attention import LOG2_E
 from model.ops.fast import operation
-from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
 from model.ops.llvm.groups import groups_of
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Tiles, Vectors, call, divisor
 from model.ops.llvm.product import BLOCKS, packed, product
 
@@ -24,8 +25,8 @@ PIXELS = 64  # whose queries and keys are brought together at once
 LEAST = 1e-24  # of a sum of squares
 
 
-@cache
-def projections_kernel(channels: int, lanes: int) -> Kernel:
+@compiled
+def projections_kernel(channels: int, lanes: int) -> Code:
     """Queries, keys and values of a tile."""
     code = Tiles(('x', 'scale', 'shift', 'project_in', 'depthwise', 'out'), lanes, SIZE // 2)
     project_in, depthwise = code.pointer('project_in'), code.pointer('depthwise')
@@ -46,7 +47,7 @@ def projections_kernel(channels: int, lanes: int) -> Kernel:
         code.loop(INT(0), INT(3), 1, part)
 
     code.tiles(tile)
-    return Kernel(code)
+    return code
 
 
 def memory(channels: int, heads: int, lanes: int) -> list[int]:
@@ -62,8 +63,8 @@ def memory(channels: int, heads: int, lanes: int) -> list[int]:
     ]
 
 
-@cache
-def attention_kernel(channels: int, heads: int, lanes: int) -> Kernel:
+@compiled
+def attention_kernel(channels: int, heads: int, lanes: int) -> Code:
     """What the map of a group makes of its values, projected, plus the input."""
     names = 'counter', 'count', 'bases', 'places', 'pixels', 'qkv', 'temperature', 'project_out', 'x', 'out'
     code = Code(names, lanes)
@@ -226,7 +227,7 @@ def attention_kernel(channels: int, heads: int, lanes: int) -> Kernel:
         code.loop(INT(0), given['pixels'], n_rows, partial(mix, base))
 
     code.tasks(code.pointer('counter', INT), given['count'], group)
-    return Kernel(code)
+    return code
 
 
 @operation('window_channel_attention')

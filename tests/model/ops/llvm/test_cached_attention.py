@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from measure.speed import by_kind, clocked
-from model.blocks.windows import attention, biased_attention
+from model.blocks.windows import (
+    attention,
+    biased_attention,
+    relative_positions,
+    window_attention,
+    window_partition,
+)
 from model.ops import fast
 from model.ops.cached_attention import cached_attention as attend
 from model.ops.llvm import cached_attention as cached_attention_llvm
@@ -30,7 +36,7 @@ CASES = {  # windows, queries, keys, heads, channels of keys and of values, kind
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions by which kernels are called."""
     found: list[str] = []
-    for name in ('without_gradients', 'by_rows'):
+    for name in ('without_gradients', 'by_rows', 'by_position'):
         monkeypatch.setattr(cached_attention_llvm, name, counted(name, found))
     return found
 
@@ -154,6 +160,21 @@ def test_biases_read_from_a_table(offset: float, lanes: int, calls: list[str], m
     found = biased_attention(q, k, v, table)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-7 * max(offset, 20))
     assert calls == ['by_rows']
+
+
+@pytest.mark.parametrize('shift', [0, 8])
+@pytest.mark.parametrize('sides', [(16, 16), (16, 48), (32, 32)])
+def test_biases_by_position_in_shifted_windows(
+    sides: tuple[int, int], shift: int, lanes: int, calls: list[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, sides[0] * sides[1], 2 * 3 * 7, generator=generator)
+    table, windows = torch.randn(31**2, 2, generator=generator), window_partition(torch.empty(2, 1, *sides), 16, shift)
+    positions = relative_positions(16)
+    found = window_attention(qkv, table, positions, windows)
+    assert calls == ['by_position']
+    check(found, window_attention(qkv.double(), table.double(), positions, windows))
+    assert calls == ['by_position']
 
 
 def test_other_calls_take_the_plain_form(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import torch
 from llvmlite import ir
 
 from model.ops.llvm import code as llvm
-from model.ops.llvm.code import FLOAT, INT, Code, Kernel
+from model.ops.llvm.code import FLOAT, INT, Code, Kernel, object_file
 
 
 @pytest.mark.parametrize(('rows', 'columns'), [(16, 16), (16, 12), (6, 16), (5, 3), (16, 20), (1, 5), (3, 1), (1, 1)])
@@ -18,7 +18,7 @@ def test_rows_become_columns(rows: int, columns: int) -> None:
         code.store(vector, code.at(code.pointer('out'), INT(i * rows)))
     code.to.ret_void()
     x, out = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns), torch.zeros(columns, rows)
-    Kernel(code)([x, out], 1, 0.0)
+    Kernel(object_file(code))([x, out], 1, 0.0)
     assert len(found) == columns
     assert out.tolist() == x.mT.tolist()
 
@@ -58,6 +58,6 @@ def test_each_thread_has_memory_of_its_own(threads: None) -> None:
 
     code.tasks(code.pointer('counter', INT), INT(count), work)
     counter, out = torch.zeros(1, dtype=torch.int64), torch.zeros(count, width)
-    Kernel(code)([counter, out], vectors * width, 0.5)
+    Kernel(object_file(code))([counter, out], vectors * width, 0.5)
     assert out.tolist() == [[0.5 * task * vectors] * width for task in range(count)]
     assert counter.item() == count + 3

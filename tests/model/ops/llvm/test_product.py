@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.ops.llvm.code import INT, Code, Kernel
+from model.ops.llvm.code import INT, Code, Kernel, object_file
 from model.ops.llvm.product import BLOCKS, packed, product
 from tests.conftest import numbers
 
@@ -23,7 +23,7 @@ def add_product(sums: Tensor, rows: Tensor, columns: Tensor, lanes: int) -> None
             code.store(vector, place)
 
     code.tasks(code.pointer('counter', INT(0).type), INT(1), write)
-    Kernel(code)([torch.zeros(1, dtype=torch.int64), sums, rows, columns, count, width], 1, 0.0)
+    Kernel(object_file(code))([torch.zeros(1, dtype=torch.int64), sums, rows, columns, count, width], 1, 0.0)
 
 
 @pytest.mark.parametrize('lanes', BLOCKS)
@@ -43,7 +43,7 @@ def test_rows_may_be_columns_of_a_matrix() -> None:
         code.store(x, code.at(code.pointer('out'), INT(8 * i)))
     code.to.ret_void()
     left, right, out = numbers(5, 3), numbers(5, 8), torch.zeros(3, 8)
-    Kernel(code)([left.float(), right.float(), out], 1, 0.0)
+    Kernel(object_file(code))([left.float(), right.float(), out], 1, 0.0)
     torch.testing.assert_close(out.double(), left.mT @ right, rtol=0, atol=1e-5)
 
 
