@@ -5,7 +5,7 @@ the filter after the other. A task is a few rows of an image, and has sums of it
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.ops.llvm.code import INT, Code, Kernel, lanes
 from model.ops.llvm.fused_linear import gelu, gelu_slope
+from model.ops.llvm.kernel_cache import compiled
 
 PIXELS = 8  # in a row, at once
 ROWS = 8  # of a task
@@ -173,8 +174,8 @@ class Rows(Code):
         add(self.offset((INT(self.size**2 * self.step),), (channel,)), last)
 
 
-@cache
-def kernel(channels: int, size: int, act: str, lanes: int) -> Kernel:
+@compiled
+def kernel(channels: int, size: int, act: str, lanes: int) -> Code:
     """A convolution of so many channels by filters of `size` x `size`, and what follows it."""
     code = Rows(channels, size, lanes)
     outs = channels // 2 if act == 'gate' else channels
@@ -189,11 +190,11 @@ def kernel(channels: int, size: int, act: str, lanes: int) -> Kernel:
         code.write(found, code.of_map('out', outs)(code.y), outs, channel, count)
 
     code.strips(lambda: code.pixels(0, outs, block))
-    return Kernel(code)
+    return code
 
 
-@cache
-def gradient_kernel(channels: int, size: int, act: str, lanes: int) -> Kernel:
+@compiled
+def gradient_kernel(channels: int, size: int, act: str, lanes: int) -> Code:
     """Its gradients. Those by what the convolution gives are kept for the rows of a task, and those around it."""
     code = Rows(channels, size, lanes)
     to, outs = code.to, channels // 2 if act == 'gate' else channels
@@ -227,7 +228,7 @@ def gradient_kernel(channels: int, size: int, act: str, lanes: int) -> Kernel:
         code.pixels(0, channels, back)
 
     code.strips(strip)
-    return Kernel(code)
+    return code
 
 
 def run(

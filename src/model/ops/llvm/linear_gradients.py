@@ -8,7 +8,7 @@ A norm has no parameters here: its scale is multiplied into the layer behind it,
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm.code import FLOAT, INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
 from model.ops.llvm.fused_linear import gelu, gelu_slope
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, packed, product
 
 PIXELS = 48  # at once
@@ -48,8 +49,8 @@ def places(widths: Sequence[int], lanes: int) -> list[int]:
     return [0, *(PIXELS * number for number in accumulate([*steps[:-1], *steps, steps[0], 1]))]
 
 
-@cache
-def kernel(widths: tuple[int, ...], before: str, active: bool, lanes: int) -> Kernel:
+@compiled
+def kernel(widths: tuple[int, ...], before: str, active: bool, lanes: int) -> Code:
     """Linear layers from and to these numbers of channels; `before` is 'norm', 'sum' or ''."""
     code = Code(NAMES, lanes)
     to, given = code.to, code.given
@@ -254,7 +255,7 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, lanes: int) -> Ke
         code.loop(start, end, PIXELS, some)
 
     code.tasks(code.pointer('counter', INT), given['parts'], part)
-    return Kernel(code)
+    return code
 
 
 def gradients(

@@ -3,21 +3,20 @@
 A task is a pair of matrices. The second one is put into the cache as rows of whole vectors.
 """
 
-from functools import cache
-
 import torch
 from llvmlite import ir
 from torch import Tensor
 
-from model.ops.llvm.code import INT, Code, Kernel, filled_up, lanes
+from model.ops.llvm.code import INT, Code, filled_up, lanes
+from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, product
 
 NAMES = ('counter', 'x', 'x_step', 'x_row', 'x_column', 'y', 'y_step', 'y_row', 'out', 'count', 'rows', 'between')
 Vectors = list[ir.Value]
 
 
-@cache
-def kernel(columns: int, turned: bool, lanes: int) -> Kernel:
+@compiled
+def kernel(columns: int, turned: bool, lanes: int) -> Code:
     """Products with matrices of so many columns, whose numbers in a column follow one another where they are `turned`.
 
     Rows of others follow one another. Given are numbers of `rows`, and of those `between` the two, columns and rows.
@@ -88,7 +87,7 @@ def kernel(columns: int, turned: bool, lanes: int) -> Kernel:
         code.loop(INT(0), given['rows'], n_rows, some)
 
     code.tasks(code.pointer('counter', INT), given['count'], task)
-    return Kernel(code)
+    return code
 
 
 def products(x: Tensor, y: Tensor) -> Tensor:
