@@ -25,7 +25,7 @@ from measure.speed import Form, attempt, make, spread
 SIZES = ((64, 64), (128, 128), (180, 320))  # height and width of an LR image
 OURS = 'FrugalSR'
 TURNS, CALLS = 5, 2  # measured calls of a turn come after one more, by which an engine finds its memory again
-PAUSE = 0.05  # seconds before a turn, in which the threads of the engine before fall asleep
+PAUSE = 1.0  # seconds before a turn: those of OpenVINO go on looking for work for some tenths after theirs
 
 Enlarge = Callable[[np.ndarray], np.ndarray]
 

@@ -1,8 +1,8 @@
 """Convolutions that keep height and width, and what stands behind them: activation, factor and sum.
 
-On a CPU, where llvmlite is installed, those of 3x3 need a quarter of the multiplications (`llvm.fused_conv`). The
-gradient by their maps is such a convolution, too; the one by weights is PyTorch's. Otherwise these are PyTorch's
-operations, one after the other.
+On a CPU, where llvmlite is installed, those of 3x3 need a quarter of the multiplications (`llvm.fused_conv`), and those
+of 1x1 are linear layers of pixels (`fused_linear`). The gradient of the former by their maps is such a convolution,
+too; the one by weights is PyTorch's. Otherwise these are PyTorch's operations, one after the other.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.ops.fast import float32_by_llvm, has_llvm, operation
+from model.ops.fused_linear import fused_linear
 
 # With fewer a kernel is slower than PyTorch's library: channels that go in, pixels, and channels * channels * pixels.
 FEWEST_CHANNELS, FEWEST_PIXELS, LEAST = 8, 512, 2**20
@@ -44,9 +45,12 @@ def fused_conv(
         normal numbers its results are within some 3e-6 of the largest one; a number that is not finite makes those up
         to three pixels away not finite.
     """
+    if weight.shape[1:] == (x.shape[1], 1, 1) and has_pixels_as_rows(x):
+        out = fused_linear(x.permute(0, 2, 3, 1), [(weight, bias)]).permute(0, 3, 1, 2)
+        return finished(out, slope, plus, factor)
     fast = is_for_kernel(x, weight, dilation, plus)
     if fast and torch.is_grad_enabled():
-        if slope == 1 or (plus is None and slope >= 0):
+        if x.dtype == torch.float32 and (slope == 1 or (plus is None and slope >= 0)):
             return FusedConv.apply(x, weight, bias, slope, plus, factor)
         fast = False
     return (fast_forward if fast else forward)(x, weight, bias, dilation, slope, plus, factor)
@@ -55,14 +59,16 @@ def fused_conv(
 def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None) -> bool:
     """Whether a kernel takes these maps and is worth it."""
     outs, ins, *size = weight.shape
-    if not has_llvm(x) or torch.is_autocast_enabled('cpu') or size != [3, 3] or dilation != 1:
+    if torch.is_autocast_enabled('cpu') or size != [3, 3] or dilation != 1 or not has_pixels_as_rows(x):
         return False
-    if x.dim() != 4 or x.shape[1] != ins or x.stride(1) != 1:
+    if x.shape[1] != ins or (plus is not None and plus.shape != (len(x), outs, *x.shape[2:])):
         return False
-    if plus is not None and plus.shape != (len(x), outs, *x.shape[2:]):
-        return False
-    pixels = x[:, 0].numel()
-    return ins >= FEWEST_CHANNELS and pixels >= FEWEST_PIXELS and ins * outs * pixels >= LEAST
+    return ins >= FEWEST_CHANNELS and ins * outs * x[:, 0].numel() >= LEAST
+
+
+def has_pixels_as_rows(x: Tensor) -> bool:
+    """Whether these are maps in channels_last memory, for which a kernel would be used, of not too few pixels."""
+    return has_llvm(x) and x.dim() == 4 and x.stride(1) == 1 and x[:, 0].numel() >= FEWEST_PIXELS
 
 
 def forward(
@@ -70,6 +76,11 @@ def forward(
 ) -> Tensor:
     """See `fused_conv`."""
     out = F.conv2d(x, weight, bias, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
+    return finished(out, slope, plus, factor)
+
+
+def finished(out: Tensor, slope: float, plus: Tensor | None, factor: float) -> Tensor:
+    """What stands behind a convolution."""
     if slope != 1:
         out = F.leaky_relu_(out, slope) if slope else F.relu_(out)
     return out if plus is None else torch.add(plus, out, alpha=factor)

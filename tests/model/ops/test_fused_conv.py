@@ -15,6 +15,7 @@ from model.ops import fast
 from model.ops import fused_conv as module
 from model.ops.fused_conv import fused_conv
 from model.ops.llvm import fused_conv as fused_conv_llvm
+from model.ops.llvm import fused_linear as fused_linear_llvm
 from tests.conftest import numbers
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
@@ -208,7 +209,7 @@ def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytes
     assert calls
 
 
-@pytest.mark.parametrize(('size', 'dilation'), [(1, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize(('size', 'dilation'), [(3, 2), (5, 1)])
 def test_other_weights_take_the_plain_form(size: int, dilation: int, calls: list[Tensor]) -> None:
     x, weight = numbers(1, 32, 40, 40).float(), numbers(32, 32, size, size, seed=2).float()
     x = fast_memory(x)
@@ -217,6 +218,28 @@ def test_other_weights_take_the_plain_form(size: int, dilation: int, calls: list
     truth = x + 0.1 * F.leaky_relu(F.conv2d(x, weight, None, padding=padding, dilation=dilation), 0.5)
     torch.testing.assert_close(found, truth)
     assert not calls
+
+
+@pytest.mark.parametrize('behind', BEHIND)
+def test_1x1_is_a_linear_layer(behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    def counted(*given: object) -> Tensor:
+        made.append(given)
+        return linear(*given)
+
+    linear = fused_linear_llvm.forward
+    monkeypatch.setattr(fused_linear_llvm, 'forward', counted)
+    given = operands(behind, 2, 19, 21, 17, 31)
+    given['weight'] = given['weight'][..., 1:2, 1:2]
+    truth = plain(**given | {'weight': F.pad(given['weight'], (1, 1, 1, 1))})
+    check(fused_conv(**single(given)), truth)
+    assert len(made) == 1
+    few = single(given | {'x': given['x'][:, :, :2], **({'plus': given['plus'][:, :, :2]} if 'plus' in given else {})})
+    check(fused_conv(**few), truth[:, :, :2])
+    assert len(made) == 1
+    with pytest.raises(RuntimeError, match='channels'):
+        fused_conv(**single(given | {'x': given['x'][:, 1:]}))
 
 
 def test_a_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -285,6 +308,20 @@ def test_gradients(behind: str, size: str, lanes: int, any_size: None, calls: li
     check_gradients(given, fast_memory(grad))
     check_gradients(given | {'bias': None}, grad)
     assert len(calls) == (4 if outs > 1 else 2)  # a single channel is in either memory
+
+
+@pytest.mark.parametrize('behind', BEHIND)
+def test_gradients_of_1x1(behind: str) -> None:
+    given = operands(behind, 2, 19, 21, 17, 31)
+    given['weight'] = given['weight'][..., 1:2, 1:2]
+    grad = numbers(2, 21, 17, 31, seed=5)
+
+    def padded(weight: Tensor, **others: Any) -> Tensor:
+        return plain(weight=F.pad(weight, (1, 1, 1, 1)), **others)
+
+    found = gradients_of(fused_conv, single(given), grad)
+    for part, truth in zip(found, gradients_of(padded, given, grad), strict=True):
+        check(part, truth, 1e-5)
 
 
 def test_gradients_of_other_calls(any_size: None, calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
