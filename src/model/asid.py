@@ -42,6 +42,7 @@ from model.common import NetworkSpec, check_images, conv, how_many, in_channels_
 from model.ops.fast import float32_by_llvm
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
+from model.ops.small_products import small_products
 
 
 class StageMaps(NamedTuple):
@@ -64,7 +65,7 @@ def mix(x: Tensor, norm: Norm, attention_map: Tensor, to_v: Tensor, to_out: Tens
     def window_attention_mix(x: Tensor, *_: object) -> Tensor:
         tokens = to_tokens(x, *cells)
         values = fused_linear(tokens, [(weight, None)], norm=norm)
-        return to_map(tokens + torch.bmm(attention_map, values), x, *cells)
+        return to_map(tokens + small_products(attention_map, values), x, *cells)
 
     weight = to_out @ to_v
     around = norm.weight, norm.bias, norm.eps
@@ -185,9 +186,9 @@ class IDSABlock(nn.Module):
         x, across_map = across(x, maps.across)
         return torch.cat((x, loc), 1), StageMaps(local_map, across_map)
 
-    def distil(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def distil(self, x: Tensor) -> tuple[Tensor, ...]:
         """A quarter of n_feats, and the rest."""
-        return x[:, : self.quarter], x[:, self.quarter :]
+        return x.split((self.quarter, x.shape[1] - self.quarter), 1)
 
 
 class Group(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
+from model.ops.depthwise import depthwise
 from model.ops.fused_conv import fused_conv
 
 Layer = TypeVar('Layer', bound=nn.Module)
@@ -172,6 +173,17 @@ class Conv(nn.Conv2d):
     def forward(self, input: Tensor, **behind: Any) -> Tensor:
         """Maps (N, C, H, W), with what `fused_conv` takes behind it."""
         return fused_conv(input, self.weight, self.bias, self.dilation[0], **behind)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Convolution of each channel by itself that keeps height and width (zero padding)."""
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = True) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+
+    def forward(self, input: Tensor, act: str = '') -> Tensor:
+        """Maps (N, C, H, W), with what `depthwise` takes behind it."""
+        return depthwise(input, self.weight, self.bias, act)
 
 
 def activated(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:

@@ -6,15 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.common import at_least_float32, conv, stacked
+from model.common import DepthwiseConv, at_least_float32, conv, stacked
+from model.ops.depthwise import gelu, is_for_kernel
 from model.ops.fast import float32_by_llvm, is_for_llvm
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU of maps (N, C, H, W) in channels_last memory, seen as contiguous (N, H, W, C), for which a CPU is faster."""
-    return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+from model.ops.small_products import small_products
 
 
 class GELU(nn.Module):
@@ -52,14 +49,17 @@ class GatedFFN(nn.Module):
 
     def __init__(self, n_feats: int, hidden: int) -> None:
         super().__init__()
-        self.project_in = stacked(2, conv(n_feats, 2 * hidden, 1, bias=False))
-        self.dwconv = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, bias=False)
-        self.project_out = conv(hidden, n_feats, 1, bias=False)
+        self.project_in = stacked(2, PointwiseConv(n_feats, 2 * hidden, bias=False))
+        self.dwconv = DepthwiseConv(2 * hidden, 3, bias=False)
+        self.project_out = PointwiseConv(hidden, n_feats, bias=False)
 
     def forward(self, x: Tensor, norm: 'LayerNorm2d | None' = None, residual: bool = False) -> Tensor:
         """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
 
         def gated_ffn(x: Tensor, *_: object) -> Tensor:
+            if is_for_kernel(x, self.dwconv.weight):
+                gated = self.dwconv(self.project_in(x, norm=norm), 'gate')
+                return self.project_out(gated, plus=x if residual else None)
             # One convolution a half: parts of the channels of one map are slow to work on in channels_last memory. The
             # gate is finished first, so that a CPU's cache has less to hold.
             first, second = self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2)
@@ -88,7 +88,7 @@ class TransposedAttention(nn.Module):
         self.n_heads = n_heads
         self.temperature = nn.Parameter(torch.ones(n_heads, 1, 1))
         self.qkv = stacked(3, PointwiseConv(n_feats, 3 * n_feats, bias=False))
-        self.qkv_dwconv = nn.Conv2d(3 * n_feats, 3 * n_feats, 3, padding=1, groups=3 * n_feats, bias=False)
+        self.qkv_dwconv = DepthwiseConv(3 * n_feats, 3, bias=False)
         self.project_out = PointwiseConv(n_feats, n_feats, bias=False)
 
     def weights(self, logits: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class LocalBlock(nn.Module):
         self.fn = nn.Sequential(
             PointwiseConv(n_feats, n_feats),
             GELU(),
-            nn.Conv2d(n_feats, n_feats, 3, padding=1, groups=n_feats),
+            DepthwiseConv(n_feats, 3),
             GELU(),
             SqueezeExcitation(n_feats),
             PointwiseConv(n_feats, n_feats),
@@ -174,11 +174,8 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         def local_block(x: Tensor, *_: object) -> Tensor:
-            first, *between, last = self.fn
-            y = first(x, gelu=True)
-            for layer in between[1:]:
-                y = layer(y)
-            return last(y, plus=x)
+            first, depthwise, gate, last = (self.fn[i] for i in (0, 2, 4, 5))
+            return last(gate(depthwise(first(x, gelu=True), 'gelu')), plus=x)
 
         return float32_by_llvm('local_block', local_block, x, *self.parameters())
 
@@ -205,9 +202,10 @@ class ChannelAttention(TransposedAttention):
 
         def window_channel_attention(x: Tensor, *_: object) -> Tensor:
             parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
-            q, k, v = parts.unflatten(0, (3, self.n_heads, -1)).unbind(0)  # (heads, groups, pixels, channels)
-            cosines = q.transpose(2, 3) @ k / l2_norm(q).transpose(2, 3) / l2_norm(k)
-            out = v @ self.weights(cosines * self.temperature.unsqueeze(1)).transpose(2, 3)
+            q, k, v = parts.unflatten(0, (3, -1)).unbind(0)  # (heads * groups, pixels, channels)
+            cosines = small_products(q.mT, k) / l2_norm(q).mT / l2_norm(k)
+            maps = self.weights(cosines.unflatten(0, (self.n_heads, -1)) * self.temperature.unsqueeze(1)).flatten(0, 1)
+            out = small_products(v, maps.mT)
             return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
 
         if norm is None or not residual or not is_for_llvm(x):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.common import DepthwiseConv
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
 
@@ -65,7 +66,7 @@ class ConvFFN(nn.Module):
 
     def __init__(self, n_feats: int, hidden: int, kernel_size: int) -> None:
         super().__init__()
-        depthwise = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden)
+        depthwise = DepthwiseConv(hidden, kernel_size)
         self.fc1 = TokenLinear(n_feats, hidden)
         self.dwconv = nn.Sequential(OrderedDict(depthwise_conv=nn.Sequential(depthwise)))
         self.fc2 = TokenLinear(hidden, n_feats)

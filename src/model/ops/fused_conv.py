@@ -1,15 +1,18 @@
 """Convolutions that keep height and width, and what stands behind them: activation, factor and sum.
 
-On a CPU without gradients, where llvmlite is installed, those of 3x3 need a quarter of the multiplications
-(`llvm.fused_conv`), and those of 1x1 are linear layers of pixels (`fused_linear`). Otherwise these are PyTorch's
-operations, one after the other.
+On a CPU, where llvmlite is installed, those of 3x3 need a quarter of the multiplications (`llvm.fused_conv`), and those
+of 1x1 are linear layers of pixels (`fused_linear`). The gradient of the former by their maps is such a convolution,
+too; the one by weights is PyTorch's. Otherwise these are PyTorch's operations, one after the other.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from model.ops.fast import float32_by_llvm, is_for_llvm, operation
+from model.ops.fast import float32_by_llvm, has_llvm, operation
 from model.ops.fused_linear import fused_linear
 
 # With fewer a kernel is slower than PyTorch's library: channels that go in, pixels, and channels * channels * pixels.
@@ -38,14 +41,19 @@ def fused_conv(
         factor: of what `plus` is added to.
 
     Returns:
-        (N, C', H, W). A kernel takes maps in channels_last memory and gives such. Of normal numbers its results are
-        within some 3e-6 of the largest one; a number that is not finite makes those up to three pixels away not finite.
+        (N, C', H, W). A kernel takes maps in channels_last memory and gives such, and can be differentiated once. Of
+        normal numbers its results are within some 3e-6 of the largest one; a number that is not finite makes those up
+        to three pixels away not finite.
     """
     if weight.shape[1:] == (x.shape[1], 1, 1) and has_pixels_as_rows(x):
         out = fused_linear(x.permute(0, 2, 3, 1), [(weight, bias)]).permute(0, 3, 1, 2)
         return finished(out, slope, plus, factor)
-    run = fast_forward if is_for_kernel(x, weight, dilation, plus) else forward
-    return run(x, weight, bias, dilation, slope, plus, factor)
+    fast = is_for_kernel(x, weight, dilation, plus)
+    if fast and torch.is_grad_enabled():
+        if x.dtype == torch.float32 and (slope == 1 or (plus is None and slope >= 0)):
+            return FusedConv.apply(x, weight, bias, slope, plus, factor)
+        fast = False
+    return (fast_forward if fast else forward)(x, weight, bias, dilation, slope, plus, factor)
 
 
 def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None) -> bool:
@@ -60,7 +68,7 @@ def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None)
 
 def has_pixels_as_rows(x: Tensor) -> bool:
     """Whether these are maps in channels_last memory, for which a kernel would be used, of not too few pixels."""
-    return is_for_llvm(x) and x.dim() == 4 and x.stride(1) == 1 and x[:, 0].numel() >= FEWEST_PIXELS
+    return has_llvm(x) and x.dim() == 4 and x.stride(1) == 1 and x[:, 0].numel() >= FEWEST_PIXELS
 
 
 def forward(
@@ -84,3 +92,39 @@ def fast_forward(
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
     return float32_by_llvm('fused_conv', forward, x, weight, bias, dilation, slope, plus, factor)
+
+
+class FusedConv(torch.autograd.Function):
+    """See `fused_conv`. Where numbers are below 0 the result shows, as no sum follows an activation here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slope: float, plus: Tensor | None, factor: float
+    ) -> Tensor:
+        out = fast_forward(x, weight, bias, 1, slope, plus, factor)
+        ctx.save_for_backward(x, weight, out if slope != 1 else None)
+        ctx.slope, ctx.factor, ctx.added = slope, 1.0 if plus is None else factor, plus is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, out = ctx.saved_tensors
+        by_plus = grad if ctx.added else None
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        if ctx.slope != 1:
+            grad = torch.ops.aten.leaky_relu_backward(grad, out, ctx.slope, True)
+        wanted, *others = ctx.needs_input_grad[:3]
+        turned = weight.flip(2, 3).transpose(0, 1)
+        fast = wanted and is_for_kernel(grad, turned, 1, None)
+        mask = [wanted and not fast, *others]
+        by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
+            grad, x, weight, weight.shape[:1], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+        )
+        if ctx.factor != 1:
+            turned, by_x, by_weight, by_bias = (
+                None if t is None else t * ctx.factor for t in (turned, by_x, by_weight, by_bias)
+            )
+        if fast:
+            by_x = fast_forward(grad, turned, None, 1, 1.0, None, 1.0)
+        return by_x, by_weight, by_bias, None, by_plus, None

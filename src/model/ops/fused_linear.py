@@ -1,21 +1,24 @@
 """Linear layers of pixels with what stands around them: norm or sum before, GELU between, norm and sum behind.
 
-On a CPU without gradients, where llvmlite is installed, a few pixels at a time go through all of that in registers and
-the first cache (`llvm.fused_linear`). Otherwise these are PyTorch's operations, one after the other.
+On a CPU, where llvmlite is installed, a few pixels at a time go through all of that in registers and the first cache
+(`llvm.fused_linear`), and once more for the gradients (`llvm.linear_gradients`), which need nothing but `x`,
+`gelu_summed` and the parameters. Otherwise these are PyTorch's operations, one after the other.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from model.ops.fast import by_llvm, is_for_llvm, operation
+from model.ops.fast import by_llvm, has_llvm, operation
 from model.ops.layer_norm import layer_norm
 
 Layer = tuple[Tensor, Tensor | None]  # weight (O, I), or (O, I, 1, 1) as of a convolution, and bias (O,)
 MOST_CHANNELS = 512  # that a kernel takes
+MOST_WEIGHTS = 2**16  # of a layer, with whose sums a kernel of gradients is fast
 
 
 class Norm(Protocol):
@@ -41,6 +44,8 @@ def fused_linear(
 ) -> Tensor:
     """Tokens (N, L, C), or pixels (N, H, W, C) of maps in channels_last memory, through one or two linear layers.
 
+    Where kernels compute it, it can be differentiated once.
+
     Args:
         x: the pixels.
         layers: the linear layers.
@@ -62,13 +67,17 @@ def fused_linear(
     first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
     others = [t for t in (*biases, gelu_summed, plus) if t is not None]
-    run = fast_forward if is_for_kernel([x, *weights, *first, *last, *others]) else forward
-    return run(x, weights, biases, first, last, eps, gelu_summed, gelu, plus)
+    fast = is_for_kernel([x, *weights, *first, *last, *others])
+    if fast and torch.is_grad_enabled():
+        if not last and all(weight.numel() <= MOST_WEIGHTS for weight in weights):
+            return FusedLinear.apply(x, gelu_summed, plus, eps, gelu, len(layers), *weights, *biases, *first)
+        fast = False
+    return (fast_forward if fast else forward)(x, weights, biases, first, last, eps, gelu_summed, gelu, plus)
 
 
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel takes these pixels and parameters."""
-    wanted = is_for_llvm(tensors[0]) and not torch.is_autocast_enabled('cpu')
+    wanted = has_llvm(tensors[0]) and not torch.is_autocast_enabled('cpu')
     return wanted and all(t.dtype == torch.float32 and t.shape[-1] <= MOST_CHANNELS for t in tensors)
 
 
@@ -124,3 +133,69 @@ def fast_forward(
     """An operation with a name, by which its time is told from that of others."""
     steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu, plus)
     return by_llvm('fused_linear', forward, *steps)
+
+
+class FusedLinear(torch.autograd.Function):
+    """See `fused_linear`; the parameters are weights, biases, and weight and bias of a norm before them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gelu_summed: Tensor | None,
+        plus: Tensor | None,
+        eps: float,
+        gelu: bool,
+        layers: int,
+        *parameters: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(x, gelu_summed, *parameters)
+        ctx.eps, ctx.gelu, ctx.layers, ctx.added = eps, gelu, layers, plus is not None
+        weights, biases, norm = parameters[:layers], parameters[layers : 2 * layers], parameters[2 * layers :]
+        return fast_forward(x, weights, biases, norm, [], eps, gelu_summed, gelu, plus)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, gelu_summed, *parameters), layers = ctx.saved_tensors, ctx.layers
+        weights, biases, norm = parameters[:layers], parameters[layers : 2 * layers], parameters[2 * layers :]
+        by_x, by_summed, *found = fast_gradients(grad, x, weights, biases, norm, ctx.eps, gelu_summed, ctx.gelu)
+        by_parameters = (None if p is None else g for p, g in zip(parameters, found, strict=True))
+        by_plus = grad if ctx.added else None
+        return by_x, None if gelu_summed is None else by_summed, by_plus, None, None, None, *by_parameters
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Sequence[Tensor],
+    eps: float,
+    gelu_summed: Tensor | None,
+    gelu: bool,
+) -> list[Tensor]:
+    """By `x`, `gelu_summed`, weights, biases and norm, given the one by the result of `forward`; empty for None."""
+    given = [x, gelu_summed, *weights, *biases, *norm]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in given]
+    with torch.enable_grad():
+        pixels, summed, *others = leaves
+        first, last = len(weights), 2 * len(weights)
+        out = forward(pixels, others[:first], others[first:last], others[last:], [], eps, summed, gelu, None)
+    found = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], grad))
+    return [x.new_empty(0) if t is None else next(found) for t in leaves]
+
+
+@operation('fused_linear_gradients')
+def fast_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Sequence[Tensor],
+    eps: float,
+    gelu_summed: Tensor | None,
+    gelu: bool,
+) -> list[Tensor]:
+    """As `fast_forward`."""
+    return by_llvm('linear_gradients', gradients, grad, x, weights, biases, norm, eps, gelu_summed, gelu)

@@ -1,5 +1,6 @@
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -190,8 +191,6 @@ def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytes
     given = operands('EDSR', 1, 48, 48, 24, 24)
     truth, found = plain(**given), single(given)
     torch.testing.assert_close(fused_conv(**given), truth, rtol=0, atol=1e-12)
-    with torch.enable_grad():
-        check(fused_conv(**found), truth)
     with torch.autocast('cpu', torch.bfloat16):
         assert fused_conv(found['x'], found['weight']).dtype == torch.bfloat16
     for target, name, value in (
@@ -285,3 +284,65 @@ def test_networks_with_and_without_it(name: str, calls: list[Tensor], monkeypatc
     assert calls
     monkeypatch.setattr(module, 'LEAST', math.inf)
     check(found, net(x).double(), 1e-5)
+
+
+def gradients_of(function: Callable[..., Tensor], given: dict[str, Any], grad: Tensor) -> list[Tensor]:
+    """By all tensors that a function is given."""
+    with torch.enable_grad():
+        leaves = {name: t.detach().requires_grad_() if isinstance(t, Tensor) else t for name, t in given.items()}
+        wanted = [t for t in leaves.values() if isinstance(t, Tensor)]
+        return list(torch.autograd.grad(function(**leaves), wanted, grad.to(leaves['x'].dtype)))
+
+
+def check_gradients(given: dict[str, Any], grad: Tensor) -> None:
+    found = gradients_of(fused_conv, single(given), grad)
+    for part, truth in zip(found, gradients_of(plain, given, grad), strict=True):
+        check(part, truth, 1e-5)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('behind', ['nothing', 'ReLU', 'LeakyReLU', 'sum', 'EDSR'])
+def test_gradients(behind: str, size: str, lanes: int, any_size: None, calls: list[Tensor]) -> None:
+    n, ins, outs, height, width = SIZES[size]
+    given, grad = operands(behind, n, ins, outs, height, width), numbers(n, outs, height, width, seed=5)
+    check_gradients(given, fast_memory(grad))
+    check_gradients(given | {'bias': None}, grad)
+    assert len(calls) == (4 if outs > 1 else 2)  # a single channel is in either memory
+
+
+@pytest.mark.parametrize('behind', BEHIND)
+def test_gradients_of_1x1(behind: str) -> None:
+    given = operands(behind, 2, 19, 21, 17, 31)
+    given['weight'] = given['weight'][..., 1:2, 1:2]
+    grad = numbers(2, 21, 17, 31, seed=5)
+
+    def padded(weight: Tensor, **others: Any) -> Tensor:
+        return plain(weight=F.pad(weight, (1, 1, 1, 1)), **others)
+
+    found = gradients_of(fused_conv, single(given), grad)
+    for part, truth in zip(found, gradients_of(padded, given, grad), strict=True):
+        check(part, truth, 1e-5)
+
+
+def test_gradients_of_other_calls(any_size: None, calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch: an activation below a sum, and the gradient by maps of a convolution to few channels."""
+    grad = numbers(1, 18, 9, 9, seed=5)
+    check_gradients(operands('all', 1, 20, 18, 9, 9), grad)
+    assert not calls
+    monkeypatch.setattr(module, 'FEWEST_CHANNELS', 8)
+    check_gradients(operands('sum', 1, 20, 3, 9, 9), grad[:, :3])
+    assert len(calls) == 1
+
+
+def test_what_is_not_trained_gets_no_gradient(any_size: None, calls: list[Tensor]) -> None:
+    for name in ('x', 'weight', 'bias', 'plus'):
+        given = single(operands('EDSR', 1, 20, 18, 9, 9))
+        truth = single(operands('EDSR', 1, 20, 18, 9, 9))
+        with torch.enable_grad():
+            given[name].requires_grad_()
+            truth[name].requires_grad_()
+            fused_conv(**given).square().sum().backward()
+            plain(**truth).square().sum().backward()
+        torch.testing.assert_close(given[name].grad, truth[name].grad, rtol=1e-4, atol=1e-4)
+        assert all(t.grad is None for key, t in given.items() if isinstance(t, Tensor) and key != name)
+    assert len(calls) == 5

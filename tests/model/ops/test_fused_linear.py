@@ -13,12 +13,14 @@ from torch import Tensor
 from measure.speed import by_kind, clocked
 from model import build
 from model.ops import fast
+from model.ops import fused_linear as module
 from model.ops.fused_linear import fused_linear
 from model.ops.llvm import fused_linear as fused_linear_llvm
+from model.ops.llvm import linear_gradients
 from tests.conftest import numbers
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
-KERNELS = (fused_linear_llvm,)
+KERNELS = (fused_linear_llvm, linear_gradients)
 
 CLOSE = 1e-5  # of the largest value
 # What stands around the layers: of the tensors that `tensors` makes, and flags.
@@ -188,8 +190,6 @@ def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytes
     given = operands(('norm', 'gelu', 'plus'), 20, 12, 7, 9)
     truth, single = plain(**given), converted(given, Tensor.float)
     torch.testing.assert_close(fused_linear(**given), truth, rtol=0, atol=1e-12)
-    with torch.enable_grad():
-        check(fused_linear(**single), truth)
     half = fused_linear(**converted(given, Tensor.bfloat16))
     assert half.dtype == torch.bfloat16
     with torch.autocast('cpu', torch.bfloat16):
@@ -246,3 +246,121 @@ def test_networks_with_and_without_it(name: str, calls: list[Tensor], monkeypatc
     assert calls
     monkeypatch.setattr(fast, 'wanted', False)
     check(found, net(x).double())
+
+
+@pytest.fixture
+def gradient_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the kernel of gradients is given."""
+    found, function = [], linear_gradients.gradients
+
+    def gradients(grad: Tensor, *others: Any) -> list[Tensor]:
+        found.append(grad)
+        return function(grad, *others)
+
+    monkeypatch.setattr(linear_gradients, 'gradients', gradients)
+    return found
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors of arguments, in their order."""
+    found: list[Tensor] = []
+    converted(value, lambda t: found.append(t) or t)  # type: ignore[func-returns-value]
+    return found
+
+
+def gradients_of(function: Callable[..., Tensor], given: dict[str, Any], grad: Tensor) -> list[Tensor]:
+    """By all tensors that a function is given."""
+    with torch.enable_grad():
+        leaves = converted(given, lambda t: t.detach().requires_grad_())
+        return list(torch.autograd.grad(function(**leaves), tensors_of(leaves), grad.to(leaves['x'].dtype)))
+
+
+def check_gradients(given: dict[str, Any], grad: Tensor) -> None:
+    truth = gradients_of(plain, given, grad)
+    for found, true in zip(gradients_of(fused_linear, converted(given, Tensor.float), grad), truth, strict=True):
+        close = CLOSE * float(true.abs().max()) + 1e-12  # a norm of one channel passes no gradient
+        torch.testing.assert_close(found.double(), true, rtol=0, atol=close)
+
+
+TRAINED = ('nothing', 'plus', 'norm', 'GELU', 'sum')
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('names', TRAINED)
+def test_gradients(names: str, size: str, lanes: int, gradient_calls: list[Tensor]) -> None:
+    pixels, *widths = SIZES[size]
+    for sizes, biased in ((widths, True), (widths[:2], False)):
+        given = operands(AROUND[names], pixels, *sizes, biased=biased)
+        check_gradients(given, numbers(2, pixels, sizes[-1], seed=30))
+    assert len(gradient_calls) == 2
+
+
+def test_gradients_of_two_layers_without_gelu(lanes: int, gradient_calls: list[Tensor]) -> None:
+    check_gradients(operands(('plus',), 50, 12, 20, 7), numbers(2, 50, 7, seed=30))
+    assert gradient_calls
+
+
+def test_gradients_of_tensors_in_any_memory(gradient_calls: list[Tensor]) -> None:
+    given = operands(('gelu_summed', 'plus'), 35, 12, 7)
+    turned = converted(given, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t)
+    check_gradients(turned, numbers(2, 7, 35, seed=30).mT)
+    check_gradients(turned, numbers(1, 1, 1, seed=30).expand(2, 35, 7))
+    assert len(gradient_calls) == 2
+
+
+def test_gradients_of_no_pixels(gradient_calls: list[Tensor]) -> None:
+    given = converted(operands(('norm', 'plus'), 0, 12, 7), Tensor.float)
+    found = gradients_of(fused_linear, given, torch.zeros(2, 0, 7))
+    assert [g.shape for g in found] == [t.shape for t in tensors_of(given)]
+    assert not any(g.any() for g in found)
+    assert gradient_calls
+
+
+def test_gradients_repeat_themselves(lanes: int) -> None:
+    """To the bit: in another call, and with other threads."""
+    given = converted(operands(('norm', 'gelu', 'plus'), 2001, 30, 40, 20), Tensor.float)
+    grad = numbers(2, 2001, 20, seed=30).float()
+    first, threads = gradients_of(fused_linear, given, grad), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, gradients_of(fused_linear, given, grad), first))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_parameters_that_are_not_trained() -> None:
+    given = converted(operands(('norm', 'plus'), 20, 12, 7), Tensor.float)
+    with torch.enable_grad():
+        weight = given['layers'][0][0].requires_grad_()
+        fused_linear(**given).sum().backward()
+    assert weight.grad is not None
+    assert all(t.grad is None for t in tensors_of(given) if t is not weight)
+
+
+def test_gradients_of_other_calls(gradient_calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PyTorch: with a norm behind the layers, of large weights, and where kernels are left out."""
+    grad = numbers(2, 20, 9, seed=30)
+    check_gradients(operands(('norm_after', 'plus'), 20, 12, 9), grad)
+    given = operands(('norm', 'gelu', 'plus'), 20, 12, 7, 9)
+    for target, name, value in ((module, 'MOST_WEIGHTS', 70), (fast, 'wanted', False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            check_gradients(given, grad)
+    assert not gradient_calls
+    check_gradients(given, grad)
+    assert gradient_calls
+
+
+def test_a_kernel_of_gradients_that_fails_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError('no such processor')
+
+    monkeypatch.setattr(linear_gradients, 'kernel', fails)
+    monkeypatch.setattr(fast, 'failed', set())
+    with caplog.at_level(logging.WARNING, 'frugalsr'):
+        for names in (('norm', 'gelu'), ('gelu_summed', 'plus')):
+            check_gradients(operands(names, 20, 12, 7), numbers(2, 20, 7, seed=30))
+    assert caplog.messages == ['The linear gradients runs without llvmlite, slower: RuntimeError: no such processor']

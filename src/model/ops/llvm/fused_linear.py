@@ -3,6 +3,7 @@
 A few rows at a time, each the channels of a pixel, are read, go through all of it, and are written.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -26,8 +27,8 @@ ERF = (  # erf(x / sqrt(2)) = x P(x^2) / Q(x^2) to 1.5e-8 where it is below 1: P
 )
 
 
-def gelu(code: Code, x: ir.Value) -> ir.Value:
-    """x (1 + erf(x / sqrt(2))) / 2 to 2e-7 of |x|."""
+def erf(code: Code, x: ir.Value) -> ir.Value:
+    """erf(x / sqrt(2))."""
     to = code.to
     near = code.select_less(code.vector(FURTHEST), code.select_greater(code.vector(-FURTHEST), x))
     square, parts = to.fmul(near, near), []
@@ -36,10 +37,22 @@ def gelu(code: Code, x: ir.Value) -> ir.Value:
         for coefficient in reversed(others):
             part = code.multiply_add(part, square, code.vector(coefficient))
         parts.append(part)
-    erf = to.fdiv(to.fmul(near, parts[0]), parts[1])
-    erf = code.select_less(code.vector(1), code.select_greater(code.vector(-1), erf))
-    half = to.fmul(x, code.vector(0.5))
-    return code.multiply_add(half, erf, half)
+    found = to.fdiv(to.fmul(near, parts[0]), parts[1])
+    return code.select_less(code.vector(1), code.select_greater(code.vector(-1), found))
+
+
+def gelu(code: Code, x: ir.Value) -> ir.Value:
+    """x (1 + erf(x / sqrt(2))) / 2 to 2e-7 of |x|."""
+    half = code.to.fmul(x, code.vector(0.5))
+    return code.multiply_add(half, erf(code, x), half)
+
+
+def gelu_slope(code: Code, x: ir.Value) -> ir.Value:
+    """The derivative of `gelu`: (1 + erf(x / sqrt(2))) / 2 + x e^(-x^2 / 2) / sqrt(2 pi)."""
+    to, half = code.to, code.vector(0.5)
+    share = code.multiply_add(erf(code, x), half, half)
+    bell = code.exp2(to.fmul(to.fmul(x, x), code.vector(-0.5 / math.log(2))))
+    return code.multiply_add(to.fmul(x, code.vector(1 / math.sqrt(2 * math.pi))), bell, share)
 
 
 def layer_norm(
