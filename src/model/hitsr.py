@@ -46,6 +46,7 @@ from model.common import (
     shape_of,
     stacked,
 )
+from model.ops.small_products import small_products
 
 SLOPE = 0.2  # of the LeakyReLUs
 REDUCTION = 5  # of the channels in the convolutions that make queries and values
@@ -139,12 +140,14 @@ class Correlation(nn.Module):
         cells = to_tokens(self.reduce(qv[:, half:]), (self.window // self.cell,) * 2, strided=False)
         windows = to_tokens(qv, (self.window,) * 2, strided=False)
         q, v = windows.tensor_split(2, -1)
-        channel = v @ (v.mT @ q / q.shape[1])
+        channel = small_products(v, small_products(v.mT, q) / q.shape[1])
         out = torch.cat((self.spatial(q, cells), channel), -1)
         return to_map(out, qv, (self.window,) * 2, strided=False)
 
     def reduce(self, v: Tensor) -> Tensor:
         """Values (N, C / 2, H, W) to weighted sums of each cell, (N, C / 2, H / cell, W / cell)."""
+        if self.cell == 1:
+            return v * self.spatial_linear.weight + self.spatial_linear.bias
         half = self.proj.in_features // 2  # a plain number in a trace too
         weight = self.spatial_linear.weight.view(1, 1, self.cell, self.cell).expand(half, -1, -1, -1)
         return F.conv2d(v, weight, self.spatial_linear.bias.expand(half), stride=self.cell, groups=half)
@@ -157,7 +160,7 @@ class Correlation(nn.Module):
         same = (head[:, None] == head).to(q.dtype) / d
         by_head = cells.view(n, n_cells, self.n_heads, d).permute(2, 1, 0, 3).reshape(self.n_heads, n_cells, n * d)
         from_bias = (self.pos() @ by_head).view(self.n_heads, -1, n, d).permute(2, 1, 0, 3)
-        return q @ (cells.mT @ cells * same) + from_bias.reshape(q.shape)
+        return small_products(q, small_products(cells.mT, cells) * same) + from_bias.reshape(q.shape)
 
 
 class Layer(nn.Module):
