@@ -13,12 +13,15 @@ from model.ops.progressive_attention import APART
 KEYS = 8  # at once
 LEAST = 2**-32  # sum of powers, of which those that are too small for float32 come to less than its rounding
 GIVEN = ('counter', 'windows', 'queries', 'keys', 'heads')
-OF_BIASES = ('kinds', 'by_key', 'by_query', 'between_heads', 'between_kinds', 'biases')
-OF_AREAS = ('areas',)
+OF_BIASES = {  # by what there are
+    '': (),
+    'masks': ('kinds', 'by_key', 'by_query', 'between_heads', 'between_kinds', 'biases'),
+    'areas': ('kinds', 'by_key', 'by_query', 'between_heads', 'between_kinds', 'biases', 'areas'),
+}
 Sums = list[ir.Value]
 
 
-class Biases(NamedTuple):
+class BiasRow(NamedTuple):
     """What is added to the logits of the queries of a vector: `row` points to where those of the keys are found.
 
     With `areas`, a pointer to those of the keys, and the queries' `own`, less is added between different ones.
@@ -39,9 +42,8 @@ class AttentionCode(Code):
     Args:
         tensors: names of tensors of tokens, among them q, k and v.
         d, e: channels of queries and keys, and of values.
-        biased: whether there are biases.
+        biases: '' for none, 'masks', or 'areas' for such with areas.
         others: names of what else is given.
-        parted: whether there are areas, too.
 
     Attributes:
         packed: where keys and values lie beside each other, in a thread's memory.
@@ -52,15 +54,13 @@ class AttentionCode(Code):
         tensors: Sequence[str],
         d: int,
         e: int,
-        biased: bool,
+        biases: str,
         lanes: int,
         others: Sequence[str] = (),
-        parted: bool = False,
     ) -> None:
         about = [f'{name}{what}' for name in tensors for what in ('', '_places', '_between_heads')]
-        about = [*(OF_BIASES if biased else ()), *(OF_AREAS if parted else ()), *others, *about]
-        super().__init__((*GIVEN, *about), lanes)
-        self.d, self.e, self.biased, self.parted = d, e, biased, parted
+        super().__init__((*GIVEN, *OF_BIASES[biases], *others, *about), lanes)
+        self.d, self.e, self.biases = d, e, biases
         self.packed = self.memory
         self.to_base_2 = self.spread(self.to.fmul(self.factor, FLOAT(LOG2_E)))
 
@@ -98,18 +98,18 @@ class AttentionCode(Code):
         steps = (self.head, self.given['between_heads']), (kind, self.given['between_kinds'])
         return self.at(biases, self.offset(*steps, (self.integer('by_query', first),)))
 
-    def biases_of(self, first: ir.Value) -> Biases | None:
+    def biases_of(self, first: ir.Value) -> BiasRow | None:
         """Those of the queries from `first` on."""
-        if not self.biased:
+        if not self.biases:
             return None
         row, areas, own = self.row_of(first, self.pointer('biases')), None, None
-        if self.parted:
+        if self.biases == 'areas':
             kind = self.integer('kinds', self.window)
             areas = self.at(self.pointer('areas', WORD), self.to.mul(kind, self.given['keys']))
             own = self.load(self.at(areas, first), self.lanes)
-        return Biases(row, areas, own)
+        return BiasRow(row, areas, own)
 
-    def bias(self, biases: Biases, j: ir.Value) -> ir.Value:
+    def bias(self, biases: BiasRow, j: ir.Value) -> ir.Value:
         """Of the queries of a vector and key j."""
         found = self.load(self.at(biases.row, self.integer('by_key', j)), self.lanes)
         if biases.areas is None:
@@ -135,7 +135,7 @@ class AttentionCode(Code):
         return start
 
     def logits(
-        self, query: Sequence[ir.Value], keys: Sequence[ir.Value], biases: Biases | None, start: ir.Value
+        self, query: Sequence[ir.Value], keys: Sequence[ir.Value], biases: BiasRow | None, start: ir.Value
     ) -> Sums:
         """To base 2, plus `start`, for queries that were multiplied by `to_base_2`."""
         found = [start] * len(keys)
@@ -160,7 +160,7 @@ class AttentionCode(Code):
         return self.loop(whole, stop, 1, lambda j, sums: few(1, j, sums), sums)
 
     def in_range(
-        self, sums: Callable[[ir.Value], Sums], query: Sequence[ir.Value], biases: Biases | None, most: float
+        self, sums: Callable[[ir.Value], Sums], query: Sequence[ir.Value], biases: BiasRow | None, most: float
     ) -> Sums:
         """`sums(start)`, the first of which are of powers of 2 of `logits`.
 

@@ -19,9 +19,9 @@ MOST_FOR_GRADIENTS = 2**32  # whose square is divided by
 
 
 @compiled
-def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
+def kernel(d: int, e: int, biases: str, lanes: int) -> Code:
     """Attention of queries and keys of `d` channels and values of `e`: see `AttentionCode`."""
-    code = AttentionCode(('q', 'k', 'v', 'out'), d, e, biased, lanes, parted=parted)
+    code = AttentionCode(('q', 'k', 'v', 'out'), d, e, biases, lanes)
     to, given = code.to, code.given
     powers = code.memory
     code.packed = code.at(powers, INT(AT_ONCE * lanes))
@@ -33,7 +33,7 @@ def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
         def queries(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             first, tokens = code.queries(i)
             query = [to.fmul(x, code.to_base_2) for x in code.by_channel('q', tokens, d)]
-            biases = code.biases_of(first)
+            bias_row = code.biases_of(first)
 
             def add(start: ir.Value, first: ir.Value, sums: Sums) -> Sums:
                 """Powers of 2 of some keys from the first one on, and then those times values."""
@@ -44,7 +44,7 @@ def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
                     return code.at(powers, to.mul(to.sub(j, first), INT(lanes)))
 
                 def weigh(keys: list[ir.Value], sums: Sums) -> Sums:
-                    found = [code.exp2(logit) for logit in code.logits(query, keys, biases, start)]
+                    found = [code.exp2(logit) for logit in code.logits(query, keys, bias_row, start)]
                     for j, power in zip(keys, found, strict=True):
                         code.store(power, power_of(j))
                     return [reduce(to.fadd, found, *sums)]
@@ -58,7 +58,10 @@ def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
 
             zeros = [code.vector(0)] * (e + 1)
             total, *weighted = code.in_range(
-                lambda start: code.loop(INT(0), given['keys'], AT_ONCE, partial(add, start), zeros), query, biases, MOST
+                lambda start: code.loop(INT(0), given['keys'], AT_ONCE, partial(add, start), zeros),
+                query,
+                bias_row,
+                MOST,
             )
             share = to.fdiv(code.vector(1), total)
             for n, result in zip(tokens, code.transposed([to.fmul(x, share) for x in weighted]), strict=True):
@@ -72,7 +75,7 @@ def kernel(d: int, e: int, biased: bool, parted: bool, lanes: int) -> Code:
 
 
 @compiled
-def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
+def gradient_kernel(d: int, e: int, biases: str, lanes: int) -> Code:
     """Gradients of the attention that `kernel` computes.
 
     A task is a head and a part of the windows, which come one after the other and share what a bias has gathered.
@@ -80,8 +83,8 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
     by the logits is w (h / s - sum(w h) / s^2), and that by the values the sum of w g / s over the queries.
     """
     tensors = ('q', 'k', 'v', 'grad', 'grad_q', 'grad_k', 'grad_v')
-    others = ('grad_biases', 'between_parts') if biased else ()
-    code = AttentionCode(tensors, d, e, biased, lanes, (*others, 'parts'))
+    others = ('grad_biases', 'between_parts') if biases else ()
+    code = AttentionCode(tensors, d, e, biases, lanes, (*others, 'parts'))
     to, given, zero = code.to, code.given, code.vector(0)
     widths = filled_up((d, e), lanes)  # of rows of whole vectors
     width = sum(widths)
@@ -109,11 +112,11 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
         # 0 for queries that come again in a vector before this one, which then takes their place.
         counted = to.fcmp_ordered('>=', code.numbers(), code.spread(to.sitofp(to.sub(i, first), FLOAT)))
         grad = [to.select(counted, x, zero) for x in code.transposed(by_results)]
-        biases = code.biases_of(first)
+        bias_row = code.biases_of(first)
 
         def weigh(start: ir.Value, keys: list[ir.Value], found: Sums) -> Sums:
             total, weighted = found
-            powers = [code.exp2(logit) for logit in code.logits(query, keys, biases, start)]
+            powers = [code.exp2(logit) for logit in code.logits(query, keys, bias_row, start)]
             products = code.products(grad, keys, d, [zero] * len(keys))
             for j, power, product in zip(keys, powers, products, strict=True):
                 for vector, place in zip((power, product), pair(j), strict=True):
@@ -122,7 +125,7 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
             return [total, weighted]
 
         total, weighted = code.in_range(
-            lambda start: code.over_keys(partial(weigh, start), [zero] * 2), query, biases, MOST_FOR_GRADIENTS
+            lambda start: code.over_keys(partial(weigh, start), [zero] * 2), query, bias_row, MOST_FOR_GRADIENTS
         )
         share = to.fdiv(code.vector(1), total)
         mean = to.fmul(to.fmul(weighted, share), share)
@@ -132,7 +135,7 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
             code.store(code.padded(row, widths[0]), place)
             share_of = code.spread(to.extract_element(shares, INT(n)), e)
             code.store(code.padded(to.fmul(by_result, share_of), widths[1]), code.at(place, INT(widths[0])))
-        if biased:
+        if biases:
             of_part = code.at(code.pointer('grad_biases'), to.mul(part, given['between_parts']))
             grad_bias = code.row_of(first, of_part)
 
@@ -143,7 +146,7 @@ def gradient_kernel(d: int, e: int, biased: bool, lanes: int) -> Code:
                 by_logit = to.fsub(to.fmul(code.load(place, lanes), share), mean)
                 by_logit = to.fmul(by_logit, code.load(power, lanes))
                 code.store(by_logit, place)
-                if biased:
+                if biases:
                     at_bias = code.at(grad_bias, code.integer('by_key', j))
                     code.store(to.fadd(code.load(at_bias, lanes), by_logit), at_bias)
                 factors = (code.number(code.row(j), i) for i in range(d))

@@ -85,8 +85,8 @@ class Call(NamedTuple):
 
     def attend(self, q: Tokens, k: Tokens, v: Tokens, out: Tokens) -> None:
         """Write the result of `cached_attention` to `out`."""
-        biased, parted = self.biases is not None, self.biases is not None and self.biases.areas is not None
-        made = kernel(self.d, self.e, biased, parted, lanes())
+        about = '' if self.biases is None else 'masks' if self.biases.areas is None else 'areas'
+        made = kernel(self.d, self.e, about, lanes())
         self.run(made, (q, k, v, out), AT_ONCE * lanes() + k.places.shape[1] * (self.d + self.e))
 
     def differentiate(self, inputs: Sequence[Tokens], grad: Tokens, grads: Sequence[Tokens]) -> Tensor:
@@ -101,7 +101,7 @@ class Call(NamedTuple):
             others = [by_biases, by_biases.stride(0)]
         width = sum(filled_up((self.d, self.e), lanes()))
         memory = lanes() * width + keys * (2 * lanes() + width + self.d + self.e)
-        made = gradient_kernel(self.d, self.e, self.biases is not None, lanes())
+        made = gradient_kernel(self.d, self.e, 'masks' if self.biases else '', lanes())
         self.run(made, (*inputs, grad, *grads), memory, [*others, parts])
         return (by_biases.sum(0) if parts > 1 else by_biases[0]).mT
 
