@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.product import BLOCKS, layer, packed
+from model.ops.llvm.product import BLOCKS, Rows, layer, packed
 
 NAMES = (
     'counter', 'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
@@ -85,78 +85,68 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
 
     `active` says whether GELU follows the first layer, `added` whether `plus` is added.
     """
-    code = Code(NAMES, lanes)
-    to, given = code.to, code.given
-    n_rows, _ = BLOCKS[lanes]
+    code = Rows(NAMES, lanes)
+    to, numbers = code.to, [INT(i) for i in range(code.count)]
     finished = normed or added  # else the last layer's rows are written as they are found
     steps = filled_up(widths, lanes)  # from row to row of a block
-    places = [n_rows * sum(steps[:i]) for i in range(len(steps))]
+    places = [code.count * sum(steps[:i]) for i in range(len(steps))]
     blocks = [code.at(code.memory, INT(place)) for place in places]  # before, between and behind the layers
 
-    def row(name: str, i: ir.Value, width: int) -> list[ir.Value]:
-        return code.load_row(code.at(code.pointer(name), to.mul(i, given[f'{name}_step'])), width)
+    def given(name: str, i: ir.Value) -> ir.Value:
+        return code.row_of(name, code.given[f'{name}_step'], i)
+
+    def result(i: ir.Value) -> ir.Value:
+        return code.row_of('out', widths[-1], i)
 
     def norm(vectors: list[ir.Value], width: int) -> list[ir.Value]:
         scale, shift = (code.load_row(code.pointer(name), width) for name in ('scale', 'shift'))
         return layer_norm(code, vectors, width, scale, shift)
 
-    def result(place: ir.Value) -> ir.Value:
-        return code.at(code.pointer('out'), to.mul(place, INT(widths[-1])))
-
-    def place_of(first: ir.Value, i: ir.Value) -> ir.Value:
-        """Which row is row i of a block; behind the last row of all it is that one again."""
-        here, last = to.add(first, i), to.sub(given['count'], INT(1))
-        return to.select(to.icmp_signed('<', here, last), here, last)
-
-    def read(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+    def read(i: ir.Value) -> None:
         """Row i, while what is needed at the end comes from memory."""
-        here = place_of(first, i)
-        code.prefetch(result(here), widths[-1], written=True)
+        code.prefetch(result(i), widths[-1], written=True)
         if added:
-            code.prefetch(code.at(code.pointer('plus'), to.mul(here, given['plus_step'])), widths[-1])
-        vectors = row('x', here, widths[0])
+            code.prefetch(given('plus', i), widths[-1])
+        vectors = code.load_row(given('x', i), widths[0])
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
-            others = row('summed', here, widths[0])
+            others = code.load_row(given('summed', i), widths[0])
             vectors = [to.fadd(x, gelu(code, other)) for x, other in zip(vectors, others, strict=True)]
-        code.store_row(vectors, code.at(blocks[0], to.mul(i, INT(steps[0]))), steps[0])
-        return []
+        code.store_row(vectors, code.row(blocks[0], steps[0], i), steps[0])
 
-    def write(number: int, first: ir.Value, j: ir.Value, width: int, found: list[ir.Value]) -> None:
+    def write(layer: int, j: ir.Value, width: int, found: list[ir.Value]) -> None:
         """Some vectors of what a layer gives, from vector j on, of which the first `width` numbers are channels."""
-        count = len(found) // n_rows
-        if active and number == 0:
+        count = len(found) // code.count
+        if active and layer == 0:
             found = [gelu(code, x) for x in found]
-        for r in range(n_rows):
+        for r, i in enumerate(numbers):
             vectors = found[r * count : (r + 1) * count]
-            if number == len(widths) - 2 and not finished:
-                target, numbers = result(place_of(first, INT(r))), width
+            if layer == len(widths) - 2 and not finished:
+                target, size = result(i), width
             else:
-                target, numbers = code.at(blocks[number + 1], INT(r * steps[number + 1])), count * lanes
-            code.store_row(vectors, code.at(target, to.mul(j, INT(lanes))), numbers)
+                target, size = code.row(blocks[layer + 1], steps[layer + 1], i), count * lanes
+            code.store_row(vectors, code.at(target, to.mul(j, INT(lanes))), size)
 
-    def finish(first: ir.Value, i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        here, width = place_of(first, i), widths[-1]
-        vectors = code.load_row(code.at(blocks[-1], to.mul(i, INT(steps[-1]))), width)
+    def finish(i: ir.Value) -> None:
+        vectors = code.load_row(code.row(blocks[-1], steps[-1], i), widths[-1])
         if normed:
-            vectors = norm(vectors, width)
+            vectors = norm(vectors, widths[-1])
         if added:
-            vectors = [to.fadd(*pair) for pair in zip(row('plus', here, width), vectors, strict=True)]
-        code.store_row(vectors, result(here), width)
-        return []
+            vectors = [
+                to.fadd(*pair) for pair in zip(code.load_row(given('plus', i), widths[-1]), vectors, strict=True)
+            ]
+        code.store_row(vectors, result(i), widths[-1])
 
-    def block(task: ir.Value) -> None:
-        first = to.mul(task, INT(n_rows))
-        code.loop(INT(0), INT(n_rows), 1, partial(read, first))
+    def block() -> None:
+        code.each(read)
         for number, (inputs, outputs) in enumerate(pairwise(widths)):
-            rows = [code.at(blocks[number], INT(r * steps[number])) for r in range(n_rows)]
-            parameters = code.pointer(('first', 'second')[number])
-            layer(code, rows, inputs, parameters, outputs, partial(write, number, first))
+            rows = [code.row(blocks[number], steps[number], i) for i in numbers]
+            layer(code, rows, inputs, code.pointer(('first', 'second')[number]), outputs, partial(write, number))
         if finished:
-            code.loop(INT(0), INT(n_rows), 1, partial(finish, first))
+            code.each(finish)
 
-    code.tasks(code.pointer('counter', INT), to.sdiv(to.add(given['count'], INT(n_rows - 1)), INT(n_rows)), block)
+    code.blocks(block)
     return code
 
 

@@ -1,4 +1,7 @@
-"""The matrix product of kernels for CPUs: a few rows of one matrix times a few vectors of another, in registers."""
+"""The matrix product of kernels for CPUs: a few rows of one matrix times a few vectors of another, in registers.
+
+And what is written with it: linear layers of blocks of rows.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +13,46 @@ from torch import Tensor
 from model.ops.llvm.code import INT, Code
 
 BLOCKS = {16: (12, 2), 8: (6, 2)}  # lanes: rows and vectors whose sums stay in the registers of AVX-512 and AVX2
+
+
+class Rows(Code):
+    """Code for rows of pixels, a block of them at a time; `count` is how many there are."""
+
+    def __init__(self, names: Sequence[str], lanes: int) -> None:
+        super().__init__(names, lanes)
+        self.count = BLOCKS[lanes][0]
+
+    def blocks(self, body: Callable[[], None]) -> None:
+        """Write the rest: `body` for every block."""
+
+        def block(task: ir.Value) -> None:
+            self.first = self.to.mul(task, INT(self.count))
+            body()
+
+        tasks = self.to.sdiv(self.to.add(self.given['count'], INT(self.count - 1)), INT(self.count))
+        self.tasks(self.pointer('counter', INT), tasks, block)
+
+    def each(self, body: Callable[[ir.Value], None]) -> None:
+        """`body` for every row of a block."""
+
+        def row(i: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
+            body(i)
+            return []
+
+        self.loop(INT(0), INT(self.count), 1, row)
+
+    def row(self, pointer: ir.Value, step: int | ir.Value, i: ir.Value) -> ir.Value:
+        """Row i of those that are `step` numbers apart."""
+        return self.at(pointer, self.to.mul(i, INT(step) if isinstance(step, int) else step))
+
+    def row_of(self, name: str, step: int | ir.Value, i: ir.Value) -> ir.Value:
+        """Row i of the block in a tensor."""
+        return self.row(self.pointer(name), step, self.number(i))
+
+    def number(self, i: ir.Value) -> ir.Value:
+        """Of row i of the block among all; behind the last one of all it is that one again."""
+        here, last = self.to.add(self.first, i), self.to.sub(self.given['count'], INT(1))
+        return self.to.select(self.to.icmp_signed('<', here, last), here, last)
 
 
 def product(

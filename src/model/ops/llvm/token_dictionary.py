@@ -18,7 +18,7 @@ from model.ops.llvm.code import BIT, FLOAT, INT, Code, filled_up, lanes
 from model.ops.llvm.fused_linear import layer_norm
 from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import divisor
-from model.ops.llvm.product import BLOCKS, layer, packed, product
+from model.ops.llvm.product import BLOCKS, Rows, layer, packed, product
 
 LEAST_LENGTH = 1e-12  # of a query, as of torch.nn.functional.normalize
 PARTS = 32  # in which pixels are added up, at most
@@ -27,46 +27,6 @@ AT_ONCE = 128  # pixels whose weights are in the cache
 READ = 'counter', 'count', 'x', 'scale', 'shift', 'linear', 'query', 'keys', 'values', 'qkv', 'out', 'map', 'category'
 MOMENTS = 'counter', 'parts', 'count', 'map', 'moments'
 REFINE = 'counter', 'parts', 'count', 'map', 'x', 'factors', 'sums'
-
-
-class Rows(Code):
-    """Code for rows of pixels, a block of them at a time; `count` is how many there are."""
-
-    def __init__(self, names: Sequence[str], lanes: int) -> None:
-        super().__init__(names, lanes)
-        self.count = BLOCKS[lanes][0]
-
-    def blocks(self, body: Callable[[], None]) -> None:
-        """Write the rest: `body` for every block."""
-
-        def block(task: ir.Value) -> None:
-            self.first = self.to.mul(task, INT(self.count))
-            body()
-
-        tasks = self.to.sdiv(self.to.add(self.given['count'], INT(self.count - 1)), INT(self.count))
-        self.tasks(self.pointer('counter', INT), tasks, block)
-
-    def each(self, body: Callable[[ir.Value], None]) -> None:
-        """`body` for every row of a block."""
-
-        def row(i: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
-            body(i)
-            return []
-
-        self.loop(INT(0), INT(self.count), 1, row)
-
-    def row(self, pointer: ir.Value, width: int, i: ir.Value) -> ir.Value:
-        """Row i of those of `width` numbers each."""
-        return self.at(pointer, self.to.mul(i, INT(width)))
-
-    def row_of(self, name: str, width: int, i: ir.Value) -> ir.Value:
-        """Row i of the block in a tensor; behind the last row of all it is that one again."""
-        return self.row(self.pointer(name), width, self.number(i))
-
-    def number(self, i: ir.Value) -> ir.Value:
-        """Of row i of the block among all."""
-        here, last = self.to.add(self.first, i), self.to.sub(self.given['count'], INT(1))
-        return self.to.select(self.to.icmp_signed('<', here, last), here, last)
 
 
 @compiled
