@@ -66,7 +66,7 @@ def source(model: Model) -> Source:
     if isinstance(net, ATD):
         layers = [[m for m in block.modules() if isinstance(m, DictionaryAttention)] for block in net.layers]
         modules = three_of([of_block[-1] for of_block in layers])
-        return Source(modules, lambda _, found: found[1].argmax(-1), net.multiple)
+        return Source(modules, lambda _, found: found.category, net.multiple)
     raise UserError(
         f'--show_attention: {model.name} has neither clusters nor categories to show, which LCoAN, ATD, ATD-light '
         'and CATANet have; leave it out.'

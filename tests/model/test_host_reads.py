@@ -52,6 +52,7 @@ def test_what_is_refused():
 def as_on_a_gpu(monkeypatch):
     """Attention by PyTorch's kernels; what is only for a CPU reads values."""
     monkeypatch.setattr('model.blocks.windows.CACHED_LOGITS', 0)
+    monkeypatch.setattr('model.blocks.tokens.COUNTED', 0)
     monkeypatch.setattr('model.ops.kept_attention.is_plain', lambda x: True)
 
 

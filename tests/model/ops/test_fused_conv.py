@@ -346,3 +346,15 @@ def test_what_is_not_trained_gets_no_gradient(any_size: None, calls: list[Tensor
         torch.testing.assert_close(given[name].grad, truth[name].grad, rtol=1e-4, atol=1e-4)
         assert all(t.grad is None for key, t in given.items() if isinstance(t, Tensor) and key != name)
     assert len(calls) == 5
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize('size', [1, 3])
+def test_an_activation_in_place_behind_it(size: int, any_size: None) -> None:
+    """PyTorch has no gradients for what is changed in place if it was a view."""
+    x, weight = numbers(1, 16, 24, 25).float(), numbers(16, 16, size, size, seed=2).float().requires_grad_()
+    found, truth = (
+        torch.autograd.grad(F.leaky_relu_(conv(), 0.2).square().sum(), weight)[0]
+        for conv in (lambda: fused_conv(fast_memory(x), weight), lambda: F.conv2d(x, weight, padding=size // 2))
+    )
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-2)

@@ -259,7 +259,8 @@ def run(
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     """See `depthwise.forward`."""
     n, channels, height, width = x.shape
-    out = x.new_empty(n, height, width, channels // 2 if act == 'gate' else channels).permute(0, 3, 1, 2)
+    outs = channels // 2 if act == 'gate' else channels
+    out = torch.empty(n, outs, height, width, memory_format=torch.channels_last, dtype=x.dtype)
     run(kernel, x.contiguous(memory_format=torch.channels_last), weight, bias, act, None, out)
     return out
 

@@ -303,7 +303,7 @@ def forward(
     """See `fused_conv.forward`, for 3x3 weights and no dilation."""
     (n, ins, height, width), n_outs, vector = x.shape, len(weight), lanes()
     rows, columns = -(-height // TILE), -(-width // TILE)
-    out = x.new_empty(n, height, width, n_outs).permute(0, 3, 1, 2)
+    out = torch.empty(n, n_outs, height, width, memory_format=torch.channels_last, dtype=x.dtype)
     zeros = x.new_zeros(max(ins, n_outs, vector * SIZE**2))
     weight, bias = weight.contiguous(), zeros if bias is None else bias.contiguous()
     plus = plus if plus is None or plus.stride(1) == 1 else plus.contiguous(memory_format=torch.channels_last)
