@@ -179,7 +179,7 @@ def gradient_kernel(d: int, e: int, biases: str, lanes: int) -> Code:
 
     def attend(task: ir.Value) -> None:
         head, part = to.sdiv(task, given['parts']), to.srem(task, given['parts'])
-        first, stop = (to.sdiv(to.mul(n, given['windows']), given['parts']) for n in (part, to.add(part, INT(1))))
+        first, stop = code.part_of(given['windows'], part)
 
         def window(window: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             code.begin(window, head)

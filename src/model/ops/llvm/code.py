@@ -104,6 +104,12 @@ class Code:
             total = self.to.add(total, first)
         return total
 
+    def part_of(self, count: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Where a part of `count` things begins and ends, if they are cut into as many as the argument `parts` says."""
+        parts, after = self.given['parts'], self.to.add(number, INT(1))
+        first, stop = (self.to.sdiv(self.to.mul(n, count), parts) for n in (number, after))
+        return first, stop
+
     def at(self, pointer: ir.Value, offset: ir.Value) -> ir.Value:
         return self.to.gep(pointer, [offset])
 

@@ -150,6 +150,15 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
     return code
 
 
+def by_row(tensor: Tensor | None) -> tuple[Tensor | int, int]:
+    """A tensor as rows of numbers that follow one another, and how far apart these are; zeros for none."""
+    if tensor is None:
+        return 0, 0
+    tensor = tensor.reshape(-1, tensor.shape[-1])
+    tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    return tensor, tensor.stride(0)
+
+
 def forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -165,15 +174,6 @@ def forward(
     vector = lanes()
     widths = (x.shape[-1], *map(len, weights))
     out = x.new_empty(*x.shape[:-1], widths[-1])
-
-    def by_row(tensor: Tensor | None) -> tuple[Tensor | int, int]:
-        """A tensor as rows of numbers that follow one another, and how far apart these are."""
-        if tensor is None:
-            return 0, 0
-        tensor = tensor.reshape(-1, tensor.shape[-1])
-        tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
-        return tensor, tensor.stride(0)
-
     before = 'norm' if norm else '' if gelu_summed is None else 'sum'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
     run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)

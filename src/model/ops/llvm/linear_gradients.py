@@ -17,7 +17,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
-from model.ops.llvm.fused_linear import gelu, gelu_slope
+from model.ops.llvm.fused_linear import by_row, gelu, gelu_slope
 from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, packed, product
 
@@ -279,14 +279,6 @@ def gradients(
     parts = -(-n_pixels // OF_PART)
     sums = x.new_zeros(parts, sum(sizes(widths, vector)))
     by_x, by_summed = (x.new_empty(y.shape if y is not None else 0) for y in (x, gelu_summed))
-
-    def by_row(tensor: Tensor | None) -> tuple[Tensor | int, int]:
-        if tensor is None:
-            return 0, 0
-        tensor = tensor.reshape(-1, tensor.shape[-1])
-        tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
-        return tensor, tensor.stride(0)
-
     given = [
         torch.zeros(1, dtype=torch.int64), x.new_ones(1), *by_row(x), *by_row(gelu_summed), *by_row(grad),
         packed(first, bias, vector), *(F.pad(layer, (0, -layer.shape[1] % vector)) for layer in (first, *last)),

@@ -114,7 +114,7 @@ def moments_kernel(tokens: int, lanes: int) -> Code:
     to, given, rows = code.to, code.given, code.pointer('map')
 
     def part(number: ir.Value) -> None:
-        first, stop = (to.sdiv(to.mul(n, given['count']), given['parts']) for n in (number, to.add(number, INT(1))))
+        first, stop = code.part_of(given['count'], number)
         share = code.spread(to.fdiv(FLOAT(1), to.sitofp(to.sub(stop, first), FLOAT)))
         moments = code.at(code.pointer('moments'), to.mul(number, INT(4 * tokens)))
 
@@ -158,7 +158,7 @@ def refine_kernel(channels: int, tokens: int, lanes: int) -> Code:
     factors = code.pointer('factors')
 
     def part(number: ir.Value) -> None:
-        first, stop = (to.sdiv(to.mul(n, given['count']), given['parts']) for n in (number, to.add(number, INT(1))))
+        first, stop = code.part_of(given['count'], number)
         sums = code.at(code.pointer('sums'), to.mul(number, INT(tokens * row)))
 
         def some(start: ir.Value, _: Sequence[ir.Value]) -> list[ir.Value]:
