@@ -1,7 +1,17 @@
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """Of a function of a module of kernels, with its first tensor."""
+
+    function: str
+    first: Tensor
 
 
 @pytest.fixture
@@ -16,3 +26,27 @@ def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     for module in request.module.KERNELS:
         monkeypatch.setattr(module, 'lanes', lambda: request.param)
     return request.param
+
+
+@pytest.fixture
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What is called of the functions in `CALLED` of the module, which are pairs of a module and a name."""
+    found: list[Call] = []
+
+    def watch(module: ModuleType, name: str) -> None:
+        function = getattr(module, name)
+
+        def watched(first: Tensor, *others: Any) -> Any:
+            found.append(Call(name, first))
+            return function(first, *others)
+
+        monkeypatch.setattr(module, name, watched)
+
+    for module, name in request.module.CALLED:
+        watch(module, name)
+    return found
+
+
+def functions(calls: list[Call]) -> list[str]:
+    """Their names."""
+    return [call.function for call in calls]

@@ -13,8 +13,10 @@ from model.ops import fast
 from model.ops.depthwise import depthwise
 from model.ops.llvm import depthwise as depthwise_llvm
 from tests.conftest import numbers
+from tests.model.ops.conftest import Call, functions
 
 KERNELS = (depthwise_llvm,)
+CALLED = ((depthwise_llvm, 'forward'), (depthwise_llvm, 'gradients'))
 CLOSE = 1e-5  # of the largest value
 SIZES = {  # of the batch, channels, height, width, side of the filters
     'whole vectors': (1, 64, 16, 16, 3),
@@ -27,20 +29,6 @@ SIZES = {  # of the batch, channels, height, width, side of the filters
     'filters of one number': (1, 10, 9, 9, 1),
 }
 Given = tuple[Tensor, Tensor, Tensor | None]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which kernels are run."""
-    found: list[str] = []
-
-    def watched(name: str) -> Callable[..., object]:
-        function = getattr(depthwise_llvm, name)
-        return lambda *given: (found.append(name), function(*given))[1]
-
-    for name in ('forward', 'gradients'):
-        monkeypatch.setattr(depthwise_llvm, name, watched(name))
-    return found
 
 
 def fast_memory(x: Tensor) -> Tensor:
@@ -95,16 +83,16 @@ def check(given: Given, act: str, grad: Tensor | None = None) -> list[Tensor]:
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('act', ['', 'gelu', 'gate'])
-def test_equals_the_definition(act: str, size: str, lanes: int, calls: list[str]) -> None:
+def test_equals_the_definition(act: str, size: str, lanes: int, calls: list[Call]) -> None:
     x, weight, bias = operands(*SIZES[size])
     out, by_x, *_ = check((x, weight, bias), act)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert by_x.is_contiguous(memory_format=torch.channels_last)
     check((x, weight, None), act)
-    assert calls == 2 * ['forward', 'gradients']
+    assert functions(calls) == 2 * ['forward', 'gradients']
 
 
-def test_tensors_in_any_memory(calls: list[str]) -> None:
+def test_tensors_in_any_memory(calls: list[Call]) -> None:
     x, weight, bias = operands(2, 20, 9, 12, 3)
     larger = fast_memory(F.pad(x, (2, 1, 1, 3, 3, 9, 0, 0), value=math.nan))
     part = larger[:, 3:23, 1:10, 2:14]
@@ -132,7 +120,7 @@ def test_results_repeat_themselves(lanes: int) -> None:
     assert torch.equal(alone[1], first[1][1:2])
 
 
-def test_other_calls_take_the_plain_form(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_calls_take_the_plain_form(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands(1, 12, 9, 9, 3)
     for act in ('', 'gelu', 'gate'):
         with torch.no_grad():

@@ -17,9 +17,11 @@ from model.ops.fused_conv import fused_conv
 from model.ops.llvm import fused_conv as fused_conv_llvm
 from model.ops.llvm import fused_linear as fused_linear_llvm
 from tests.conftest import numbers
+from tests.model.ops.conftest import Call
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
 KERNELS = (fused_conv_llvm,)
+CALLED = ((fused_conv_llvm, 'forward'), (fused_linear_llvm, 'forward'))
 
 CLOSE = 5e-6  # of the largest value
 BEHIND: dict[str, dict[str, Any]] = {
@@ -46,19 +48,6 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels also where they are slower."""
     for name in ('FEWEST_CHANNELS', 'FEWEST_PIXELS', 'LEAST'):
         monkeypatch.setattr(module, name, 0)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the kernel is given."""
-    found, function = [], fused_conv_llvm.forward
-
-    def forward(x: Tensor, *others: Any) -> Tensor:
-        found.append(x)
-        return function(x, *others)
-
-    monkeypatch.setattr(fused_conv_llvm, 'forward', forward)
-    return found
 
 
 def operands(behind: str, n: int, ins: int, outs: int, height: int, width: int) -> dict[str, Any]:
@@ -101,7 +90,7 @@ def check(found: Tensor, truth: Tensor, close: float = CLOSE) -> None:
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('behind', BEHIND)
-def test_equals_the_definition(behind: str, size: str, lanes: int, any_size: None, calls: list[Tensor]) -> None:
+def test_equals_the_definition(behind: str, size: str, lanes: int, any_size: None, calls: list[Call]) -> None:
     given = operands(behind, *SIZES[size])
     for changed in ({}, {'bias': None}):
         found = fused_conv(**single(given | changed))
@@ -111,7 +100,7 @@ def test_equals_the_definition(behind: str, size: str, lanes: int, any_size: Non
 
 
 @pytest.mark.parametrize('channels', [64, 128, 256])
-def test_errors_stay_below_those_of_the_usual_points(channels: int, calls: list[Tensor]) -> None:
+def test_errors_stay_below_those_of_the_usual_points(channels: int, calls: list[Call]) -> None:
     """With 0, +-1, +-2 and infinity a convolution of 64 channels is off by 5e-6, of 256 by 9e-6."""
     given = operands('nothing', 1, channels, channels, 24, 24)
     check(fused_conv(**single(given)), plain(**given), 3e-6)
@@ -125,7 +114,7 @@ def test_outputs_a_part_at_a_time(any_size: None, monkeypatch: pytest.MonkeyPatc
     check(fused_conv(**single(given)), plain(**given))
 
 
-def test_channels_of_larger_maps(lanes: int, any_size: None, calls: list[Tensor]) -> None:
+def test_channels_of_larger_maps(lanes: int, any_size: None, calls: list[Call]) -> None:
     """Parts of maps in channels_last memory are used where they are, and nothing around them is."""
     given = operands('sum', 2, 20, 18, 6, 9)
     found = single(given)
@@ -133,10 +122,10 @@ def test_channels_of_larger_maps(lanes: int, any_size: None, calls: list[Tensor]
         larger = fast_memory(F.pad(found[name], (2, 1, 1, 3, 3, 9, 0, 0), value=math.nan))
         found[name] = larger[:, 3 : 3 + given[name].shape[1], 1:7, 2:11]
     check(fused_conv(**found), plain(**given))
-    assert calls[0].data_ptr() == found['x'].data_ptr()
+    assert calls[0].first.data_ptr() == found['x'].data_ptr()
 
 
-def test_tensors_in_any_memory(any_size: None, calls: list[Tensor]) -> None:
+def test_tensors_in_any_memory(any_size: None, calls: list[Call]) -> None:
     given = operands('sum', 2, 20, 18, 6, 9)
     found = single(given)
     found['weight'] = fast_memory(found['weight'])
@@ -148,7 +137,7 @@ def test_tensors_in_any_memory(any_size: None, calls: list[Tensor]) -> None:
     assert len(calls) == 1
 
 
-def test_sizes_that_do_not_fit_are_refused(calls: list[Tensor]) -> None:
+def test_sizes_that_do_not_fit_are_refused(calls: list[Call]) -> None:
     given = single(operands('sum', 1, 48, 48, 24, 24))
     with pytest.raises(RuntimeError, match='channels'):
         fused_conv(**given | {'x': given['x'][:, :40]})
@@ -187,7 +176,7 @@ def test_results_repeat_themselves(lanes: int, any_size: None) -> None:
     assert torch.equal(fused_conv(**(given | alone)), first[1:2])
 
 
-def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_calls_take_the_plain_form(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands('EDSR', 1, 48, 48, 24, 24)
     truth, found = plain(**given), single(given)
     torch.testing.assert_close(fused_conv(**given), truth, rtol=0, atol=1e-12)
@@ -210,7 +199,7 @@ def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytes
 
 
 @pytest.mark.parametrize(('size', 'dilation'), [(3, 2), (5, 1)])
-def test_other_weights_take_the_plain_form(size: int, dilation: int, calls: list[Tensor]) -> None:
+def test_other_weights_take_the_plain_form(size: int, dilation: int, calls: list[Call]) -> None:
     x, weight = numbers(1, 32, 40, 40).float(), numbers(32, 32, size, size, seed=2).float()
     x = fast_memory(x)
     found = fused_conv(x, weight, None, dilation, slope=0.5, plus=x, factor=0.1)
@@ -221,23 +210,15 @@ def test_other_weights_take_the_plain_form(size: int, dilation: int, calls: list
 
 
 @pytest.mark.parametrize('behind', BEHIND)
-def test_1x1_is_a_linear_layer(behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[object] = []
-
-    def counted(*given: object) -> Tensor:
-        made.append(given)
-        return linear(*given)
-
-    linear = fused_linear_llvm.forward
-    monkeypatch.setattr(fused_linear_llvm, 'forward', counted)
+def test_1x1_is_a_linear_layer(behind: str, calls: list[Call]) -> None:
     given = operands(behind, 2, 19, 21, 17, 31)
     given['weight'] = given['weight'][..., 1:2, 1:2]
     truth = plain(**given | {'weight': F.pad(given['weight'], (1, 1, 1, 1))})
     check(fused_conv(**single(given)), truth)
-    assert len(made) == 1
+    assert len(calls) == 1
     few = single(given | {'x': given['x'][:, :, :2], **({'plus': given['plus'][:, :, :2]} if 'plus' in given else {})})
     check(fused_conv(**few), truth[:, :, :2])
-    assert len(made) == 1
+    assert len(calls) == 1
     with pytest.raises(RuntimeError, match='channels'):
         fused_conv(**single(given | {'x': given['x'][:, 1:]}))
 
@@ -266,14 +247,14 @@ def test_its_time_is_told_by_name() -> None:
 
 
 @pytest.mark.parametrize('act', [nn.ReLU(), nn.LeakyReLU(0.3), nn.PReLU(init=-0.5), nn.GELU(), nn.SiLU()])
-def test_an_activation_behind_a_layer(act: nn.Module, calls: list[Tensor]) -> None:
+def test_an_activation_behind_a_layer(act: nn.Module, calls: list[Call]) -> None:
     layer, x = conv(32, 32, 3), fast_memory(numbers(1, 32, 40, 40).float())
     check(activated(layer, act, x), act.double()(plain(x.double(), layer.weight.double(), layer.bias.double())))
     assert calls
 
 
 @pytest.mark.parametrize('name', ['EDSR-baseline', 'IMDN', 'PAN', 'RCAN', 'SwinIR-light', 'CATANet'])
-def test_networks_with_and_without_it(name: str, calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_with_and_without_it(name: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     net = build(name, 2, **({'n_resgroups': 1} if name == 'RCAN' else {})).eval()
     for key, buffer in net.named_buffers():
@@ -302,7 +283,7 @@ def check_gradients(given: dict[str, Any], grad: Tensor) -> None:
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('behind', ['nothing', 'ReLU', 'LeakyReLU', 'sum', 'EDSR'])
-def test_gradients(behind: str, size: str, lanes: int, any_size: None, calls: list[Tensor]) -> None:
+def test_gradients(behind: str, size: str, lanes: int, any_size: None, calls: list[Call]) -> None:
     n, ins, outs, height, width = SIZES[size]
     given, grad = operands(behind, n, ins, outs, height, width), numbers(n, outs, height, width, seed=5)
     check_gradients(given, fast_memory(grad))
@@ -324,7 +305,7 @@ def test_gradients_of_1x1(behind: str) -> None:
         check(part, truth, 1e-5)
 
 
-def test_gradients_of_other_calls(any_size: None, calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_other_calls(any_size: None, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     """By PyTorch: an activation below a sum, and the gradient by maps of a convolution to few channels."""
     grad = numbers(1, 18, 9, 9, seed=5)
     check_gradients(operands('all', 1, 20, 18, 9, 9), grad)
@@ -334,7 +315,7 @@ def test_gradients_of_other_calls(any_size: None, calls: list[Tensor], monkeypat
     assert len(calls) == 1
 
 
-def test_what_is_not_trained_gets_no_gradient(any_size: None, calls: list[Tensor]) -> None:
+def test_what_is_not_trained_gets_no_gradient(any_size: None, calls: list[Call]) -> None:
     for name in ('x', 'weight', 'bias', 'plus'):
         given = single(operands('EDSR', 1, 20, 18, 9, 9))
         truth = single(operands('EDSR', 1, 20, 18, 9, 9))

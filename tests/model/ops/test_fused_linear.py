@@ -18,9 +18,11 @@ from model.ops.fused_linear import fused_linear
 from model.ops.llvm import fused_linear as fused_linear_llvm
 from model.ops.llvm import linear_gradients
 from tests.conftest import numbers
+from tests.model.ops.conftest import Call, functions
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
 KERNELS = (fused_linear_llvm, linear_gradients)
+CALLED = ((fused_linear_llvm, 'forward'), (linear_gradients, 'gradients'))
 
 CLOSE = 1e-5  # of the largest value
 # What stands around the layers: of the tensors that `tensors` makes, and flags.
@@ -39,19 +41,6 @@ SIZES = {  # pixels, channels before, between and behind the layers
     'odd': (61, 33, 47, 65),
     'one channel': (13, 1, 1, 1),
 }
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the kernel is given."""
-    found, function = [], fused_linear_llvm.forward
-
-    def forward(x: Tensor, *others: Any) -> Tensor:
-        found.append(x)
-        return function(x, *others)
-
-    monkeypatch.setattr(fused_linear_llvm, 'forward', forward)
-    return found
 
 
 def norm_of(width: int, seed: int) -> SimpleNamespace:
@@ -111,7 +100,7 @@ def check(found: Tensor, truth: Tensor) -> None:
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('names', AROUND)
-def test_equals_the_plain_form(names: str, size: str, lanes: int, calls: list[Tensor]) -> None:
+def test_equals_the_plain_form(names: str, size: str, lanes: int, calls: list[Call]) -> None:
     pixels, *widths = SIZES[size]
     for sizes, biased in ((widths, True), (widths[:2], False)):
         given = operands(AROUND[names], pixels, *sizes, biased=biased)
@@ -128,17 +117,17 @@ def test_gelu_is_exact_to_the_rounding_of_its_input(lanes: int) -> None:
     assert (error <= 2e-7 * x.abs().double()).all()
 
 
-def test_channels_of_larger_maps(lanes: int, calls: list[Tensor]) -> None:
+def test_channels_of_larger_maps(lanes: int, calls: list[Call]) -> None:
     """Parts of maps in channels_last memory are used where they are, and their gaps are left alone."""
     given = converted(operands(('gelu_summed', 'plus'), 30, 12, 7), Tensor.float)
     truth = plain(**converted(given, Tensor.double))
     x = given['x'] = F.pad(given['x'].view(2, 5, 6, 12), (3, 9), value=math.nan)[..., 3:15]
     others = {name: given[name].view(2, 5, 6, -1) for name in ('gelu_summed', 'plus')}
     check(fused_linear(**(given | others)), truth.view(2, 5, 6, -1))
-    assert calls[0].data_ptr() == x.data_ptr()
+    assert calls[0].first.data_ptr() == x.data_ptr()
 
 
-def test_tensors_in_any_memory(lanes: int, calls: list[Tensor]) -> None:
+def test_tensors_in_any_memory(lanes: int, calls: list[Call]) -> None:
     given = operands(('gelu_summed', 'plus'), 15, 12, 7)
     turned = converted(given, lambda t: t.float().mT.contiguous().mT if t.dim() > 1 else t.float())
     check(fused_linear(**turned), plain(**given))
@@ -153,7 +142,7 @@ def test_steps_that_do_not_go_together_are_refused(names: tuple[str, ...]) -> No
         fused_linear(**operands((), 3, 4, 4, 4, 4))
 
 
-def test_no_pixels(calls: list[Tensor]) -> None:
+def test_no_pixels(calls: list[Call]) -> None:
     given = converted(operands(('norm', 'plus'), 0, 12, 7), Tensor.float)
     assert fused_linear(**given).shape == (2, 0, 7)
     assert calls
@@ -186,7 +175,7 @@ def test_results_repeat_themselves(lanes: int) -> None:
     assert torch.equal(fused_linear(**(given | alone)), first[1:])
 
 
-def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_calls_take_the_plain_form(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands(('norm', 'gelu', 'plus'), 20, 12, 7, 9)
     truth, single = plain(**given), converted(given, Tensor.float)
     torch.testing.assert_close(fused_linear(**given), truth, rtol=0, atol=1e-12)
@@ -235,7 +224,7 @@ NETWORKS = ('SwinIR-light', 'ATD-light', 'HiT-SRF', 'PFT-light', 'OmniSR', 'ASID
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_networks_with_and_without_it(name: str, calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_with_and_without_it(name: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)  # with 0 PFT-light chooses between tokens that are equal but for rounding
     net = build(name, 2).eval()
     for key, buffer in net.named_buffers():
@@ -246,19 +235,6 @@ def test_networks_with_and_without_it(name: str, calls: list[Tensor], monkeypatc
     assert calls
     monkeypatch.setattr(fast, 'wanted', False)
     check(found, net(x).double())
-
-
-@pytest.fixture
-def gradient_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the kernel of gradients is given."""
-    found, function = [], linear_gradients.gradients
-
-    def gradients(grad: Tensor, *others: Any) -> list[Tensor]:
-        found.append(grad)
-        return function(grad, *others)
-
-    monkeypatch.setattr(linear_gradients, 'gradients', gradients)
-    return found
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -287,33 +263,33 @@ TRAINED = ('nothing', 'plus', 'norm', 'GELU', 'sum')
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('names', TRAINED)
-def test_gradients(names: str, size: str, lanes: int, gradient_calls: list[Tensor]) -> None:
+def test_gradients(names: str, size: str, lanes: int, calls: list[Call]) -> None:
     pixels, *widths = SIZES[size]
     for sizes, biased in ((widths, True), (widths[:2], False)):
         given = operands(AROUND[names], pixels, *sizes, biased=biased)
         check_gradients(given, numbers(2, pixels, sizes[-1], seed=30))
-    assert len(gradient_calls) == 2
+    assert functions(calls).count('gradients') == 2
 
 
-def test_gradients_of_two_layers_without_gelu(lanes: int, gradient_calls: list[Tensor]) -> None:
+def test_gradients_of_two_layers_without_gelu(lanes: int, calls: list[Call]) -> None:
     check_gradients(operands(('plus',), 50, 12, 20, 7), numbers(2, 50, 7, seed=30))
-    assert gradient_calls
+    assert 'gradients' in functions(calls)
 
 
-def test_gradients_of_tensors_in_any_memory(gradient_calls: list[Tensor]) -> None:
+def test_gradients_of_tensors_in_any_memory(calls: list[Call]) -> None:
     given = operands(('gelu_summed', 'plus'), 35, 12, 7)
     turned = converted(given, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t)
     check_gradients(turned, numbers(2, 7, 35, seed=30).mT)
     check_gradients(turned, numbers(1, 1, 1, seed=30).expand(2, 35, 7))
-    assert len(gradient_calls) == 2
+    assert functions(calls).count('gradients') == 2
 
 
-def test_gradients_of_no_pixels(gradient_calls: list[Tensor]) -> None:
+def test_gradients_of_no_pixels(calls: list[Call]) -> None:
     given = converted(operands(('norm', 'plus'), 0, 12, 7), Tensor.float)
     found = gradients_of(fused_linear, given, torch.zeros(2, 0, 7))
     assert [g.shape for g in found] == [t.shape for t in tensors_of(given)]
     assert not any(g.any() for g in found)
-    assert gradient_calls
+    assert 'gradients' in functions(calls)
 
 
 def test_gradients_repeat_themselves(lanes: int) -> None:
@@ -338,7 +314,7 @@ def test_parameters_that_are_not_trained() -> None:
     assert all(t.grad is None for t in tensors_of(given) if t is not weight)
 
 
-def test_gradients_of_other_calls(gradient_calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_other_calls(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     """By PyTorch: with a norm behind the layers, of large weights, and where kernels are left out."""
     grad = numbers(2, 20, 9, seed=30)
     check_gradients(operands(('norm_after', 'plus'), 20, 12, 9), grad)
@@ -347,9 +323,9 @@ def test_gradients_of_other_calls(gradient_calls: list[Tensor], monkeypatch: pyt
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
             check_gradients(given, grad)
-    assert not gradient_calls
+    assert 'gradients' not in functions(calls)
     check_gradients(given, grad)
-    assert gradient_calls
+    assert 'gradients' in functions(calls)
 
 
 def test_a_kernel_of_gradients_that_fails_is_left_out(

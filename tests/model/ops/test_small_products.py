@@ -11,8 +11,10 @@ from model.ops import small_products as module
 from model.ops.llvm import small_products as small_products_llvm
 from model.ops.small_products import small_products
 from tests.conftest import numbers
+from tests.model.ops.conftest import Call
 
 KERNELS = (small_products_llvm,)
+CALLED = ((small_products_llvm, 'products'),)
 CLOSE = 1e-5  # of the largest value
 SIZES = {  # matrices, rows, numbers between the two, columns
     'a map of ASID and its values': (7, 64, 64, 36),
@@ -23,19 +25,6 @@ SIZES = {  # matrices, rows, numbers between the two, columns
     'one row': (2, 1, 40, 24),
     'none': (0, 8, 8, 8),
 }
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What the kernel is given."""
-    found, function = [], small_products_llvm.products
-
-    def products(x: Tensor, y: Tensor) -> Tensor:
-        found.append(x)
-        return function(x, y)
-
-    monkeypatch.setattr(small_products_llvm, 'products', products)
-    return found
 
 
 def operands(count: int, rows: int, between: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -65,13 +54,13 @@ def check(x: Tensor, y: Tensor) -> None:
 
 
 @pytest.mark.parametrize('size', SIZES)
-def test_equals_the_definition(size: str, lanes: int, calls: list[Tensor]) -> None:
+def test_equals_the_definition(size: str, lanes: int, calls: list[Call]) -> None:
     x, y = operands(*SIZES[size])
     check(x, y)
     assert len(calls) == 3  # two of them for the gradients
 
 
-def test_matrices_in_any_memory(lanes: int, calls: list[Tensor]) -> None:
+def test_matrices_in_any_memory(lanes: int, calls: list[Call]) -> None:
     x, y = operands(3, 13, 33, 17)
     turned = [t.mT.contiguous().mT for t in (x, y)]
     check(turned[0], y)
@@ -96,7 +85,7 @@ def test_results_repeat_themselves(lanes: int) -> None:
     assert torch.equal(small_products(x[3:4], y[3:4]), first[3:4])
 
 
-def test_other_calls_take_the_plain_form(calls: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_calls_take_the_plain_form(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = operands(2, 10, 12, 14)
     torch.testing.assert_close(small_products(x, y), plain(x, y))
     with torch.autocast('cpu', torch.bfloat16):

@@ -77,16 +77,17 @@ def place(name: str) -> Path | None:
 
 def find_folder() -> Path | None:
     """The folder that the user names, else one where this system has its caches, unless there is no home."""
-    given = os.environ.get('FRUGALSR_CACHE')
-    if given:
-        return None if given == 'off' else Path(given, 'kernels')
+    chosen = os.environ.get('FRUGALSR_CACHE')
+    if chosen:
+        return None if chosen == 'off' else Path(chosen, 'kernels')
     try:
         if sys.platform == 'win32':
             caches = Path(os.environ['LOCALAPPDATA'])
         elif sys.platform == 'darwin':
             caches = Path.home() / 'Library/Caches'
         else:
-            caches = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+            given = Path(os.environ.get('XDG_CACHE_HOME', ''))
+            caches = given if given.is_absolute() else Path.home() / '.cache'  # as its specification says
     except (KeyError, RuntimeError):
         return None
     return caches / 'frugalsr/kernels' if caches.is_absolute() else None

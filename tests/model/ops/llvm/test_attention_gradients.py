@@ -13,19 +13,14 @@ from model.ops import fast
 from model.ops.cached_attention import cached_attention as attend
 from model.ops.llvm import cached_attention as cached_attention_llvm
 from tests.conftest import kept_for_gradients
-from tests.model.ops.llvm.test_cached_attention import CASES, CLOSE, counted, inputs, plain
+from tests.model.ops.conftest import Call, functions
+from tests.model.ops.llvm.test_cached_attention import CASES, CLOSE, inputs, plain
 
 KERNELS = (cached_attention_llvm,)
+CALLED = tuple(
+    (cached_attention_llvm, name) for name in ('without_gradients', 'gradients', 'packed', 'packed_gradients')
+)
 CASES = CASES | {'many channels': (2, 20, 19, 1, 35, 40, 1)}
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the functions by which kernels are called."""
-    found: list[str] = []
-    for name in ('without_gradients', 'gradients', 'packed', 'packed_gradients'):
-        monkeypatch.setattr(cached_attention_llvm, name, counted(name, found))
-    return found
 
 
 def seed_for(found: Tensor) -> Tensor:
@@ -52,9 +47,9 @@ def check(found: list[Tensor], truth: list[Tensor], close: float = CLOSE) -> Non
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_equal_those_of_the_plain_form(case: str, lanes: int, calls: list[str]) -> None:
+def test_equal_those_of_the_plain_form(case: str, lanes: int, calls: list[Call]) -> None:
     check(*found_and_true(*inputs(*CASES[case])))
-    assert calls == ['without_gradients', 'gradients']
+    assert functions(calls) == ['without_gradients', 'gradients']
 
 
 def test_keys_that_all_windows_share() -> None:
@@ -135,9 +130,9 @@ def by_windows(qkv: Tensor, masks: Tensor | None, windows: Windows | None) -> Te
 
 
 @pytest.mark.parametrize('shifted', [True, False, None])
-def test_tokens_that_are_read_where_they_are(shifted: bool | None, lanes: int, calls: list[str]) -> None:
+def test_tokens_that_are_read_where_they_are(shifted: bool | None, lanes: int, calls: list[Call]) -> None:
     check_tokens_in_windows(shifted)
-    assert calls == ['packed', 'packed_gradients', 'packed']
+    assert functions(calls) == ['packed', 'packed_gradients', 'packed']
 
 
 def check_tokens_in_windows(shifted: bool | None) -> None:
@@ -156,7 +151,7 @@ def check_tokens_in_windows(shifted: bool | None) -> None:
         check([self_attention(given[0], 2, given[1], windows)], both[1][:1])
 
 
-def test_other_calls_take_the_plain_form(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_calls_take_the_plain_form(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, masks, kinds = inputs(*CASES['odd'])
     qkv = torch.randn(2, 16, 24, requires_grad=True)
     monkeypatch.setattr(fast, 'wanted', False)

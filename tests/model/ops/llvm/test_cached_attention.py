@@ -17,9 +17,11 @@ from model.blocks.windows import (
 from model.ops import fast
 from model.ops.cached_attention import cached_attention as attend
 from model.ops.llvm import cached_attention as cached_attention_llvm
+from tests.model.ops.conftest import Call, functions
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
 KERNELS = (cached_attention_llvm,)
+CALLED = tuple((cached_attention_llvm, name) for name in ('without_gradients', 'by_rows', 'by_position'))
 
 CLOSE = 1e-5  # of the largest value
 CASES = {  # windows, queries, keys, heads, channels of keys and of values, kinds of masks
@@ -30,25 +32,6 @@ CASES = {  # windows, queries, keys, heads, channels of keys and of values, kind
     'one key': (2, 16, 1, 1, 1, 1, 1),
     'few keys': (2, 17, 3, 1, 3, 20, 0),
 }
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the functions by which kernels are called."""
-    found: list[str] = []
-    for name in ('without_gradients', 'by_rows', 'by_position'):
-        monkeypatch.setattr(cached_attention_llvm, name, counted(name, found))
-    return found
-
-
-def counted(name: str, calls: list[str]):
-    function = getattr(cached_attention_llvm, name)
-
-    def call(*arguments):
-        calls.append(name)
-        return function(*arguments)
-
-    return call
 
 
 def inputs(
@@ -77,10 +60,10 @@ def check(found: Tensor, truth: Tensor) -> None:
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_equals_the_plain_form(case: str, lanes: int, calls: list[str]) -> None:
+def test_equals_the_plain_form(case: str, lanes: int, calls: list[Call]) -> None:
     arguments = (*inputs(*CASES[case]), 0.7)
     check(attend(*arguments), plain(*arguments))
-    assert calls == ['without_gradients']
+    assert functions(calls) == ['without_gradients']
 
 
 def test_masks_in_either_order_of_memory() -> None:
@@ -148,7 +131,9 @@ def test_results_repeat_themselves(lanes: int) -> None:
 
 
 @pytest.mark.parametrize('offset', [0.0, 95.0])
-def test_biases_read_from_a_table(offset: float, lanes: int, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_biases_read_from_a_table(
+    offset: float, lanes: int, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of the query and key at (y, x) and (y', x') stand at (y' - y, x' - x) from the middle."""
     monkeypatch.setattr('model.blocks.windows.CACHED_LOGITS', 1)
     size, heads = 16, 2
@@ -159,25 +144,25 @@ def test_biases_read_from_a_table(offset: float, lanes: int, calls: list[str], m
     truth = plain(q, k, v, masks, torch.zeros(2, dtype=torch.int64), 6**-0.5).flatten(2)
     found = biased_attention(q, k, v, table)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-7 * max(offset, 20))
-    assert calls == ['by_rows']
+    assert functions(calls) == ['by_rows']
 
 
 @pytest.mark.parametrize('shift', [0, 8])
 @pytest.mark.parametrize('sides', [(16, 16), (16, 48), (32, 32)])
 def test_biases_by_position_in_shifted_windows(
-    sides: tuple[int, int], shift: int, lanes: int, calls: list[str]
+    sides: tuple[int, int], shift: int, lanes: int, calls: list[Call]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, sides[0] * sides[1], 2 * 3 * 7, generator=generator)
     table, windows = torch.randn(31**2, 2, generator=generator), window_partition(torch.empty(2, 1, *sides), 16, shift)
     positions = relative_positions(16)
     found = window_attention(qkv, table, positions, windows)
-    assert calls == ['by_position']
+    assert functions(calls) == ['by_position']
     check(found, window_attention(qkv.double(), table.double(), positions, windows))
-    assert calls == ['by_position']
+    assert functions(calls) == ['by_position']
 
 
-def test_other_calls_take_the_plain_form(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_calls_take_the_plain_form(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, masks, kinds = inputs(*CASES['odd'])
     truth = plain(q, k, v, masks, kinds, 0.7)
     doubled = [x.double() for x in (q, k, v)]

@@ -286,7 +286,7 @@ def no_home() -> NoReturn:
     [
         ('linux', {}, '/home/me/.cache/frugalsr/kernels'),
         ('linux', {'XDG_CACHE_HOME': '/caches', 'LOCALAPPDATA': '/local'}, '/caches/frugalsr/kernels'),
-        ('linux', {'XDG_CACHE_HOME': 'caches'}, None),
+        ('linux', {'XDG_CACHE_HOME': 'caches'}, '/home/me/.cache/frugalsr/kernels'),
         ('darwin', {'XDG_CACHE_HOME': '/caches'}, '/home/me/Library/Caches/frugalsr/kernels'),
         ('win32', {'LOCALAPPDATA': '/local'}, '/local/frugalsr/kernels'),
         ('win32', {}, None),

@@ -10,9 +10,11 @@ from model.blocks.windows import relative_positions, shift_areas
 from model.ops import fast
 from model.ops.llvm import progressive_attention as kernels
 from model.ops.progressive_attention import Kept, Whole, attend, joined, listed, progressive_attention
+from tests.model.ops.conftest import Call
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
 KERNELS = (kernels,)
+CALLED = ((kernels, 'attend'),)
 
 CLOSE = 1e-5  # of the largest value
 CASES = {  # side of a window, heads, channels of keys and of values, entries before (0: all tokens), entries kept
@@ -105,20 +107,13 @@ def test_layer_after_layer(side: int, kept: tuple[int, ...], lanes: int) -> None
             assert torch.equal(listed(joined(focus)).keys, joined(truth).keys)
 
 
-def test_the_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    called = []
-
-    def counted(*given):
-        called.append(given[-1])
-        return attend(*given)
-
-    monkeypatch.setattr(kernels, 'attend', counted)
-
+def test_the_kernel_is_called(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     def run(side: int, topk: int, double: bool = False) -> None:
         given = operands(side, 2, 4, 4, 0, topk)
         progressive_attention(*(wide(*given) if double else given))
 
     run(8, 32)
+    assert len(calls) == 1
     monkeypatch.setattr(fast, 'wanted', False)
     run(8, 64)
     monkeypatch.setattr(fast, 'wanted', True)
@@ -127,7 +122,7 @@ def test_the_kernel_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     run(8, 33)  # not a whole block
     run(8, 64, double=True)
     run(7, 49)
-    assert called == [32]
+    assert len(calls) == 1
 
 
 def alone(bias_of: Tensor, count: int) -> Kept:
