@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from error import UserError
 from model.blocks.edsr import DirectUpsampler
-from model.blocks.pixels import ESA, ContrastAttention, gelu, join_outputs
-from model.common import NetworkSpec, check_images, conv, in_channels_last, zero_pad
+from model.blocks.pixels import ESA, ContrastAttention, PointwiseConv, gelu, join_outputs
+from model.common import DepthwiseConv, NetworkSpec, check_images, conv, in_channels_last, zero_pad
 
 COPIES = 4  # of the image, side by side in the first channels
 
@@ -25,10 +25,23 @@ COPIES = 4  # of the image, side by side in the first channels
 class BSConv(nn.Module):
     """Blueprint separable convolution (BSConv-U): a 1x1 convolution without bias, then a depthwise 3x3."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, padding: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.pw = conv(in_channels, out_channels, 1, bias=False)
-        self.dw = nn.Conv2d(out_channels, out_channels, 3, stride, padding, groups=out_channels)
+        self.dw = DepthwiseConv(out_channels, 3)
+
+    def forward(self, x: Tensor, act: str = '', *, plus: Tensor | None = None) -> Tensor:
+        """Maps (N, C, H, W), with what `depthwise` takes behind it."""
+        return self.dw(self.pw(x), act, plus=plus)
+
+
+class SmallerBSConv(nn.Module):
+    """The same at every second pixel that has all its neighbours."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pw = conv(channels, channels, 1, bias=False)
+        self.dw = nn.Conv2d(channels, channels, 3, stride=2, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dw(self.pw(x))
@@ -43,15 +56,15 @@ class BlueprintESA(nn.Module):
         self.conv1 = conv(n_feats, hidden, 1)
         self.conv_f = conv(hidden, hidden, 1)
         self.conv_max = BSConv(hidden, hidden)
-        self.conv2 = BSConv(hidden, hidden, stride=2, padding=0)
+        self.conv2 = SmallerBSConv(hidden)
         self.conv3 = BSConv(hidden, hidden)
         self.conv3_ = BSConv(hidden, hidden)
         self.conv4 = conv(hidden, n_feats, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.conv1(x)
-        low = gelu(self.conv_max(F.max_pool2d(self.conv2(skip), 7, 3)))
-        low = self.conv3_(gelu(self.conv3(low)))
+        low = self.conv_max(F.max_pool2d(self.conv2(skip), 7, 3), 'gelu')
+        low = self.conv3_(self.conv3(low, 'gelu'))
         low = F.interpolate(low, x.shape[2:], mode='bilinear')
         return x * self.conv4(low + self.conv_f(skip)).sigmoid()
 
@@ -66,9 +79,9 @@ class ESDB(nn.Module):
     def __init__(self, n_feats: int) -> None:
         super().__init__()
         kept = n_feats // 2
-        self.c1_d, self.c1_r = conv(n_feats, kept, 1), BSConv(n_feats, n_feats)
-        self.c2_d, self.c2_r = conv(n_feats, kept, 1), BSConv(n_feats, n_feats)
-        self.c3_d, self.c3_r = conv(n_feats, kept, 1), BSConv(n_feats, n_feats)
+        self.c1_d, self.c1_r = PointwiseConv(n_feats, kept), BSConv(n_feats, n_feats)
+        self.c2_d, self.c2_r = PointwiseConv(n_feats, kept), BSConv(n_feats, n_feats)
+        self.c3_d, self.c3_r = PointwiseConv(n_feats, kept), BSConv(n_feats, n_feats)
         self.c4 = BSConv(n_feats, kept)
         self.c5 = conv(4 * kept, n_feats, 1)
         self.esa = BlueprintESA(n_feats)
@@ -77,10 +90,10 @@ class ESDB(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts, rest = [], x
         for keep, refine in ((self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)):
-            parts.append(keep(rest))
-            rest = gelu(refine(rest) + rest)
-        parts.append(self.c4(rest))
-        return x + self.cca(self.esa(self.c5(gelu(torch.cat(parts, 1)))))
+            parts.append(keep(rest, gelu=True))
+            rest = refine(rest, 'gelu', plus=rest)
+        parts.append(self.c4(rest, 'gelu'))
+        return x + self.cca(self.esa(self.c5(torch.cat(parts, 1))))
 
 
 class LastLayers(nn.Module):
@@ -127,7 +140,7 @@ class BSRN(nn.Module):
         x = in_channels_last(zero_pad(x, 1, ESA.AT_LEAST))
         first = self.fea_conv(torch.cat([x] * COPIES, 1))
         x = join_outputs([self.get_submodule(name) for name in self.names], first, self.c1)
-        return self.upsampler(first + self.c2(gelu(x)))[..., : self.scale * height, : self.scale * width]
+        return self.upsampler(self.c2(gelu(x), plus=first))[..., : self.scale * height, : self.scale * width]
 
 
 def recognise(state: Mapping[str, Tensor]) -> dict[str, object] | None:

@@ -127,11 +127,13 @@ def reflect_pad(x: Tensor, multiple: int) -> Tensor:
 
 def _continue(x: Tensor, multiple: int, places: Callable[[int, int, torch.device], Tensor]) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its own pixels, at `places` as of `mirrored`."""
-    for axis in (2, 3):
+    last = x.stride(1) == 1  # channels_last memory, of which `index_select` would make the other one
+    x = x.permute(0, 2, 3, 1) if last else x
+    for axis in (1, 2) if last else (2, 3):
         size = x.shape[axis]
         if size % multiple:
             x = x.index_select(axis, places(size + -size % multiple, size, x.device))
-    return x
+    return x.permute(0, 3, 1, 2) if last else x
 
 
 def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:
@@ -181,9 +183,9 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, channels: int, kernel_size: int, bias: bool = True) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
 
-    def forward(self, input: Tensor, act: str = '') -> Tensor:
+    def forward(self, input: Tensor, act: str = '', *, plus: Tensor | None = None) -> Tensor:
         """Maps (N, C, H, W), with what `depthwise` takes behind it."""
-        return depthwise(input, self.weight, self.bias, act)
+        return depthwise(input, self.weight, self.bias, act, plus=plus)
 
 
 def activated(layer: nn.Module, act: nn.Module, x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Correlation(nn.Module):
         head = torch.arange(half, device=q.device) // d
         same = (head[:, None] == head).to(q.dtype) / d
         by_head = cells.view(n, n_cells, self.n_heads, d).permute(2, 1, 0, 3).reshape(self.n_heads, n_cells, n * d)
-        from_bias = (self.pos() @ by_head).view(self.n_heads, -1, n, d).permute(2, 1, 0, 3)
+        from_bias = small_products(self.pos(), by_head).view(self.n_heads, -1, n, d).permute(2, 1, 0, 3)
         return small_products(q, small_products(cells.mT, cells) * same) + from_bias.reshape(q.shape)
 
 

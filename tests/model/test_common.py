@@ -61,9 +61,12 @@ def test_convolution_keeps_the_size(kernel_size: int, dilation: int, size: tuple
 
 
 @pytest.mark.parametrize('size', [(5, 7), (8, 9), (16, 6)])
-def test_reflection_as_pytorch_has_it(size: tuple[int, int]) -> None:
-    x = torch.rand(2, 3, *size)
-    assert torch.equal(reflect_pad(x, 8), F.pad(x, (0, -size[1] % 8, 0, -size[0] % 8), 'reflect'))
+@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
+def test_reflection_as_pytorch_has_it(size: tuple[int, int], memory: torch.memory_format) -> None:
+    x = torch.rand(2, 3, *size).contiguous(memory_format=memory)
+    found = reflect_pad(x, 8)
+    assert torch.equal(found, F.pad(x, (0, -size[1] % 8, 0, -size[0] % 8), 'reflect'))
+    assert found.is_contiguous(memory_format=memory)
 
 
 @pytest.mark.parametrize(

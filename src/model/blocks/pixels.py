@@ -1,6 +1,6 @@
 """Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet, IMDN, BSRN)."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.common import DepthwiseConv, at_least_float32, conv, stacked
 from model.ops.depthwise import gelu, is_for_kernel
 from model.ops.fast import float32_by_llvm, is_for_llvm
+from model.ops.fused_conv import fused_conv
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
 from model.ops.small_products import small_products
@@ -270,10 +271,8 @@ def join_outputs(blocks: list[nn.Module], x: Tensor, layer: nn.Conv2d) -> Tensor
 
     It is summed up block by block, so that evaluation keeps none of the outputs.
     """
-    first, *others = layer.weight.chunk(len(blocks), 1)
-    x = blocks[0](x)
-    joined = F.conv2d(x, first, layer.bias)
-    for block, weight in zip(blocks[1:], others, strict=True):
+    joined, bias = None, layer.bias
+    for block, weight in zip(blocks, layer.weight.chunk(len(blocks), 1), strict=True):
         x = block(x)
-        joined = joined + F.conv2d(x, weight)
-    return joined
+        joined, bias = fused_conv(x, weight, bias, plus=joined), None
+    return cast(Tensor, joined)

@@ -1,7 +1,7 @@
-"""Depthwise convolutions that keep height and width, and what follows them: GELU, or a gate.
+"""Depthwise convolutions that keep height and width, and what follows them: a sum, GELU, or a gate.
 
-On a CPU with gradients, where llvmlite is installed, a kernel does both at once, and another one does so again for the
-gradients (`llvm.depthwise`). Otherwise these are PyTorch's operations, one after the other.
+On a CPU, where llvmlite is installed, a kernel does all at once, and another one does so again for the gradients
+(`llvm.depthwise`). Otherwise these are PyTorch's operations, one after the other.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from model.ops.fast import by_llvm, has_llvm, operation
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = '') -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = '', *, plus: Tensor | None = None) -> Tensor:
     """Depthwise convolution with zeros around the maps, and what follows it. Kernels can be differentiated once.
 
     Args:
@@ -22,18 +22,30 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = '') -> 
         weight: (C, 1, K, K) with an odd K.
         bias: (C,).
         act: '', 'gelu', or 'gate': GELU of the first half of the channels, times the other half.
+        plus: (N, C, H, W), added before `act`. Not together with a gate.
 
     Returns:
         (N, C, H, W), or (N, C / 2, H, W) of a gate; by a kernel in channels_last memory.
+
+    Raises:
+        ValueError: `plus` and a gate.
     """
-    if is_for_kernel(x, weight):
+    if plus is not None and act == 'gate':
+        raise ValueError('depthwise adds nothing before a gate.')
+    if plus is not None and torch.is_grad_enabled():
+        out = depthwise(x, weight, bias) + plus
+        return gelu(out) if act else out
+    if not is_for_kernel(x, weight):
+        return forward(x, weight, bias, act, plus)
+    if torch.is_grad_enabled():
         return Depthwise.apply(x, weight, bias, act)
-    return forward(x, weight, bias, act)
+    follows = act or plus is not None  # else PyTorch is as fast
+    return (fast_forward if follows else forward)(x, weight, bias, act, plus)
 
 
 def is_for_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether a kernel computes these maps and their gradients."""
-    wanted = torch.is_grad_enabled() and has_llvm(x) and not torch.is_autocast_enabled('cpu')
+    """Whether a kernel takes these maps."""
+    wanted = has_llvm(x) and not torch.is_autocast_enabled('cpu')
     return wanted and x.dtype == weight.dtype == torch.float32 and x.stride(1) == 1
 
 
@@ -42,9 +54,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, plus: Tensor | None = None) -> Tensor:
     """See `depthwise`."""
     out = F.conv2d(x, weight, bias, padding=weight.shape[2] // 2, groups=len(weight))
+    if plus is not None:
+        out = out + plus
     if act == 'gate':
         first, second = out.chunk(2, 1)
         return gelu(first) * second
@@ -52,9 +66,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
 
 
 @operation('depthwise_conv')
-def fast_forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+def fast_forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, plus: Tensor | None = None) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    return by_llvm('depthwise', forward, x, weight, bias, act)
+    return by_llvm('depthwise', forward, x, weight, bias, act, plus)
 
 
 def gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> list[Tensor]:

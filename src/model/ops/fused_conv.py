@@ -46,8 +46,10 @@ def fused_conv(
         to three pixels away not finite.
     """
     if weight.shape[1:] == (x.shape[1], 1, 1) and has_pixels_as_rows(x):
-        out = fused_linear(x.permute(0, 2, 3, 1), [(weight, bias)]).permute(0, 3, 1, 2)
-        return finished(out, slope, plus, factor)
+        pixels, layer = x.permute(0, 2, 3, 1), [(weight, bias)]
+        if plus is not None and slope == factor == 1:
+            return fused_linear(pixels, layer, plus=plus.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return finished(fused_linear(pixels, layer).permute(0, 3, 1, 2), slope, plus, factor)
     fast = is_for_kernel(x, weight, dilation, plus)
     if fast and torch.is_grad_enabled():
         if x.dtype == torch.float32 and (slope == 1 or (plus is None and slope >= 0)):

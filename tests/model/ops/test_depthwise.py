@@ -41,7 +41,7 @@ def operands(n: int, channels: int, height: int, width: int, size: int) -> tuple
     return x, numbers(channels, 1, size, size, seed=2) / size, numbers(channels, seed=3)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, *, plus: Tensor | float = 0.0) -> Tensor:
     """From the definition: shifted maps, each times a number a channel."""
     size, (height, width) = weight.shape[2], x.shape[2:]
     padded = F.pad(x, [size // 2] * 4)
@@ -49,6 +49,7 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     for i in range(size):
         for j in range(size):
             out = out + weight[:, :, i, j, None] * padded[:, :, i : i + height, j : j + width]
+    out = out + plus
     if act == 'gate':
         first, second = out.chunk(2, 1)
         return first * (1 + torch.erf(first / math.sqrt(2))) / 2 * second
@@ -120,12 +121,48 @@ def test_results_repeat_themselves(lanes: int) -> None:
     assert torch.equal(alone[1], first[1][1:2])
 
 
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize(('act', 'added'), [('', True), ('gelu', False), ('gelu', True), ('gate', False)])
+def test_without_gradients(act: str, added: bool, size: str, lanes: int, calls: list[Call]) -> None:
+    given = operands(*SIZES[size])
+    plus = numbers(*given[0].shape, seed=5) if added else None
+    truth = plain(*given, act, plus=0.0 if plus is None else plus)
+    with torch.no_grad():
+        found = depthwise(*single(given), act, plus=None if plus is None else plus.float())
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=CLOSE * float(truth.abs().max()))
+    assert functions(calls) == ['forward']
+
+
+@pytest.mark.parametrize('act', ['', 'gelu'])
+def test_gradients_by_what_is_added(act: str, calls: list[Call]) -> None:
+    x, weight, bias = operands(2, 20, 9, 12, 3)
+    plus, grad = numbers(2, 20, 9, 12, seed=5), grad_of(x, act)
+
+    def found(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
+        *first, plus = (t.detach().requires_grad_() for t in given)
+        out = function(*first, act, plus=plus)
+        return list(torch.autograd.grad(out, [*first, plus], grad.to(out.dtype)))
+
+    given = x, weight, bias, plus
+    for part, truth in zip(found(depthwise, *(t.float() for t in given)), found(plain, *given), strict=True):
+        torch.testing.assert_close(part.double(), truth, rtol=0, atol=CLOSE * float(truth.abs().max()))
+    assert calls
+
+
+def test_nothing_is_added_before_a_gate() -> None:
+    x, weight, bias = operands(1, 12, 9, 9, 3)
+    with pytest.raises(ValueError, match='before a gate'):
+        depthwise(x, weight, bias, 'gate', plus=x)
+
+
 def test_other_calls_take_the_plain_form(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands(1, 12, 9, 9, 3)
+    with torch.no_grad():
+        for act in ('', 'gelu', 'gate'):
+            plus = {} if act == 'gate' else {'plus': given[0]}
+            torch.testing.assert_close(depthwise(*given, act, **plus), plain(*given, act, **plus), rtol=0, atol=1e-12)
+        torch.testing.assert_close(depthwise(*single(given)).double(), plain(*given, ''), rtol=0, atol=1e-5)
     for act in ('', 'gelu', 'gate'):
-        with torch.no_grad():
-            torch.testing.assert_close(depthwise(*given, act), plain(*given, act), rtol=0, atol=1e-12)
-            torch.testing.assert_close(depthwise(*single(given), act).double(), plain(*given, act), rtol=0, atol=1e-5)
         with monkeypatch.context() as patch:
             patch.setattr(fast, 'wanted', False)
             check(given, act)

@@ -19,7 +19,8 @@ from model.ops.llvm.kernel_cache import compiled
 PIXELS = 8  # in a row, at once
 ROWS = 8  # of a task
 NAMES = (
-    'counter', 'x', 'weight', 'bias', 'grad', 'turned', 'out', 'sums', 'zeros', 'height', 'width', 'strips', 'tasks',
+    'counter', 'x', 'weight', 'bias', 'plus', 'grad', 'turned', 'out', 'sums', 'zeros', 'height', 'width', 'strips',
+    'tasks',
 )  # fmt: skip
 Vectors = list[ir.Value]
 Place = Callable[[ir.Value], ir.Value]  # of a row: a pointer to its first pixel
@@ -175,13 +176,16 @@ class Rows(Code):
 
 
 @compiled
-def kernel(channels: int, size: int, act: str, lanes: int) -> Code:
+def kernel(channels: int, size: int, act: str, added: bool, lanes: int) -> Code:
     """A convolution of so many channels by filters of `size` x `size`, and what follows it."""
     code = Rows(channels, size, lanes)
     outs = channels // 2 if act == 'gate' else channels
 
     def block(channel: ir.Value, count: int) -> None:
         found = code.layer(channel, count)
+        if added:
+            others = code.read(code.of_map('plus', channels)(code.y), 0, channels, channel, count)
+            found = [code.to.fadd(*pair) for pair in zip(found, others, strict=True)]
         if act:
             found = [gelu(code, x) for x in found]
         if act == 'gate':
@@ -232,11 +236,11 @@ def gradient_kernel(channels: int, size: int, act: str, lanes: int) -> Code:
 
 
 def run(
-    make: Callable[..., Kernel],
+    kernel: Kernel,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    act: str,
+    plus: Tensor | None,
     grad: Tensor | None,
     out: Tensor,
 ) -> Tensor:
@@ -248,20 +252,21 @@ def run(
     biases = x.new_zeros(channels + vector) if bias is None else F.pad(bias, (0, vector))
     sums = x.new_zeros(0 if grad is None else n * strips, size**2 + 1, channels + vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), x, filters, biases, 0 if grad is None else grad, filters.flip(0), out, sums,
-        x.new_zeros(vector), height, width, strips, n * strips,
+        torch.zeros(1, dtype=torch.int64), x, filters, biases, 0 if plus is None else plus, 0 if grad is None else grad,
+        filters.flip(0), out, sums, x.new_zeros(vector), height, width, strips, n * strips,
     ]  # fmt: skip
     kept = 0 if grad is None else (ROWS + size - 1) * width * channels
-    make(channels, size, act, vector)(given, vector + kept, 0.0)
+    kernel(given, vector + kept, 0.0)
     return sums.sum(0)[:, :channels]
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, plus: Tensor | None = None) -> Tensor:
     """See `depthwise.forward`."""
     n, channels, height, width = x.shape
     outs = channels // 2 if act == 'gate' else channels
     out = torch.empty(n, outs, height, width, memory_format=torch.channels_last, dtype=x.dtype)
-    run(kernel, x.contiguous(memory_format=torch.channels_last), weight, bias, act, None, out)
+    x, plus = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, plus))
+    run(kernel(channels, weight.shape[2], act, plus is not None, lanes()), x, weight, bias, plus, None, out)
     return out
 
 
@@ -269,5 +274,6 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act:
     """See `depthwise.gradients`."""
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     by_x = torch.empty_like(x)
-    *by_weight, by_bias = run(gradient_kernel, x, weight, bias, act, grad, by_x)
+    made = gradient_kernel(x.shape[1], weight.shape[2], act, lanes())
+    *by_weight, by_bias = run(made, x, weight, bias, None, grad, by_x)
     return [by_x, torch.stack(by_weight, 1).view_as(weight), by_bias]
