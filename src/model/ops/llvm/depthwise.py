@@ -265,8 +265,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, plus: Tens
     n, channels, height, width = x.shape
     outs = channels // 2 if act == 'gate' else channels
     out = torch.empty(n, outs, height, width, memory_format=torch.channels_last, dtype=x.dtype)
-    x, plus = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, plus))
-    run(kernel(channels, weight.shape[2], act, plus is not None, lanes()), x, weight, bias, plus, None, out)
+    added = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
+    made = kernel(channels, weight.shape[2], act, plus is not None, lanes())
+    run(made, x.contiguous(memory_format=torch.channels_last), weight, bias, added, None, out)
     return out
 
 
