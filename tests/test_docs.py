@@ -33,11 +33,10 @@ RUN = {
     'python src/main.py --template ASID_x4 --pre_train ASID_x4.pt --test_only --data_test Demo --dir_demo FOLDER': (
         '--cpu'
     ),
-    'python src/main.py --test_only --model Bicubic --scale 4 --data_test Set5+Set14': '--cpu --dir_data DATA',
-    'python src/main.py --test_only --template ASID_x4 --pre_train ASID_x4.pt --data_test Set5+Set14 --save_results': (
-        '--cpu --dir_data DATA'
-    ),
-    'python src/main.py --score FOLDER --scale 4 --data_test Set5': '--dir_data DATA',
+    'python src/main.py --test_only --model Bicubic --scale 4 --data_test Set5+Set14 --dir_data DATA': '--cpu',
+    'python src/main.py --test_only --template ASID_x4 --pre_train ASID_x4.pt --data_test Set5+Set14 --save_results '
+    '--dir_data DATA': '--cpu',
+    'python src/main.py --score FOLDER --scale 4 --data_test Set5 --dir_data DATA': '',
     'python src/main.py --model auto --pre_train FILE --test_only --data_test Set5': '--cpu --dir_data DATA',
     'python src/main.py --template LCoAN-small_x2 --dir_data DATA': f'{LCOAN} --save LCoAN-small_x2',
     'python src/main.py --template LCoAN_x2 --dir_data DATA --save LCoAN_x2': LCOAN,
@@ -77,7 +76,6 @@ READ = {
 DEMO = {
     'bash demo.sh': 'takes minutes; the calls in it are read',
     'bash demo.sh list': 'tests/test_demo.py has it',
-    'bash demo.sh LCoAN_x4_test --dir_data DATA': 'wants weights of the authors',
     'bash demo.sh ASID_x4_test --dir_data DATA': 'wants all benchmarks',
 }
 NOT_CHECKED = {
@@ -85,6 +83,7 @@ NOT_CHECKED = {
     'pip install -r requirements.txt': 'installs',
     'pip install -c constraints.txt -r requirements.txt': 'installs',
     "pip install 'gradio>=6.31'": 'installs',
+    'pip install llvmlite': 'installs',
     'pip install onnx onnxruntime': 'installs',
     'pip install tensorboard': 'installs',
     'tensorboard --logdir experiment': 'another program, which serves until it is ended',

@@ -77,6 +77,7 @@ def assert_enlarges(kind: str, content: bytes, model: Model, n: int, height: int
         *slow(('OmniSR', {**SMALL['OmniSR'], 'n_resgroups': 1})),
         *slow(('SwinIR-light', {**SMALL['SwinIR-light'], 'n_resgroups': 1})),
         *slow(('ESC', {**SMALL['ESC'], 'n_resgroups': 1}), ('ESC-FP', {**SMALL['ESC-FP'], 'n_resgroups': 1})),
+        *slow(*((name, SMALL[name]) for name in ('IMDN', 'BSRN'))),
     ],
 )
 def test_a_network_of_free_sizes(kind: str, name: str, settings: dict) -> None:

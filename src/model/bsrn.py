@@ -36,7 +36,7 @@ class BSConv(nn.Module):
 
 
 class SmallerBSConv(nn.Module):
-    """The same at every second pixel that has all its neighbours."""
+    """`BSConv` at every second pixel that has all its neighbours."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

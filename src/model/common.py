@@ -127,13 +127,13 @@ def reflect_pad(x: Tensor, multiple: int) -> Tensor:
 
 def _continue(x: Tensor, multiple: int, places: Callable[[int, int, torch.device], Tensor]) -> Tensor:
     """(N, C, H, W) grown right and below to multiples of `multiple` by its own pixels, at `places` as of `mirrored`."""
-    last = x.stride(1) == 1  # channels_last memory, of which `index_select` would make the other one
-    x = x.permute(0, 2, 3, 1) if last else x
-    for axis in (1, 2) if last else (2, 3):
+    pixels = x.stride(1) == 1  # in channels_last memory, of which `index_select` would make the other one
+    x = x.permute(0, 2, 3, 1) if pixels else x
+    for axis in (1, 2) if pixels else (2, 3):
         size = x.shape[axis]
         if size % multiple:
             x = x.index_select(axis, places(size + -size % multiple, size, x.device))
-    return x.permute(0, 3, 1, 2) if last else x
+    return x.permute(0, 3, 1, 2) if pixels else x
 
 
 def zero_pad(x: Tensor, multiple: int, at_least: int = 1) -> Tensor:

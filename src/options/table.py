@@ -158,7 +158,7 @@ def _add_test(g: Group) -> None:
         '--precision',
         choices=('single', 'half'),
         default='single',
-        help='of the network in tests; half: float16, on a CPU bfloat16, mostly slower with llvmlite',
+        help='of the network in tests; half: bfloat16 (LCoAN on a GPU: float16), on a CPU mostly slower with llvmlite',
     )
     g.add_argument('--save_results', action='store_true', help='save the enlarged images')
     g.add_argument('--save_gt', action='store_true', help='save LR and HR beside them (and with it the enlarged ones)')

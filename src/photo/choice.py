@@ -10,6 +10,7 @@ from pathlib import Path
 from error import UserError
 from model import Model
 from model.loading.weights import SUFFIXES, recognise_file
+from photo.size import LARGEST
 from system.files import some
 
 log = logging.getLogger('frugalsr')
@@ -152,10 +153,15 @@ class Networks:
         self._digests: dict[Weights, str] = {}
         self._told: set[tuple[int, bool]] = set()
 
-    @property
-    def scales(self) -> list[int]:
-        """The factors by which they enlarge."""
-        return sorted({weights.scale for weights in self._weights})
+    def scales(self, lossy: bool) -> list[int]:
+        """The factors by which they enlarge.
+
+        For photographs that were compressed with loss those of weights made for these, if two of them reach `LARGEST`:
+        such weights at x4, made smaller, are better at x3 than others made for that (docs/LOG.md).
+        """
+        every = {weights.scale for weights in self._weights}
+        made = {weights.scale for weights in self._weights if weights.photo}
+        return sorted(made if lossy and max(made, default=0) ** 2 >= LARGEST else every)
 
     def chain(self, steps: Sequence[int], lossy: bool) -> list[Weights]:
         """The best weights for factors one after the other; what comes from a network is clean."""

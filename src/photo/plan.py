@@ -148,7 +148,7 @@ def about(path: Path, said: str) -> str:
 def _make_job(source: Source, size: Size, place: Place, format: Format, networks: Networks, settings: str) -> Job:
     series, lossy = read_series(source.path), is_lossy(source.path)
     name = format.of(source.path, pages=len(series.sizes) > 1 and series.plays is None)
-    parts = [_part(old, size, networks.scales) for old in kept_sizes(source.path, series, name)]
+    parts = [_part(old, size, networks.scales(lossy)) for old in kept_sizes(source.path, series, name)]
     check_size(name, [part.new for part in parts])
     old, new = parts[0].old, parts[0].new
     scale = f'{size.scale or max(new[0] / old[0], new[1] / old[1]):.4g}'

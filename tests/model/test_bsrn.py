@@ -1,11 +1,12 @@
 """BSRN against plain layers, and images too small for its spatial gate."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from error import UserError
 from model import NETWORKS, build
@@ -56,6 +57,24 @@ def test_a_block_keeps_half_before_it_refines() -> None:
     assert [part.shape[1] for part in parts] == [4, 4, 4, 4]
     expected = x + block.cca(block.esa(block.c5(torch.cat(parts, 1))))
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
+
+
+def test_single_precision_in_maps_that_are_large_enough_for_kernels() -> None:
+    torch.manual_seed(0)
+    net = build('BSRN', 2, **SMALL)
+    x = numbers(2, 3, 23, 26).float()
+
+    def found(net: nn.Module, x: Tensor) -> list[Tensor]:
+        out = net(x)
+        gradients = torch.autograd.grad(out.square().sum(), net.parameters())
+        with torch.no_grad():
+            return [net(x), out.detach(), *gradients]
+
+    truth = found(deepcopy(net).double(), x.double())
+    scale = max(float(part.abs().max()) for part in truth[2:])
+    for i, (part, expected) in enumerate(zip(found(net, x), truth, strict=True)):
+        close = 1e-5 * (scale if i > 1 else float(expected.abs().max()))
+        torch.testing.assert_close(part.double(), expected, rtol=0, atol=close)
 
 
 @pytest.mark.parametrize(('size', 'padded'), [((1, 1), (15, 15)), ((20, 9), (20, 15)), ((14, 16), (15, 16))])

@@ -69,6 +69,18 @@ def test_reflection_as_pytorch_has_it(size: tuple[int, int], memory: torch.memor
     assert found.is_contiguous(memory_format=memory)
 
 
+@pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+def test_a_trace_of_the_reflection_takes_other_sizes(memory: torch.memory_format) -> None:
+    def fast(height: int, width: int) -> Tensor:
+        return torch.rand(1, 3, height, width).contiguous(memory_format=memory)
+
+    traced = torch.jit.trace(lambda x: reflect_pad(x, 8), fast(37, 59), check_trace=False)
+    for size in ((24, 40), (30, 33)):
+        x = fast(*size)
+        assert torch.equal(traced(x), F.pad(x, (0, -size[1] % 8, 0, -size[0] % 8), 'reflect'))
+
+
 @pytest.mark.parametrize(
     ('n', 'expected'),
     [(1, '0000000'), (2, '0101010'), (3, '0121012'), (4, '0123210'), (6, '0123454'), (7, '0123456')],

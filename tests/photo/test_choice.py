@@ -89,7 +89,7 @@ def test_a_name_decides_only_what_the_content_leaves_open(tmp_path, messages):
 def test_the_best_by_its_card(folder, scale, lossy, name):
     assert chosen(folder, scale, lossy) == f'{name}.pt'
     assert best([*list_weights(folder), *BICUBIC], scale, lossy).name == f'{name}.pt'
-    assert networks(folder).scales == [2, 4]
+    assert networks(folder).scales(lossy) == ([4] if lossy else [2, 4])
 
 
 def test_where_there_are_none_of_a_kind_it_is_the_best_of_the_others(folder):
@@ -97,6 +97,12 @@ def test_where_there_are_none_of_a_kind_it_is_the_best_of_the_others(folder):
         only = [each for each in list_weights(folder) if each.photo]
         assert best([*only, *BICUBIC], 4, lossy).name == 'B-light-photo_x4.pt'
         assert best([*only, *BICUBIC], 3, lossy) == Weights('Bicubic', 3)
+
+
+def test_weights_for_photographs_at_x2_alone_do_not_reach_every_factor(tmp_path):
+    for name, scale in (('A-photo_x2', 2), ('A_x2', 2), ('A_x4', 4)):
+        weights(tmp_path, name, scale)
+    assert networks(tmp_path).scales(True) == [2, 4]
 
 
 def test_what_comes_from_a_network_is_clean(folder):
@@ -111,7 +117,7 @@ def test_a_network_that_is_named(folder):
     assert chosen(folder, 4, True, 'A') == 'A_x4.pt'
     assert chosen(folder, 4, True, 'B-light') == 'B-light-photo_x4.pt'
     assert chosen(folder, 4, False, 'EDSR-baseline') == 'B-light_x4.pt'
-    assert networks(folder, 'Bicubic').scales == [2, 3, 4]
+    assert networks(folder, 'Bicubic').scales(True) == [2, 3, 4]
     with pytest.raises(UserError, match=r'--model SwinIR: .* A, B-light, C and Bicubic'):
         weights_of('SwinIR', folder)
 

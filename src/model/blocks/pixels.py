@@ -1,6 +1,6 @@
 """Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet, IMDN, BSRN)."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -271,8 +271,10 @@ def join_outputs(blocks: list[nn.Module], x: Tensor, layer: nn.Conv2d) -> Tensor
 
     It is summed up block by block, so that evaluation keeps none of the outputs.
     """
-    joined, bias = None, layer.bias
-    for block, weight in zip(blocks, layer.weight.chunk(len(blocks), 1), strict=True):
+    first, *others = layer.weight.chunk(len(blocks), 1)
+    x = blocks[0](x)
+    joined = fused_conv(x, first, layer.bias)
+    for block, weight in zip(blocks[1:], others, strict=True):
         x = block(x)
-        joined, bias = fused_conv(x, weight, bias, plus=joined), None
-    return cast(Tensor, joined)
+        joined = fused_conv(x, weight, plus=joined)
+    return joined

@@ -1,7 +1,7 @@
 """Depthwise convolutions that keep height and width, and what follows them: a sum, GELU, or a gate.
 
-On a CPU, where llvmlite is installed, a kernel does all at once, and another one does so again for the gradients
-(`llvm.depthwise`). Otherwise these are PyTorch's operations, one after the other.
+On a CPU, where llvmlite is installed, a kernel does all at once, with gradients all but the sum, and another one does
+so again for these (`llvm.depthwise`). Otherwise these are PyTorch's operations, one after the other.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.ops.fast import by_llvm, has_llvm, operation
+from model.ops.fast import are_float32, float32_by_llvm, has_llvm, operation
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = '', *, plus: Tensor | None = None) -> Tensor:
@@ -32,21 +32,21 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = '', *, 
     """
     if plus is not None and act == 'gate':
         raise ValueError('depthwise adds nothing before a gate.')
-    if plus is not None and torch.is_grad_enabled():
-        out = depthwise(x, weight, bias) + plus
-        return gelu(out) if act else out
-    if not is_for_kernel(x, weight):
-        return forward(x, weight, bias, act, plus)
+    fast = is_for_kernel(x, weight) and x.shape[1] == len(weight) and (plus is None or plus.shape == x.shape)
     if torch.is_grad_enabled():
-        return Depthwise.apply(x, weight, bias, act)
-    follows = act or plus is not None  # else PyTorch is as fast
-    return (fast_forward if follows else forward)(x, weight, bias, act, plus)
+        if plus is not None:
+            out = depthwise(x, weight, bias) + plus
+            return gelu(out) if act else out
+        if fast:
+            return Depthwise.apply(x, weight, bias, act)
+    elif fast and (act or plus is not None):  # of a convolution alone PyTorch is as fast
+        return fast_forward(x, weight, bias, act, plus)
+    return forward(x, weight, bias, act, plus)
 
 
 def is_for_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether a kernel takes these maps."""
-    wanted = has_llvm(x) and not torch.is_autocast_enabled('cpu')
-    return wanted and x.dtype == weight.dtype == torch.float32 and x.stride(1) == 1
+    """Whether a kernel takes maps like these."""
+    return has_llvm(x) and x.dim() == 4 and x.stride(1) == 1 and are_float32(x, weight)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, plus: Tens
 @operation('depthwise_conv')
 def fast_forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, plus: Tensor | None = None) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    return by_llvm('depthwise', forward, x, weight, bias, act, plus)
+    return float32_by_llvm('depthwise', forward, x, weight, bias, act, plus)
 
 
 def gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> list[Tensor]:
@@ -83,7 +83,7 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act:
 @operation('depthwise_conv_gradients')
 def fast_gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> list[Tensor]:
     """As `fast_forward`."""
-    return by_llvm('depthwise', gradients, grad, x, weight, bias, act)
+    return float32_by_llvm('depthwise', gradients, grad, x, weight, bias, act)
 
 
 class Depthwise(torch.autograd.Function):

@@ -47,7 +47,7 @@ def fused_conv(
     """
     if weight.shape[1:] == (x.shape[1], 1, 1) and has_pixels_as_rows(x):
         pixels, layer = x.permute(0, 2, 3, 1), [(weight, bias)]
-        if plus is not None and slope == factor == 1:
+        if plus is not None and slope == factor == 1 and fits(plus, x, weight):
             return fused_linear(pixels, layer, plus=plus.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return finished(fused_linear(pixels, layer).permute(0, 3, 1, 2), slope, plus, factor)
     fast = is_for_kernel(x, weight, dilation, plus)
@@ -63,9 +63,14 @@ def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None)
     outs, ins, *size = weight.shape
     if torch.is_autocast_enabled('cpu') or size != [3, 3] or dilation != 1 or not has_pixels_as_rows(x):
         return False
-    if x.shape[1] != ins or (plus is not None and plus.shape != (len(x), outs, *x.shape[2:])):
+    if x.shape[1] != ins or not (plus is None or fits(plus, x, weight)):
         return False
     return ins >= FEWEST_CHANNELS and ins * outs * x[:, 0].numel() >= LEAST
+
+
+def fits(plus: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether `plus` has a number for each of the result."""
+    return plus.shape == (len(x), len(weight), *x.shape[2:])
 
 
 def has_pixels_as_rows(x: Tensor) -> bool:

@@ -1,5 +1,6 @@
 import math
 import weakref
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -90,6 +91,23 @@ def test_joined_outputs_are_a_convolution_of_all_of_them() -> None:
     b = blocks[1](a)
     expected = F.conv2d(torch.cat((a, b, blocks[2](b)), 1), layer.weight, layer.bias)
     torch.testing.assert_close(join_outputs(blocks, x, layer), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_joined_outputs_in_single_precision(trained: bool) -> None:
+    """In maps that are large enough for kernels."""
+    torch.manual_seed(0)
+    blocks, layer = [conv(5, 5, 3) for _ in range(3)], conv(15, 4, 1)
+    x = numbers(2, 5, 24, 25).float().contiguous(memory_format=torch.channels_last)
+
+    def found(blocks: list[nn.Module], layer: nn.Conv2d, x: Tensor) -> list[Tensor]:
+        with torch.set_grad_enabled(trained):
+            out = join_outputs(blocks, x, layer)
+        return [out.detach(), *(torch.autograd.grad(out.square().sum(), layer.parameters()) if trained else [])]
+
+    truth = found([deepcopy(block).double() for block in blocks], deepcopy(layer).double(), x.double())
+    for part, expected in zip(found(blocks, layer, x), truth, strict=True):
+        torch.testing.assert_close(part.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 class Call(NamedTuple):
     """Of a function of a module of kernels, with its first tensor."""
 
+    module: ModuleType
     function: str
     first: Tensor
 
@@ -37,7 +38,7 @@ def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
         function = getattr(module, name)
 
         def watched(first: Tensor, *others: Any) -> Any:
-            found.append(Call(name, first))
+            found.append(Call(module, name, first))
             return function(first, *others)
 
         monkeypatch.setattr(module, name, watched)

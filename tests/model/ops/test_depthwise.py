@@ -149,6 +149,21 @@ def test_gradients_by_what_is_added(act: str, calls: list[Call]) -> None:
     assert calls
 
 
+def test_sizes_that_do_not_fit_are_refused(calls: list[Call]) -> None:
+    given = x, weight, bias = single(operands(1, 12, 9, 9, 3))
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match='channels'):
+            depthwise(x[:, :8], weight, bias, 'gelu')
+        with pytest.raises(RuntimeError, match='size'):
+            depthwise(x, weight, bias, 'gelu', plus=x[:, :, :5])
+        by_channel = x[:, :, :1, :1]
+        truth = plain(*(t.double() for t in given), 'gelu', plus=by_channel.double())
+        torch.testing.assert_close(depthwise(*given, 'gelu', plus=by_channel).double(), truth, rtol=0, atol=1e-5)
+        with pytest.raises(RuntimeError, match='type'):
+            depthwise(x, weight, bias.double(), 'gelu')
+    assert not calls
+
+
 def test_nothing_is_added_before_a_gate() -> None:
     x, weight, bias = operands(1, 12, 9, 9, 3)
     with pytest.raises(ValueError, match='before a gate'):

@@ -145,7 +145,12 @@ def test_sizes_that_do_not_fit_are_refused(calls: list[Call]) -> None:
         fused_conv(**given | {'plus': given['plus'][:, :, :20]})
     by_channel = given['plus'][:, :, :1, :1]
     check(fused_conv(**given | {'plus': by_channel}), plain(**given | {'plus': by_channel}).double())
-    assert not calls
+    given['weight'] = given['weight'][..., 1:2, 1:2]
+    truth = plain(**given | {'weight': F.pad(given['weight'], (1, 1, 1, 1)), 'plus': by_channel})
+    check(fused_conv(**given | {'plus': by_channel}), truth.double())
+    with pytest.raises(RuntimeError, match='size'):
+        fused_conv(**given | {'plus': given['plus'][:, :, :20]})
+    assert fused_conv_llvm not in [call.module for call in calls]
     assert 'llvm.fused_conv' not in fast.failed
 
 
@@ -215,12 +220,19 @@ def test_1x1_is_a_linear_layer(behind: str, calls: list[Call]) -> None:
     given['weight'] = given['weight'][..., 1:2, 1:2]
     truth = plain(**given | {'weight': F.pad(given['weight'], (1, 1, 1, 1))})
     check(fused_conv(**single(given)), truth)
-    assert len(calls) == 1
+    assert [call.module for call in calls] == [fused_linear_llvm]
     few = single(given | {'x': given['x'][:, :, :2], **({'plus': given['plus'][:, :, :2]} if 'plus' in given else {})})
     check(fused_conv(**few), truth[:, :, :2])
     assert len(calls) == 1
     with pytest.raises(RuntimeError, match='channels'):
         fused_conv(**single(given | {'x': given['x'][:, 1:]}))
+
+
+def test_a_sum_behind_1x1_is_added_by_its_kernel() -> None:
+    given = single(operands('sum', 1, 16, 16, 24, 24))
+    names = clocked(lambda: fused_conv(**given | {'weight': given['weight'][..., 1:2, 1:2]}))
+    assert 'frugalsr::fused_linear' in names
+    assert 'aten::add' not in names
 
 
 def test_a_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -262,7 +274,7 @@ def test_networks_with_and_without_it(name: str, calls: list[Call], monkeypatch:
             buffer.fill_(True)
     x = torch.rand(2, 3, 23, 26)
     found = net(x)
-    assert calls
+    assert fused_conv_llvm in [call.module for call in calls]
     monkeypatch.setattr(module, 'LEAST', math.inf)
     check(found, net(x).double(), 1e-5)
 

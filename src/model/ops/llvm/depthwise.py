@@ -236,7 +236,8 @@ def gradient_kernel(channels: int, size: int, act: str, lanes: int) -> Code:
 
 
 def run(
-    kernel: Kernel,
+    made: Kernel,
+    vector: int,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -244,9 +245,9 @@ def run(
     grad: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """Run a kernel; gives the sums, (size^2 + 1, channels)."""
+    """Run a kernel for vectors of so many numbers; gives the sums, (size^2 + 1, channels)."""
     n, channels, height, width = x.shape
-    size, vector = weight.shape[2], lanes()
+    size = weight.shape[2]
     strips = -(-height // ROWS)
     filters = F.pad(weight.flatten(1).t(), (0, vector))
     biases = x.new_zeros(channels + vector) if bias is None else F.pad(bias, (0, vector))
@@ -256,18 +257,18 @@ def run(
         filters.flip(0), out, sums, x.new_zeros(vector), height, width, strips, n * strips,
     ]  # fmt: skip
     kept = 0 if grad is None else (ROWS + size - 1) * width * channels
-    kernel(given, vector + kept, 0.0)
+    made(given, vector + kept, 0.0)
     return sums.sum(0)[:, :channels]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, plus: Tensor | None = None) -> Tensor:
     """See `depthwise.forward`."""
     n, channels, height, width = x.shape
-    outs = channels // 2 if act == 'gate' else channels
+    outs, vector = channels // 2 if act == 'gate' else channels, lanes()
     out = torch.empty(n, outs, height, width, memory_format=torch.channels_last, dtype=x.dtype)
     added = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
-    made = kernel(channels, weight.shape[2], act, plus is not None, lanes())
-    run(made, x.contiguous(memory_format=torch.channels_last), weight, bias, added, None, out)
+    made = kernel(channels, weight.shape[2], act, plus is not None, vector)
+    run(made, vector, x.contiguous(memory_format=torch.channels_last), weight, bias, added, None, out)
     return out
 
 
@@ -275,6 +276,7 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act:
     """See `depthwise.gradients`."""
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     by_x = torch.empty_like(x)
-    made = gradient_kernel(x.shape[1], weight.shape[2], act, lanes())
-    *by_weight, by_bias = run(made, x, weight, bias, None, grad, by_x)
+    vector = lanes()
+    made = gradient_kernel(x.shape[1], weight.shape[2], act, vector)
+    *by_weight, by_bias = run(made, vector, x, weight, bias, None, grad, by_x)
     return [by_x, torch.stack(by_weight, 1).view_as(weight), by_bias]
