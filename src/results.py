@@ -44,7 +44,8 @@ PSNR in dB / SSIM on luma, LR by MATLAB's bicubic, borders and tiles as the reci
 ([docs/PROTOCOLS.md](PROTOCOLS.md)). The weights are those of [models/](../models), tested as the recipe of their name
 says. Their cards say how they were trained: in short runs on few images. Published figures stand in tables of
 their own: they are of networks trained for long on DIV2K (800 images), DF2K (3,450 images) or SR291, and are
-copied from their sources ([src/measure/published.py](../src/measure/published.py)), not measured.
+copied from their sources ([src/measure/published.py](../src/measure/published.py)), not measured. A column of fewer
+images than a set has, as its title says, cannot be held against a published one.
 """
 
 PHOTOS = """## Photographs as they are
