@@ -132,10 +132,12 @@ def at_scale(found: Sequence[Weights], scale: int) -> list[Weights]:
 def best(found: Sequence[Weights], scale: int, lossy: bool) -> Weights:
     """Of weights in the order of `list_weights` those for photographs that were compressed with loss, or for others.
 
-    Where there are none of that kind, the first ones for the factor.
+    For the former those for a larger factor, where there are none for this one: made smaller, their result is better
+    than that of others (docs/LOG.md). Where there are none of a kind, the first ones for the factor.
     """
     own = at_scale(found, scale)
-    return next((weights for weights in own if weights.photo == lossy), own[0])
+    able = (weights for weights in found if weights.photo and weights.scale >= scale)
+    return next(able if lossy else (weights for weights in own if weights.photo is False), own[0])
 
 
 class Networks:
@@ -156,8 +158,8 @@ class Networks:
     def scales(self, lossy: bool) -> list[int]:
         """The factors by which they enlarge.
 
-        For photographs that were compressed with loss those of weights made for these, if two of them reach `LARGEST`:
-        such weights at x4, made smaller, are better at x3 than others made for that (docs/LOG.md).
+        For photographs that were compressed with loss those of weights made for these, if two of them reach `LARGEST`
+        (see `best`).
         """
         every = {weights.scale for weights in self._weights}
         made = {weights.scale for weights in self._weights if weights.photo}

@@ -16,7 +16,7 @@ from error import UserError
 from model import Model
 from model.tiles.tiling import Report
 from photo.choice import Weights
-from photo.engine import enlarged
+from photo.engine import resized
 from photo.metadata import read_metadata
 from photo.targets import MADE
 from photo.writing import Colours, Format, check_size, keeps, write_result
@@ -51,6 +51,7 @@ def load(weights: Weights, cpu: bool) -> Model:
 def enlarge(
     image: Path,
     weights: Weights,
+    scale: int,
     folder: Path,
     format: str,
     progress: Report,
@@ -64,6 +65,7 @@ def enlarge(
     Args:
         image: the file.
         weights: what enlarges it.
+        scale: factor of the result, at most that of the weights; one below is reached by bicubic.
         folder: where the result goes, and what shows it.
         format: of the result, a key of FORMATS.
         progress: is told how many tiles are done, and how many there are.
@@ -76,7 +78,7 @@ def enlarge(
             than the format holds; nothing was written.
         Stopped: `stop` said so; nothing was written.
     """
-    series, name, scale = read_series(image), FORMATS[format], weights.scale
+    series, name = read_series(image), FORMATS[format]
     sizes = series.sizes if keeps(name, series.plays) else series.sizes[:1]
     new, count = [(scale * height, scale * width) for height, width in sizes], len(sizes)
     check_pixels(image, sizes, scale, max_pixels)
@@ -95,7 +97,8 @@ def enlarge(
                 raise Stopped
             progress(number * total + done, count * total)
 
-        return np.concatenate(list(enlarged(model, photo, report)))
+        size = scale * photo.color.shape[0], scale * photo.color.shape[1]
+        return np.concatenate(list(resized([model], photo, size, report=report)))
 
     first = whole(photo, 0)
 
@@ -112,7 +115,8 @@ def enlarge(
     seconds = time.perf_counter() - start
     (height, width), images = sizes[0], f', {count} images,' if count > 1 else ''
     change = f'{width}x{height} to {first.shape[1]}x{first.shape[0]} pixels{images}'
-    about = f'{change} in {seconds:.1f} s by {weights.title}, {result.stat().st_size / 1000:,.0f} kB'
+    smaller = '' if weights.scale == scale else ', made smaller'
+    about = f'{change} in {seconds:.1f} s by {weights.title}{smaller}, {result.stat().st_size / 1000:,.0f} kB'
     if count < len(series.sizes):
         about += f'; only the first of {len(series.sizes)} images in the file, as {format} holds one'
     if colours.lost_in(name, photo.grey):

@@ -42,7 +42,7 @@ MOST = 20  # images at once
 PREVIEWED = 50  # million pixels of an image that a preview is made of, at most
 MB = 2**20
 
-Enlarge = Callable[[Path, Weights, Path, str, Report, Callable[[], bool]], Result]
+Enlarge = Callable[[Path, Weights, int, Path, str, Report, Callable[[], bool]], Result]
 
 
 @dataclass
@@ -67,7 +67,7 @@ def site(choices: Sequence[Weights], enlarge: Enlarge, folder: Path, max_upload:
 
     Args:
         choices: what enlarges, in the order of `photo.choice.list_weights`.
-        enlarge: an image file with one of them, into a folder, in a format; see `web.enlarging`.
+        enlarge: an image file with one of them by a factor, into a folder, in a format; see `web.enlarging`.
         folder: where the files of visitors go, the GRADIO_TEMP_DIR of the environment.
         max_upload: size of an image file, MB.
     """
@@ -139,7 +139,7 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
 
         def one(image: Path, folder: Path, progress: Report, stop: Callable[[], bool]) -> Result:
             chosen = named[0] if named else best(choices, scale, str(image) in photos)
-            return enlarge(image, chosen, folder, format, progress, stop)
+            return enlarge(image, chosen, scale, folder, format, progress, stop)
 
         yield {shown: '', download: gr.DownloadButton('Download', interactive=False), stop: gr.Button(interactive=True)}
         for state in work([Path(image) for image in images or []], one, own, line, visit.stop):
@@ -211,8 +211,8 @@ def seems_photo(image: str) -> bool:
 
 
 def has_both(choices: Sequence[Weights], scale: int) -> bool:
-    """Whether some weights of a scale are for photographs and some are for others."""
-    return {weights.photo for weights in at_scale(choices, scale)} >= {False, True}
+    """Whether photographs are enlarged with other weights than other images."""
+    return best(choices, scale, True) != best(choices, scale, False)
 
 
 def best_of(choices: Sequence[Weights], scale: int) -> str:

@@ -84,7 +84,7 @@ def test_a_name_decides_only_what_the_content_leaves_open(tmp_path, messages):
 
 @pytest.mark.parametrize(
     ('scale', 'lossy', 'name'),
-    [(4, False, 'B-light_x4'), (4, True, 'B-light-photo_x4'), (2, False, 'A_x2'), (2, True, 'A_x2')],
+    [(4, False, 'B-light_x4'), (4, True, 'B-light-photo_x4'), (2, False, 'A_x2'), (2, True, 'B-light-photo_x4')],
 )
 def test_the_best_by_its_card(folder, scale, lossy, name):
     assert chosen(folder, scale, lossy) == f'{name}.pt'
@@ -93,10 +93,19 @@ def test_the_best_by_its_card(folder, scale, lossy, name):
 
 
 def test_where_there_are_none_of_a_kind_it_is_the_best_of_the_others(folder):
-    for lossy in (False, True):
-        only = [each for each in list_weights(folder) if each.photo]
-        assert best([*only, *BICUBIC], 4, lossy).name == 'B-light-photo_x4.pt'
-        assert best([*only, *BICUBIC], 3, lossy) == Weights('Bicubic', 3)
+    made = [each for each in list_weights(folder) if each.photo]
+    others = [each for each in list_weights(folder) if not each.photo]
+    assert best([*made, *BICUBIC], 4, lossy=False).name == 'B-light-photo_x4.pt'
+    assert best([*made, *BICUBIC], 3, lossy=False) == Weights('Bicubic', 3)
+    assert best([*others, *BICUBIC], 4, lossy=True).name == 'B-light_x4.pt'
+    assert best([*others, *BICUBIC], 3, lossy=True) == Weights('Bicubic', 3)
+
+
+def test_those_for_photographs_at_a_larger_factor_are_better_than_others(folder):
+    """Of two larger factors the next one."""
+    assert best([*list_weights(folder), *BICUBIC], 3, lossy=True).name == 'B-light-photo_x4.pt'
+    weights(folder, 'A-photo_x3', 3)
+    assert best(list_weights(folder), 2, lossy=True).name == 'A-photo_x3.pt'
 
 
 def test_weights_for_photographs_at_x2_alone_do_not_reach_every_factor(tmp_path):

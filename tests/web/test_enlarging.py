@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 import main
 from data.image import read_photo, write_png
-from data.imresize import upscale_bicubic
+from data.imresize import resize, upscale_bicubic
 from error import UserError
 from model.tiles.tiling import Report, unreported
 from photo.choice import BICUBIC as EVERY
@@ -35,9 +35,15 @@ class Told:
 
 
 def run(
-    image: Path, weights: Weights, format: str = 'PNG', progress: Report = unreported, stop=lambda: False
+    image: Path,
+    weights: Weights,
+    format: str = 'PNG',
+    progress: Report = unreported,
+    stop=lambda: False,
+    scale: int | None = None,
 ) -> Result:
-    return enlarge(image, weights, image.parent / 'own', format, progress, stop, max_pixels=1, cpu=True)
+    scale = scale or weights.scale
+    return enlarge(image, weights, scale, image.parent / 'own', format, progress, stop, max_pixels=1, cpu=True)
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -49,6 +55,16 @@ def pixels(file: Path) -> np.ndarray:
 def photo(tmp_path) -> Path:
     write_png(tmp_path / 'photo.png', picture(1, 20, 30))
     return tmp_path / 'photo.png'
+
+
+def test_a_factor_below_that_of_the_weights(photo):
+    """As of `enlarge.py`, whose engine it is: enlarged by 4, then made smaller by bicubic."""
+    result = run(photo, BICUBIC[4], scale=3)
+    exact = resize(upscale_bicubic(picture(1, 20, 30), 4), 60, 90)
+    assert np.abs(pixels(result.image) - exact).mean() < 0.1  # as below
+    assert result.image.name == 'photo_x3.png'
+    assert 'to 90x60 pixels' in result.about
+    assert 'by Bicubic_x4, made smaller' in result.about
 
 
 def test_result_is_that_of_demo(tmp_path):

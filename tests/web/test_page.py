@@ -95,7 +95,7 @@ class Visitor:
     def drop(self, paths: list[str], scale: int = 4, weights: str = BEST, ticked: Sequence[str] = ()) -> list[str]:
         """Show images to the page; returns those that it takes for photographs."""
         _, kind = self.ask('look', self.files(paths), None, list(ticked), scale, weights)['output']['data']
-        assert kind['visible'] == (scale != 3 and weights == BEST)
+        assert kind['visible'] == (weights == BEST)
         return kind['value']
 
     def enlarge(self, paths: list[str], scale: int, weights: str, format: str = 'PNG') -> 'Shown':
@@ -256,8 +256,8 @@ def test_it_is_asked_only_where_it_matters(program):
     a.drop([path], 3)
     a.drop([path], 4, 'ASID_x4.pt')
     network, kind = a.ask('rescale', None, [path], 3)['output']['data']
-    assert network['choices'][0] == ['The best: ASID_x3', BEST]
-    assert not kind['visible']
+    assert network['choices'][0] == ['The best: ASID_x3, for photographs ASID-photo_x4', BEST]
+    assert kind['visible']
     network, kind = a.ask('rescale', None, [path], 2)['output']['data']
     assert network['choices'][0] == ['The best: ASID_x2, for photographs ASID-photo_x2', BEST]
     assert network['value'] == BEST
@@ -413,9 +413,9 @@ def test_in_a_browser(program, browser, tmp_path):
     )
     assert find('//fieldset[@aria-label="Photographs"]//label[normalize-space()="photo"]/input').is_selected() is False
     find('//label[.//input[@type="radio"] and normalize-space()="x3"]').click()
-    find('//label[normalize-space()="The best: ASID_x3"]')
-    assert not browser.find_elements(By.XPATH, '//fieldset[@aria-label="Photographs"]')
+    find('//label[normalize-space()="The best: ASID_x3, for photographs ASID-photo_x4"]')
     find('//label[normalize-space()="Bicubic_x3"]').click()
+    wait(lambda: not browser.find_elements(By.XPATH, '//fieldset[@aria-label="Photographs"]'), 'no kinds')
     find('//a[@aria-label="Download photo.png"]')
     find('//label[normalize-space()="JPEG"]').click()
     find('//button[normalize-space()="Enlarge"]').send_keys(Keys.ENTER)
