@@ -18,6 +18,7 @@ from error import UserError, exit_status, run_program
 from networks import MODELS, settings_of
 from options.kinds import Parser, folder, number
 from options.table import ROOT
+from system import stopping
 from system.files import write_atomic
 from system.start import tune_process
 from template import TEMPLATES
@@ -108,22 +109,28 @@ def train(args: Namespace, name: str, recipe: Sequence[str]) -> None:
     had = json.loads(place.read_text()) if place.is_file() else {**asked, 'seconds': 0.0}
     if {key: had[key] for key in asked} != asked:
         raise UserError(f'{place} is of a run with other minutes or options: give these, or another --save_dir.')
-    seconds, pace = had['seconds'], 1.0
+    left = 60 * args.minutes - had['seconds']
+    if left <= DONE * 60 * args.minutes:
+        return
     on_cpu = device(option.parse([*network(name), *recipe])) == 'cpu'
-    while (left := 60 * args.minutes - seconds) > DONE * 60 * args.minutes:
-        what = (
-            ['--load', name] if seconds else ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
-        )
-        wall = max(0.1, left * pace)
-        line = [*what, '--max_time', f'{wall:.1f}', '--save_dir', str(args.save_dir)]
-        start = time.monotonic(), processor_seconds()
+    clock = processor_seconds if on_cpu else time.monotonic
+    new = ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
+    line = [
+        *(['--load', name] if had['seconds'] else new),
+        '--max_time',
+        f'{left:.1f}',
+        '--save_dir',
+        str(args.save_dir),
+    ]
+    start, before, stopping.clock = clock(), stopping.clock, clock
+    try:
         program.run(option.parse(line), line)
-        took, worked = time.monotonic() - start[0], processor_seconds() - start[1]
-        seconds += worked if on_cpu else took
-        pace = took / worked if on_cpu else 1.0
-        write_atomic(place, json.dumps({**asked, 'seconds': seconds}).encode())
-        if took < wall:
-            raise KeyboardInterrupt
+    finally:
+        stopping.clock = before
+    took = clock() - start
+    write_atomic(place, json.dumps({**had, 'seconds': had['seconds'] + took}).encode())
+    if took < left:
+        raise KeyboardInterrupt
 
 
 def processor_seconds() -> float:

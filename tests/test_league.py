@@ -89,3 +89,16 @@ def test_minutes_are_those_of_the_processor(folder: Path, monkeypatch: pytest.Mo
     assert call(folder, 0.05, 'PAN') == 0
     assert time.monotonic() - start > 2 * 0.98 * 3
     assert 0.98 * 3 <= json.loads((folder / 'runs' / 'PAN' / 'league.json').read_text())['seconds'] < 3 + 2.5
+
+
+def test_no_more_minutes_where_the_others_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program gets nearly all of the first four seconds."""
+    start = time.monotonic()
+
+    def seconds() -> float:
+        passed = time.monotonic() - start
+        return 0.02 * passed + max(0.0, passed - 4)
+
+    monkeypatch.setattr(league, 'processor_seconds', seconds)
+    assert call(folder, 0.05, 'PAN') == 0
+    assert 0.98 * 3 <= json.loads((folder / 'runs' / 'PAN' / 'league.json').read_text())['seconds'] < 3 + 2.5

@@ -4,11 +4,13 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from system import parallel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+clock: Callable[[], float] = time.monotonic  # that --max_time goes by, in seconds
 
 
 class Stopped(Exception):
@@ -21,15 +23,15 @@ class Stop:
     Calling it tells whether the run is to end; `name` is what said so, a signal or --max_time.
 
     Args:
-        seconds: from now on after which the run is to end; None: never.
+        seconds: from now on, by `clock`, after which the run is to end; None: never.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
         self.name = ''
-        self.end = math.inf if seconds is None else time.monotonic() + seconds
+        self.end = math.inf if seconds is None else clock() + seconds
 
     def __call__(self) -> bool:
-        if not self.name and time.monotonic() > self.end:
+        if not self.name and clock() > self.end:
             self.name = '--max_time'
         return bool(self.name)
 
