@@ -154,6 +154,7 @@ def network(name: str) -> list[str]:
 def scored(args: Namespace, name: str, where: Sequence[str]) -> Row:
     """What a trained network costs, has seen and reaches on Set5."""
     from measure.costs import multiply_adds
+    from model import build, n_parameters
     from system.files import read_torch
 
     folder = args.save_dir / name
@@ -167,7 +168,7 @@ def scored(args: Namespace, name: str, where: Sequence[str]) -> Row:
     width, height = (side // SCALE for side in OUTPUT)
     return {
         'name': name,
-        'parameters': sum(x.numel() for x in state['model'].values()),
+        'parameters': n_parameters(build(options.model, SCALE, **settings)),
         'multiply_adds': multiply_adds(options.model, SCALE, height, width, **settings),
         'steps': state['step'],
         'patches': state['step'] * options.batch_size,
@@ -188,7 +189,9 @@ def page(rows: Sequence[Row], minutes: float, more: Sequence[str]) -> str:
         ]
         for row in sorted(rows, key=lambda row: -row['score']['psnr'])
     ]  # fmt: skip
-    recipe = re.sub(r' --dir_\w+ \S+', '', ' '.join([RECIPE, *more]))
+    given = re.split(r'\s+(?=--)', ' '.join([RECIPE, *more]))
+    options = {option.split()[0]: option for option in given if not option.startswith('--dir_')}  # the last one counts
+    recipe = ' '.join(options.values())
     note = NOTE.format(scale=SCALE, minutes=minutes, where=machines(rows), recipe=recipe)
     return '\n'.join([note, *table(HEAD, cells), ''])
 

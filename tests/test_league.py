@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -9,7 +10,7 @@ import pytest
 
 import league
 from data.image import write_png
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 
 NETWORKS = ('EDSR-baseline', 'PAN')
 MORE = '--cpu --n_feats 8 --patch_size 16 --batch_size 2'
@@ -56,6 +57,16 @@ def test_all_train_for_the_same_time_and_are_ranked(folder: Path) -> None:
     assert call(folder) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob('*.pt')} == before
     assert rows(folder) == found
+
+
+def test_the_page_in_the_documents_has_the_parameters_of_the_published_networks() -> None:
+    """Not with buffers, of which SwinIR-light and others have many."""
+    costs = re.findall(r'^    (\S+) +x2 +([\d.]+)', (ROOT / 'docs' / 'COSTS.md').read_text(), re.MULTILINE)
+    known = {name: float(thousands) for name, thousands in costs}
+    found = {name: float(row[1].rstrip('K')) for name, row in rows(ROOT / 'docs').items()}
+    assert len(found) == len(league.NETWORKS)
+    own = {'LCoAN-small': 274.2}  # models/LCoAN-small_x2.md
+    assert found == pytest.approx({name: (known | own)[name] for name in found}, abs=0.5)
 
 
 def test_goes_on_within_a_network(folder: Path) -> None:
