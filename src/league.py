@@ -115,13 +115,8 @@ def train(args: Namespace, name: str, recipe: Sequence[str]) -> None:
     on_cpu = device(option.parse([*network(name), *recipe])) == 'cpu'
     clock = processor_seconds if on_cpu else time.monotonic
     new = ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
-    line = [
-        *(['--load', name] if had['seconds'] else new),
-        '--max_time',
-        f'{left:.1f}',
-        '--save_dir',
-        str(args.save_dir),
-    ]
+    what = ['--load', name] if had['seconds'] else new
+    line = [*what, '--max_time', f'{left:.1f}', '--save_dir', str(args.save_dir)]
     start, before, stopping.clock = clock(), stopping.clock, clock
     try:
         program.run(option.parse(line), line)

@@ -97,8 +97,7 @@ def enlarge(
                 raise Stopped
             progress(number * total + done, count * total)
 
-        size = scale * photo.color.shape[0], scale * photo.color.shape[1]
-        return np.concatenate(list(resized([model], photo, size, report=report)))
+        return np.concatenate(list(resized([model], photo, new[number], report=report)))
 
     first = whole(photo, 0)
 

@@ -16,10 +16,8 @@ MOST = 256  # rows and columns of matrices that a kernel takes
 
 def small_products(x: Tensor, y: Tensor) -> Tensor:
     """x @ y of (B, M, K) and (B, K, N), all in one type. By a kernel it can be differentiated once."""
-    if not has_llvm(x) or torch.is_autocast_enabled('cpu') or x.dtype != torch.float32:
-        return torch.bmm(x, y)
-    fits = x.dim() == y.dim() == 3 and (len(x), x.shape[2]) == y.shape[:2] and max(x.shape[2], y.shape[2]) <= MOST
-    if not fits:
+    fits = has_llvm(x) and x.dim() == y.dim() == 3 and (len(x), x.shape[2]) == y.shape[:2]
+    if not fits or max(x.shape[2], y.shape[2]) > MOST or torch.is_autocast_enabled('cpu') or x.dtype != torch.float32:
         return torch.bmm(x, y)
     return SmallProducts.apply(x, y) if torch.is_grad_enabled() else fast_products(x, y)
 
