@@ -66,7 +66,7 @@ class BlueprintESA(nn.Module):
         low = self.conv_max(F.max_pool2d(self.conv2(skip), 7, 3), 'gelu')
         low = self.conv3_(self.conv3(low, 'gelu'))
         low = F.interpolate(low, x.shape[2:], mode='bilinear')
-        return x * self.conv4(low + self.conv_f(skip)).sigmoid()
+        return self.conv4(self.conv_f(skip, plus=low), weighed=x)
 
 
 class ESDB(nn.Module):

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from error import UserError
 from model.common import Float32Conv, NetworkSpec, check_images, conv, how_many, in_fast_memory, shape_of
 
-
-def leaky_relu(x: Tensor) -> Tensor:
-    """In place, of the slope that all of the network has."""
-    return F.leaky_relu_(x, 0.2)
+SLOPE = 0.2  # of all LeakyReLUs
 
 
 class PixelAttention(nn.Module):
@@ -27,8 +24,9 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.conv = conv(n_feats, n_feats, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.conv(x).sigmoid()
+    def forward(self, x: Tensor, slope: float = 1.0) -> Tensor:
+        """Maps (N, C, H, W), with an activation of this slope behind it (`fused_conv`)."""
+        return self.conv(x, weighed=x, slope=slope)
 
 
 class PAConv(nn.Module):
@@ -40,8 +38,9 @@ class PAConv(nn.Module):
         self.k3 = conv(n_feats, n_feats, 3, bias=False)
         self.k4 = conv(n_feats, n_feats, 3, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.k4(self.k3(x) * self.k2(x).sigmoid())
+    def forward(self, x: Tensor, slope: float = 1.0) -> Tensor:
+        """As `PixelAttention`."""
+        return self.k4(self.k2(x, weighed=self.k3(x)), slope=slope)
 
 
 class SCPA(nn.Module):
@@ -57,9 +56,9 @@ class SCPA(nn.Module):
         self.conv3 = conv(2 * half, n_feats, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.k1(leaky_relu(self.conv1_a(x)))
-        b = self.PAConv(leaky_relu(self.conv1_b(x)))
-        return x + self.conv3(leaky_relu(torch.cat((a, b), 1)))
+        a = self.k1[0](self.conv1_a(x, slope=SLOPE), slope=SLOPE)
+        b = self.PAConv(self.conv1_b(x, slope=SLOPE), slope=SLOPE)
+        return self.conv3(torch.cat((a, b), 1), plus=x)
 
 
 class PAN(nn.Module):
@@ -96,11 +95,11 @@ class PAN(nn.Module):
         check_images(x)
         x = in_fast_memory(x)
         y = self.conv_first(x)
-        y = y + self.trunk_conv(self.SCPA_trunk(y))
+        y = self.trunk_conv(self.SCPA_trunk(y), plus=y)
         for i, factor in enumerate(self.steps):
             upconv, att, hr_conv = (self.get_submodule(f'{name}{i + 1}') for name in ('upconv', 'att', 'HRconv'))
             y = upconv(F.interpolate(y, scale_factor=factor, mode='nearest'))
-            y = leaky_relu(hr_conv(leaky_relu(att(y))))
+            y = hr_conv(att(y, SLOPE), slope=SLOPE)
         return self.conv_last(y) + F.interpolate(x, scale_factor=self.scale, mode='bilinear')
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.common import DepthwiseConv, at_least_float32, conv, stacked
 from model.ops.depthwise import gelu, is_for_kernel
 from model.ops.fast import float32_by_llvm, is_for_llvm
-from model.ops.fused_conv import fused_conv
+from model.ops.fused_conv import by_pixel, fused_conv
 from model.ops.fused_linear import Norm, fused_linear
 from model.ops.layer_norm import layer_norm
 from model.ops.small_products import small_products
@@ -28,11 +28,6 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, **around: A
         key: by_pixel(value) if isinstance(value, Tensor) else value for key, value in around.items()
     }
     return fused_linear(by_pixel(x), [(weight, bias)], **given).permute(0, 3, 1, 2)
-
-
-def by_pixel(x: Tensor) -> Tensor:
-    """Maps (N, C, H, W) seen as (N, H, W, C)."""
-    return x.permute(0, 2, 3, 1)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -241,7 +236,7 @@ class ESA(nn.Module):
         skip = self.conv1(x)
         low = self.conv3(F.max_pool2d(self.conv2(skip), 7, 3))
         low = F.interpolate(low, x.shape[2:], mode='bilinear', align_corners=False)
-        return x * self.conv4(low + self.conv_f(skip)).sigmoid()
+        return self.conv4(self.conv_f(skip, plus=low), weighed=x)
 
 
 class ContrastAttention(nn.Module):

@@ -1,4 +1,5 @@
-"""Convolutions that keep height and width, and what stands behind them: activation, factor and sum.
+"""Convolutions that keep height and width, and what stands behind them: maps that they weigh, activation, factor and
+sum.
 
 On a CPU, where llvmlite is installed, those of 3x3 need a quarter of the multiplications (`llvm.fused_conv`), and those
 of 1x1 are linear layers of pixels (`fused_linear`). The gradient of the former by their maps is such a convolution,
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.ops.fast import float32_by_llvm, has_llvm, operation
-from model.ops.fused_linear import fused_linear
+from model.ops.fused_linear import finished, fused_linear
 
 # With fewer a kernel is slower than PyTorch's library: channels that go in, pixels, and channels * channels * pixels.
 FEWEST_CHANNELS, FEWEST_PIXELS, LEAST = 8, 512, 2**20
@@ -25,17 +26,19 @@ def fused_conv(
     bias: Tensor | None = None,
     dilation: int = 1,
     *,
+    weighed: Tensor | None = None,
     slope: float = 1.0,
     plus: Tensor | None = None,
     factor: float = 1.0,
 ) -> Tensor:
-    """Convolution with zeros around the maps: activation(x * weight + bias), or plus + factor * that.
+    """Convolution with zeros around the maps, activation(x * weight + bias), or plus + factor * that.
 
     Args:
         x: maps (N, C, H, W).
         weight: (C', C, K, K) with an odd K.
         bias: (C',).
         dilation: pixels from one that the weight meets to the next.
+        weighed: maps (N, C', H, W); multiplied by the sigmoid of the convolution before the activation.
         slope: the activation multiplies negative numbers by that: 0 is ReLU, 1 none.
         plus: maps (N, C', H, W).
         factor: of what `plus` is added to.
@@ -46,16 +49,26 @@ def fused_conv(
         to three pixels away not finite.
     """
     if weight.shape[1:] == (x.shape[1], 1, 1) and has_pixels_as_rows(x):
-        pixels, layer = x.permute(0, 2, 3, 1), [(weight, bias)]
-        if plus is not None and slope == factor == 1 and fits(plus, x, weight):
-            return fused_linear(pixels, layer, plus=plus.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return finished(fused_linear(pixels, layer).permute(0, 3, 1, 2), slope, plus, factor)
+        pixels, layer = by_pixel(x), [(weight, bias)]
+        fitting = all(maps is None or fits(maps, x, weight) for maps in (weighed, plus))
+        differentiable = weighed is None and slope == 1
+        if fitting and factor == 1 and (differentiable or not torch.is_grad_enabled()):
+            weighed, plus = (maps if maps is None else by_pixel(maps) for maps in (weighed, plus))
+            return fused_linear(pixels, layer, weighed=weighed, slope=slope, plus=plus).permute(0, 3, 1, 2)
+        return finished(fused_linear(pixels, layer).permute(0, 3, 1, 2), weighed, slope, plus, factor)
+    if weighed is not None:
+        return finished(fused_conv(x, weight, bias, dilation), weighed, slope, plus, factor)
     fast = is_for_kernel(x, weight, dilation, plus)
     if fast and torch.is_grad_enabled():
         if x.dtype == torch.float32 and (slope == 1 or (plus is None and slope >= 0)):
             return FusedConv.apply(x, weight, bias, slope, plus, factor)
         fast = False
     return (fast_forward if fast else forward)(x, weight, bias, dilation, slope, plus, factor)
+
+
+def by_pixel(x: Tensor) -> Tensor:
+    """Maps (N, C, H, W) seen as (N, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
 
 
 def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None) -> bool:
@@ -68,9 +81,9 @@ def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None)
     return ins >= FEWEST_CHANNELS and ins * outs * x[:, 0].numel() >= LEAST
 
 
-def fits(plus: Tensor, x: Tensor, weight: Tensor) -> bool:
-    """Whether `plus` has a number for each of the result."""
-    return plus.shape == (len(x), len(weight), *x.shape[2:])
+def fits(maps: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether `maps` have a number for each of the result."""
+    return maps.shape == (len(x), len(weight), *x.shape[2:])
 
 
 def has_pixels_as_rows(x: Tensor) -> bool:
@@ -83,14 +96,7 @@ def forward(
 ) -> Tensor:
     """See `fused_conv`."""
     out = F.conv2d(x, weight, bias, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
-    return finished(out, slope, plus, factor)
-
-
-def finished(out: Tensor, slope: float, plus: Tensor | None, factor: float) -> Tensor:
-    """What stands behind a convolution."""
-    if slope != 1:
-        out = F.leaky_relu_(out, slope) if slope else F.relu_(out)
-    return out if plus is None else torch.add(plus, out, alpha=factor)
+    return finished(out, None, slope, plus, factor)
 
 
 @operation('fused_conv')

@@ -1,4 +1,5 @@
-"""Linear layers of pixels with what stands around them: norm or sum before, GELU between, norm and sum behind.
+"""Linear layers of pixels with what stands around them: norm or sum before, GELU between, and, behind them, norm,
+maps that they weigh, activation and sum.
 
 On a CPU, where llvmlite is installed, a few pixels at a time go through all of that in registers and the first cache
 (`llvm.fused_linear`), and once more for the gradients (`llvm.linear_gradients`), which need nothing but `x`,
@@ -40,6 +41,8 @@ def fused_linear(
     gelu_summed: Tensor | None = None,
     gelu: bool = False,
     norm_after: Norm | None = None,
+    weighed: Tensor | None = None,
+    slope: float = 1.0,
     plus: Tensor | None = None,
 ) -> Tensor:
     """Tokens (N, L, C), or pixels (N, H, W, C) of maps in channels_last memory, through one or two linear layers.
@@ -53,6 +56,8 @@ def fused_linear(
         gelu_summed: like x; its GELU is added to x first. Not together with `norm`.
         gelu: whether GELU follows the first layer.
         norm_after: normalises what the last layer gives. Not together with `norm`.
+        weighed: of the shape of the result; multiplied by the sigmoid of that.
+        slope: multiplies numbers of that that are negative: 0 is ReLU, 1 changes nothing.
         plus: added in the end, of the shape of the result.
 
     Returns:
@@ -66,13 +71,14 @@ def fused_linear(
     weights, biases = [weight.flatten(1) for weight, _ in layers], [bias for _, bias in layers]
     first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
-    others = [t for t in (*biases, gelu_summed, plus) if t is not None]
+    others = [t for t in (*biases, gelu_summed, weighed, plus) if t is not None]
     fast = is_for_kernel([x, *weights, *first, *last, *others])
     if fast and torch.is_grad_enabled():
-        if not last and all(weight.numel() <= MOST_WEIGHTS for weight in weights):
+        if not last and weighed is None and slope == 1 and all(weight.numel() <= MOST_WEIGHTS for weight in weights):
             return FusedLinear.apply(x, gelu_summed, plus, eps, gelu, len(layers), *weights, *biases, *first)
         fast = False
-    return (fast_forward if fast else forward)(x, weights, biases, first, last, eps, gelu_summed, gelu, plus)
+    steps = (x, weights, biases, first, last, eps, gelu_summed, gelu, weighed, slope, plus)
+    return (fast_forward if fast else forward)(*steps)
 
 
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
@@ -102,6 +108,8 @@ def forward(
     eps: float,
     gelu_summed: Tensor | None,
     gelu: bool,
+    weighed: Tensor | None,
+    slope: float,
     plus: Tensor | None,
 ) -> Tensor:
     """See `fused_linear`. Norms are weight and bias, or nothing."""
@@ -115,7 +123,16 @@ def forward(
             x = F.gelu(x)
     if norm_after:
         x = layer_norm(x, norm_after[0], norm_after[1], eps)
-    return x if plus is None else plus + x
+    return finished(x, weighed, slope, plus)
+
+
+def finished(x: Tensor, weighed: Tensor | None, slope: float, plus: Tensor | None, factor: float = 1.0) -> Tensor:
+    """What stands behind the layers, where `x`, which may be overwritten, is what they give."""
+    if weighed is not None:
+        x = weighed * x.sigmoid()
+    if slope != 1:
+        x = F.leaky_relu_(x, slope) if slope else F.relu_(x)
+    return x if plus is None else torch.add(plus, x, alpha=factor)
 
 
 @operation('fused_linear')
@@ -128,10 +145,12 @@ def fast_forward(
     eps: float,
     gelu_summed: Tensor | None,
     gelu: bool,
+    weighed: Tensor | None,
+    slope: float,
     plus: Tensor | None,
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu, plus)
+    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu, weighed, slope, plus)
     return by_llvm('fused_linear', forward, *steps)
 
 
@@ -152,7 +171,7 @@ class FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, gelu_summed, *parameters)
         ctx.eps, ctx.gelu, ctx.layers, ctx.added = eps, gelu, layers, plus is not None
         weights, biases, norm = parameters[:layers], parameters[layers : 2 * layers], parameters[2 * layers :]
-        return fast_forward(x, weights, biases, norm, [], eps, gelu_summed, gelu, plus)
+        return fast_forward(x, weights, biases, norm, [], eps, gelu_summed, gelu, None, 1.0, plus)
 
     @staticmethod
     @once_differentiable
@@ -181,7 +200,7 @@ def gradients(
     with torch.enable_grad():
         pixels, summed, *others = leaves
         first, last = len(weights), 2 * len(weights)
-        out = forward(pixels, others[:first], others[first:last], others[last:], [], eps, summed, gelu, None)
+        out = forward(pixels, others[:first], others[first:last], others[last:], [], eps, summed, gelu, None, 1.0, None)
     found = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], grad))
     return [x.new_empty(0) if t is None else next(found) for t in leaves]
 

@@ -30,7 +30,9 @@ BEHIND: dict[str, dict[str, Any]] = {
     'LeakyReLU': {'slope': 0.05},
     'sum': {'plus': True},
     'EDSR': {'plus': True, 'factor': 0.1},
-    'all': {'plus': True, 'slope': 0.2, 'factor': -2.0},
+    'maps to weigh': {'weighed': True},
+    'sum without factor': {'plus': True, 'weighed': True, 'slope': 0.2},
+    'all': {'plus': True, 'weighed': True, 'slope': 0.2, 'factor': -2.0},
 }
 SIZES = {  # of the batch, channels in and out, height, width
     'whole tiles and vectors': (1, 64, 64, 8, 12),
@@ -58,7 +60,10 @@ def operands(behind: str, n: int, ins: int, outs: int, height: int, width: int) 
         'bias': numbers(outs, seed=3),
         **BEHIND[behind],
     }
-    return given | {'plus': numbers(n, outs, height, width, seed=4)} if 'plus' in given else given
+    maps = {
+        name: fast_memory(numbers(n, outs, height, width, seed=seed)) for seed, name in ((4, 'plus'), (6, 'weighed'))
+    }
+    return given | {name: map for name, map in maps.items() if name in given}
 
 
 def fast_memory(x: Tensor) -> Tensor:
@@ -70,7 +75,13 @@ def single(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None = None, slope: float = 1, factor: float = 1
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plus: Tensor | None = None,
+    weighed: Tensor | None = None,
+    slope: float = 1,
+    factor: float = 1,
 ) -> Tensor:
     """From the definition: nine shifted maps, each times a matrix."""
     padded, (height, width) = F.pad(x, (1, 1, 1, 1)), x.shape[2:]
@@ -79,6 +90,7 @@ def plain(
         for j in range(3):
             out += torch.einsum('oc,nchw->nohw', weight[:, :, i, j], padded[:, :, i : i + height, j : j + width])
     out += 0 if bias is None else bias[:, None, None]
+    out = out if weighed is None else weighed / (1 + torch.exp(-out))
     out = torch.where(out < 0, slope * out, out) * factor
     return out if plus is None else out + plus
 
@@ -221,18 +233,19 @@ def test_1x1_is_a_linear_layer(behind: str, calls: list[Call]) -> None:
     truth = plain(**given | {'weight': F.pad(given['weight'], (1, 1, 1, 1))})
     check(fused_conv(**single(given)), truth)
     assert [call.module for call in calls] == [fused_linear_llvm]
-    few = single(given | {'x': given['x'][:, :, :2], **({'plus': given['plus'][:, :, :2]} if 'plus' in given else {})})
-    check(fused_conv(**few), truth[:, :, :2])
+    few = {name: given[name][:, :, :2] for name in ('x', 'plus', 'weighed') if name in given}
+    check(fused_conv(**single(given | few)), truth[:, :, :2])
     assert len(calls) == 1
     with pytest.raises(RuntimeError, match='channels'):
         fused_conv(**single(given | {'x': given['x'][:, 1:]}))
 
 
-def test_a_sum_behind_1x1_is_added_by_its_kernel() -> None:
-    given = single(operands('sum', 1, 16, 16, 24, 24))
+@pytest.mark.parametrize('behind', ['sum', 'LeakyReLU', 'maps to weigh', 'sum without factor'])
+def test_what_is_behind_1x1_is_done_by_its_kernel(behind: str) -> None:
+    given = single(operands(behind, 1, 16, 16, 24, 24))
     names = clocked(lambda: fused_conv(**given | {'weight': given['weight'][..., 1:2, 1:2]}))
     assert 'frugalsr::fused_linear' in names
-    assert 'aten::add' not in names
+    assert not {'aten::add', 'aten::leaky_relu_', 'aten::sigmoid', 'aten::mul'} & set(names)
 
 
 def test_a_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -320,7 +333,7 @@ def test_gradients_of_1x1(behind: str) -> None:
 def test_gradients_of_other_calls(any_size: None, calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     """By PyTorch: an activation below a sum, and the gradient by maps of a convolution to few channels."""
     grad = numbers(1, 18, 9, 9, seed=5)
-    check_gradients(operands('all', 1, 20, 18, 9, 9), grad)
+    check_gradients(operands('all', 1, 20, 18, 9, 9) | {'weighed': None}, grad)
     assert not calls
     monkeypatch.setattr(module, 'FEWEST_CHANNELS', 8)
     check_gradients(operands('sum', 1, 20, 3, 9, 9), grad[:, :3])

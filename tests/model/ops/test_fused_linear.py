@@ -33,6 +33,9 @@ AROUND: dict[str, tuple[str, ...]] = {
     'GELU': ('norm', 'gelu'),
     'norm behind': ('norm_after', 'plus'),
     'sum': ('gelu_summed', 'plus'),
+    'LeakyReLU': ('slope',),
+    'maps to weigh': ('weighed',),
+    'all behind': ('norm_after', 'weighed', 'slope', 'plus'),
 }
 SIZES = {  # pixels, channels before, between and behind the layers
     'SwinIR-light': (100, 60, 120, 60),
@@ -57,6 +60,8 @@ def operands(names: tuple[str, ...], pixels: int, *widths: int, biased: bool = T
         'norm': norm_of(widths[0], 14),
         'norm_after': norm_of(widths[-1], 16),
         'gelu': True,
+        'weighed': numbers(2, pixels, widths[-1], seed=18),
+        'slope': 0.2,
     }
     return {
         'x': 1 + 2 * numbers(2, pixels, widths[0], seed=10),
@@ -90,6 +95,8 @@ def plain(x: Tensor, layers: list[tuple[Tensor, Tensor | None]], **around: Any) 
     for layer in others:
         x = F.linear(x, *layer)
     x = norm(x, around['norm_after']) if 'norm_after' in around else x
+    x = around['weighed'] / (1 + torch.exp(-x)) if 'weighed' in around else x
+    x = torch.where(x < 0, around['slope'] * x, x) if 'slope' in around else x
     return x + around['plus'] if 'plus' in around else x
 
 
@@ -115,6 +122,13 @@ def test_gelu_is_exact_to_the_rounding_of_its_input(lanes: int) -> None:
     found = fused_linear(x.view(1, -1, 1), [(torch.ones(1, 1), None)], gelu=True).flatten()
     error = (found.double() - F.gelu(x.double())).abs()
     assert (error <= 2e-7 * x.abs().double()).all()
+
+
+@pytest.mark.parametrize('slope', [0.0, -0.5])
+def test_infinite_numbers_and_an_activation(slope: float, lanes: int) -> None:
+    x = torch.tensor([-math.inf, -2.0, -0.0, 0.0, 3.0, math.inf, math.nan])
+    found = fused_linear(x.view(1, -1, 1), [(torch.ones(1, 1), None)], slope=slope).flatten()
+    torch.testing.assert_close(found, F.leaky_relu(x, slope) if slope else F.relu(x), rtol=0, atol=0, equal_nan=True)
 
 
 def test_channels_of_larger_maps(lanes: int, calls: list[Call]) -> None:

@@ -12,7 +12,7 @@ from model.ops.progressive_attention import APART
 
 KEYS = 8  # at once
 LEAST = 2**-32  # sum of powers, of which those that are too small for float32 come to less than its rounding
-GIVEN = ('counter', 'windows', 'queries', 'keys', 'heads')
+GIVEN = ('windows', 'queries', 'keys', 'heads')
 OF_BIASES = {  # by what there are
     '': (),
     'masks': ('kinds', 'by_key', 'by_query', 'between_heads', 'between_kinds', 'biases'),

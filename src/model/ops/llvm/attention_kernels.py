@@ -70,7 +70,7 @@ def kernel(d: int, e: int, biases: str, lanes: int) -> Code:
 
         code.loop(INT(0), given['queries'], lanes, queries)
 
-    code.tasks(code.pointer('counter', INT), to.mul(given['windows'], given['heads']), attend)
+    code.tasks(to.mul(given['windows'], given['heads']), attend)
     return code
 
 
@@ -204,5 +204,5 @@ def gradient_kernel(d: int, e: int, biases: str, lanes: int) -> Code:
 
         code.loop(first, stop, 1, window)
 
-    code.tasks(code.pointer('counter', INT), to.mul(given['heads'], given['parts']), attend)
+    code.tasks(to.mul(given['heads'], given['parts']), attend)
     return code

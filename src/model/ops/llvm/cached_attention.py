@@ -72,13 +72,13 @@ class Call(NamedTuple):
     def run(self, made: Kernel, tensors: Sequence[Tokens], memory: int, others: Sequence[Tensor | int] = ()) -> None:
         """Run a kernel on `tensors`, the queries and keys first; `others` are what else it is given."""
         windows, queries = tensors[0].places.shape
-        counter, sizes = torch.zeros(1, dtype=torch.int64), (windows, queries, tensors[1].places.shape[1], self.heads)
+        sizes = windows, queries, tensors[1].places.shape[1], self.heads
         about: list[Tensor | int] = []
         if self.biases:
             biases, by_query, by_key, areas = self.biases
             about = [self.kinds, by_key, by_query, *biases.stride()[:2], biases]
             about += [] if areas is None else [areas]
-        given = [counter, *sizes, *about, *others]
+        given = [*sizes, *about, *others]
         for tokens in tensors:
             given += tokens
         made(given, -(-memory // LINE) * LINE, self.scale)

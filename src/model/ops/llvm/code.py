@@ -23,6 +23,7 @@ from llvmlite import ir
 FLOAT, INT, WORD, BIT = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(1)
 ROUNDING = 1.5 * 2**23  # a float32 plus this has no room for digits after the point: its last bits are an integer
 CACHE_LINE = 16  # numbers of float32 that come from memory at once
+BETWEEN_COUNTERS = 8  # of int64, one in each such line, or threads would wait for each other's
 TERMS = 7  # of the series of 2^x for |x| <= 1/2, whose rest is 2^-23 of it
 
 
@@ -49,7 +50,7 @@ def filled_up(widths: Sequence[int], lanes: int) -> list[int]:
 
 
 class Code:
-    """A function `run(arguments, memory, factor)` that is being written.
+    """A function `run(arguments, memory, factor, counters, thread, threads)` that is being written.
 
     Attributes:
         given: the arguments by their names, int64.
@@ -61,9 +62,9 @@ class Code:
         self.module, self.lanes = ir.Module(), lanes
         self.module.triple = llvm.get_process_triple()
         self.vector_type = ir.VectorType(FLOAT, lanes)
-        kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer(), FLOAT.as_pointer(), FLOAT])
+        kind = ir.FunctionType(ir.VoidType(), [INT.as_pointer(), FLOAT.as_pointer(), FLOAT, INT.as_pointer(), INT, INT])
         function = ir.Function(self.module, kind, 'run')
-        arguments, self.memory, self.factor = function.args
+        arguments, self.memory, self.factor, *self._team = function.args
         self.memory.add_attribute('noalias')
         multiply_add = ir.FunctionType(self.vector_type, [self.vector_type] * 3)
         self._multiply_add = ir.Function(self.module, multiply_add, f'llvm.fmuladd.v{lanes}f32')
@@ -119,7 +120,10 @@ class Code:
         return self.to.load(self.to.bitcast(pointer, ir.VectorType(kind, count).as_pointer()), align=size_of(kind))
 
     def store(self, vector: ir.Value, pointer: ir.Value) -> None:
-        self.to.store(vector, self.to.bitcast(pointer, vector.type.as_pointer()), align=size_of(vector.type.element))
+        kind, element = vector.type, vector.type.element
+        if kind.count == 1:  # as a number: LLVM's optimiser fails an assertion where a vector of one is selected
+            vector, kind = self.to.extract_element(vector, INT(0)), element
+        self.to.store(vector, self.to.bitcast(pointer, kind.as_pointer()), align=size_of(element))
 
     def prefetch(self, pointer: ir.Value, count: int, written: bool = False) -> None:
         """Have `count` numbers brought into the first cache, to be read or `written`."""
@@ -303,18 +307,31 @@ class Code:
         self.to.position_at_end(after)
         return [*found]
 
-    def tasks(self, counter: ir.Value, count: ir.Value, body: Callable[[ir.Value], None]) -> None:
-        """Write the rest: `body(i)` for numbers i below `count` that no other thread has taken from the counter."""
-        head, work, end = (self.to.append_basic_block() for _ in range(3))
-        self.to.branch(head)
-        self.to.position_at_end(head)
-        task = self.to.atomic_rmw('add', counter, INT(1), 'monotonic')
-        self.to.cbranch(self.to.icmp_signed('<', task, count), work, end)
-        self.to.position_at_end(end)
-        self.to.ret_void()
-        self.to.position_at_end(work)
-        body(task)
-        self.to.branch(head)
+    def tasks(self, count: ir.Value, body: Callable[[ir.Value], None]) -> None:
+        """Write the rest: `body(i)` for numbers i below `count`, each of them in one thread.
+
+        They are shared out in order, so that a thread finds in its cache what it wrote there in the kernel before. One
+        that has done its share helps with those of others.
+        """
+        to, (counters, thread, threads) = self.to, self._team
+
+        def share(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            owner = to.srem(to.add(thread, k), threads)
+            first, end = (to.sdiv(to.mul(n, count), threads) for n in (owner, to.add(owner, INT(1))))
+            counter = self.at(counters, to.mul(owner, INT(BETWEEN_COUNTERS)))
+            head, work, after = (to.append_basic_block() for _ in range(3))
+            to.branch(head)
+            to.position_at_end(head)
+            task = to.add(first, to.atomic_rmw('add', counter, INT(1), 'monotonic'))
+            to.cbranch(to.icmp_signed('<', task, end), work, after)
+            to.position_at_end(work)
+            body(task)
+            to.branch(head)
+            to.position_at_end(after)
+            return []
+
+        self.loop(INT(0), threads, 1, share)
+        to.ret_void()
 
 
 @cache
@@ -355,7 +372,8 @@ class Kernel:
             llvm.add_symbol('omp_get_thread_num', address(self._openmp.omp_get_thread_num))
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(compiled))
         self._engine.finalize_object()
-        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float)
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        function = ctypes.CFUNCTYPE(None, pointer, pointer, ctypes.c_float, pointer, number, number)
         self._run = function(self._engine.get_function_address('run'))
         self._member = self._engine.get_function_address('member') if self._openmp else None
 
@@ -367,19 +385,22 @@ class Kernel:
             memory: numbers of float32 that each thread needs.
             factor: see `Code`.
         """
+        threads = torch.get_num_threads()
         arguments = array('q', [x if isinstance(x, int) else x.data_ptr() for x in given])
-        threads, place = torch.get_num_threads(), arguments.buffer_info()[0]
-        memories = torch.empty(threads * memory, dtype=torch.float32)
-        first = memories.data_ptr()
+        memories, counters = (
+            torch.empty(threads * memory, dtype=torch.float32),
+            array('q', [0]) * (BETWEEN_COUNTERS * threads),
+        )
+        place, first, counter = arguments.buffer_info()[0], memories.data_ptr(), counters.buffer_info()[0]
         if threads == 1:
-            self._run(place, first, factor)
+            self._run(place, first, factor, counter, 0, 1)
         elif self._openmp:
             (bits,) = struct.unpack('i', struct.pack('f', factor))
-            team = array('q', [place, first, 4 * memory, bits])
+            team = array('q', [place, first, 4 * memory, bits, counter, threads])
             self._openmp.GOMP_parallel(self._member, team.buffer_info()[0], threads, 0)
         else:
-            starts = [first + 4 * memory * i for i in range(threads)]
-            for work in [pool(threads).submit(self._run, place, start, factor) for start in starts]:
+            calls = [(place, first + 4 * memory * i, factor, counter, i, threads) for i in range(threads)]
+            for work in [pool(threads).submit(self._run, *call) for call in calls]:
                 work.result()
 
 
@@ -407,18 +428,20 @@ def address(what: Any) -> int:
 def write_member(module: ir.Module) -> None:
     """Write `member(team)`, which every thread of a team calls: `run` in the memory of this thread.
 
-    A team is four int64: addresses of the arguments and of the first thread's memory, bytes that each thread has, and
-    the factor's bits.
+    A team is six int64: addresses of the arguments and of the first thread's memory, bytes that each thread has, the
+    factor's bits, the address of the counters, and the number of threads.
     """
     to = ir.IRBuilder(
         ir.Function(module, ir.FunctionType(ir.VoidType(), [INT.as_pointer()]), 'member').append_basic_block()
     )
     number = ir.Function(module, ir.FunctionType(WORD, []), 'omp_get_thread_num')
-    arguments, memory, size, bits = (to.load(to.gep(to.function.args[0], [INT(i)])) for i in range(4))
-    memory = to.add(memory, to.mul(size, to.zext(to.call(number, []), INT)))
-    factor = to.bitcast(to.trunc(bits, ir.IntType(32)), FLOAT)
-    pointers = to.inttoptr(arguments, INT.as_pointer()), to.inttoptr(memory, FLOAT.as_pointer())
-    to.call(module.get_global('run'), [*pointers, factor])
+    arguments, memory, size, bits, counters, threads = (
+        to.load(to.gep(to.function.args[0], [INT(i)])) for i in range(6)
+    )
+    thread, factor = to.zext(to.call(number, []), INT), to.bitcast(to.trunc(bits, ir.IntType(32)), FLOAT)
+    memory = to.inttoptr(to.add(memory, to.mul(size, thread)), FLOAT.as_pointer())
+    arguments, counters = (to.inttoptr(x, INT.as_pointer()) for x in (arguments, counters))
+    to.call(module.get_global('run'), [arguments, memory, factor, counters, thread, threads])
     to.ret_void()
 
 

@@ -19,7 +19,7 @@ from model.ops.llvm.kernel_cache import compiled
 PIXELS = 8  # in a row, at once
 ROWS = 8  # of a task
 NAMES = (
-    'counter', 'x', 'weight', 'bias', 'plus', 'grad', 'turned', 'out', 'sums', 'zeros', 'height', 'width', 'strips',
+    'x', 'weight', 'bias', 'plus', 'grad', 'turned', 'out', 'sums', 'zeros', 'height', 'width', 'strips',
     'tasks',
 )  # fmt: skip
 Vectors = list[ir.Value]
@@ -52,7 +52,7 @@ class Rows(Code):
             self.end = self.least(to.add(self.top, INT(ROWS)), given['height'])
             body()
 
-        self.tasks(self.pointer('counter', INT), given['tasks'], task)
+        self.tasks(given['tasks'], task)
 
     def least(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self.to.select(self.to.icmp_signed('<', x, y), x, y)
@@ -253,7 +253,7 @@ def run(
     biases = x.new_zeros(channels + vector) if bias is None else F.pad(bias, (0, vector))
     sums = x.new_zeros(0 if grad is None else n * strips, size**2 + 1, channels + vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), x, filters, biases, 0 if plus is None else plus, 0 if grad is None else grad,
+        x, filters, biases, 0 if plus is None else plus, 0 if grad is None else grad,
         filters.flip(0), out, sums, x.new_zeros(vector), height, width, strips, n * strips,
     ]  # fmt: skip
     kept = 0 if grad is None else (ROWS + size - 1) * width * channels

@@ -29,7 +29,7 @@ MOST_OUTS = 256  # channels whose weights are in memory as values at the points
 APART = 16  # numbers between the 36 matrices: a power of 2 apart they would drive each other from the cache
 PLACES = ('', '_image', '_row', '_pixel')  # of a map: its address, and numbers from one image, row or pixel to the next
 NAMES = (
-    'counter', 'weight', 'bias', 'share', *(name + part for name in ('x', 'plus', 'out') for part in PLACES),
+    'weight', 'bias', 'share', *(name + part for name in ('x', 'plus', 'out') for part in PLACES),
     'zeros', 'height', 'width', 'rows', 'columns', 'tiles', 'block',
 )  # fmt: skip
 Vectors = list[ir.Value]
@@ -114,7 +114,7 @@ def memory(ins: int, outs: int, lanes: int) -> int:
 @compiled
 def weight_kernel(ins: int, outs: int, lanes: int) -> Code:
     """Weights (outs, ins, 3, 3) at the points: see `matrix`."""
-    code = Code(('counter', 'weight', 'zeros', 'out'), lanes)
+    code = Code(('weight', 'zeros', 'out'), lanes)
     to, count = code.to, min(ins, lanes)
     n_parts, n_vectors = -(-ins // lanes), -(-outs // lanes)
 
@@ -149,7 +149,7 @@ def weight_kernel(ins: int, outs: int, lanes: int) -> Code:
 
         code.loop(INT(0), INT(count), 1, channel)
 
-    code.tasks(code.pointer('counter', INT), INT(n_parts * n_vectors), task)
+    code.tasks(INT(n_parts * n_vectors), task)
     return code
 
 
@@ -293,7 +293,7 @@ def kernel(ins: int, outs: int, lanes: int) -> Code:
             channels(rest, INT(outs - rest), [])
 
     blocks = to.sdiv(to.add(given['tiles'], to.sub(given['block'], INT(1))), given['block'])
-    code.tasks(code.pointer('counter', INT), blocks, block)
+    code.tasks(blocks, block)
     return code
 
 
@@ -324,12 +324,11 @@ def forward(
 
     for start in range(0, n_outs, MOST_OUTS):
         outs = min(MOST_OUTS, n_outs - start)
-        counters = torch.zeros(2, dtype=torch.int64)
         at_points = x.new_empty(PATCH**2 * matrix(ins, outs, vector))
-        weights = address(counters, 0), address(weight, start * ins * SIZE**2), zeros, at_points
+        weights = address(weight, start * ins * SIZE**2), zeros, at_points
         weight_kernel(ins, outs, vector)(weights, SIZE**2 * vector**2, 0.0)
         given = [
-            address(counters, 1), at_points, address(bias, start), bits,
+            at_points, address(bias, start), bits,
             *places(x), *places(plus, start), *places(out, start), zeros, height, width, rows, columns, n_tiles, block,
         ]  # fmt: skip
         kernel(ins, outs, vector)(given, memory(ins, outs, vector), slope)

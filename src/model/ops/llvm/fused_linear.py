@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
-import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -17,8 +16,8 @@ from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, Rows, layer, packed
 
 NAMES = (
-    'counter', 'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'plus', 'plus_step', 'out',
-    'count',
+    'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'weighed',
+    'weighed_step', 'plus', 'plus_step', 'out', 'count',
 )  # fmt: skip
 FURTHEST = 5.75  # from where on erf(x / sqrt(2)) is 1; there the quotient below is larger by more than its rounding
 ERF = (  # erf(x / sqrt(2)) = x P(x^2) / Q(x^2) to 1.5e-8 where it is below 1: P and Q, fitted by weighted least squares
@@ -45,6 +44,18 @@ def gelu(code: Code, x: ir.Value) -> ir.Value:
     """x (1 + erf(x / sqrt(2))) / 2 to 2e-7 of |x|."""
     half = code.to.fmul(x, code.vector(0.5))
     return code.multiply_add(half, erf(code, x), half)
+
+
+def sigmoid(code: Code, x: ir.Value) -> ir.Value:
+    """1 / (1 + e^-x) to 2^-22 of it."""
+    power = code.exp2(code.to.fmul(x, code.vector(-1 / math.log(2))))
+    return code.to.fdiv(code.vector(1), code.to.fadd(code.vector(1), power))
+
+
+def leaky_relu(code: Code, x: ir.Value, slope: float) -> ir.Value:
+    """Negative numbers times `slope`, and with a slope of 0 none of them."""
+    below = code.to.fmul(x, code.vector(slope)) if slope else code.vector(0)
+    return code.to.select(code.to.fcmp_ordered('<', x, code.vector(0)), below, x)
 
 
 def gelu_slope(code: Code, x: ir.Value) -> ir.Value:
@@ -80,14 +91,25 @@ def layer_norm(
 
 
 @compiled
-def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, added: bool, lanes: int) -> Code:
+def kernel(
+    widths: tuple[int, ...],
+    before: str,
+    active: bool,
+    normed: bool,
+    weighs: bool,
+    slope: float,
+    added: bool,
+    lanes: int,
+) -> Code:
     """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
 
-    `active` says whether GELU follows the first layer, `added` whether `plus` is added.
+    `active` says whether GELU follows the first layer, `weighs` whether there are maps to weigh, `added` whether `plus`
+    is added.
     """
     code = Rows(NAMES, lanes)
     to, numbers = code.to, [INT(i) for i in range(code.count)]
-    finished = normed or added  # else the last layer's rows are written as they are found
+    finished = normed or weighs or slope != 1 or added  # else the last layer's rows are written as they are found
+    others = [name for name, wanted in (('weighed', weighs), ('plus', added)) if wanted]
     steps = filled_up(widths, lanes)  # from row to row of a block
     places = [code.count * sum(steps[:i]) for i in range(len(steps))]
     blocks = [code.at(code.memory, INT(place)) for place in places]  # before, between and behind the layers
@@ -105,14 +127,14 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
     def read(i: ir.Value) -> None:
         """Row i, while what is needed at the end comes from memory."""
         code.prefetch(result(i), widths[-1], written=True)
-        if added:
-            code.prefetch(given('plus', i), widths[-1])
+        for name in others:
+            code.prefetch(given(name, i), widths[-1])
         vectors = code.load_row(given('x', i), widths[0])
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
-            others = code.load_row(given('summed', i), widths[0])
-            vectors = [to.fadd(x, gelu(code, other)) for x, other in zip(vectors, others, strict=True)]
+            summed = code.load_row(given('summed', i), widths[0])
+            vectors = [to.fadd(x, gelu(code, other)) for x, other in zip(vectors, summed, strict=True)]
         code.store_row(vectors, code.row(blocks[0], steps[0], i), steps[0])
 
     def write(layer: int, j: ir.Value, width: int, found: list[ir.Value]) -> None:
@@ -132,6 +154,11 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, normed: bool, add
         vectors = code.load_row(code.row(blocks[-1], steps[-1], i), widths[-1])
         if normed:
             vectors = norm(vectors, widths[-1])
+        if weighs:
+            weighed = code.load_row(given('weighed', i), widths[-1])
+            vectors = [to.fmul(y, sigmoid(code, x)) for x, y in zip(vectors, weighed, strict=True)]
+        if slope != 1:
+            vectors = [leaky_relu(code, x, slope) for x in vectors]
         if added:
             vectors = [
                 to.fadd(*pair) for pair in zip(code.load_row(given('plus', i), widths[-1]), vectors, strict=True)
@@ -168,6 +195,8 @@ def forward(
     eps: float,
     gelu_summed: Tensor | None,
     gelu: bool,
+    weighed: Tensor | None,
+    slope: float,
     plus: Tensor | None,
 ) -> Tensor:
     """See `fused_linear.forward`."""
@@ -176,11 +205,12 @@ def forward(
     out = x.new_empty(*x.shape[:-1], widths[-1])
     before = 'norm' if norm else '' if gelu_summed is None else 'sum'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
-    run = kernel(widths, before, gelu, bool(norm_after), plus is not None, vector)
+    run = kernel(widths, before, gelu, bool(norm_after), weighed is not None, slope, plus is not None, vector)
     given = [
-        torch.zeros(1, dtype=torch.int64), *by_row(x), *by_row(gelu_summed),
+        *by_row(x), *by_row(gelu_summed),
         *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
-        *layers, *[0] * (2 - len(layers)), *by_row(plus), out, out.shape[:-1].numel(),
+        *layers, *[0] * (2 - len(layers)), *by_row(weighed), *by_row(plus), out,
+        out.shape[:-1].numel(),
     ]  # fmt: skip
     run(given, BLOCKS[vector][0] * sum(filled_up(widths, vector)), eps)
     return out

@@ -24,7 +24,7 @@ from model.ops.llvm.product import BLOCKS, packed, product
 PIXELS = 48  # at once
 OF_PART = 32 * PIXELS
 NAMES = (
-    'counter', 'one', 'x', 'x_step', 'summed', 'summed_step', 'grad', 'grad_step', 'first', 'first_back', 'second_back',
+    'one', 'x', 'x_step', 'summed', 'summed_step', 'grad', 'grad_step', 'first', 'first_back', 'second_back',
     'by_x', 'by_summed', 'sums', 'count', 'parts',
 )  # fmt: skip
 Vectors = list[ir.Value]
@@ -254,7 +254,7 @@ def kernel(widths: tuple[int, ...], before: str, active: bool, lanes: int) -> Co
 
         code.loop(start, end, PIXELS, some)
 
-    code.tasks(code.pointer('counter', INT), given['parts'], part)
+    code.tasks(given['parts'], part)
     return code
 
 
@@ -280,7 +280,7 @@ def gradients(
     sums = x.new_zeros(parts, sum(sizes(widths, vector)))
     by_x, by_summed = (x.new_empty(y.shape if y is not None else 0) for y in (x, gelu_summed))
     given = [
-        torch.zeros(1, dtype=torch.int64), x.new_ones(1), *by_row(x), *by_row(gelu_summed), *by_row(grad),
+        x.new_ones(1), *by_row(x), *by_row(gelu_summed), *by_row(grad),
         packed(first, bias, vector), *(F.pad(layer, (0, -layer.shape[1] % vector)) for layer in (first, *last)),
         *[0] * (1 - len(last)), by_x, by_summed, sums, n_pixels, parts,
     ]  # fmt: skip

@@ -89,7 +89,7 @@ def local_block(
 
     inner, plus = (t.permute(0, 2, 3, 1).split(1) for t in (inner, x))  # each image has a layer of its own
     found = [
-        forward(y, [layer], [bias_out], [], [], 0.0, None, False, before)
+        forward(y, [layer], [bias_out], [], [], 0.0, None, False, None, 1.0, before)
         for y, layer, before in zip(inner, layers, plus, strict=True)
     ]
     return (found[0] if n == 1 else torch.cat(found)).permute(0, 3, 1, 2)

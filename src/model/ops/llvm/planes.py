@@ -12,7 +12,6 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from model.ops.llvm.code import FLOAT, INT, Code, Kernel
 from model.ops.llvm.product import BLOCKS
 from model.ops.llvm.product import product as multiply
 
-GEOMETRY = ('counter', 'zeros', 'tiles', 'count', 'height', 'width', 'plane')
+GEOMETRY = ('zeros', 'tiles', 'count', 'height', 'width', 'plane')
 ROWS = 16  # of a tile
 AT_ONCE = 4  # rows of a filter
 KEPT = 9  # numbers of a filter that stay in registers
@@ -260,7 +259,7 @@ class Tiles(Planes):
             self.whole = self.to.mul(self.to.add(self.rows, INT(2 * self.border)), self.width)
             body()
 
-        self.tasks(self.pointer('counter', INT), self.given['count'], tile)
+        self.tasks(self.given['count'], tile)
 
     def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
         """See `Planes`: there are those in the tile or its border, and in the image."""
@@ -401,6 +400,5 @@ def call(
     found = tiling(n, rows, columns, border)
     size = max(found.most, channels) + 2 * border
     plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
-    counter, zeros = torch.zeros(1, dtype=torch.int64), like.new_zeros(channels)
-    geometry = counter, zeros, found.address, len(found.tiles), height, width, plane
+    geometry = like.new_zeros(channels), found.address, len(found.tiles), height, width, plane
     kernel([*geometry, *arguments], planes * plane, factor)

@@ -30,7 +30,7 @@ class Rows(Code):
             body()
 
         tasks = self.to.sdiv(self.to.add(self.given['count'], INT(self.count - 1)), INT(self.count))
-        self.tasks(self.pointer('counter', INT), tasks, block)
+        self.tasks(tasks, block)
 
     def each(self, body: Callable[[ir.Value], None]) -> None:
         """`body` for every row of a block."""

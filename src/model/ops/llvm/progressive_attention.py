@@ -25,7 +25,7 @@ AHEAD = 4  # queries from the one at hand to the one whose entries are brought i
 SUMS = 4  # in which values of a query are added up, since every addition waits for the one before
 BITS = 22  # behind the point of 1 / side, which is exact enough for windows of up to `windows.MOST_WINDOW` a side
 NAMES = (
-    'counter', 'q', 'k', 'v', 'out', 'order', 'table', 'areas', 'kinds', 'logits', 'keys', 'new_logits', 'new_keys',
+    'q', 'k', 'v', 'out', 'order', 'table', 'areas', 'kinds', 'logits', 'keys', 'new_logits', 'new_keys',
     'windows', 'heads', 'tokens', 'side', 'entries', 'count', 'kept_window', 'kept_head', 'row', 'new_row', 'q_token',
     'q_head', 'k_token', 'k_head', 'v_token', 'v_head',
 )  # fmt: skip
@@ -47,7 +47,7 @@ class Writer:
         self.tensors = {name: code.pointer(name) for name in ('q', 'k', 'v', 'out', 'table', 'logits', 'new_logits')}
         self.tensors |= {name: code.pointer(name, BYTE) for name in ('keys', 'new_keys')}
         self.areas = code.pointer('areas', WORD)
-        self.counter, self.order, self.kinds = (code.pointer(name, INT) for name in ('counter', 'order', 'kinds'))
+        self.order, self.kinds = (code.pointer(name, INT) for name in ('order', 'kinds'))
         self.key_width, self.value_width = filled_up((d, e), lanes)
         tokens, entries, chosen = (self.given[name] for name in ('tokens', 'entries', 'count'))
         chosen = code.to.add(chosen, INT(lanes))
@@ -79,7 +79,7 @@ class Writer:
     def write(self) -> Code:
         """The whole of it."""
         count = self.code.offset((self.given['windows'], self.given['heads']))
-        self.code.tasks(self.counter, count, self.attend)
+        self.code.tasks(count, self.attend)
         return self.code
 
     def attend(self, task: ir.Value) -> None:
@@ -449,7 +449,7 @@ def attend(
     kinds = torch.repeat_interleave(torch.tensor(counts))
     by_window, new_row, by_head = new.logits.stride()[:3] if new else (0, 0, 0)
     rows = [by_window, by_head, old.logits.stride(1) if old else 0, new_row]
-    pointers = [torch.zeros(1, dtype=torch.int64), q, k, v, out, order.contiguous(), turned_table, areas, kinds]
+    pointers = [q, k, v, out, order.contiguous(), turned_table, areas, kinds]
     pointers += [*(old or (0, 0)), *(new or (0, 0))]
     strides = [x for tensor in (q, k, v) for x in tensor.stride()[:2]]
     numbers = [windows, heads, tokens, isqrt(tokens), entries, count, *rows, *strides]

@@ -3,7 +3,6 @@
 A task is a pair of matrices. The second one is put into the cache as rows of whole vectors.
 """
 
-import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from model.ops.llvm.code import INT, Code, filled_up, lanes
 from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, product
 
-NAMES = ('counter', 'x', 'x_step', 'x_row', 'x_column', 'y', 'y_step', 'y_row', 'out', 'count', 'rows', 'between')
+NAMES = ('x', 'x_step', 'x_row', 'x_column', 'y', 'y_step', 'y_row', 'out', 'count', 'rows', 'between')
 Vectors = list[ir.Value]
 
 
@@ -86,7 +85,7 @@ def kernel(columns: int, turned: bool, lanes: int) -> Code:
 
         code.loop(INT(0), given['rows'], n_rows, some)
 
-    code.tasks(code.pointer('counter', INT), given['count'], task)
+    code.tasks(given['count'], task)
     return code
 
 
@@ -97,7 +96,7 @@ def products(x: Tensor, y: Tensor) -> Tensor:
     y = y if turned or y.stride(2) == 1 else y.contiguous()
     out = x.new_empty(count, rows, columns)
     given: list[int | Tensor] = [
-        torch.zeros(1, dtype=torch.int64), x, *x.stride(), y, y.stride(0), y.stride(2 if turned else 1), out,
+        x, *x.stride(), y, y.stride(0), y.stride(2 if turned else 1), out,
         count, rows, between,
     ]  # fmt: skip
     (width,) = filled_up([columns], vector)

@@ -24,9 +24,9 @@ LEAST_LENGTH = 1e-12  # of a query, as of torch.nn.functional.normalize
 PARTS = 32  # in which pixels are added up, at most
 LEAST_PART = 512  # pixels of a part, at least, but for the last one
 AT_ONCE = 128  # pixels whose weights are in the cache
-READ = 'counter', 'count', 'x', 'scale', 'shift', 'linear', 'query', 'keys', 'values', 'qkv', 'out', 'map', 'category'
-MOMENTS = 'counter', 'parts', 'count', 'map', 'moments'
-REFINE = 'counter', 'parts', 'count', 'map', 'x', 'factors', 'sums'
+READ = 'count', 'x', 'scale', 'shift', 'linear', 'query', 'keys', 'values', 'qkv', 'out', 'map', 'category'
+MOMENTS = 'parts', 'count', 'map', 'moments'
+REFINE = 'parts', 'count', 'map', 'x', 'factors', 'sums'
 
 
 @compiled
@@ -140,7 +140,7 @@ def moments_kernel(tokens: int, lanes: int) -> Code:
 
         code.loop(INT(0), INT(tokens), lanes, column)
 
-    code.tasks(code.pointer('counter', INT), given['parts'], part)
+    code.tasks(given['parts'], part)
     return code
 
 
@@ -203,12 +203,8 @@ def refine_kernel(channels: int, tokens: int, lanes: int) -> Code:
 
         code.loop(first, stop, AT_ONCE, some)
 
-    code.tasks(code.pointer('counter', INT), given['parts'], part)
+    code.tasks(given['parts'], part)
     return code
-
-
-def counter() -> Tensor:
-    return torch.zeros(1, dtype=torch.int64)
 
 
 def read(
@@ -235,7 +231,7 @@ def read(
     for image in zip(x.contiguous(), keys, values, qkv, out, similarity, category, strict=True):
         pixels, key, value, *results = image
         own = [packed(key * LOG2_E, None, size), packed(value.mT, None, size)]
-        run([counter(), length, pixels, *shared, *own, *results], rows * (wide + low + tokens), eps)
+        run([length, pixels, *shared, *own, *results], rows * (wide + low + tokens), eps)
     return qkv, out, similarity, category
 
 
@@ -251,7 +247,7 @@ def refine(
     moved = x.new_empty(n, count, channels)
     for pixels, rows, target in zip(x.contiguous(), similarity.contiguous(), moved, strict=True):
         moments = x.new_empty(parts, 4, count)
-        moments_kernel(count, size)([counter(), parts, length, rows, moments], 0, 0.0)
+        moments_kernel(count, size)([parts, length, rows, moments], 0, 0.0)
         means, squares, least, greatest = moments.unbind(1)
         mean = (means * counts).sum(0) / length
         variance = (squares + counts * (means - mean).square()).sum(0) / length
@@ -259,7 +255,7 @@ def refine(
         factors = torch.stack((gain * LOG2_E, torch.where(gain < 0, least.amin(0), greatest.amax(0))))
         sums = x.new_zeros(parts, count, wide + size)
         refine_kernel(channels, count, size)(
-            [counter(), parts, length, rows, pixels, factors, sums], AT_ONCE * (wide + size + count), 0.0
+            [parts, length, rows, pixels, factors, sums], AT_ONCE * (wide + size + count), 0.0
         )
         total = sums.sum(0)
         torch.div(total[:, :channels], total[:, wide : wide + 1], out=target)

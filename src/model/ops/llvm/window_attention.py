@@ -20,7 +20,7 @@ from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Planes, Vectors, divisor
 from model.ops.llvm.product import BLOCKS, product
 
-NAMES = 'counter', 'zeros', 'count', 'bases', 'places', 'plane'
+NAMES = 'zeros', 'count', 'bases', 'places', 'plane'
 KEYS = {16: 8, 8: 4}  # lanes: rows of logits at once
 NORMED = 4  # vectors that `Planes.norm` takes at once
 
@@ -42,7 +42,7 @@ class Group(Planes):
             self.base = self.to.load(self.at(self.pointer('bases', INT), number))
             body(number)
 
-        self.tasks(self.pointer('counter', INT), self.given['count'], group)
+        self.tasks(self.given['count'], group)
 
     def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
         """See `Planes`. Those that fill up the last vector are some other one of the group, and not written."""
@@ -237,7 +237,6 @@ def call(
     size = len(groups.places)
     plane = filled_up([size], NORMED * lanes)[0] + 16  # planes a power of 2 apart would drive each other from the cache
     given: list[Tensor | int] = [
-        torch.zeros(1, dtype=torch.int64),
         x.new_zeros(x.shape[1]),
         len(groups.bases),
         *groups,

@@ -66,7 +66,7 @@ def memory(channels: int, heads: int, lanes: int) -> list[int]:
 @compiled
 def attention_kernel(channels: int, heads: int, lanes: int) -> Code:
     """What the map of a group makes of its values, projected, plus the input."""
-    names = 'counter', 'count', 'bases', 'places', 'pixels', 'qkv', 'temperature', 'project_out', 'x', 'out'
+    names = 'count', 'bases', 'places', 'pixels', 'qkv', 'temperature', 'project_out', 'x', 'out'
     code = Code(names, lanes)
     to, given, sizes = code.to, code.given, memory(channels, heads, lanes)
     pairs, factors, maps, mixed, projected = (code.at(code.memory, INT(sum(sizes[:i]))) for i in range(len(sizes)))
@@ -226,7 +226,7 @@ def attention_kernel(channels: int, heads: int, lanes: int) -> Code:
         code.loop(INT(0), INT(heads), 1, softmax)
         code.loop(INT(0), given['pixels'], n_rows, partial(mix, base))
 
-    code.tasks(code.pointer('counter', INT), given['count'], group)
+    code.tasks(given['count'], group)
     return code
 
 
@@ -251,9 +251,8 @@ def window_channel_attention(
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
     call(projections_kernel(channels, vector), x, SIZE // 2, 1 + 3 * channels, [x, *weights, qkv], factor=epsilon)
     bases, places = groups_of(n, height, width, (cell, cell), strided)
-    counter, last = torch.zeros(1, dtype=torch.int64), packed(project_out.flatten(1), None, vector)
+    last = packed(project_out.flatten(1), None, vector)
     given: list[Tensor | int] = [
-        counter,
         len(bases),
         bases,
         places,

@@ -37,10 +37,11 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_num_threads(before)
 
 
-def test_each_thread_has_memory_of_its_own(threads: None) -> None:
-    """A task fills it with its number times the factor, and adds up what it finds there."""
-    count, width, vectors = 200, 8, 1000
-    code = Code(('counter', 'out'), width)
+@pytest.mark.parametrize('count', [200, 2, 0])
+def test_each_thread_has_memory_of_its_own(count: int, threads: None) -> None:
+    """A task fills it with its number times the factor, and adds up what it finds there, once."""
+    width, vectors = 8, 1000
+    code = Code(('out',), width)
     to = code.to
 
     def work(task: ir.Value) -> None:
@@ -55,24 +56,44 @@ def test_each_thread_has_memory_of_its_own(threads: None) -> None:
 
         code.loop(INT(0), INT(vectors), 1, write)
         (total,) = code.loop(INT(0), INT(vectors), 1, add, [code.vector(0)])
-        code.store(total, code.at(code.pointer('out'), to.mul(task, INT(width))))
+        place = code.at(code.pointer('out'), to.mul(task, INT(width)))
+        code.store(to.fadd(code.load(place, width), total), place)
 
-    code.tasks(code.pointer('counter', INT), INT(count), work)
-    counter, out = torch.zeros(1, dtype=torch.int64), torch.zeros(count, width)
-    Kernel(object_file(code))([counter, out], vectors * width, 0.5)
+    code.tasks(INT(count), work)
+    out = torch.zeros(count, width)
+    Kernel(object_file(code))([out], vectors * width, 0.5)
     assert out.tolist() == [[0.5 * task * vectors] * width for task in range(count)]
-    assert counter.item() == count + 3
+
+
+@pytest.mark.parametrize('thread', [0, 1, 2])
+def test_a_thread_does_also_what_is_left_of_others(thread: int) -> None:
+    """It begins with its own: of ten tasks in three threads that are three or four that follow one another."""
+    code = Code(('out', 'done'), 8)
+
+    def work(task: ir.Value) -> None:
+        place = code.pointer('done', INT)
+        order = code.to.load(place)
+        code.to.store(task, code.at(code.pointer('out', INT), order))
+        code.to.store(code.to.add(order, INT(1)), place)
+
+    code.tasks(INT(10), work)
+    out, done, counters = (torch.zeros(count, dtype=torch.int64) for count in (10, 1, 24))
+    given = torch.tensor([out.data_ptr(), done.data_ptr()])
+    kernel = Kernel(object_file(code))
+    kernel._run(given.data_ptr(), 0, 0.0, counters.data_ptr(), thread, 3)
+    shares = [range(3), range(3, 6), range(6, 10)]
+    assert out.tolist() == [task for share in (*shares[thread:], *shares[:thread]) for task in share]
 
 
 def test_kernels_that_need_no_memory(threads: None) -> None:
-    code = Code(('counter', 'out'), 8)
+    code = Code(('out',), 8)
 
     def work(task: ir.Value) -> None:
         code.to.store(code.factor, code.at(code.pointer('out'), task))
 
-    code.tasks(code.pointer('counter', INT), INT(50), work)
+    code.tasks(INT(50), work)
     out = torch.zeros(50)
-    Kernel(object_file(code))([torch.zeros(1, dtype=torch.int64), out], 0, 0.5)
+    Kernel(object_file(code))([out], 0, 0.5)
     assert out.tolist() == [0.5] * 50
 
 

@@ -10,7 +10,7 @@ from tests.conftest import numbers
 def add_product(sums: Tensor, rows: Tensor, columns: Tensor, lanes: int) -> None:
     """Add rows (R, K) times columns (K, V * lanes) to `sums`, by a kernel."""
     count, width = columns.shape
-    code = Code(('counter', 'sums', 'rows', 'columns', 'count', 'width'), lanes)
+    code = Code(('sums', 'rows', 'columns', 'count', 'width'), lanes)
     count_given, width_given = code.given['count'], code.given['width']
 
     def write(_: object) -> None:
@@ -22,8 +22,8 @@ def add_product(sums: Tensor, rows: Tensor, columns: Tensor, lanes: int) -> None
         for vector, place in zip(found, places, strict=True):
             code.store(vector, place)
 
-    code.tasks(code.pointer('counter', INT(0).type), INT(1), write)
-    Kernel(object_file(code))([torch.zeros(1, dtype=torch.int64), sums, rows, columns, count, width], 1, 0.0)
+    code.tasks(INT(1), write)
+    Kernel(object_file(code))([sums, rows, columns, count, width], 1, 0.0)
 
 
 @pytest.mark.parametrize('lanes', BLOCKS)
