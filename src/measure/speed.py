@@ -41,7 +41,7 @@ PATIENCE = 60.0  # seconds of a call after which larger squares are not tried
 # Kinds of operations by words in their names; the first that fits counts.
 KINDS = {
     'compiled': 'triton|cpp_fused|compiled',
-    'convolution': 'conv(?!ert)|embedding_bag|local_attention|local_block|gated_ffn',
+    'convolution': 'conv(?!ert)|embedding_bag|local_attention|local_block|gated_ffn|distillation',
     'matrix product': r'mm(_|$)|matmul|(?<!bi)linear|attention|einsum|mv(_|$)|dot(_|$)|_tokens|products',
     'normalisation': 'norm|softmax',
     'index, sort': 'index|gather|scatter|sort|topk|arg(max|min)|take|search|nonzero',

@@ -9,6 +9,7 @@ with zeros; the gradient of a deviation of 0 is 0, not NaN (`ContrastAttention`)
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import ESA, ContrastAttention, PointwiseConv, gelu, join_outputs
 from model.common import DepthwiseConv, NetworkSpec, check_images, conv, in_channels_last, zero_pad
+from model.ops.fast import float32_by_llvm
 
 COPIES = 4  # of the image, side by side in the first channels
 
@@ -88,12 +90,21 @@ class ESDB(nn.Module):
         self.cca = ContrastAttention(n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts, rest = [], x
-        for keep, refine in ((self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)):
-            parts.append(keep(rest, gelu=True))
-            rest = refine(rest, 'gelu', plus=rest)
-        parts.append(self.c4(rest, 'gelu'))
-        return x + self.cca(self.esa(self.c5(torch.cat(parts, 1))))
+        return x + self.cca(self.esa(self.c5(self.distilled(x))))
+
+    def distilled(self, x: Tensor) -> Tensor:
+        """What is kept at all steps and made of the rest, side by side."""
+        steps = (self.c1_d, self.c1_r), (self.c2_d, self.c2_r), (self.c3_d, self.c3_r)
+
+        def separable_distillation(x: Tensor, *_: object) -> Tensor:
+            parts = []
+            for keep, refine in steps:
+                parts.append(keep(x, gelu=True))
+                x = refine(x, 'gelu', plus=x)
+            return torch.cat((*parts, self.c4(x, 'gelu')), 1)
+
+        weights = [weight for layer in (*chain(*steps), self.c4) for weight in layer.parameters()]
+        return float32_by_llvm('separable_distillation', separable_distillation, x, *weights)
 
 
 class LastLayers(nn.Module):

@@ -38,7 +38,7 @@ class PAConv(nn.Module):
         self.k3 = conv(n_feats, n_feats, 3, bias=False)
         self.k4 = conv(n_feats, n_feats, 3, bias=False)
 
-    def forward(self, x: Tensor, slope: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, slope: float) -> Tensor:
         """As `PixelAttention`."""
         return self.k4(self.k2(x, weighed=self.k3(x)), slope=slope)
 

@@ -1,5 +1,4 @@
-"""Convolutions that keep height and width, and what stands behind them: maps that they weigh, activation, factor and
-sum.
+"""Convolutions that keep height and width, and what stands behind them: gate, activation, factor and sum.
 
 On a CPU, where llvmlite is installed, those of 3x3 need a quarter of the multiplications (`llvm.fused_conv`), and those
 of 1x1 are linear layers of pixels (`fused_linear`). The gradient of the former by their maps is such a convolution,
@@ -31,14 +30,16 @@ def fused_conv(
     plus: Tensor | None = None,
     factor: float = 1.0,
 ) -> Tensor:
-    """Convolution with zeros around the maps, activation(x * weight + bias), or plus + factor * that.
+    """Convolution with zeros around the maps: y = x * weight + bias, or, to weigh maps, their product with sigmoid(y).
+
+    Of that the activation is the result, or plus + factor * that.
 
     Args:
         x: maps (N, C, H, W).
         weight: (C', C, K, K) with an odd K.
         bias: (C',).
         dilation: pixels from one that the weight meets to the next.
-        weighed: maps (N, C', H, W); multiplied by the sigmoid of the convolution before the activation.
+        weighed: maps (N, C', H, W).
         slope: the activation multiplies negative numbers by that: 0 is ReLU, 1 none.
         plus: maps (N, C', H, W).
         factor: of what `plus` is added to.
@@ -50,9 +51,7 @@ def fused_conv(
     """
     if weight.shape[1:] == (x.shape[1], 1, 1) and has_pixels_as_rows(x):
         pixels, layer = by_pixel(x), [(weight, bias)]
-        fitting = all(maps is None or fits(maps, x, weight) for maps in (weighed, plus))
-        differentiable = weighed is None and slope == 1
-        if fitting and factor == 1 and (differentiable or not torch.is_grad_enabled()):
+        if factor == 1 and all(maps is None or maps.dim() == 4 for maps in (weighed, plus)):
             weighed, plus = (maps if maps is None else by_pixel(maps) for maps in (weighed, plus))
             return fused_linear(pixels, layer, weighed=weighed, slope=slope, plus=plus).permute(0, 3, 1, 2)
         return finished(fused_linear(pixels, layer).permute(0, 3, 1, 2), weighed, slope, plus, factor)

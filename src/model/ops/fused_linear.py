@@ -1,5 +1,5 @@
-"""Linear layers of pixels with what stands around them: norm or sum before, GELU between, and, behind them, norm,
-maps that they weigh, activation and sum.
+"""Linear layers of pixels with what stands around them: norm or sum before, GELU between, and norm, gate, LeakyReLU
+and sum behind.
 
 On a CPU, where llvmlite is installed, a few pixels at a time go through all of that in registers and the first cache
 (`llvm.fused_linear`), and once more for the gradients (`llvm.linear_gradients`), which need nothing but `x`,
@@ -56,8 +56,8 @@ def fused_linear(
         gelu_summed: like x; its GELU is added to x first. Not together with `norm`.
         gelu: whether GELU follows the first layer.
         norm_after: normalises what the last layer gives. Not together with `norm`.
-        weighed: of the shape of the result; multiplied by the sigmoid of that.
-        slope: multiplies numbers of that that are negative: 0 is ReLU, 1 changes nothing.
+        weighed: of the shape of the result; times the sigmoid of what was found up to here it takes the place of that.
+        slope: multiplies numbers that are negative then: 0 is ReLU, 1 changes nothing.
         plus: added in the end, of the shape of the result.
 
     Returns:
@@ -72,10 +72,20 @@ def fused_linear(
     first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
     others = [t for t in (*biases, gelu_summed, weighed, plus) if t is not None]
-    fast = is_for_kernel([x, *weights, *first, *last, *others])
+    widths, maps = [x.shape[-1], *map(len, weights)], [t for t in (weighed, plus) if t is not None]
+    fast = (
+        is_for_kernel([x, *weights, *first, *last, *others])
+        and all(weight.shape[1] == width for weight, width in zip(weights, widths, strict=False))
+        and all(len(t) == width for norm, width in ((first, widths[0]), (last, widths[-1])) for t in norm)
+        and (gelu_summed is None or gelu_summed.shape == x.shape)
+        and all(t.shape == (*x.shape[:-1], widths[-1]) for t in maps)
+    )
     if fast and torch.is_grad_enabled():
-        if not last and weighed is None and slope == 1 and all(weight.numel() <= MOST_WEIGHTS for weight in weights):
-            return FusedLinear.apply(x, gelu_summed, plus, eps, gelu, len(layers), *weights, *biases, *first)
+        if not last and all(weight.numel() <= MOST_WEIGHTS for weight in weights):
+            inside = weighed is None and slope == 1
+            parameters = eps, gelu, len(layers), *weights, *biases, *first
+            out = FusedLinear.apply(x, gelu_summed, plus if inside else None, *parameters)
+            return out if inside else finished(out, weighed, slope, plus)
         fast = False
     steps = (x, weights, biases, first, last, eps, gelu_summed, gelu, weighed, slope, plus)
     return (fast_forward if fast else forward)(*steps)
@@ -127,11 +137,11 @@ def forward(
 
 
 def finished(x: Tensor, weighed: Tensor | None, slope: float, plus: Tensor | None, factor: float = 1.0) -> Tensor:
-    """What stands behind the layers, where `x`, which may be overwritten, is what they give."""
+    """What stands behind layers; `x`, which they give, may be overwritten."""
     if weighed is not None:
         x = weighed * x.sigmoid()
     if slope != 1:
-        x = F.leaky_relu_(x, slope) if slope else F.relu_(x)
+        x = F.leaky_relu(x, slope, inplace=slope > 0) if slope else F.relu_(x)
     return x if plus is None else torch.add(plus, x, alpha=factor)
 
 

@@ -63,7 +63,7 @@ def operands(behind: str, n: int, ins: int, outs: int, height: int, width: int) 
     maps = {
         name: fast_memory(numbers(n, outs, height, width, seed=seed)) for seed, name in ((4, 'plus'), (6, 'weighed'))
     }
-    return given | {name: map for name, map in maps.items() if name in given}
+    return given | {name: maps[name] for name in maps if name in given}
 
 
 def fast_memory(x: Tensor) -> Tensor:
@@ -335,6 +335,8 @@ def test_gradients_of_other_calls(any_size: None, calls: list[Call], monkeypatch
     grad = numbers(1, 18, 9, 9, seed=5)
     check_gradients(operands('all', 1, 20, 18, 9, 9) | {'weighed': None}, grad)
     assert not calls
+    check_gradients(operands('all', 1, 20, 18, 9, 9) | {'slope': -0.5}, grad)
+    calls.clear()
     monkeypatch.setattr(module, 'FEWEST_CHANNELS', 8)
     check_gradients(operands('sum', 1, 20, 3, 9, 9), grad[:, :3])
     assert len(calls) == 1

@@ -133,16 +133,17 @@ def test_infinite_numbers_and_an_activation(slope: float, lanes: int) -> None:
 
 def test_channels_of_larger_maps(lanes: int, calls: list[Call]) -> None:
     """Parts of maps in channels_last memory are used where they are, and their gaps are left alone."""
-    given = converted(operands(('gelu_summed', 'plus'), 30, 12, 7), Tensor.float)
+    given = converted(operands(('gelu_summed', 'plus', 'weighed'), 30, 12, 7), Tensor.float)
     truth = plain(**converted(given, Tensor.double))
     x = given['x'] = F.pad(given['x'].view(2, 5, 6, 12), (3, 9), value=math.nan)[..., 3:15]
     others = {name: given[name].view(2, 5, 6, -1) for name in ('gelu_summed', 'plus')}
+    others['weighed'] = F.pad(given['weighed'].view(2, 5, 6, 7), (2, 4), value=math.nan)[..., 2:9]
     check(fused_linear(**(given | others)), truth.view(2, 5, 6, -1))
     assert calls[0].first.data_ptr() == x.data_ptr()
 
 
 def test_tensors_in_any_memory(lanes: int, calls: list[Call]) -> None:
-    given = operands(('gelu_summed', 'plus'), 15, 12, 7)
+    given = operands(('gelu_summed', 'plus', 'weighed'), 15, 12, 7)
     turned = converted(given, lambda t: t.float().mT.contiguous().mT if t.dim() > 1 else t.float())
     check(fused_linear(**turned), plain(**given))
     assert calls
@@ -154,6 +155,23 @@ def test_steps_that_do_not_go_together_are_refused(names: tuple[str, ...]) -> No
         fused_linear(**operands(names, 3, 4, 4))
     with pytest.raises(ValueError, match='one or two layers'):
         fused_linear(**operands((), 3, 4, 4, 4, 4))
+
+
+@pytest.mark.parametrize('name', ['weighed', 'plus', 'gelu_summed'])
+def test_maps_of_other_shapes_are_spread_by_pytorch(name: str, calls: list[Call]) -> None:
+    given = operands((name,), 20, 12, 7)
+    given[name] = given[name][:, :1, :1]
+    check(fused_linear(**converted(given, Tensor.float)), plain(**given))
+    assert not calls
+
+
+@pytest.mark.parametrize('channels', [11, 13])
+def test_weights_of_other_sizes_are_refused(channels: int, calls: list[Call]) -> None:
+    given = converted(operands(('plus',), 20, 12, 7), Tensor.float)
+    given['x'] = given['x'][..., :1].expand(2, 20, channels)
+    with pytest.raises(RuntimeError):
+        fused_linear(**given)
+    assert not calls
 
 
 def test_no_pixels(calls: list[Call]) -> None:
@@ -272,7 +290,7 @@ def check_gradients(given: dict[str, Any], grad: Tensor) -> None:
         torch.testing.assert_close(found.double(), true, rtol=0, atol=close)
 
 
-TRAINED = ('nothing', 'plus', 'norm', 'GELU', 'sum')
+TRAINED = ('nothing', 'plus', 'norm', 'GELU', 'sum', 'LeakyReLU', 'maps to weigh')
 
 
 @pytest.mark.parametrize('size', SIZES)

@@ -23,7 +23,7 @@ from llvmlite import ir
 FLOAT, INT, WORD, BIT = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(1)
 ROUNDING = 1.5 * 2**23  # a float32 plus this has no room for digits after the point: its last bits are an integer
 CACHE_LINE = 16  # numbers of float32 that come from memory at once
-BETWEEN_COUNTERS = 8  # of int64, one in each such line, or threads would wait for each other's
+BETWEEN_COUNTERS = CACHE_LINE // 2  # of int64, one in each such line, or threads would wait for each other's
 TERMS = 7  # of the series of 2^x for |x| <= 1/2, whose rest is 2^-23 of it
 
 
@@ -50,7 +50,9 @@ def filled_up(widths: Sequence[int], lanes: int) -> list[int]:
 
 
 class Code:
-    """A function `run(arguments, memory, factor, counters, thread, threads)` that is being written.
+    """A function `run(arguments, memory, factor, counters, thread, threads)` that is being written, for each thread.
+
+    Counters are zeros when it is called, one for a thread, `BETWEEN_COUNTERS` apart.
 
     Attributes:
         given: the arguments by their names, int64.
@@ -310,8 +312,8 @@ class Code:
     def tasks(self, count: ir.Value, body: Callable[[ir.Value], None]) -> None:
         """Write the rest: `body(i)` for numbers i below `count`, each of them in one thread.
 
-        They are shared out in order, so that a thread finds in its cache what it wrote there in the kernel before. One
-        that has done its share helps with those of others.
+        They are shared out in order: a thread finds in its cache what it wrote there in a kernel before, if that went
+        through pixels in the same order. One that has done its share helps with those of others.
         """
         to, (counters, thread, threads) = self.to, self._team
 
@@ -320,7 +322,9 @@ class Code:
             first, end = (to.sdiv(to.mul(n, count), threads) for n in (owner, to.add(owner, INT(1))))
             counter = self.at(counters, to.mul(owner, INT(BETWEEN_COUNTERS)))
             head, work, after = (to.append_basic_block() for _ in range(3))
-            to.branch(head)
+            # Read first: with many threads additions to counters that have reached the end would take long.
+            before = to.add(first, to.load_atomic(counter, 'monotonic', 8))
+            to.cbranch(to.icmp_signed('<', before, end), head, after)
             to.position_at_end(head)
             task = to.add(first, to.atomic_rmw('add', counter, INT(1), 'monotonic'))
             to.cbranch(to.icmp_signed('<', task, end), work, after)

@@ -47,7 +47,7 @@ def gelu(code: Code, x: ir.Value) -> ir.Value:
 
 
 def sigmoid(code: Code, x: ir.Value) -> ir.Value:
-    """1 / (1 + e^-x) to 2^-22 of it."""
+    """1 / (1 + e^-x) to 2^-22."""
     power = code.exp2(code.to.fmul(x, code.vector(-1 / math.log(2))))
     return code.to.fdiv(code.vector(1), code.to.fadd(code.vector(1), power))
 

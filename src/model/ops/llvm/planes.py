@@ -197,6 +197,7 @@ class Planes(Code):
         length: ir.Value,
         start: Start | None = None,
         finish: Finish = lambda i, place, x: x,
+        behind: ir.Value | None = None,
     ) -> None:
         """Products of rows of `weight`, `width` numbers apart, and planes from `source` on, to those from `target` on.
 
@@ -205,13 +206,14 @@ class Planes(Code):
             length: places, from the first on.
             start: what they are added to, of the number of a row, and a place.
             finish: what is stored, of these and the result.
+            behind: by how many places what goes in is behind its result, if any.
         """
         most, vectors = BLOCKS[self.lanes]
         ins, outs = sizes
         count = divisor(outs, most)
 
         def pixels(places: Vectors) -> None:
-            columns = [self.plane(source, place) for place in places]
+            columns = [self.plane(source, self.to.add(place, behind or INT(0))) for place in places]
 
             def rows(first: ir.Value, _: Vectors) -> Vectors:
                 numbers = [self.to.add(first, INT(i)) for i in range(count)]
@@ -381,7 +383,7 @@ def call(
     like: Tensor,
     border: int,
     planes: int,
-    arguments: Sequence[Tensor],
+    arguments: Sequence[Tensor | int],
     grid: tuple[Sequence[int], Sequence[int]] | None = None,
     factor: float = 0.0,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Blocks of DLGSANet, OmniSR and ASID by kernels, against the same in float64, which are PyTorch's operations."""
+"""Blocks of DLGSANet, OmniSR, ASID and BSRN by kernels, against the same in float64, which are PyTorch's operations."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from measure.speed import by_kind, clocked
-from model import asid, build, omnisr
+from model import asid, bsrn, build, omnisr
 from model.blocks.pixels import ChannelAttention, GatedFFN, LayerNorm2d, LocalBlock, attention_cell
 from model.dlgsanet import DynamicLocalAttention, SparseGlobalAttention
 from model.ops import fast
@@ -21,6 +21,7 @@ from model.ops.llvm import (
     gated_ffn,
     local_block,
     planes,
+    separable_distillation,
     window_attention,
     window_channel_attention,
 )
@@ -28,7 +29,8 @@ from tests.conftest import numbers, slow
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
 KERNELS = (
-    channel_attention, dynamic_conv, gated_ffn, fused_linear, local_block, window_channel_attention, window_attention,
+    channel_attention, dynamic_conv, gated_ffn, fused_linear, local_block, separable_distillation, window_attention,
+    window_channel_attention,
 )  # fmt: skip
 
 CLOSE = 1e-5  # of the largest value
@@ -41,6 +43,14 @@ class Convolutional(LocalBlock):
     def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
         del norm, residual
         return super().forward(x)
+
+
+class Distilled(bsrn.ESDB):
+    """Likewise."""
+
+    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
+        del norm, residual
+        return self.distilled(x)
 
 
 class Shared(nn.Module):
@@ -67,6 +77,8 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     'global, 5 channels a head': (10, lambda c: SparseGlobalAttention(c, 2, 40)),
     'convolutional': (12, Convolutional),
     'convolutional, of a prime': (5, Convolutional),
+    'distillation': (12, Distilled),
+    'distillation, of a prime': (5, Distilled),
     'window channels': (16, lambda c: ChannelAttention(c, 1, WINDOW, strided=False)),
     'window channels, strided': (10, lambda c: ChannelAttention(c, 2, WINDOW, strided=True)),
     'window channels, many': (51, lambda c: ChannelAttention(c, 3, WINDOW, strided=True)),
@@ -75,12 +87,22 @@ BLOCKS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     'window map': (12, lambda c: Shared(c, WINDOW, strided=False)),
     'window map, strided': (7, lambda c: Shared(c, WINDOW, strided=True)),
 }
-KINDS = ['FFN', 'local', 'global', 'convolutional', 'window channels, strided', 'window pixels', 'window map']
+KINDS = [
+    'FFN',
+    'local',
+    'global',
+    'convolutional',
+    'distillation',
+    'window channels, strided',
+    'window pixels',
+    'window map',
+]
 OPERATIONS = [
     'gated_ffn',
     'local_attention',
     'channel_attention_sums',
     'local_block',
+    'separable_distillation',
     'window_channel_attention',
     'window_attention',
     'window_attention_map',
@@ -197,7 +219,7 @@ def test_other_calls_take_the_plain_form(name: str, calls: list[str], monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, 'is_tracing', lambda: True)
         check(block(x, norm, residual=True), truth)
-    if name not in ('convolutional', 'window map'):  # which have no norm, or always
+    if name not in ('convolutional', 'distillation', 'window map'):  # which have no norm, or always
         doubled = deepcopy(block).double()
         torch.testing.assert_close(x + doubled(deepcopy(norm).double()(x.double())), truth, rtol=0, atol=1e-12)
     assert not calls
@@ -216,6 +238,15 @@ def test_a_whole_network_gives_the_same_with_kernels_and_without(
     found = net(x)
     of_blocks = [call for call in calls if call != 'llvm.fused_conv']
     assert len(of_blocks) == 4 * sum(type(module) is DynamicLocalAttention for module in net.modules())
+    monkeypatch.setattr(fast, 'wanted', False)
+    torch.testing.assert_close(found, net(x), rtol=0, atol=CLOSE)
+
+
+def test_bsrn_gives_the_same_with_kernels_and_without(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = build('BSRN', 4).eval(), numbers(2, 3, 17, 50).float().sigmoid()
+    found = net(x)
+    assert calls.count('llvm.separable_distillation') == 8
     monkeypatch.setattr(fast, 'wanted', False)
     torch.testing.assert_close(found, net(x), rtol=0, atol=CLOSE)
 
