@@ -65,8 +65,8 @@ def distil(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Given the weights of all steps, of which the last one has none for what it keeps."""
     n, channels, height, width = x.shape
     steps, kept = len(weights) // OF_STEP, len(weights[-1])
-    parts = torch.empty(n, (1 + steps) * kept, height, width, memory_format=torch.channels_last)
-    rest, none = x.contiguous(memory_format=torch.channels_last), torch.empty(0)
+    parts = torch.empty(n, (1 + steps) * kept, height, width, memory_format=torch.channels_last, dtype=x.dtype)
+    rest, none = x.contiguous(memory_format=torch.channels_last), x.new_empty(0)
     rows, columns = most_of_tile(2 * channels)
     grid = cuts(height, rows), cuts(width, columns)
     for i in range(steps + 1):
