@@ -9,7 +9,7 @@ set -euo pipefail
 data=$1 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 shift
 
-recipe='--patch_size 64 --batch_size 8 --sampling area --lr 1e-3 --warmup 100 --weight_ema 0.999 --schedule cosine --decay_unit steps --epochs 24 --test_every 250'
+recipe='--optimizer MUON --patch_size 64 --batch_size 8 --sampling area --lr 1.5e-3 --warmup 100 --weight_ema 0.995 --schedule cosine --decay_unit steps --epochs 9 --test_every 250'
 
 goal=${GOAL:-36.8} out=${OUT:-$root/experiment} python=${PYTHON:-$root/.venv/bin/python}
 run=$out/speedrun

@@ -93,7 +93,7 @@ NOT_CHECKED = {
     'bash tests/gpu/run.sh OUT': 'wants a GPU; tests/test_gpu_rehearsal.py rehearses it',
     'bash tests/gpu/pack.sh': 'wants the reference data',
     'bash demo.sh league --dir_data DATA': 'trains for a day; tests/test_league.py has it',
-    'bash tests/speedrun.sh DATA': 'trains for an hour; tests/test_speedrun.py has it',
+    'bash tests/speedrun.sh DATA': 'trains for minutes; tests/test_speedrun.py has it',
     'PYTHONPATH=src python tests/gpu/measure_latency.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
     'PYTHONPATH=src python tests/gpu/measure_step.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
     'python tests/gpu/measure_attention.py OUT.json': 'wants a GPU; the rehearsal of run.sh has it',
