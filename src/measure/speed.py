@@ -42,7 +42,7 @@ PATIENCE = 60.0  # seconds of a call after which larger squares are not tried
 KINDS = {
     'compiled': 'triton|cpp_fused|compiled',
     'convolution': 'conv(?!ert)|embedding_bag|local_attention|local_block|gated_ffn|distillation',
-    'matrix product': r'mm(_|$)|matmul|(?<!bi)linear|attention|einsum|mv(_|$)|dot(_|$)|_tokens|products',
+    'matrix product': r'mm(_|$)|matmul|(?<!bi)linear|attention|einsum|mv(_|$)|dot(_|$)|_tokens|products|correlation',
     'normalisation': 'norm|softmax',
     'index, sort': 'index|gather|scatter|sort|topk|arg(max|min)|take|search|nonzero',
     'copy, layout': r'copy|memcpy|memset|cat(_|$)|clone|contiguous|(^|::)to(_|$)|pad|unfold|col2im|im2col|shuffle|roll|'

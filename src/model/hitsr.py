@@ -46,11 +46,14 @@ from model.common import (
     shape_of,
     stacked,
 )
+from model.ops.fast import are_float32, float32_by_llvm, is_for_llvm
 from model.ops.small_products import small_products
 
 SLOPE = 0.2  # of the LeakyReLUs
 REDUCTION = 5  # of the channels in the convolutions that make queries and values
 POSITION_FEATS = 3  # channels of the network of the position bias
+FEWEST, MOST_OF_HEAD = 16, 12  # channels of queries, and of those of a head, that a kernel takes
+BLOCK = 16  # pixels of a window whose biases it reads together
 
 
 class DualFeatures(nn.Module):
@@ -65,7 +68,8 @@ class DualFeatures(nn.Module):
         self.linear = stacked(2, PointwiseConv(n_feats, n_feats))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) * self.linear(x)
+        first, _, around, _, last = self.conv
+        return last(around(first(x, slope=SLOPE), slope=SLOPE)) * self.linear(x)
 
 
 class PositionBias(nn.Module):
@@ -85,10 +89,10 @@ class PositionBias(nn.Module):
         self.pos1, self.pos2, self.pos3 = (
             nn.Sequential(nn.LayerNorm(feats), nn.ReLU(), nn.Linear(feats, out)) for out in (feats, feats, n_heads)
         )
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def forward(self) -> Tensor:
-        """The bias (heads, pixels, cells) of a window.
+    def forward(self, block: int | None = None) -> Tensor:
+        """The bias (heads, pixels, cells) of a window, or by blocks of pixels (heads, pixels / block, cells, block).
 
         It does not depend on an image. Without gradients a CPU makes it once for weights of the same values, which
         keeps 48 MB in the published network. (To compare values on a GPU the host would wait for it, and a CUDA graph
@@ -97,13 +101,14 @@ class PositionBias(nn.Module):
         weights = [weight.flatten() for weight in self.parameters()]
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         if torch.is_grad_enabled() or traced or not weights[0].is_cpu:
-            return self.make()
+            return self.make(block)
         values = torch.cat(weights)
-        if self.kept is None or self.kept[0].dtype != values.dtype or not torch.equal(self.kept[0], values):
-            self.kept = values, self.make()
-        return self.kept[1]
+        kept = self.kept.get(block)
+        if kept is None or kept[0].dtype != values.dtype or not torch.equal(kept[0], values):
+            kept = self.kept[block] = values, self.make(block)
+        return kept[1]
 
-    def make(self) -> Tensor:
+    def make(self, block: int | None = None) -> Tensor:
         """See `forward`."""
         weight = self.pos_proj.weight
         side = torch.arange(1 - self.window, self.window, dtype=weight.dtype, device=weight.device)
@@ -112,7 +117,8 @@ class PositionBias(nn.Module):
         means = F.avg_pool2d(table.unsqueeze(0), self.cell, 1).squeeze(0)  # ONNX pools batches alone
         # Of a cell further right the offsets are smaller by its side.
         of_cells = means.unfold(1, self.window, self.cell).unfold(2, self.window, self.cell).flip(1, 2)
-        return of_cells.permute(0, 3, 4, 1, 2).flatten(3, 4).flatten(1, 2)
+        bias = of_cells.permute(0, 3, 4, 1, 2).flatten(3, 4).flatten(1, 2)
+        return bias.unflatten(1, (-1, block)).mT.contiguous() if block else bias
 
 
 class Correlation(nn.Module):
@@ -131,8 +137,21 @@ class Correlation(nn.Module):
         height, width = x.shape[2:]
         qv = self.qv(reflect_pad(x, self.window))
         with full_precision(x):
-            out = self.correlate(at_least_float32(qv))
-        return self.proj(flatten_image(out[:, :, :height, :width]), **behind)
+            out = self.correlated(at_least_float32(qv), height, width)
+        return self.proj(out, **behind)
+
+    def correlated(self, qv: Tensor, height: int, width: int) -> Tensor:
+        """Both correlations of what is given to `correlate`, (N, height * width, C): those pixels that are wanted."""
+
+        def correlation(qv: Tensor, *_: object) -> Tensor:
+            return flatten_image(self.correlate(qv)[:, :, :height, :width])
+
+        half, cells = qv.shape[1] // 2, self.spatial_linear
+        fits = half >= FEWEST and half <= MOST_OF_HEAD * self.n_heads and self.window**2 % BLOCK == 0
+        if not (fits and is_for_llvm(qv) and are_float32(qv, *cells.parameters())):
+            return correlation(qv)
+        given = cells.weight, cells.bias, self.pos(BLOCK), self.window, self.cell, height, width
+        return float32_by_llvm('correlation', correlation, qv, *given)
 
     def correlate(self, qv: Tensor) -> Tensor:
         """Queries and values (N, C, H, W), of whole windows, to both correlations of the same shape."""

@@ -126,7 +126,7 @@ def test_queries_and_values_are_a_product_of_convolutions() -> None:
 def count_calls(module: PositionBias, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever the bias is made."""
     calls, make = [], module.make
-    monkeypatch.setattr(module, 'make', lambda: calls.append(1) or make())
+    monkeypatch.setattr(module, 'make', lambda *given: calls.append(1) or make(*given))
     return calls
 
 

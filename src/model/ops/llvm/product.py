@@ -6,7 +6,8 @@ And what is written with it: linear layers of blocks of rows.
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch.nn.functional as F
+import numpy as np
+import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -90,10 +91,12 @@ def product(
 
 def packed(weight: Tensor, bias: Tensor | None, lanes: int) -> Tensor:
     """A linear layer (O, K) as columns for `product`: (vectors, 1 + K, lanes), the bias first, filled up by zeros."""
-    rows = F.pad(weight, (1, 0, 0, -len(weight) % lanes))
+    outs, ins = weight.shape
+    rows = np.zeros((-(-outs // lanes) * lanes, 1 + ins), np.float32)  # NumPy takes half of the time here
+    rows[:outs, 1:] = weight.detach().numpy()
     if bias is not None:
-        rows[: len(weight), 0] = bias
-    return rows.unflatten(0, (-1, lanes)).transpose(1, 2).contiguous()
+        rows[:outs, 0] = bias.detach().numpy()
+    return torch.from_numpy(np.ascontiguousarray(rows.reshape(-1, lanes, 1 + ins).swapaxes(1, 2)))
 
 
 def layer(
