@@ -46,14 +46,13 @@ from model.common import (
     shape_of,
     stacked,
 )
-from model.ops.fast import are_float32, float32_by_llvm, is_for_llvm
+from model.ops.fast import float32_by_llvm, is_for_llvm
 from model.ops.small_products import small_products
 
 SLOPE = 0.2  # of the LeakyReLUs
 REDUCTION = 5  # of the channels in the convolutions that make queries and values
 POSITION_FEATS = 3  # channels of the network of the position bias
-FEWEST, MOST_OF_HEAD = 16, 12  # channels of queries, and of those of a head, that a kernel takes
-BLOCK = 16  # pixels of a window whose biases it reads together
+FEWEST, MOST, MOST_OF_HEAD = 16, 64, 12  # channels of queries, and of those of a head, that a kernel takes
 
 
 class DualFeatures(nn.Module):
@@ -147,10 +146,11 @@ class Correlation(nn.Module):
             return flatten_image(self.correlate(qv)[:, :, :height, :width])
 
         half, cells = qv.shape[1] // 2, self.spatial_linear
-        fits = half >= FEWEST and half <= MOST_OF_HEAD * self.n_heads and self.window**2 % BLOCK == 0
-        if not (fits and is_for_llvm(qv) and are_float32(qv, *cells.parameters())):
+        per_head, rest = divmod(half, self.n_heads)
+        fits = FEWEST <= half <= MOST and per_head <= MOST_OF_HEAD and not rest and self.window % 4 == 0
+        if not (fits and is_for_llvm(qv)):
             return correlation(qv)
-        given = cells.weight, cells.bias, self.pos(BLOCK), self.window, self.cell, height, width
+        given = cells.weight, cells.bias, self.pos, self.window, self.cell, height, width
         return float32_by_llvm('correlation', correlation, qv, *given)
 
     def correlate(self, qv: Tensor) -> Tensor:

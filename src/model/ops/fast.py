@@ -7,13 +7,12 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 T = TypeVar('T')
 Function = TypeVar('Function', bound=Callable[..., Any])
@@ -24,28 +23,17 @@ wanted = os.environ.get('FRUGALSR_KERNELS') != 'off'
 
 
 def operation(name: str) -> Callable[[Function], Function]:
-    """Gives a function a name among PyTorch's operations, by which its time is told from that of others.
+    """Makes a function an operation of PyTorch, by whose name its time is told from that of others.
 
-    Where nobody watches it is called as it is, which takes some 10 us less. Not with gradients, nor compiled.
+    It is called in half the time of a `torch.library.custom_op`, or less, but not with gradients, nor compiled.
     """
 
     def named(function: Function) -> Function:
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
         library.impl(name, function, 'CPU')
-        watched = getattr(torch.ops.frugalsr, name).default
-
-        @wraps(function)
-        def call(*given: Any) -> Any:
-            return (watched if is_watched() else function)(*given)
-
-        return call  # type: ignore[return-value]
+        return getattr(torch.ops.frugalsr, name).default
 
     return named
-
-
-def is_watched() -> bool:
-    """Whether a profiler, or a mode that sees every operation, is on."""
-    return torch.autograd._profiler_enabled() or _len_torch_dispatch_stack() > 0
 
 
 def leave_out_kernels() -> None:

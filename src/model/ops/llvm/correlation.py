@@ -5,6 +5,7 @@ there are two kernels: one sums up cells and channels, the other one applies the
 channels, but where the position bias is applied, pixels.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from model.ops.llvm.product import product
 NAMES = (
     'qv', 'weight', 'shift', 'bias', 'cells', 'sums', 'out', 'count', 'height', 'width', 'out_height', 'out_width',
 )  # fmt: skip
+BLOCK = 16  # pixels whose biases stand together
 WHOLE = 256  # pixels of a window that is one task
 ROWS = {16: 8, 8: 4}  # lanes: pixels at once
 SUMS = {16: 24, 8: 12}  # that stay in registers
@@ -40,7 +42,10 @@ def memory(half: int, window: int, cell: int, lanes: int) -> list[int]:
 
 @compiled
 def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: bool, applies: bool, lanes: int) -> Code:
-    """Whether cells and channels are summed up, and whether that is applied; without both the rest is in memory."""
+    """Cells and channels summed up, and these sums applied, or one of both, with the sums in tensors in between.
+
+    `block` is a multiple of `lanes`.
+    """
     code = Code(NAMES, lanes)
     to, given, channels, side = code.to, code.given, 2 * half, window // cell
     parts, per_head, n_rows = parts_of(window, cell, block), half // heads, ROWS[lanes]
@@ -204,12 +209,12 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
                         for s in some
                     ]
                     zeros = [code.vector(0)] * len(begin)
-                    for rows, matrix, sums, behind in (
+                    for rows, matrix, start, behind in (
                         (queries, spatial, begin, 0),
                         (values, channel, zeros, half),
                     ):
                         columns = [code.at(matrix, INT(s)) for s in some]
-                        found = product(code, rows, columns, INT(step), INT(half), sums)
+                        found = product(code, rows, columns, INT(step), INT(half), start)
                         for n, x in enumerate(found):
                             i, s = divmod(n, len(some))
                             code.store(x, code.at(targets[i], INT(behind + some[s])))
@@ -240,7 +245,7 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
 def correlated(
     qv: Tensor, weight: Tensor, shift: Tensor, bias: Tensor, window: int, cell: int, height: int, width: int
 ) -> Tensor:
-    """See `hitsr.Correlation.correlated`; the bias is by blocks of pixels."""
+    """An operation with a name, by which its time is told from that of others."""
     n, channels, whole_height, whole_width = qv.shape
     half, (heads, _, _, block), vector = channels // 2, bias.shape, lanes()
     count, parts = n * whole_height * whole_width // window**2, parts_of(window, cell, block)
@@ -261,7 +266,14 @@ def correlated(
 
 
 def correlation(
-    qv: Tensor, weight: Tensor, shift: Tensor, bias: Tensor, window: int, cell: int, height: int, width: int
+    qv: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    pos: Callable[[int], Tensor],
+    window: int,
+    cell: int,
+    height: int,
+    width: int,
 ) -> Tensor:
-    """See `hitsr.Correlation.correlated`."""
-    return correlated(qv, weight, shift, bias, window, cell, height, width)
+    """See `hitsr.Correlation.correlated`; `pos` is its position bias."""
+    return correlated(qv, weight, shift, pos(BLOCK), window, cell, height, width)

@@ -61,8 +61,8 @@ def test_any_number_of_threads_gives_the_same(window: int, memory_format: torch.
         torch.set_num_threads(threads)
 
 
-# Few channels, many of a head, windows of no whole blocks of pixels.
-@pytest.mark.parametrize('kind', [(24, 2, 8, 8), (60, 2, 8, 8), (60, 6, 6, 8)])
+# Few channels, many, many of a head, windows of no whole blocks of pixels.
+@pytest.mark.parametrize('kind', [(24, 2, 8, 8), (132, 6, 8, 8), (60, 2, 8, 8), (60, 6, 6, 8)])
 def test_others_are_left_to_operations(kind: tuple[int, int, int, int], calls: list[Call]) -> None:
     module, qv = make(*kind), numbers(1, kind[0], 3 * kind[2], kind[2]).float()
     truth = flatten_image(deepcopy(module).double().correlate(qv.double()))
@@ -75,6 +75,33 @@ def test_another_type_is_left_to_operations(calls: list[Call]) -> None:
     assert module(x).dtype == torch.float64
     assert not calls
     assert list(module.pos.kept) == [None]  # the one of operations, made once
+
+
+def test_where_kernels_fail_operations_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, qv = make(60, 6, 8, 8), numbers(1, 60, 8, 8).float()
+    monkeypatch.setattr(fast, 'failed', {'llvm.correlation'})
+    truth = flatten_image(deepcopy(module).double().correlate(qv.double()))
+    assert (module.correlated(qv, 8, 8) - truth).abs().max() <= CLOSE * truth.abs().max()
+    assert list(module.pos.kept) == [None]  # the bias of operations alone, which is large
+
+
+def test_under_autocast_they_are_in_float32(calls: list[Call]) -> None:
+    module, x = make(60, 6, 8, 8), numbers(1, 60, 8, 8).float()
+    with torch.autocast('cpu', torch.bfloat16):
+        found = module(x)
+    assert functions(calls) == ['correlated']
+    assert calls[0].first.dtype == torch.float32
+    assert (found - module(x)).abs().max() <= 0.05 * found.abs().max()
+
+
+def test_the_bias_follows_its_weights() -> None:
+    module, qv = make(60, 6, 8, 8), numbers(1, 60, 8, 8).float()
+    before = module.correlated(qv, 8, 8)
+    assert torch.equal(module.correlated(qv, 8, 8), before)
+    module.pos.pos_proj.weight.data.mul_(2)
+    truth = flatten_image(deepcopy(module).double().correlate(qv.double()))
+    assert (before - truth).abs().max() > 0.01 * truth.abs().max()
+    assert (module.correlated(qv, 8, 8) - truth).abs().max() <= CLOSE * truth.abs().max()
 
 
 def test_with_gradients_operations_are_used(calls: list[Call]) -> None:
