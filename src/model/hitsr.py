@@ -145,7 +145,7 @@ class Correlation(nn.Module):
         def correlation(qv: Tensor, *_: object) -> Tensor:
             return flatten_image(self.correlate(qv)[:, :, :height, :width])
 
-        half, cells = qv.shape[1] // 2, self.spatial_linear
+        half, cells = self.proj.in_features // 2, self.spatial_linear  # a plain number in a trace too
         per_head, rest = divmod(half, self.n_heads)
         fits = FEWEST <= half <= MOST and per_head <= MOST_OF_HEAD and not rest and self.window % 4 == 0
         if not (fits and is_for_llvm(qv)):
@@ -167,7 +167,7 @@ class Correlation(nn.Module):
         """Values (N, C / 2, H, W) to weighted sums of each cell, (N, C / 2, H / cell, W / cell)."""
         if self.cell == 1:
             return v * self.spatial_linear.weight + self.spatial_linear.bias
-        half = self.proj.in_features // 2  # a plain number in a trace too
+        half = self.proj.in_features // 2
         weight = self.spatial_linear.weight.view(1, 1, self.cell, self.cell).expand(half, -1, -1, -1)
         return F.conv2d(v, weight, self.spatial_linear.bias.expand(half), stride=self.cell, groups=half)
 
