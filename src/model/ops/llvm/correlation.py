@@ -24,7 +24,8 @@ NAMES = (
 BLOCK = 16  # pixels whose biases stand together
 WHOLE = 256  # pixels of a window that is one task
 ROWS = {16: 8, 8: 4}  # lanes: pixels at once
-SUMS = {16: 24, 8: 12}  # that stay in registers
+SUMS = {16: 24, 8: 12}  # lanes: that stay in registers
+VECTORS = 4  # of pixels to which the bias is applied at once, at most
 
 
 def parts_of(window: int, cell: int, block: int) -> int:
@@ -36,7 +37,7 @@ def memory(half: int, window: int, cell: int, lanes: int) -> list[int]:
     """Numbers in a thread's memory: both maps, what the bias gives, by channels and by pixels, a window's cells, and a
     pixel that is not there."""
     (step,) = filled_up([half], lanes)
-    pixels = 4 * lanes
+    pixels = VECTORS * lanes
     return [half * step, half * step, half * pixels, pixels * step, (window // cell) ** 2 * step, 2 * step]
 
 
@@ -177,13 +178,13 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
                 for n, x in enumerate(total):
                     c, v = divmod(n, count)
                     row = to.add(to.mul(h, INT(per_head)), INT(c))
-                    code.store(x, code.at(by_channel, code.offset((row, INT(4 * lanes)), (INT(v * lanes),))))
+                    code.store(x, code.at(by_channel, code.offset((row, INT(VECTORS * lanes)), (INT(v * lanes),))))
                 return []
 
             code.loop(INT(0), INT(heads), together, some_heads)
             for v in range(count):
                 for start in starts:
-                    places = [INT((start + i) * 4 * lanes + v * lanes) for i in range(lanes)]
+                    places = [INT(((start + i) * VECTORS + v) * lanes) for i in range(lanes)]
                     found = code.transposed([code.load(code.at(by_channel, place), lanes) for place in places])
                     for i, x in enumerate(found):
                         code.store(x, code.at(by_pixel, INT((v * lanes + i) * step + start)))
@@ -229,7 +230,7 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
         if applies:
             code.loop(INT(0), INT(half), 1, make_channel_map)
             make_spatial_map()
-            most = max(n for n in (1, 2, 4) if pixels % (n * lanes) == 0 and (n == 1 or n * per_head <= SUMS[lanes]))
+            most = divisor(pixels // lanes, min(VECTORS, SUMS[lanes] // per_head))
 
             def some(t: ir.Value, _: Vectors) -> Vectors:
                 apply(t, most)
