@@ -46,7 +46,7 @@ from model.common import (
     shape_of,
     stacked,
 )
-from model.ops.fast import float32_by_llvm, is_for_llvm
+from model.ops.fast import float32_by_llvm
 from model.ops.small_products import small_products
 
 SLOPE = 0.2  # of the LeakyReLUs
@@ -148,7 +148,7 @@ class Correlation(nn.Module):
         half, cells = self.proj.in_features // 2, self.spatial_linear  # a plain number in a trace too
         per_head, rest = divmod(half, self.n_heads)
         fits = FEWEST <= half <= MOST and per_head <= MOST_OF_HEAD and not rest and self.window % 4 == 0
-        if not (fits and is_for_llvm(qv)):
+        if not fits:
             return correlation(qv)
         given = cells.weight, cells.bias, self.pos, self.window, self.cell, height, width
         return float32_by_llvm('correlation', correlation, qv, *given)

@@ -16,21 +16,20 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, filled_up, lanes
 from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Vectors, divisor
-from model.ops.llvm.product import product
+from model.ops.llvm.product import BLOCKS, product
 
 NAMES = (
     'qv', 'weight', 'shift', 'bias', 'cells', 'sums', 'out', 'count', 'height', 'width', 'out_height', 'out_width',
 )  # fmt: skip
-BLOCK = 16  # pixels whose biases stand together
+BLOCK = 16  # pixels whose biases stand together: a multiple of every number of lanes
 WHOLE = 256  # pixels of a window that is one task
 ROWS = {16: 8, 8: 4}  # lanes: pixels at once
-SUMS = {16: 24, 8: 12}  # lanes: that stay in registers
 VECTORS = 4  # of pixels to which the bias is applied at once, at most
 
 
-def parts_of(window: int, cell: int, block: int) -> int:
+def parts_of(window: int, cell: int) -> int:
     """Tasks of a window: one for each row of its cells, if it is large and these have whole blocks of pixels."""
-    return 1 if window**2 <= WHOLE or window * cell % block else window // cell
+    return 1 if window**2 <= WHOLE or window * cell % BLOCK else window // cell
 
 
 def memory(half: int, window: int, cell: int, lanes: int) -> list[int]:
@@ -42,23 +41,24 @@ def memory(half: int, window: int, cell: int, lanes: int) -> list[int]:
 
 
 @compiled
-def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: bool, applies: bool, lanes: int) -> Code:
-    """Cells and channels summed up, and these sums applied, or one of both, with the sums in tensors in between.
-
-    `block` is a multiple of `lanes`.
-    """
+def kernel(half: int, heads: int, window: int, cell: int, sums_up: bool, applies: bool, lanes: int) -> Code:
+    """Cells and channels summed up, and these sums applied, or one of both, with the sums in tensors in between."""
     code = Code(NAMES, lanes)
     to, given, channels, side = code.to, code.given, 2 * half, window // cell
-    parts, per_head, n_rows = parts_of(window, cell, block), half // heads, ROWS[lanes]
+    parts, per_head, n_rows = parts_of(window, cell), half // heads, ROWS[lanes]
     cell_rows, pixels, n_cells = side // parts, window**2 // parts, side**2
     (step,) = filled_up([half], lanes)
+    most_rows, most_columns = BLOCKS[lanes]
+    sums_at_once = most_rows * most_columns  # that stay in registers
     starts = [min(i, half - lanes) for i in range(0, half, lanes)]  # of vectors: the last one has some numbers again
+    few_starts = [starts[i : i + most_columns] for i in range(0, len(starts), most_columns)]
     sizes = memory(half, window, cell, lanes)
     spatial, channel, by_channel, by_pixel, own_cells, spare = (
         code.at(code.memory, INT(sum(sizes[:i]))) for i in range(len(sizes))
     )
     qv, bias, out = (code.pointer(name) for name in ('qv', 'bias', 'out'))
-    at_once = divisor(half, SUMS[lanes] // len(starts[:2]))
+    at_once = divisor(half, sums_at_once // len(few_starts[0]))
+    n_vectors = divisor(pixels // lanes, min(VECTORS, sums_at_once // per_head))
 
     def task(number: ir.Value) -> None:
         owner, part = to.sdiv(number, INT(parts)), to.srem(number, INT(parts))
@@ -106,8 +106,7 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
             """Values times queries, for some channels of the values from `v` on."""
             first = to.mul(part, INT(cell_rows * cell))
             target = code.at(sums, to.mul(part, INT(half * step)))
-            for place in range(0, len(starts), 2):
-                some = starts[place : place + 2]
+            for some in few_starts:
 
                 def line(y: ir.Value, total: Vectors, some: list[int] = some) -> Vectors:
                     start = pixel(y, INT(0))
@@ -138,8 +137,7 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
             """Cells times cells, of channels of the same head, by the channels of a head."""
             for first in range(0, half, at_once):
                 rows = [code.at(cells, INT(first + i)) for i in range(at_once)]
-                for place in range(0, len(starts), 2):
-                    some = starts[place : place + 2]
+                for some in few_starts:
                     columns = [code.at(cells, INT(start)) for start in some]
                     zeros = [code.vector(0)] * (at_once * len(some))
                     found = product(code, rows, columns, INT(step), INT(n_cells), zeros, INT(step))
@@ -152,37 +150,37 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
 
         def of_bias(head: ir.Value, s: ir.Value, t: ir.Value) -> ir.Value:
             """Of pixels from `t` on, and cell s."""
-            number = to.add(to.mul(head, INT(window**2 // block)), to.sdiv(t, INT(block)))
-            place = code.offset((number, INT(n_cells * block)), (s, INT(block)), (to.srem(t, INT(block)),))
+            number = to.add(to.mul(head, INT(window**2 // BLOCK)), to.sdiv(t, INT(BLOCK)))
+            place = code.offset((number, INT(n_cells * BLOCK)), (s, INT(BLOCK)), (to.srem(t, INT(BLOCK)),))
             return code.load(code.at(bias, place), lanes)
 
-        def apply(t: ir.Value, count: int) -> None:
-            """Both maps to `count` vectors of pixels from `t` on, of those of the part."""
+        def apply(t: ir.Value, _: Vectors) -> Vectors:
+            """Both maps to a few vectors of pixels from `t` on, of those of the part."""
             first = to.add(to.mul(part, INT(pixels)), t)
-            together = divisor(heads, max(SUMS[lanes] // (per_head * count), 1))
+            together = divisor(heads, sums_at_once // (per_head * n_vectors))
 
             def some_heads(h: ir.Value, _: Vectors) -> Vectors:
                 def add(s: ir.Value, total: Vectors) -> Vectors:
                     found: Vectors = []
                     for i in range(together):
                         head = to.add(h, INT(i))
-                        maps = [of_bias(head, s, to.add(first, INT(n * lanes))) for n in range(count)]
+                        maps = [of_bias(head, s, to.add(first, INT(n * lanes))) for n in range(n_vectors)]
                         start = code.at(cells, code.offset((s, INT(step)), (head, INT(per_head))))
                         for c in range(per_head):
                             number = code.spread(to.load(code.at(start, INT(c))))
                             found += [code.multiply_add(number, x, total[len(found) + n]) for n, x in enumerate(maps)]
                     return found
 
-                zeros = [code.vector(0)] * (together * per_head * count)
+                zeros = [code.vector(0)] * (together * per_head * n_vectors)
                 total = code.loop(INT(0), INT(n_cells), 1, add, zeros)
                 for n, x in enumerate(total):
-                    c, v = divmod(n, count)
+                    c, v = divmod(n, n_vectors)
                     row = to.add(to.mul(h, INT(per_head)), INT(c))
                     code.store(x, code.at(by_channel, code.offset((row, INT(VECTORS * lanes)), (INT(v * lanes),))))
                 return []
 
             code.loop(INT(0), INT(heads), together, some_heads)
-            for v in range(count):
+            for v in range(n_vectors):
                 for start in starts:
                     places = [INT(((start + i) * VECTORS + v) * lanes) for i in range(lanes)]
                     found = code.transposed([code.load(code.at(by_channel, place), lanes) for place in places])
@@ -202,8 +200,7 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
                     )
                     targets.append(to.select(known, code.at(out, to.mul(place, INT(channels))), spare))
                 values = [code.at(query, INT(half)) for query in queries]
-                for place in range(0, len(starts), 2):
-                    some = starts[place : place + 2]
+                for some in few_starts:
                     begin = [
                         code.load(code.at(by_pixel, code.offset((to.add(p, INT(i)), INT(step)), (INT(s),))), lanes)
                         for i in range(n_rows)
@@ -221,7 +218,8 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
                             code.store(x, code.at(targets[i], INT(behind + some[s])))
                 return []
 
-            code.loop(INT(0), INT(count * lanes), n_rows, some_pixels)
+            code.loop(INT(0), INT(n_vectors * lanes), n_rows, some_pixels)
+            return []
 
         if sums_up:
             first = to.mul(part, INT(cell_rows))
@@ -230,13 +228,7 @@ def kernel(half: int, heads: int, window: int, cell: int, block: int, sums_up: b
         if applies:
             code.loop(INT(0), INT(half), 1, make_channel_map)
             make_spatial_map()
-            most = divisor(pixels // lanes, min(VECTORS, SUMS[lanes] // per_head))
-
-            def some(t: ir.Value, _: Vectors) -> Vectors:
-                apply(t, most)
-                return []
-
-            code.loop(INT(0), INT(pixels), most * lanes, some)
+            code.loop(INT(0), INT(pixels), n_vectors * lanes, apply)
 
     code.tasks(given['count'], task)
     return code
@@ -248,8 +240,8 @@ def correlated(
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
     n, channels, whole_height, whole_width = qv.shape
-    half, (heads, _, _, block), vector = channels // 2, bias.shape, lanes()
-    count, parts = n * whole_height * whole_width // window**2, parts_of(window, cell, block)
+    half, vector = channels // 2, lanes()
+    count, parts = n * whole_height * whole_width // window**2, parts_of(window, cell)
     (step,) = filled_up([half], vector)
     out = qv.new_empty(n, height * width, channels)
     tensors: list[int | Tensor] = [
@@ -259,7 +251,7 @@ def correlated(
         out,
     ]  # fmt: skip
     given = [*tensors, count * parts, whole_height, whole_width, height, width]
-    run = partial(kernel, half, heads, window, cell, block)
+    run = partial(kernel, half, len(bias), window, cell)
     size = sum(memory(half, window, cell, vector))
     for phase in [(True, True)] if parts == 1 else [(True, False), (False, True)]:
         run(*phase, vector)(given, size, 0.0)
