@@ -199,8 +199,9 @@ class ChannelAttention(TransposedAttention):
         def window_channel_attention(x: Tensor, *_: object) -> Tensor:
             parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
             q, k, v = parts.unflatten(0, (3, -1)).unbind(0)  # (heads * groups, pixels, channels)
-            cosines = small_products(q.mT, k) / l2_norm(q).mT / l2_norm(k)
-            maps = self.weights(cosines.unflatten(0, (self.n_heads, -1)) * self.temperature.unsqueeze(1)).flatten(0, 1)
+            factor, other = (l2_norm(x).reciprocal() for x in (q, k))
+            factor = (factor.unflatten(0, (self.n_heads, -1)) * self.temperature.unsqueeze(1)).flatten(0, 1)
+            maps = self.weights(small_products((q * factor).mT, k * other))
             out = small_products(v, maps.mT)
             return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
 
