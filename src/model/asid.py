@@ -172,19 +172,21 @@ class IDSABlock(nn.Module):
 
     def forward(self, x: Tensor, maps: Sequence[StageMaps] | None) -> tuple[Tensor, list[StageMaps]]:
         given = maps or [StageMaps(None, None)] * 3
-        x, maps1 = self.stage(self.LB1(x), self.SLA1, self.SGA1, given[0])
-        x1, x = self.distil(self.pw1(x))
-        x, maps2 = self.stage(self.LB2(x), self.SLA2, self.SGA2, given[1])
-        x2, x = self.distil(self.pw2(x))
-        x, maps3 = self.stage(self.LB3(x), self.SLA3, self.SGA3, given[2])
-        return self.BlockC(self.pw3(torch.cat((x1, x2, x), 1))), [maps1, maps2, maps3]
+        x, kept, maps1 = self.stage(self.LB1(x), self.SLA1, self.SGA1, given[0])
+        x1, x = self.distil(self.pw1(x, beside=[kept]))
+        x, kept, maps2 = self.stage(self.LB2(x), self.SLA2, self.SGA2, given[1])
+        x2, x = self.distil(self.pw2(x, beside=[kept]))
+        x, kept, maps3 = self.stage(self.LB3(x), self.SLA3, self.SGA3, given[2])
+        return self.BlockC(self.pw3(x1, beside=[x2, x, kept])), [maps1, maps2, maps3]
 
-    def stage(self, x: Tensor, local: nn.Module, across: nn.Module, maps: StageMaps) -> tuple[Tensor, StageMaps]:
-        """Attention for all but the first quarter, which moves to the end."""
-        loc, x = self.distil(x)
+    def stage(
+        self, x: Tensor, local: nn.Module, across: nn.Module, maps: StageMaps
+    ) -> tuple[Tensor, Tensor, StageMaps]:
+        """Attention for all but the first quarter, and that quarter, which comes after these from here on."""
+        kept, x = self.distil(x)
         x, local_map = local(x, maps.local)
         x, across_map = across(x, maps.across)
-        return torch.cat((x, loc), 1), StageMaps(local_map, across_map)
+        return x, kept, StageMaps(local_map, across_map)
 
     def distil(self, x: Tensor) -> tuple[Tensor, ...]:
         """A quarter of n_feats, and the rest."""

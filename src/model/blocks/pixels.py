@@ -27,6 +27,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, **around: A
     given: dict[str, Any] = {
         key: by_pixel(value) if isinstance(value, Tensor) else value for key, value in around.items()
     }
+    given['beside'] = [by_pixel(maps) for maps in around.get('beside', ())]
     return fused_linear(by_pixel(x), [(weight, bias)], **given).permute(0, 3, 1, 2)
 
 

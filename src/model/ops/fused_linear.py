@@ -19,6 +19,7 @@ from model.ops.layer_norm import layer_norm
 
 Layer = tuple[Tensor, Tensor | None]  # weight (O, I), or (O, I, 1, 1) as of a convolution, and bias (O,)
 MOST_CHANNELS = 512  # that a kernel takes
+JOINED = 4  # tensors whose channels a kernel joins, at most
 MOST_WEIGHTS = 2**16  # of a layer, with whose sums a kernel of gradients is fast
 
 
@@ -37,6 +38,7 @@ def fused_linear(
     x: Tensor,
     layers: Sequence[Layer],
     *,
+    beside: Sequence[Tensor] = (),
     norm: Norm | None = None,
     gelu_summed: Tensor | None = None,
     gelu: bool = False,
@@ -52,6 +54,7 @@ def fused_linear(
     Args:
         x: the pixels.
         layers: the linear layers.
+        beside: like x but for the channels, which are joined to those of x. Without `norm` and `gelu_summed`.
         norm: normalises x first.
         gelu_summed: like x; its GELU is added to x first. Not together with `norm`.
         gelu: whether GELU follows the first layer.
@@ -68,13 +71,19 @@ def fused_linear(
     """
     if len(layers) > 2 or (norm is not None and not (gelu_summed is None and norm_after is None)):
         raise ValueError('fused_linear takes one or two layers, and a norm without gelu_summed and norm_after.')
+    if beside and not (norm is gelu_summed is None):
+        raise ValueError('fused_linear joins pixels without a norm and gelu_summed before the first layer.')
+    if beside and (torch.is_grad_enabled() or len(beside) >= JOINED):
+        x, beside = torch.cat((x, *beside), -1), ()
     weights, biases = [weight.flatten(1) for weight, _ in layers], [bias for _, bias in layers]
     first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
     eps = next((n.eps for n in (norm, norm_after) if n is not None), 0.0)
     others = [t for t in (*biases, gelu_summed, weighed, plus) if t is not None]
-    widths, maps = [x.shape[-1], *map(len, weights)], [t for t in (weighed, plus) if t is not None]
+    maps = [t for t in (weighed, plus) if t is not None]
+    widths = [sum(t.shape[-1] for t in (x, *beside)), *map(len, weights)]
     fast = (
-        is_for_kernel([x, *weights, *first, *last, *others])
+        is_for_kernel([x, *beside, *weights, *first, *last, *others])
+        and all(t.shape[:-1] == x.shape[:-1] for t in beside)
         and all(weight.shape[1] == width for weight, width in zip(weights, widths, strict=False))
         and all(len(t) == width for norm, width in ((first, widths[0]), (last, widths[-1])) for t in norm)
         and (gelu_summed is None or gelu_summed.shape == x.shape)
@@ -87,7 +96,7 @@ def fused_linear(
             out = FusedLinear.apply(x, gelu_summed, plus if inside else None, *parameters)
             return out if inside else finished(out, weighed, slope, plus)
         fast = False
-    steps = (x, weights, biases, first, last, eps, gelu_summed, gelu, weighed, slope, plus)
+    steps = (x, weights, biases, first, last, eps, gelu_summed, gelu, weighed, slope, plus, beside)
     return (fast_forward if fast else forward)(*steps)
 
 
@@ -121,8 +130,11 @@ def forward(
     weighed: Tensor | None,
     slope: float,
     plus: Tensor | None,
+    beside: Sequence[Tensor] = (),
 ) -> Tensor:
     """See `fused_linear`. Norms are weight and bias, or nothing."""
+    if beside:
+        x = torch.cat((x, *beside), -1)
     if norm:
         x = layer_norm(x, norm[0], norm[1], eps)
     if gelu_summed is not None:
@@ -158,9 +170,10 @@ def fast_forward(
     weighed: Tensor | None,
     slope: float,
     plus: Tensor | None,
+    beside: Sequence[Tensor],
 ) -> Tensor:
     """An operation with a name, by which its time is told from that of others."""
-    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu, weighed, slope, plus)
+    steps = (x, weights, biases, norm, norm_after, eps, gelu_summed, gelu, weighed, slope, plus, beside)
     return by_llvm('fused_linear', forward, *steps)
 
 
@@ -181,7 +194,7 @@ class FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, gelu_summed, *parameters)
         ctx.eps, ctx.gelu, ctx.layers, ctx.added = eps, gelu, layers, plus is not None
         weights, biases, norm = parameters[:layers], parameters[layers : 2 * layers], parameters[2 * layers :]
-        return fast_forward(x, weights, biases, norm, [], eps, gelu_summed, gelu, None, 1.0, plus)
+        return fast_forward(x, weights, biases, norm, [], eps, gelu_summed, gelu, None, 1.0, plus, ())
 
     @staticmethod
     @once_differentiable

@@ -149,6 +149,40 @@ def test_tensors_in_any_memory(lanes: int, calls: list[Call]) -> None:
     assert calls
 
 
+@pytest.mark.parametrize('names', [(), ('gelu',), ('weighed', 'slope', 'plus'), ('norm_after',)])
+@pytest.mark.parametrize('widths', [(33, 20), (18, 33, 20), (12, 12, 5, 4)])
+def test_joined_channels(names: tuple[str, ...], widths: tuple[int, ...], lanes: int, calls: list[Call]) -> None:
+    given = operands(names, 25, sum(widths), 47, 18)
+    parts = [F.pad(part, (2, 3), value=math.nan)[..., 2:-3].float() for part in given['x'].split(widths, -1)]
+    around = {**converted(given, Tensor.float), 'x': parts[0], 'beside': parts[1:]}
+    check(fused_linear(**around), plain(**given))
+    assert len(calls) == 1
+
+
+def test_joined_channels_where_no_kernel_joins_them(lanes: int, calls: list[Call]) -> None:
+    given = operands(('plus',), 25, 10, 7)
+    parts = list(given['x'].float().split(2, -1))
+    around = {**converted(given, Tensor.float), 'x': parts[0], 'beside': parts[1:]}
+    truth = plain(**given)
+    check(fused_linear(**around), truth)  # of too many
+    assert calls.pop().first.shape == (2, 25, 10)
+    with torch.enable_grad():
+        leaf = parts[1].requires_grad_()
+        found = fused_linear(**around)
+        check(found, truth)
+        (by_leaf,) = torch.autograd.grad(found.sum(), leaf)
+    check(by_leaf, given['layers'][0][0].sum(0)[2:4].expand(2, 25, 2))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.allclose(fused_linear(**around).double(), truth, atol=0.05 * float(truth.abs().max()))
+
+
+def test_norm_of_joined_channels_is_refused() -> None:
+    for name in ('norm', 'gelu_summed'):
+        given = operands((name,), 3, 4, 4)
+        with pytest.raises(ValueError, match='joins pixels without'):
+            fused_linear(**given, beside=[given['x']])
+
+
 @pytest.mark.parametrize('names', [('norm', 'gelu_summed'), ('norm', 'norm_after')])
 def test_steps_that_do_not_go_together_are_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match='a norm without'):

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, Vectors, call, divisor, most_of_tile
+from model.ops.llvm.planes import Tiles, Vectors, call, divisor, most_of_tile, pixels_in_order
 
 SIZE = 3  # side of the depthwise convolution
 SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in registers
@@ -123,7 +123,7 @@ def sums_of_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (N, C, H, W), products (T, heads, C / heads, C / heads), squares (T, 2, heads, C / heads) of T tiles."""
     channels = x.shape[1]
-    values, per_head = torch.empty_like(x), channels // heads
+    values, per_head = torch.empty_like(x, memory_format=torch.channels_last), channels // heads
     n_tiles = len(x) * (len(rows) - 1) * (len(columns) - 1)
     products = x.new_empty(n_tiles, heads, per_head, per_head)
     squares = x.new_empty(n_tiles, 2, heads, per_head)
@@ -135,7 +135,7 @@ def sums_of_tiles(
 @operation('channel_attention_mix')
 def mixed_tiles(x: Tensor, values: Tensor, maps: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
     """Maps (T, C, C) of the tiles times their values, plus x."""
-    channels, out = x.shape[1], torch.empty_like(x)
+    channels, out = x.shape[1], torch.empty_like(x, memory_format=torch.channels_last)
     call(mix_kernel(channels, lanes()), x, 0, 2 * channels, [x, values, maps, out], (rows, columns))
     return out
 
@@ -152,7 +152,7 @@ def channel_attention(
     from_sums: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """See `SparseGlobalAttention`, also for the last two."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = pixels_in_order(x)
     rows, columns, inside = layout(x, *most_of_tile(x.shape[1]))
     grid = [[*(part.start for part in parts), parts[-1].stop] for parts in (rows, columns)]
     scale, shift, project_in, depthwise = (weight.contiguous() for weight in (scale, shift, project_in, depthwise))

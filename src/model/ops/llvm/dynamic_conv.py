@@ -11,7 +11,7 @@ from torch import Tensor
 from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, Vectors, call
+from model.ops.llvm.planes import Tiles, Vectors, call, pixels_in_order
 
 WEIGHTS = (
     'scale', 'shift', 'project_in', 'project_out', 'squeeze', 'squeeze_bias', 'depthwise', 'depthwise_bias',
@@ -89,8 +89,8 @@ def local_attention(
 ) -> Tensor:
     """See `DynamicLocalAttention`."""
     channels, hidden, size = x.shape[1], len(depthwise), depthwise.shape[-1]
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
+    x = pixels_in_order(x)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
     given = (
         scale, shift, project_in, project_out, squeeze, squeeze_bias, depthwise, depthwise_bias, kernels, kernels_bias,
     )  # fmt: skip

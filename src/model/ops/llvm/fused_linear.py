@@ -6,18 +6,19 @@ A few rows at a time, each the channels of a pixel, are read, go through all of 
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from llvmlite import ir
 from torch import Tensor
 
+from model.ops.fused_linear import JOINED
 from model.ops.llvm.code import FLOAT, INT, Code, filled_up, lanes
 from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.product import BLOCKS, Rows, layer, packed
 
 NAMES = (
-    'x', 'x_step', 'summed', 'summed_step', 'scale', 'shift', 'first', 'second', 'weighed',
-    'weighed_step', 'plus', 'plus_step', 'out', 'count',
+    *(f'x{i}{end}' for i in range(JOINED) for end in ('', '_step')), 'summed', 'summed_step', 'scale', 'shift',
+    'first', 'second', 'weighed', 'weighed_step', 'plus', 'plus_step', 'out', 'count',
 )  # fmt: skip
 FURTHEST = 5.75  # from where on erf(x / sqrt(2)) is 1; there the quotient below is larger by more than its rounding
 ERF = (  # erf(x / sqrt(2)) = x P(x^2) / Q(x^2) to 1.5e-8 where it is below 1: P and Q, fitted by weighted least squares
@@ -92,6 +93,7 @@ def layer_norm(
 
 @compiled
 def kernel(
+    joined: tuple[int, ...],
     widths: tuple[int, ...],
     before: str,
     active: bool,
@@ -103,8 +105,8 @@ def kernel(
 ) -> Code:
     """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
 
-    `active` says whether GELU follows the first layer, `weighs` whether there are maps to weigh, `added` whether `plus`
-    is added.
+    `joined` are the channels of the tensors whose rows, side by side, are those of the first layer. `active` says
+    whether GELU follows that, `weighs` whether there are maps to weigh, `added` whether `plus` is added.
     """
     code = Rows(NAMES, lanes)
     to, numbers = code.to, [INT(i) for i in range(code.count)]
@@ -129,7 +131,14 @@ def kernel(
         code.prefetch(result(i), widths[-1], written=True)
         for name in others:
             code.prefetch(given(name, i), widths[-1])
-        vectors = code.load_row(given('x', i), widths[0])
+        if len(joined) > 1:
+            target = code.row(blocks[0], steps[0], i)
+            for number, end in enumerate(accumulate(joined)):
+                width = joined[number]
+                vectors = code.load_row(given(f'x{number}', i), width)
+                code.store_row(vectors, code.at(target, INT(end - width)), width)
+            return
+        vectors = code.load_row(given('x0', i), widths[0])
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
@@ -198,16 +207,20 @@ def forward(
     weighed: Tensor | None,
     slope: float,
     plus: Tensor | None,
+    beside: Sequence[Tensor] = (),
 ) -> Tensor:
     """See `fused_linear.forward`."""
     vector = lanes()
-    widths = (x.shape[-1], *map(len, weights))
+    parts = x, *beside
+    joined = tuple(part.shape[-1] for part in parts)
+    widths = (sum(joined), *map(len, weights))
     out = x.new_empty(*x.shape[:-1], widths[-1])
     before = 'norm' if norm else '' if gelu_summed is None else 'sum'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
-    run = kernel(widths, before, gelu, bool(norm_after), weighed is not None, slope, plus is not None, vector)
+    run = kernel(joined, widths, before, gelu, bool(norm_after), weighed is not None, slope, plus is not None, vector)
     given = [
-        *by_row(x), *by_row(gelu_summed),
+        *(number for part in parts for number in by_row(part)), *[0, 0] * (JOINED - len(parts)),
+        *by_row(gelu_summed),
         *(t.contiguous() for t in (*norm, *norm_after)), *[0] * (2 - len(norm) - len(norm_after)),
         *layers, *[0] * (2 - len(layers)), *by_row(weighed), *by_row(plus), out,
         out.shape[:-1].numel(),

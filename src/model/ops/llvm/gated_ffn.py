@@ -10,7 +10,7 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import gelu
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Finish, Tiles, Vectors, call, divisor
+from model.ops.llvm.planes import Finish, Tiles, Vectors, call, divisor, pixels_in_order
 from model.ops.llvm.product import BLOCKS
 
 SIZE = 3  # side of the depthwise convolution
@@ -62,8 +62,8 @@ def gated_ffn(
 ) -> Tensor:
     """See `GatedFFN`."""
     channels, hidden = project_out.shape[:2]
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
+    x = pixels_in_order(x)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
     planes = 1 + 2 * channels + 3 * divisor(hidden, BLOCKS[lanes()][0])
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
     call(kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)

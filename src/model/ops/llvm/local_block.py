@@ -15,7 +15,7 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import forward, gelu
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, Vectors, call, cuts, most_of_tile
+from model.ops.llvm.planes import Tiles, Vectors, call, cuts, most_of_tile, pixels_in_order
 
 SIZE = 3  # side of the depthwise convolution
 
@@ -78,9 +78,10 @@ def local_block(
 ) -> Tensor:
     """See `LocalBlock`."""
     n, channels, *sides = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = pixels_in_order(x)
     rows, columns = (cuts(side, most) for side, most in zip(sides, most_of_tile(channels), strict=True))
-    inner, sums = torch.empty_like(x), x.new_empty((len(rows) - 1) * (len(columns) - 1), n, channels)
+    inner = torch.empty_like(x, memory_format=torch.channels_last)
+    sums = x.new_empty((len(rows) - 1) * (len(columns) - 1), n, channels)
     weights = [weight.contiguous() for weight in (project_in, bias, depthwise, depthwise_bias)]
     call(kernel(channels, lanes()), x, SIZE // 2, 1 + 2 * channels, [x, *weights, inner, sums], (rows, columns))
     means = sums.sum(0) / (sides[0] * sides[1])

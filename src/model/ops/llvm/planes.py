@@ -12,6 +12,7 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from model.ops.llvm.code import FLOAT, INT, Code, Kernel
 from model.ops.llvm.product import BLOCKS
 from model.ops.llvm.product import product as multiply
 
-GEOMETRY = ('zeros', 'tiles', 'count', 'height', 'width', 'plane')
+GEOMETRY = ('zeros', 'tiles', 'count', 'height', 'width', 'plane', 'x_pixel')
 ROWS = 16  # of a tile
 AT_ONCE = 4  # rows of a filter
 KEPT = 9  # numbers of a filter that stay in registers
@@ -38,16 +39,21 @@ def divisor(count: int, most: int) -> int:
 class Planes(Code):
     """Code for pixels whose planes are in the memory of a thread.
 
-    Of what it is given `zeros` are as many numbers as a map has channels, and `plane` says how far planes are apart.
+    Of what it is given `zeros` are as many numbers as a map has channels, `plane` says how far planes are apart, and
+    `x_pixel` how far pixels of the map `x` are, which may be some channels of a map; of others all are there.
     """
 
-    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
+    def pixels(self, border: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
         """`body` for every vector of pixels, and of `border` around them.
 
-        It is given the place of the first one in a plane, the places of all in a map of `channels`, and which of them
-        there are.
+        It is given the place of the first one in a plane, the numbers of all in a map, and which of them there are.
         """
         raise NotImplementedError
+
+    def in_map(self, tensor: str, step: int, numbers: Vectors) -> Vectors:
+        """Pointers to pixels of a map, `step` numbers apart if it is not `x`."""
+        apart = self.given['x_pixel'] if tensor == 'x' else INT(step)
+        return [self.at(self.pointer(tensor), self.to.mul(number, apart)) for number in numbers]
 
     def plane(self, index: ir.Value | int, place: ir.Value) -> ir.Value:
         """Pointer to a place in a plane."""
@@ -79,13 +85,11 @@ class Planes(Code):
 
     def read(self, tensor: str, channels: int, planes: int, border: int, mask: int | None = None) -> None:
         """The pixels and `border` around them into `planes`; into the plane `mask` 1 where the image is, 0 outside."""
-        source, zeros = self.pointer(tensor), self.pointer('zeros')
+        zeros = self.pointer('zeros')
 
-        def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
-            pixels = [
-                self.to.select(known, self.at(source, offset), zeros)
-                for known, offset in zip(inside, offsets, strict=True)
-            ]
+        def vector(place: ir.Value, numbers: Vectors, inside: Vectors) -> None:
+            there = zip(inside, self.in_map(tensor, channels, numbers), strict=True)
+            pixels = [self.to.select(known, pixel, zeros) for known, pixel in there]
 
             def part(start: ir.Value, count: int) -> None:
                 rows = [self.load(self.at(pixel, start), count) for pixel in pixels]
@@ -99,7 +103,7 @@ class Planes(Code):
                     ones = self.to.insert_element(ones, self.to.uitofp(known, FLOAT), INT(lane))
                 self.store(ones, self.plane(mask, place))
 
-        self.pixels(border, channels, vector)
+        self.pixels(border, vector)
 
     def write(
         self,
@@ -116,14 +120,14 @@ class Planes(Code):
         `of` says how many channels the map has, if these are not all of it, and which is the first of these.
         """
         step, first = of or (channels, INT(0))
-        target, spare = self.at(self.pointer(tensor), first), self.memory  # to which pixels go that there are not
+        spare = self.memory  # to which pixels go that there are not
 
-        def vector(place: ir.Value, offsets: Vectors, inside: Vectors) -> None:
-            def pixels(pointer: ir.Value) -> Vectors:
-                places = zip(inside, offsets, strict=True)
-                return [self.to.select(known, self.at(pointer, offset), spare) for known, offset in places]
+        def vector(place: ir.Value, numbers: Vectors, inside: Vectors) -> None:
+            def pixels(pointers: Vectors) -> Vectors:
+                return [self.to.select(*pair, spare) for pair in zip(inside, pointers, strict=True)]
 
-            targets, others = pixels(target), pixels(self.pointer(plus)) if plus else []
+            targets = pixels([self.at(pixel, first) for pixel in self.in_map(tensor, step, numbers)])
+            others = pixels(self.in_map(plus, channels, numbers)) if plus else []
 
             def part(start: ir.Value, count: int) -> None:
                 rows = self.transposed([self.value(planes + i, start, place) for i in range(count)])
@@ -135,7 +139,7 @@ class Planes(Code):
 
             self.parts(channels, part)
 
-        self.pixels(0, step, vector)
+        self.pixels(0, vector)
 
     def lines(self, length: ir.Value, count: int, body: Callable[[Vectors], None]) -> None:
         """`body` for every `count` vectors of the first pixels of a plane, given their places."""
@@ -263,7 +267,7 @@ class Tiles(Planes):
 
         self.tasks(self.given['count'], tile)
 
-    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
+    def pixels(self, border: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
         """See `Planes`: there are those in the tile or its border, and in the image."""
         to, given = self.to, self.given
 
@@ -275,13 +279,13 @@ class Tiles(Planes):
             def vector(j: ir.Value, _: Vectors) -> Vectors:
                 x = to.add(self.left, to.sub(j, INT(border)))
                 first = self.offset((self.image, given['height'], given['width']), (y, given['width']), (x,))
-                offsets, inside = [], []
+                numbers, inside = [], []
                 for lane in range(self.lanes):
-                    offsets.append(to.mul(to.add(first, INT(lane)), INT(channels)))
+                    numbers.append(to.add(first, INT(lane)))
                     in_width = to.icmp_unsigned('<', to.add(x, INT(lane)), given['width'])
                     in_tile = to.icmp_signed('<', to.add(j, INT(lane)), stop)
                     inside.append(to.and_(in_height, to.and_(in_width, in_tile)))
-                body(to.add(to.mul(i, self.width), j), offsets, inside)
+                body(to.add(to.mul(i, self.width), j), numbers, inside)
                 return []
 
             self.loop(INT(0), stop, self.lanes, vector)
@@ -378,6 +382,21 @@ def tiling(n: int, rows: tuple[int, ...], columns: tuple[int, ...], border: int)
     return Tiling(tiles, tiles.ctypes.data, int((tiles[:, 3:] + 2 * border).prod(1).max()))
 
 
+def pixel_step(x: Tensor) -> int:
+    """Numbers from each pixel of maps (N, C, H, W) to the next one; 0 if these differ, or channels are apart."""
+    n, channels, height, width = x.shape
+    images, channel, rows, pixels = x.stride()
+    strides = [(pixels, 1, width), (rows, width, height), (images, height * width, n)]
+    steps = {stride / between for stride, between, count in strides if count > 1} or {float(channels)}
+    step = int(min(steps))
+    return step if len(steps) == 1 and step >= channels and (channel == 1 or channels == 1) else 0
+
+
+def pixels_in_order(x: Tensor) -> Tensor:
+    """Maps with a `pixel_step`: `x` itself, or a copy."""
+    return x if pixel_step(x) else x.clone(memory_format=torch.channels_last)
+
+
 def call(
     kernel: Kernel,
     like: Tensor,
@@ -390,7 +409,7 @@ def call(
     """Run a kernel.
 
     Args:
-        like: maps (N, C, H, W).
+        like: the maps `x`, (N, C, H, W), with `pixels_in_order`.
         border: pixels around a tile.
         planes: how many the kernel needs.
         arguments: those beyond `GEOMETRY`.
@@ -402,5 +421,5 @@ def call(
     found = tiling(n, rows, columns, border)
     size = max(found.most, channels) + 2 * border
     plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
-    geometry = like.new_zeros(channels), found.address, len(found.tiles), height, width, plane
+    geometry = like.new_zeros(channels), found.address, len(found.tiles), height, width, plane, pixel_step(like)
     kernel([*geometry, *arguments], planes * plane, factor)

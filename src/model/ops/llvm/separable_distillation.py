@@ -14,7 +14,7 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import gelu
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, call, cuts, most_of_tile
+from model.ops.llvm.planes import Tiles, call, cuts, most_of_tile, pixels_in_order
 
 SIZE = 3  # side of the depthwise convolution
 OF_STEP = 5  # weights: of what is kept, and its bias; pointwise and depthwise of the convolution, and its bias
@@ -66,13 +66,13 @@ def distil(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     n, channels, height, width = x.shape
     steps, kept = len(weights) // OF_STEP, len(weights[-1])
     parts = torch.empty(n, (1 + steps) * kept, height, width, memory_format=torch.channels_last, dtype=x.dtype)
-    rest, none = x.contiguous(memory_format=torch.channels_last), x.new_empty(0)
+    rest, none = pixels_in_order(x), x.new_empty(0)
     rows, columns = most_of_tile(2 * channels)
     grid = cuts(height, rows), cuts(width, columns)
     for i in range(steps + 1):
         last = i == steps
         own = [weight.contiguous() for weight in weights[OF_STEP * i : OF_STEP * (i + 1)]]
-        refined = none if last else torch.empty_like(rest)
+        refined = none if last else torch.empty_like(rest, memory_format=torch.channels_last)
         run = kernel(channels, kept, parts.shape[1], last, lanes())
         given: list[Tensor | int] = [rest, *[none] * (OF_STEP - len(own)), *own, refined, parts, i * kept]
         call(run, rest, SIZE // 2, 1 + 3 * channels, given, grid)

@@ -17,10 +17,10 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, Kernel, filled_up, lanes
 from model.ops.llvm.groups import Groups, groups_of
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Planes, Vectors, divisor
+from model.ops.llvm.planes import Planes, Vectors, divisor, pixel_step, pixels_in_order
 from model.ops.llvm.product import BLOCKS, product
 
-NAMES = 'zeros', 'count', 'bases', 'places', 'plane'
+NAMES = 'zeros', 'count', 'bases', 'places', 'plane', 'x_pixel'
 KEYS = {16: 8, 8: 4}  # lanes: rows of logits at once
 NORMED = 4  # vectors that `Planes.norm` takes at once
 
@@ -44,18 +44,18 @@ class Group(Planes):
 
         self.tasks(self.given['count'], group)
 
-    def pixels(self, border: int, channels: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
+    def pixels(self, border: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
         """See `Planes`. Those that fill up the last vector are some other one of the group, and not written."""
         to = self.to
 
         def vector(j: ir.Value, _: Vectors) -> Vectors:
             places = [self.to.add(j, INT(lane)) for lane in range(self.lanes)]
             inside = [to.icmp_signed('<', place, INT(self.size)) for place in places]
-            offsets = []
+            numbers = []
             for place, known in zip(places, inside, strict=True):
                 pixel = to.load(self.at(self.pointer('places', INT), to.select(known, place, INT(0))))
-                offsets.append(to.mul(to.add(self.base, pixel), INT(channels)))
-            body(j, offsets, inside)
+                numbers.append(to.add(self.base, pixel))
+            body(j, numbers, inside)
             return []
 
         self.loop(INT(0), INT(self.size), self.lanes, vector)
@@ -241,6 +241,7 @@ def call(
         len(groups.bases),
         *groups,
         plane,
+        pixel_step(x),
         *arguments,
     ]
     kernel(given, planes * plane + size * BLOCKS[lanes][1] * lanes, epsilon)
@@ -260,8 +261,8 @@ def window_attention(
 ) -> Tensor:
     """See `omnisr.WindowAttention`."""
     channels, (heads, size, _), vector = x.shape[1], biases.shape, lanes()
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
+    x = pixels_in_order(x)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
     scale, shift, project_in, project_out = (t.contiguous() for t in (scale, shift, project_in, project_out))
     given = [x, scale, shift, project_in, padded(biases, vector), project_out, out]
     call(
@@ -289,7 +290,7 @@ def window_attention_map(
 ) -> Tensor:
     """See `asid.WindowAttention`."""
     channels, size, vector = x.shape[1], biases.shape[-1], lanes()
-    x, groups = x.contiguous(memory_format=torch.channels_last), groups_like(x, cell, strided)
+    x, groups = pixels_in_order(x), groups_like(x, cell, strided)
     out = x.new_empty(len(groups.bases), size, filled_up([size], vector)[0])
     given = [x, *(t.contiguous() for t in (scale, shift, weight)), padded(biases, vector), out]
     call(map_kernel(channels, size, vector), x, groups, 2 * channels, given, epsilon, vector)
@@ -309,10 +310,10 @@ def window_attention_mix(
 ) -> Tensor:
     """See `asid.mix`."""
     channels, size, vector = x.shape[1], maps.shape[-1], lanes()
-    x, rows = x.contiguous(memory_format=torch.channels_last), filled_up([size], vector)[0]
+    x, rows = pixels_in_order(x), filled_up([size], vector)[0]
     if maps.stride() != (size * rows, 1, rows):
         maps = padded(maps, vector)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
     given = [x, *(t.contiguous() for t in (scale, shift, weight)), maps, out]
     call(mix_kernel(channels, size, vector), x, groups_like(x, cell, strided), 3 * channels, given, epsilon, vector)
     return out

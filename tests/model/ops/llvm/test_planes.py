@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measure.speed import by_kind, clocked
@@ -155,6 +156,32 @@ def test_equals_the_plain_form(name: str, size: tuple[int, ...], lanes: int, cal
     check(found, plain(block, norm, x))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert len(calls) == (3 if name.startswith('window map') else 1)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('name', BLOCKS)
+def test_channels_of_larger_maps(name: str, size: tuple[int, ...], lanes: int) -> None:
+    """They are read where they are, and what is beside them is not."""
+    block, norm, x = make(name, *size)
+    truth = plain(block, norm, x)
+    wide = F.pad(x, (0, 0, 0, 0, 3, 5), value=math.nan).to(memory_format=torch.channels_last)
+    found = block(wide[:, 3:-5], norm, residual=True)
+    check(found, truth)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_which_maps_have_pixels_in_order() -> None:
+    maps = numbers(2, 6, 4, 5).to(memory_format=torch.channels_last)
+    for x, step in (
+        (maps, 6), (maps[:, 1:4], 6), (maps[:1, :, :1, :1], 6), (maps[..., :1], 30), (maps[:, :, :2], 0),
+        (maps[..., 1:], 0), (maps[..., ::2], 0), (maps[:, ::2], 0), (maps[:, :1].expand(-1, 6, -1, -1), 0),
+        (maps.contiguous(), 0), (maps.mT, 0), (maps[:, :, :1], 0), (maps[:1, :, :1], 6),
+    ):  # fmt: skip
+        assert planes.pixel_step(x) == step
+        same = planes.pixels_in_order(x)
+        assert torch.equal(same, x)
+        assert (same is x) == (step > 0)
+        assert planes.pixel_step(same) == (step or x.shape[1])
 
 
 @pytest.mark.parametrize('name', KINDS)
