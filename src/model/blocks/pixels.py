@@ -1,5 +1,6 @@
 """Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet, IMDN, BSRN)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ class GELU(nn.Module):
         return gelu(x)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, **around: Any) -> Tensor:
+def pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, beside: Sequence[Tensor] = (), **around: Any
+) -> Tensor:
     """1x1 convolution of maps (N, C, H, W), with what `fused_linear` takes around it, its tensors being maps too."""
     given: dict[str, Any] = {
         key: by_pixel(value) if isinstance(value, Tensor) else value for key, value in around.items()
     }
-    given['beside'] = [by_pixel(maps) for maps in around.get('beside', ())]
-    return fused_linear(by_pixel(x), [(weight, bias)], **given).permute(0, 3, 1, 2)
+    others = [by_pixel(maps) for maps in beside]
+    return fused_linear(by_pixel(x), [(weight, bias)], beside=others, **given).permute(0, 3, 1, 2)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -200,7 +203,7 @@ class ChannelAttention(TransposedAttention):
         def window_channel_attention(x: Tensor, *_: object) -> Tensor:
             parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
             q, k, v = parts.unflatten(0, (3, -1)).unbind(0)  # (heads * groups, pixels, channels)
-            factor, other = (l2_norm(x).reciprocal() for x in (q, k))
+            factor, other = (l2_norm(t).reciprocal() for t in (q, k))
             factor = (factor.unflatten(0, (self.n_heads, -1)) * self.temperature.unsqueeze(1)).flatten(0, 1)
             maps = self.weights(small_products((q * factor).mT, k * other))
             out = small_products(v, maps.mT)

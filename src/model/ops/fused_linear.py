@@ -1,5 +1,5 @@
-"""Linear layers of pixels with what stands around them: norm or sum before, GELU between, and norm, gate, LeakyReLU
-and sum behind.
+"""Linear layers of pixels with what stands around them: joined channels, norm or sum before, GELU between, and norm,
+gate, LeakyReLU and sum behind.
 
 On a CPU, where llvmlite is installed, a few pixels at a time go through all of that in registers and the first cache
 (`llvm.fused_linear`), and once more for the gradients (`llvm.linear_gradients`), which need nothing but `x`,
@@ -54,9 +54,9 @@ def fused_linear(
     Args:
         x: the pixels.
         layers: the linear layers.
-        beside: like x but for the channels, which are joined to those of x. Without `norm` and `gelu_summed`.
+        beside: like x but for the channels, which are joined to those of x.
         norm: normalises x first.
-        gelu_summed: like x; its GELU is added to x first. Not together with `norm`.
+        gelu_summed: like x with what is joined to it; its GELU is added to x first. Not together with `norm`.
         gelu: whether GELU follows the first layer.
         norm_after: normalises what the last layer gives. Not together with `norm`.
         weighed: of the shape of the result; times the sigmoid of what was found up to here it takes the place of that.
@@ -71,9 +71,7 @@ def fused_linear(
     """
     if len(layers) > 2 or (norm is not None and not (gelu_summed is None and norm_after is None)):
         raise ValueError('fused_linear takes one or two layers, and a norm without gelu_summed and norm_after.')
-    if beside and not (norm is gelu_summed is None):
-        raise ValueError('fused_linear joins pixels without a norm and gelu_summed before the first layer.')
-    if beside and (torch.is_grad_enabled() or len(beside) >= JOINED):
+    if beside and (torch.is_grad_enabled() or len(beside) >= JOINED):  # `FusedLinear` takes one tensor
         x, beside = torch.cat((x, *beside), -1), ()
     weights, biases = [weight.flatten(1) for weight, _ in layers], [bias for _, bias in layers]
     first, last = ([] if n is None else [n.weight, n.bias] for n in (norm, norm_after))
@@ -86,7 +84,7 @@ def fused_linear(
         and all(t.shape[:-1] == x.shape[:-1] for t in beside)
         and all(weight.shape[1] == width for weight, width in zip(weights, widths, strict=False))
         and all(len(t) == width for norm, width in ((first, widths[0]), (last, widths[-1])) for t in norm)
-        and (gelu_summed is None or gelu_summed.shape == x.shape)
+        and (gelu_summed is None or gelu_summed.shape == (*x.shape[:-1], widths[0]))
         and all(t.shape == (*x.shape[:-1], widths[-1]) for t in maps)
     )
     if fast and torch.is_grad_enabled():
@@ -103,7 +101,7 @@ def fused_linear(
 def is_for_kernel(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel takes these pixels and parameters."""
     wanted = has_llvm(tensors[0]) and not torch.is_autocast_enabled('cpu')
-    return wanted and all(t.dtype == torch.float32 and t.shape[-1] <= MOST_CHANNELS for t in tensors)
+    return wanted and all(t.dtype == torch.float32 and 0 < t.shape[-1] <= MOST_CHANNELS for t in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -130,7 +128,7 @@ def forward(
     weighed: Tensor | None,
     slope: float,
     plus: Tensor | None,
-    beside: Sequence[Tensor] = (),
+    beside: Sequence[Tensor],
 ) -> Tensor:
     """See `fused_linear`. Norms are weight and bias, or nothing."""
     if beside:
@@ -223,7 +221,9 @@ def gradients(
     with torch.enable_grad():
         pixels, summed, *others = leaves
         first, last = len(weights), 2 * len(weights)
-        out = forward(pixels, others[:first], others[first:last], others[last:], [], eps, summed, gelu, None, 1.0, None)
+        out = forward(
+            pixels, others[:first], others[first:last], others[last:], [], eps, summed, gelu, None, 1.0, None, ()
+        )
     found = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], grad))
     return [x.new_empty(0) if t is None else next(found) for t in leaves]
 

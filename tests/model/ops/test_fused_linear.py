@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from measure.speed import by_kind, clocked
 from model import build
+from model.blocks.pixels import pointwise
 from model.ops import fast
 from model.ops import fused_linear as module
 from model.ops.fused_linear import fused_linear
@@ -149,14 +150,27 @@ def test_tensors_in_any_memory(lanes: int, calls: list[Call]) -> None:
     assert calls
 
 
-@pytest.mark.parametrize('names', [(), ('gelu',), ('weighed', 'slope', 'plus'), ('norm_after',)])
 @pytest.mark.parametrize('widths', [(33, 20), (18, 33, 20), (12, 12, 5, 4)])
-def test_joined_channels(names: tuple[str, ...], widths: tuple[int, ...], lanes: int, calls: list[Call]) -> None:
-    given = operands(names, 25, sum(widths), 47, 18)
-    parts = [F.pad(part, (2, 3), value=math.nan)[..., 2:-3].float() for part in given['x'].split(widths, -1)]
-    around = {**converted(given, Tensor.float), 'x': parts[0], 'beside': parts[1:]}
-    check(fused_linear(**around), plain(**given))
-    assert len(calls) == 1
+@pytest.mark.parametrize('names', AROUND)
+def test_joined_channels(names: str, widths: tuple[int, ...], lanes: int, calls: list[Call]) -> None:
+    """Of parts of larger maps, and of some that a kernel cannot read where they are."""
+    given = operands(AROUND[names], 25, sum(widths), 47, 18)
+    parts = [part.float() for part in given['x'].split(widths, -1)]
+    gaps = [F.pad(part, (2, 3), value=math.nan)[..., 2:-3] for part in parts]
+    for x, *beside in (gaps, [part.mT.contiguous().mT for part in parts]):
+        check(fused_linear(**{**converted(given, Tensor.float), 'x': x}, beside=beside), plain(**given))
+    assert len(calls) == 2
+
+
+def test_joined_channels_of_maps(lanes: int, calls: list[Call]) -> None:
+    """Quarters of maps in channels_last memory, as ASID's."""
+    maps = numbers(2, 12, 5, 7, seed=1).to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(12, 7, 1).double()
+    first, second, third = maps.float().split((3, 6, 3), 1)
+    found = pointwise(first, layer.weight.float(), layer.bias.float(), beside=[second, third])
+    check(found, layer(maps))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert calls[0].first.data_ptr() == first.data_ptr()
 
 
 def test_joined_channels_where_no_kernel_joins_them(lanes: int, calls: list[Call]) -> None:
@@ -176,11 +190,14 @@ def test_joined_channels_where_no_kernel_joins_them(lanes: int, calls: list[Call
         assert torch.allclose(fused_linear(**around).double(), truth, atol=0.05 * float(truth.abs().max()))
 
 
-def test_norm_of_joined_channels_is_refused() -> None:
-    for name in ('norm', 'gelu_summed'):
-        given = operands((name,), 3, 4, 4)
-        with pytest.raises(ValueError, match='joins pixels without'):
-            fused_linear(**given, beside=[given['x']])
+def test_joined_channels_that_are_none_or_do_not_fit(calls: list[Call]) -> None:
+    given = operands((), 25, 10, 7)
+    x = given['x'].float()
+    check(fused_linear(x, converted(given['layers'], Tensor.float), beside=[x[..., :0]]), plain(**given))
+    for other in (x[:, :24], x[:1], x[0]):
+        with pytest.raises(RuntimeError):
+            fused_linear(x[..., :6], converted(given['layers'], Tensor.float), beside=[other[..., 6:]])
+    assert not calls
 
 
 @pytest.mark.parametrize('names', [('norm', 'gelu_summed'), ('norm', 'norm_after')])

@@ -22,10 +22,11 @@ SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in 
 @compiled
 def sums_kernel(channels: int, heads: int, lanes: int) -> Code:
     """Values of a tile, and sums over its pixels of the products of queries and keys, and of the squares of both."""
-    names = 'x', 'scale', 'shift', 'project_in', 'depthwise', 'values', 'products', 'squares'
+    names = 'scale', 'shift', 'project_in', 'depthwise', 'values', 'products', 'squares'
     code = Tiles(names, lanes, SIZE // 2)
     to, per_head = code.to, channels // heads
-    project_in, depthwise, products, squares = (code.pointer(name) for name in (*names[3:5], *names[6:]))
+    used = 'project_in', 'depthwise', 'products', 'squares'
+    project_in, depthwise, products, squares = (code.pointer(name) for name in used)
     mask, normed, projected, filtered = 0, 1, 1 + channels, 1 + 2 * channels
 
     def project(part: int, target: int) -> None:
@@ -97,7 +98,7 @@ def sums_kernel(channels: int, heads: int, lanes: int) -> Code:
 @compiled
 def mix_kernel(channels: int, lanes: int) -> Code:
     """What a tile's map makes of the values, plus the input."""
-    code = Tiles(('x', 'values', 'maps', 'out'), lanes, 0)
+    code = Tiles(('values', 'maps', 'out'), lanes, 0)
 
     def tile() -> None:
         weight = code.at(code.pointer('maps'), code.to.mul(code.tile, INT(channels**2)))
@@ -127,7 +128,7 @@ def sums_of_tiles(
     n_tiles = len(x) * (len(rows) - 1) * (len(columns) - 1)
     products = x.new_empty(n_tiles, heads, per_head, per_head)
     squares = x.new_empty(n_tiles, 2, heads, per_head)
-    tensors = [x, scale, shift, project_in, depthwise, values, products, squares]
+    tensors = [scale, shift, project_in, depthwise, values, products, squares]
     call(sums_kernel(channels, heads, lanes()), x, SIZE // 2, 1 + 4 * channels, tensors, (rows, columns), epsilon)
     return values, products, squares
 
@@ -136,7 +137,7 @@ def sums_of_tiles(
 def mixed_tiles(x: Tensor, values: Tensor, maps: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
     """Maps (T, C, C) of the tiles times their values, plus x."""
     channels, out = x.shape[1], torch.empty_like(x, memory_format=torch.channels_last)
-    call(mix_kernel(channels, lanes()), x, 0, 2 * channels, [x, values, maps, out], (rows, columns))
+    call(mix_kernel(channels, lanes()), x, 0, 2 * channels, [values, maps, out], (rows, columns))
     return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, Vectors, call, pixels_in_order
+from model.ops.llvm.planes import Tiles, Vectors, call
 
 WEIGHTS = (
     'scale', 'shift', 'project_in', 'project_out', 'squeeze', 'squeeze_bias', 'depthwise', 'depthwise_bias',
@@ -22,7 +22,7 @@ WEIGHTS = (
 @compiled
 def kernel(channels: int, hidden: int, groups: int, size: int, lanes: int) -> Code:
     border = size // 2
-    code = Tiles(('x', 'out', *WEIGHTS), lanes, border)
+    code = Tiles(('out', *WEIGHTS), lanes, border)
     to, pointers = code.to, {name: code.pointer(name) for name in WEIGHTS}
     mask, first, second, squeezed, features = 0, 1, 1 + channels, 1 + 2 * channels, 1 + 2 * channels + hidden
 
@@ -89,12 +89,11 @@ def local_attention(
 ) -> Tensor:
     """See `DynamicLocalAttention`."""
     channels, hidden, size = x.shape[1], len(depthwise), depthwise.shape[-1]
-    x = pixels_in_order(x)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     given = (
         scale, shift, project_in, project_out, squeeze, squeeze_bias, depthwise, depthwise_bias, kernels, kernels_bias,
     )  # fmt: skip
     run = kernel(channels, hidden, len(kernels) // size**2, size, lanes())
     weights = [weight.contiguous() for weight in given]
-    call(run, x, size // 2, 1 + 2 * (channels + hidden), [x, out, *weights], factor=epsilon)
+    call(run, x, size // 2, 1 + 2 * (channels + hidden), [out, *weights], factor=epsilon)
     return out

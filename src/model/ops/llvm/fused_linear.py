@@ -137,8 +137,11 @@ def kernel(
                 width = joined[number]
                 vectors = code.load_row(given(f'x{number}', i), width)
                 code.store_row(vectors, code.at(target, INT(end - width)), width)
-            return
-        vectors = code.load_row(given('x0', i), widths[0])
+            if not before:
+                return
+            vectors = code.load_row(target, widths[0])
+        else:
+            vectors = code.load_row(given('x0', i), widths[0])
         if before == 'norm':
             vectors = norm(vectors, widths[0])
         elif before:
@@ -207,7 +210,7 @@ def forward(
     weighed: Tensor | None,
     slope: float,
     plus: Tensor | None,
-    beside: Sequence[Tensor] = (),
+    beside: Sequence[Tensor],
 ) -> Tensor:
     """See `fused_linear.forward`."""
     vector = lanes()

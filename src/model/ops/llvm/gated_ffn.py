@@ -10,7 +10,7 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import gelu
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Finish, Tiles, Vectors, call, divisor, pixels_in_order
+from model.ops.llvm.planes import Finish, Tiles, Vectors, call, divisor
 from model.ops.llvm.product import BLOCKS
 
 SIZE = 3  # side of the depthwise convolution
@@ -19,7 +19,7 @@ SIZE = 3  # side of the depthwise convolution
 @compiled
 def kernel(channels: int, hidden: int, lanes: int) -> Code:
     """See `gated_ffn`: a few hidden channels at a time, from the first projection to sums of the last one."""
-    code = Tiles(('x', 'scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
+    code = Tiles(('scale', 'shift', 'project_in', 'depthwise', 'project_out', 'out'), lanes, SIZE // 2)
     to, few = code.to, divisor(hidden, BLOCKS[lanes][0])
     project_in, depthwise, project_out = (code.pointer(name) for name in ('project_in', 'depthwise', 'project_out'))
     mask, normed, projected = 0, 1, 1 + channels
@@ -62,9 +62,8 @@ def gated_ffn(
 ) -> Tensor:
     """See `GatedFFN`."""
     channels, hidden = project_out.shape[:2]
-    x = pixels_in_order(x)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     planes = 1 + 2 * channels + 3 * divisor(hidden, BLOCKS[lanes()][0])
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise, project_out)]
-    call(kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [x, *weights, out], factor=epsilon)
+    call(kernel(channels, hidden, lanes()), x, SIZE // 2, planes, [*weights, out], factor=epsilon)
     return out

@@ -15,7 +15,7 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import forward, gelu
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, Vectors, call, cuts, most_of_tile, pixels_in_order
+from model.ops.llvm.planes import Tiles, Vectors, call, cuts, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 
@@ -23,7 +23,7 @@ SIZE = 3  # side of the depthwise convolution
 @compiled
 def kernel(channels: int, lanes: int) -> Code:
     """What the gate meets of a tile, and the sum of each channel over its pixels."""
-    names = 'x', 'project_in', 'bias', 'depthwise', 'depthwise_bias', 'out', 'sums'
+    names = 'project_in', 'bias', 'depthwise', 'depthwise_bias', 'out', 'sums'
     code = Tiles(names, lanes, SIZE // 2)
     to, pointers = code.to, {name: code.pointer(name) for name in names}
     mask, given, projected = 0, 1, 1 + channels
@@ -78,19 +78,18 @@ def local_block(
 ) -> Tensor:
     """See `LocalBlock`."""
     n, channels, *sides = x.shape
-    x = pixels_in_order(x)
     rows, columns = (cuts(side, most) for side, most in zip(sides, most_of_tile(channels), strict=True))
     inner = torch.empty_like(x, memory_format=torch.channels_last)
     sums = x.new_empty((len(rows) - 1) * (len(columns) - 1), n, channels)
     weights = [weight.contiguous() for weight in (project_in, bias, depthwise, depthwise_bias)]
-    call(kernel(channels, lanes()), x, SIZE // 2, 1 + 2 * channels, [x, *weights, inner, sums], (rows, columns))
+    call(kernel(channels, lanes()), x, SIZE // 2, 1 + 2 * channels, [*weights, inner, sums], (rows, columns))
     means = sums.sum(0) / (sides[0] * sides[1])
     gates = F.linear(F.silu(F.linear(means, squeeze)), excite).sigmoid()
     layers = project_out.flatten(1) * gates.unsqueeze(1)
 
     inner, plus = (t.permute(0, 2, 3, 1).split(1) for t in (inner, x))  # each image has a layer of its own
     found = [
-        forward(y, [layer], [bias_out], [], [], 0.0, None, False, None, 1.0, before)
+        forward(y, [layer], [bias_out], [], [], 0.0, None, False, None, 1.0, before, ())
         for y, layer, before in zip(inner, layers, plus, strict=True)
     ]
     return (found[0] if n == 1 else torch.cat(found)).permute(0, 3, 1, 2)

@@ -20,7 +20,7 @@ from model.ops.llvm.code import FLOAT, INT, Code, Kernel
 from model.ops.llvm.product import BLOCKS
 from model.ops.llvm.product import product as multiply
 
-GEOMETRY = ('zeros', 'tiles', 'count', 'height', 'width', 'plane', 'x_pixel')
+GEOMETRY = ('zeros', 'tiles', 'count', 'height', 'width', 'plane', 'x', 'x_pixel')
 ROWS = 16  # of a tile
 AT_ONCE = 4  # rows of a filter
 KEPT = 9  # numbers of a filter that stay in registers
@@ -40,7 +40,8 @@ class Planes(Code):
     """Code for pixels whose planes are in the memory of a thread.
 
     Of what it is given `zeros` are as many numbers as a map has channels, `plane` says how far planes are apart, and
-    `x_pixel` how far pixels of the map `x` are, which may be some channels of a map; of others all are there.
+    `x_pixel` how far pixels of the map `x`, which may be some channels of a larger one; pixels of others follow one
+    another.
     """
 
     def pixels(self, border: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
@@ -386,10 +387,11 @@ def pixel_step(x: Tensor) -> int:
     """Numbers from each pixel of maps (N, C, H, W) to the next one; 0 if these differ, or channels are apart."""
     n, channels, height, width = x.shape
     images, channel, rows, pixels = x.stride()
-    strides = [(pixels, 1, width), (rows, width, height), (images, height * width, n)]
-    steps = {stride / between for stride, between, count in strides if count > 1} or {float(channels)}
-    step = int(min(steps))
-    return step if len(steps) == 1 and step >= channels and (channel == 1 or channels == 1) else 0
+    sides = (pixels, 1, width), (rows, width, height), (images, height * width, n)
+    strides = [(stride, between) for stride, between, count in sides if count > 1]
+    step = strides[0][0] if strides else channels
+    same = all(stride == step * between for stride, between in strides)
+    return step if same and step >= channels and (channel == 1 or channels == 1) else 0
 
 
 def pixels_in_order(x: Tensor) -> Tensor:
@@ -399,7 +401,7 @@ def pixels_in_order(x: Tensor) -> Tensor:
 
 def call(
     kernel: Kernel,
-    like: Tensor,
+    x: Tensor,
     border: int,
     planes: int,
     arguments: Sequence[Tensor | int],
@@ -409,17 +411,18 @@ def call(
     """Run a kernel.
 
     Args:
-        like: the maps `x`, (N, C, H, W), with `pixels_in_order`.
+        x: maps (N, C, H, W).
         border: pixels around a tile.
         planes: how many the kernel needs.
         arguments: those beyond `GEOMETRY`.
         grid: where rows and columns of tiles begin, and the ends of the map; without, they are of a size that is fast.
         factor: see `Code`.
     """
-    n, channels, height, width = like.shape
+    x = pixels_in_order(x)
+    n, channels, height, width = x.shape
     rows, columns = (tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels)))
     found = tiling(n, rows, columns, border)
     size = max(found.most, channels) + 2 * border
     plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
-    geometry = like.new_zeros(channels), found.address, len(found.tiles), height, width, plane, pixel_step(like)
+    geometry = x.new_zeros(channels), found.address, len(found.tiles), height, width, plane, x, pixel_step(x)
     kernel([*geometry, *arguments], planes * plane, factor)

@@ -14,7 +14,7 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.fused_linear import gelu
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, call, cuts, most_of_tile, pixels_in_order
+from model.ops.llvm.planes import Tiles, call, cuts, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 OF_STEP = 5  # weights: of what is kept, and its bias; pointwise and depthwise of the convolution, and its bias
@@ -23,7 +23,7 @@ OF_STEP = 5  # weights: of what is kept, and its bias; pointwise and depthwise o
 @compiled
 def kernel(channels: int, kept: int, width: int, last: bool, lanes: int) -> Code:
     """A step from maps `x` to those of `width` `parts` from `first` on and, but for the last one, maps `refined`."""
-    names = 'x', 'keep', 'keep_bias', 'pointwise', 'depthwise', 'depthwise_bias', 'refined', 'parts', 'first'
+    names = 'keep', 'keep_bias', 'pointwise', 'depthwise', 'depthwise_bias', 'refined', 'parts', 'first'
     code = Tiles(names, lanes, SIZE // 2)
     to, outs = code.to, kept if last else channels
     given, found, projected = (1 + i * channels for i in range(3))  # behind a plane that is written over
@@ -66,7 +66,7 @@ def distil(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     n, channels, height, width = x.shape
     steps, kept = len(weights) // OF_STEP, len(weights[-1])
     parts = torch.empty(n, (1 + steps) * kept, height, width, memory_format=torch.channels_last, dtype=x.dtype)
-    rest, none = pixels_in_order(x), x.new_empty(0)
+    rest, none = x, x.new_empty(0)
     rows, columns = most_of_tile(2 * channels)
     grid = cuts(height, rows), cuts(width, columns)
     for i in range(steps + 1):
@@ -74,7 +74,7 @@ def distil(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         own = [weight.contiguous() for weight in weights[OF_STEP * i : OF_STEP * (i + 1)]]
         refined = none if last else torch.empty_like(rest, memory_format=torch.channels_last)
         run = kernel(channels, kept, parts.shape[1], last, lanes())
-        given: list[Tensor | int] = [rest, *[none] * (OF_STEP - len(own)), *own, refined, parts, i * kept]
+        given: list[Tensor | int] = [*[none] * (OF_STEP - len(own)), *own, refined, parts, i * kept]
         call(run, rest, SIZE // 2, 1 + 3 * channels, given, grid)
         rest = refined
     return parts

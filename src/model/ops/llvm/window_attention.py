@@ -20,7 +20,7 @@ from model.ops.llvm.kernel_cache import compiled
 from model.ops.llvm.planes import Planes, Vectors, divisor, pixel_step, pixels_in_order
 from model.ops.llvm.product import BLOCKS, product
 
-NAMES = 'zeros', 'count', 'bases', 'places', 'plane', 'x_pixel'
+NAMES = 'zeros', 'count', 'bases', 'places', 'plane', 'x', 'x_pixel'
 KEYS = {16: 8, 8: 4}  # lanes: rows of logits at once
 NORMED = 4  # vectors that `Planes.norm` takes at once
 
@@ -134,7 +134,7 @@ class Group(Planes):
 @compiled
 def heads_kernel(channels: int, heads: int, size: int, lanes: int) -> Code:
     """Attention of several heads, projected, plus the input."""
-    code = Group(('x', 'scale', 'shift', 'project_in', 'biases', 'project_out', 'out'), lanes, size)
+    code = Group(('scale', 'shift', 'project_in', 'biases', 'project_out', 'out'), lanes, size)
     to, per_head, normed, query = code.to, channels // heads, 0, channels
     powers = code.plane(4 * channels, INT(0))
     columns = [code.at(powers, INT(v * lanes)) for v in range(code.count)]
@@ -167,7 +167,7 @@ def heads_kernel(channels: int, heads: int, size: int, lanes: int) -> Code:
 @compiled
 def map_kernel(channels: int, size: int, lanes: int) -> Code:
     """The map of one head."""
-    code = Group(('x', 'scale', 'shift', 'weight', 'biases', 'out'), lanes, size)
+    code = Group(('scale', 'shift', 'weight', 'biases', 'out'), lanes, size)
     normed, query = 0, channels
     powers = code.plane(2 * channels, INT(0))
 
@@ -197,7 +197,7 @@ def map_kernel(channels: int, size: int, lanes: int) -> Code:
 @compiled
 def mix_kernel(channels: int, size: int, lanes: int) -> Code:
     """What a given map makes of values, plus the input."""
-    code = Group(('x', 'scale', 'shift', 'weight', 'maps', 'out'), lanes, size)
+    code = Group(('scale', 'shift', 'weight', 'maps', 'out'), lanes, size)
     normed, value, mixed = 0, channels, 2 * channels
 
     def group(number: ir.Value) -> None:
@@ -236,15 +236,9 @@ def call(
     """Run a kernel for groups of pixels of maps (N, C, H, W) that needs so many planes."""
     size = len(groups.places)
     plane = filled_up([size], NORMED * lanes)[0] + 16  # planes a power of 2 apart would drive each other from the cache
-    given: list[Tensor | int] = [
-        x.new_zeros(x.shape[1]),
-        len(groups.bases),
-        *groups,
-        plane,
-        pixel_step(x),
-        *arguments,
-    ]
-    kernel(given, planes * plane + size * BLOCKS[lanes][1] * lanes, epsilon)
+    x = pixels_in_order(x)
+    before: list[Tensor | int] = [x.new_zeros(x.shape[1]), len(groups.bases), *groups, plane, x, pixel_step(x)]
+    kernel([*before, *arguments], planes * plane + size * BLOCKS[lanes][1] * lanes, epsilon)
 
 
 @operation('window_attention')
@@ -261,10 +255,9 @@ def window_attention(
 ) -> Tensor:
     """See `omnisr.WindowAttention`."""
     channels, (heads, size, _), vector = x.shape[1], biases.shape, lanes()
-    x = pixels_in_order(x)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     scale, shift, project_in, project_out = (t.contiguous() for t in (scale, shift, project_in, project_out))
-    given = [x, scale, shift, project_in, padded(biases, vector), project_out, out]
+    given = [scale, shift, project_in, padded(biases, vector), project_out, out]
     call(
         heads_kernel(channels, heads, size, vector),
         x,
@@ -290,9 +283,9 @@ def window_attention_map(
 ) -> Tensor:
     """See `asid.WindowAttention`."""
     channels, size, vector = x.shape[1], biases.shape[-1], lanes()
-    x, groups = pixels_in_order(x), groups_like(x, cell, strided)
+    groups = groups_like(x, cell, strided)
     out = x.new_empty(len(groups.bases), size, filled_up([size], vector)[0])
-    given = [x, *(t.contiguous() for t in (scale, shift, weight)), padded(biases, vector), out]
+    given = [*(t.contiguous() for t in (scale, shift, weight)), padded(biases, vector), out]
     call(map_kernel(channels, size, vector), x, groups, 2 * channels, given, epsilon, vector)
     return out[..., :size].mT
 
@@ -310,11 +303,11 @@ def window_attention_mix(
 ) -> Tensor:
     """See `asid.mix`."""
     channels, size, vector = x.shape[1], maps.shape[-1], lanes()
-    x, rows = pixels_in_order(x), filled_up([size], vector)[0]
+    (rows,) = filled_up([size], vector)
     if maps.stride() != (size * rows, 1, rows):
         maps = padded(maps, vector)
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    given = [x, *(t.contiguous() for t in (scale, shift, weight)), maps, out]
+    given = [*(t.contiguous() for t in (scale, shift, weight)), maps, out]
     call(mix_kernel(channels, size, vector), x, groups_like(x, cell, strided), 3 * channels, given, epsilon, vector)
     return out
 

@@ -28,7 +28,7 @@ LEAST = 1e-24  # of a sum of squares
 @compiled
 def projections_kernel(channels: int, lanes: int) -> Code:
     """Queries, keys and values of a tile."""
-    code = Tiles(('x', 'scale', 'shift', 'project_in', 'depthwise', 'out'), lanes, SIZE // 2)
+    code = Tiles(('scale', 'shift', 'project_in', 'depthwise', 'out'), lanes, SIZE // 2)
     project_in, depthwise = code.pointer('project_in'), code.pointer('depthwise')
     mask, normed, projected, filtered = 0, 1, 1 + channels, 1 + 2 * channels
 
@@ -249,7 +249,7 @@ def window_channel_attention(
     x = x.contiguous(memory_format=torch.channels_last)
     qkv, out = x.new_empty(n, height, width, 3 * channels), torch.empty_like(x, memory_format=torch.channels_last)
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
-    call(projections_kernel(channels, vector), x, SIZE // 2, 1 + 3 * channels, [x, *weights, qkv], factor=epsilon)
+    call(projections_kernel(channels, vector), x, SIZE // 2, 1 + 3 * channels, [*weights, qkv], factor=epsilon)
     bases, places = groups_of(n, height, width, (cell, cell), strided)
     last = packed(project_out.flatten(1), None, vector)
     given: list[Tensor | int] = [

@@ -99,7 +99,7 @@ assert torch.equal(forward(*given), out)
 def test_a_second_process_writes_and_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And finds the same to the bit."""
     monkeypatch.setattr(fused_linear, 'kernel', compiled(inspect.unwrap(fused_linear.kernel)))
-    given = torch.randn(5, 7), [torch.randn(13, 7)], [torch.randn(13)], [], [], 0.0, None, True, None, 1.0, None
+    given = torch.randn(5, 7), [torch.randn(13, 7)], [torch.randn(13)], [], [], 0.0, None, True, None, 1.0, None, []
     torch.save([*given, fused_linear.forward(*given)], tmp_path / 'given.pt')
     environment = {**os.environ, 'PYTHONPATH': str(ROOT / 'src')}
     subprocess.run([sys.executable, '-c', PROGRAM, tmp_path / 'given.pt'], env=environment, check=True)

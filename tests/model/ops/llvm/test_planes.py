@@ -143,6 +143,12 @@ def plain(block: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return deepcopy(block).double()(x.double(), deepcopy(norm).double(), residual=True)
 
 
+def same(x: Tensor) -> Tensor:
+    """In place of `pixels_in_order`, where nothing is to be copied."""
+    assert planes.pixel_step(x)
+    return x
+
+
 def check(found: Tensor, truth: Tensor) -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=CLOSE * float(truth.abs().max()))
@@ -160,14 +166,27 @@ def test_equals_the_plain_form(name: str, size: tuple[int, ...], lanes: int, cal
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('name', BLOCKS)
-def test_channels_of_larger_maps(name: str, size: tuple[int, ...], lanes: int) -> None:
+def test_channels_of_larger_maps(name: str, size: tuple[int, ...], lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read where they are, and what is beside them is not."""
     block, norm, x = make(name, *size)
     truth = plain(block, norm, x)
     wide = F.pad(x, (0, 0, 0, 0, 3, 5), value=math.nan).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(planes, 'pixels_in_order', same)
+    monkeypatch.setattr(window_attention, 'pixels_in_order', same)
     found = block(wide[:, 3:-5], norm, residual=True)
     check(found, truth)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_asid_copies_no_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = build('ASID', 2, n_feats=16).eval()
+    monkeypatch.setattr(planes, 'pixels_in_order', same)
+    monkeypatch.setattr(window_attention, 'pixels_in_order', same)
+    x = numbers(1, 3, 24, 32).float()
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        net(x)
+    joined = [event.input_shapes for event in profiler.events() if event.name == 'aten::cat']
+    assert not any(len(shape) == 4 for shapes in joined for shape in shapes)
 
 
 def test_which_maps_have_pixels_in_order() -> None:
