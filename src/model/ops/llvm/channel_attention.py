@@ -13,7 +13,7 @@ from torch import Tensor
 from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, lanes
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Tiles, Vectors, call, divisor, most_of_tile, pixels_in_order
+from model.ops.llvm.planes import Tiles, Vectors, call, divisor, most_of_tile
 
 SIZE = 3  # side of the depthwise convolution
 SIDES = {16: 4, 8: 2}  # lanes: queries, and keys, whose products are summed in registers
@@ -153,7 +153,6 @@ def channel_attention(
     from_sums: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """See `SparseGlobalAttention`, also for the last two."""
-    x = pixels_in_order(x)
     rows, columns, inside = layout(x, *most_of_tile(x.shape[1]))
     grid = [[*(part.start for part in parts), parts[-1].stop] for parts in (rows, columns)]
     scale, shift, project_in, depthwise = (weight.contiguous() for weight in (scale, shift, project_in, depthwise))

@@ -94,7 +94,7 @@ def layer_norm(
 @compiled
 def kernel(
     joined: tuple[int, ...],
-    widths: tuple[int, ...],
+    outputs: tuple[int, ...],
     before: str,
     active: bool,
     normed: bool,
@@ -103,12 +103,12 @@ def kernel(
     added: bool,
     lanes: int,
 ) -> Code:
-    """Linear layers from and to these numbers of channels, with what stands around them as in `fused_linear.forward`.
+    """Linear layers to these numbers of channels, with what stands around them as in `fused_linear.forward`.
 
     `joined` are the channels of the tensors whose rows, side by side, are those of the first layer. `active` says
     whether GELU follows that, `weighs` whether there are maps to weigh, `added` whether `plus` is added.
     """
-    code = Rows(NAMES, lanes)
+    code, widths = Rows(NAMES, lanes), (sum(joined), *outputs)
     to, numbers = code.to, [INT(i) for i in range(code.count)]
     finished = normed or weighs or slope != 1 or added  # else the last layer's rows are written as they are found
     others = [name for name, wanted in (('weighed', weighs), ('plus', added)) if wanted]
@@ -216,11 +216,11 @@ def forward(
     vector = lanes()
     parts = x, *beside
     joined = tuple(part.shape[-1] for part in parts)
-    widths = (sum(joined), *map(len, weights))
-    out = x.new_empty(*x.shape[:-1], widths[-1])
+    outputs = tuple(map(len, weights))
+    out = x.new_empty(*x.shape[:-1], outputs[-1])
     before = 'norm' if norm else '' if gelu_summed is None else 'sum'
     layers = [packed(*layer, vector) for layer in zip(weights, biases, strict=True)]
-    run = kernel(joined, widths, before, gelu, bool(norm_after), weighed is not None, slope, plus is not None, vector)
+    run = kernel(joined, outputs, before, gelu, bool(norm_after), weighed is not None, slope, plus is not None, vector)
     given = [
         *(number for part in parts for number in by_row(part)), *[0, 0] * (JOINED - len(parts)),
         *by_row(gelu_summed),
@@ -228,5 +228,5 @@ def forward(
         *layers, *[0] * (2 - len(layers)), *by_row(weighed), *by_row(plus), out,
         out.shape[:-1].numel(),
     ]  # fmt: skip
-    run(given, BLOCKS[vector][0] * sum(filled_up(widths, vector)), eps)
+    run(given, BLOCKS[vector][0] * sum(filled_up([sum(joined), *outputs], vector)), eps)
     return out

@@ -394,9 +394,10 @@ def pixel_step(x: Tensor) -> int:
     return step if same and step >= channels and (channel == 1 or channels == 1) else 0
 
 
-def pixels_in_order(x: Tensor) -> Tensor:
-    """Maps with a `pixel_step`: `x` itself, or a copy."""
-    return x if pixel_step(x) else x.clone(memory_format=torch.channels_last)
+def pixels_in_order(x: Tensor) -> tuple[Tensor, int]:
+    """Maps with a `pixel_step`, `x` itself or a copy, and that step."""
+    step = pixel_step(x)
+    return (x, step) if step else (x.clone(memory_format=torch.channels_last), x.shape[1])
 
 
 def call(
@@ -418,11 +419,10 @@ def call(
         grid: where rows and columns of tiles begin, and the ends of the map; without, they are of a size that is fast.
         factor: see `Code`.
     """
-    x = pixels_in_order(x)
     n, channels, height, width = x.shape
     rows, columns = (tuple(x) for x in grid or map(cuts, (height, width), most_of_tile(channels)))
     found = tiling(n, rows, columns, border)
     size = max(found.most, channels) + 2 * border
     plane = (size + BEHIND) // 32 * 32 + 16  # planes a power of 2 apart would drive each other from the cache
-    geometry = x.new_zeros(channels), found.address, len(found.tiles), height, width, plane, x, pixel_step(x)
+    geometry = x.new_zeros(channels), found.address, len(found.tiles), height, width, plane, *pixels_in_order(x)
     kernel([*geometry, *arguments], planes * plane, factor)

@@ -17,7 +17,7 @@ from model.ops.fast import operation
 from model.ops.llvm.code import INT, Code, Kernel, filled_up, lanes
 from model.ops.llvm.groups import Groups, groups_of
 from model.ops.llvm.kernel_cache import compiled
-from model.ops.llvm.planes import Planes, Vectors, divisor, pixel_step, pixels_in_order
+from model.ops.llvm.planes import Planes, Vectors, divisor, pixels_in_order
 from model.ops.llvm.product import BLOCKS, product
 
 NAMES = 'zeros', 'count', 'bases', 'places', 'plane', 'x', 'x_pixel'
@@ -236,9 +236,8 @@ def call(
     """Run a kernel for groups of pixels of maps (N, C, H, W) that needs so many planes."""
     size = len(groups.places)
     plane = filled_up([size], NORMED * lanes)[0] + 16  # planes a power of 2 apart would drive each other from the cache
-    x = pixels_in_order(x)
-    before: list[Tensor | int] = [x.new_zeros(x.shape[1]), len(groups.bases), *groups, plane, x, pixel_step(x)]
-    kernel([*before, *arguments], planes * plane + size * BLOCKS[lanes][1] * lanes, epsilon)
+    geometry = x.new_zeros(x.shape[1]), len(groups.bases), *groups, plane, *pixels_in_order(x)
+    kernel([*geometry, *arguments], planes * plane + size * BLOCKS[lanes][1] * lanes, epsilon)
 
 
 @operation('window_attention')

@@ -247,7 +247,7 @@ def window_channel_attention(
     n, channels, height, width = x.shape
     heads, vector = len(temperature), lanes()
     x = x.contiguous(memory_format=torch.channels_last)
-    qkv, out = x.new_empty(n, height, width, 3 * channels), torch.empty_like(x, memory_format=torch.channels_last)
+    qkv, out = x.new_empty(n, height, width, 3 * channels), torch.empty_like(x)
     weights = [weight.contiguous() for weight in (scale, shift, project_in, depthwise)]
     call(projections_kernel(channels, vector), x, SIZE // 2, 1 + 3 * channels, [*weights, qkv], factor=epsilon)
     bases, places = groups_of(n, height, width, (cell, cell), strided)

@@ -143,10 +143,16 @@ def plain(block: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return deepcopy(block).double()(x.double(), deepcopy(norm).double(), residual=True)
 
 
-def same(x: Tensor) -> Tensor:
-    """In place of `pixels_in_order`, where nothing is to be copied."""
-    assert planes.pixel_step(x)
-    return x
+@pytest.fixture
+def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No map that a kernel reads may be copied for it."""
+
+    def same(x: Tensor) -> tuple[Tensor, int]:
+        assert planes.pixel_step(x)
+        return x, planes.pixel_step(x)
+
+    for module in (planes, window_attention):
+        monkeypatch.setattr(module, 'pixels_in_order', same)
 
 
 def check(found: Tensor, truth: Tensor) -> None:
@@ -166,22 +172,20 @@ def test_equals_the_plain_form(name: str, size: tuple[int, ...], lanes: int, cal
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('name', BLOCKS)
-def test_channels_of_larger_maps(name: str, size: tuple[int, ...], lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures('no_copies')
+def test_channels_of_larger_maps(name: str, size: tuple[int, ...], lanes: int) -> None:
     """They are read where they are, and what is beside them is not."""
     block, norm, x = make(name, *size)
     truth = plain(block, norm, x)
     wide = F.pad(x, (0, 0, 0, 0, 3, 5), value=math.nan).to(memory_format=torch.channels_last)
-    monkeypatch.setattr(planes, 'pixels_in_order', same)
-    monkeypatch.setattr(window_attention, 'pixels_in_order', same)
     found = block(wide[:, 3:-5], norm, residual=True)
     check(found, truth)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_asid_copies_no_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures('no_copies')
+def test_asid_copies_no_maps() -> None:
     net = build('ASID', 2, n_feats=16).eval()
-    monkeypatch.setattr(planes, 'pixels_in_order', same)
-    monkeypatch.setattr(window_attention, 'pixels_in_order', same)
     x = numbers(1, 3, 24, 32).float()
     with torch.profiler.profile(record_shapes=True) as profiler:
         net(x)
@@ -197,10 +201,10 @@ def test_which_maps_have_pixels_in_order() -> None:
         (maps.contiguous(), 0), (maps.mT, 0), (maps[:, :, :1], 0), (maps[:1, :, :1], 6),
     ):  # fmt: skip
         assert planes.pixel_step(x) == step
-        same = planes.pixels_in_order(x)
-        assert torch.equal(same, x)
-        assert (same is x) == (step > 0)
-        assert planes.pixel_step(same) == (step or x.shape[1])
+        found, apart = planes.pixels_in_order(x)
+        assert torch.equal(found, x)
+        assert (found is x) == (step > 0)
+        assert apart == planes.pixel_step(found) == (step or x.shape[1])
 
 
 @pytest.mark.parametrize('name', KINDS)
