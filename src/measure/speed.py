@@ -43,7 +43,7 @@ KINDS = {
     'compiled': 'triton|cpp_fused|compiled',
     'convolution': 'conv(?!ert)|embedding_bag|local_attention|local_block|gated_ffn|distillation',
     'matrix product': r'mm(_|$)|matmul|(?<!bi)linear|attention|einsum|mv(_|$)|dot(_|$)|_tokens|products|correlation',
-    'normalisation': 'norm|softmax',
+    'normalisation': 'norm|softmax|contrast',
     'index, sort': 'index|gather|scatter|sort|topk|arg(max|min)|take|search|nonzero',
     'copy, layout': r'copy|memcpy|memset|cat(_|$)|clone|contiguous|(^|::)to(_|$)|pad|unfold|col2im|im2col|shuffle|roll|'
     'stack|flip|repeat|empty|zero|ones|full|fill|resize|view|reshape|alias|permute|transpose|::m?t$|expand|select|slice|'

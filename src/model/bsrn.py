@@ -90,7 +90,7 @@ class ESDB(nn.Module):
         self.cca = ContrastAttention(n_feats)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.cca(self.esa(self.c5(self.distilled(x))))
+        return self.cca(self.esa(self.c5(self.distilled(x))), plus=x)
 
     def distilled(self, x: Tensor) -> Tensor:
         """What is kept at all steps and made of the rest, side by side."""

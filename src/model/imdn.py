@@ -49,7 +49,7 @@ class IMDB(nn.Module):
             part, rest = activated(layer, self.act, rest).split(self.sizes, 1)
             parts.append(part)
         parts.append(self.c4(rest))
-        return x + self.c5(self.cca(torch.cat(parts, 1)))
+        return self.c5(self.cca(torch.cat(parts, 1)), plus=x)
 
 
 class IMDN(nn.Module):

@@ -258,12 +258,18 @@ class ContrastAttention(nn.Module):
         squeeze, excite = conv(n_feats, hidden, 1), conv(hidden, n_feats, 1)
         self.conv_du = nn.Sequential(squeeze, nn.ReLU(inplace=True), excite, nn.Sigmoid())
 
-    def forward(self, x: Tensor) -> Tensor:
-        full = at_least_float32(x)
-        mean = full.mean((2, 3), keepdim=True)
-        variance = (full - mean).square().mean((2, 3), keepdim=True)  # a CPU takes 30 times as long to torch.var
-        deviation = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()  # in this order the gradient is finite
-        return x * self.conv_du(mean + deviation)
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """Maps (N, C, H, W), and what is added in the end."""
+        factors = self.conv_du(float32_by_llvm('contrast', contrast, x))
+        return x * factors if plus is None else torch.addcmul(plus, x, factors)
+
+
+def contrast(x: Tensor) -> Tensor:
+    """Mean plus deviation of each channel over the image, in float32 or more: (N, C, H, W) to (N, C, 1, 1)."""
+    x = at_least_float32(x)
+    mean = x.mean((2, 3), keepdim=True)
+    variance = (x - mean).square().mean((2, 3), keepdim=True)  # a CPU takes 30 times as long to torch.var
+    return mean + variance.clamp_min(torch.finfo(x.dtype).tiny).sqrt()  # in this order the gradient is finite
 
 
 def join_outputs(blocks: list[nn.Module], x: Tensor, layer: nn.Conv2d) -> Tensor:

@@ -77,7 +77,7 @@ def is_for_kernel(x: Tensor, weight: Tensor, dilation: int, plus: Tensor | None)
         return False
     if x.shape[1] != ins or not (plus is None or fits(plus, x, weight)):
         return False
-    return ins >= FEWEST_CHANNELS and ins * outs * x[:, 0].numel() >= LEAST
+    return ins >= FEWEST_CHANNELS and outs * x.numel() >= LEAST
 
 
 def fits(maps: Tensor, x: Tensor, weight: Tensor) -> bool:
@@ -87,7 +87,10 @@ def fits(maps: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 def has_pixels_as_rows(x: Tensor) -> bool:
     """Whether these are maps in channels_last memory, for which a kernel would be used, of not too few pixels."""
-    return has_llvm(x) and x.dim() == 4 and x.stride(1) == 1 and x[:, 0].numel() >= FEWEST_PIXELS
+    if x.dim() != 4 or x.stride(1) != 1 or not has_llvm(x):
+        return False
+    n, _, height, width = x.shape
+    return n * height * width >= FEWEST_PIXELS
 
 
 def forward(

@@ -42,7 +42,12 @@ class Planes(Code):
     Of what it is given `zeros` are as many numbers as a map has channels, `plane` says how far planes are apart, and
     `x_pixel` how far pixels of the map `x`, which may be some channels of a larger one; pixels of others follow one
     another.
+
+    Attributes:
+        next_row: how many pixels later the one is that is below another, if these are written soon after it.
     """
+
+    next_row: ir.Value | None = None
 
     def pixels(self, border: int, body: Callable[[ir.Value, Vectors, Vectors], None]) -> None:
         """`body` for every vector of pixels, and of `border` around them.
@@ -127,7 +132,12 @@ class Planes(Code):
             def pixels(pointers: Vectors) -> Vectors:
                 return [self.to.select(*pair, spare) for pair in zip(inside, pointers, strict=True)]
 
-            targets = pixels([self.at(pixel, first) for pixel in self.in_map(tensor, step, numbers)])
+            there = [self.at(pixel, first) for pixel in self.in_map(tensor, step, numbers)]
+            if self.next_row is not None:
+                below = self.to.mul(self.next_row, INT(step))
+                for pixel in there:
+                    self.prefetch(self.at(pixel, below), channels, written=True)
+            targets = pixels(there)
             others = pixels(self.in_map(plus, channels, numbers)) if plus else []
 
             def part(start: ir.Value, count: int) -> None:
@@ -250,7 +260,7 @@ class Tiles(Planes):
 
     def __init__(self, names: Sequence[str], lanes: int, border: int) -> None:
         super().__init__((*GEOMETRY, *names), lanes)
-        self.border = border
+        self.border, self.next_row = border, self.given['width']
 
     def tiles(self, body: Callable[[], None]) -> None:
         """Write the rest: `body` for every tile."""
