@@ -111,6 +111,15 @@ class Planes(Code):
 
         self.pixels(border, vector)
 
+    def expect(self, tensor: str, channels: int) -> None:
+        """Have the pixels of a map brought into the cache while something else is done, to be written then."""
+
+        def vector(place: ir.Value, numbers: Vectors, inside: Vectors) -> None:
+            for pixel in self.in_map(tensor, channels, numbers):
+                self.prefetch(pixel, channels, written=True)
+
+        self.pixels(0, vector)
+
     def write(
         self,
         tensor: str,
