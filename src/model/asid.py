@@ -248,7 +248,7 @@ class ASID(nn.Module):
         x, maps = head, None
         for name in self.groups:
             x, maps = getattr(self, name)(x, maps)
-        x = self.up(self.output(x) + head)
+        x = self.up(self.output(x, plus=head))
         return x[..., : self.scale * height, : self.scale * width]
 
 

@@ -369,7 +369,8 @@ class CATANet(nn.Module):
         head = x = self.first_conv(in_fast_memory(x))
         height, width = x.shape[2:]
         for block, mid_conv in zip(self.blocks, self.mid_convs, strict=True):
-            x = x + mid_conv(unflatten_image(block(flatten_image(x), height, width), height, width))
+            y = unflatten_image(block(flatten_image(x), height, width), height, width)
+            x = mid_conv(y, plus=x)
         x = x + head
         for step in (self.upconv1, self.upconv2) if self.scale == 4 else (self.upconv,):
             x = F.leaky_relu(F.pixel_shuffle(step(x), 2 if self.scale == 4 else self.scale), SLOPE)

@@ -178,7 +178,7 @@ class Block(nn.Module):
         y = self.attn(self.proj(x, self.ln_proj), self.ln_attn, residual=True)
         for ln, ffn, pconv in zip(self.lns, self.convffns, self.pconvs, strict=True):
             y = pconv(ffn(y, ln if isinstance(ln, LayerNorm2d) else None), kernels, plus=y)
-        return x + self.conv_out(self.ln_out(y))
+        return self.conv_out(self.ln_out(y), plus=x)
 
 
 class Frame(nn.Module):
@@ -209,7 +209,7 @@ class Frame(nn.Module):
         feats = first = self.proj(x)
         for block in self.blocks:
             feats = block(feats, kernels)
-        y = self.shuffle(self.to_img(first + self.last(self.ln_last(feats))))
+        y = self.shuffle(self.to_img(self.last(self.ln_last(feats), plus=first)))
         return y + F.interpolate(x, scale_factor=self.scale, mode=self.skip)
 
     def kernels(self) -> Sequence[Tensor]:

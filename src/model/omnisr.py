@@ -156,7 +156,7 @@ class OmniSR(nn.Module):
         height, width = x.shape[2:]
         x = in_channels_last(zero_pad(x, self.window_size, ESA.AT_LEAST))
         x = self.input(x)
-        x = x + self.output(self.residual_layer(x))
+        x = self.output(self.residual_layer(x), plus=x)
         return self.up(x)[..., : self.scale * height, : self.scale * width]
 
 

@@ -25,7 +25,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int, *shared: object) -> Tensor:
         y = self.residual_group(x, height, width, *shared)
-        return x + flatten_image(self.conv(unflatten_image(y, height, width)))
+        y, x = (unflatten_image(tokens, height, width) for tokens in (y, x))
+        return flatten_image(self.conv(y, plus=x))
 
 
 class Frame(nn.Module):
@@ -57,7 +58,7 @@ class Frame(nn.Module):
         check_images(x)
         out_height, out_width = (self.scale * side for side in x.shape[2:])
         x = self.conv_first(mirror_pad(x, self.multiple) - self.mean)
-        x = self.enlarge(x + self.conv_after_body(self.body(x)))
+        x = self.enlarge(self.conv_after_body(self.body(x), plus=x))
         return x[..., :out_height, :out_width] + self.mean
 
     def body(self, x: Tensor) -> Tensor:
