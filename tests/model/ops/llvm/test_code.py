@@ -1,4 +1,5 @@
 import math
+import platform
 import sys
 from collections.abc import Iterator
 
@@ -63,6 +64,28 @@ def test_each_thread_has_memory_of_its_own(count: int, threads: None) -> None:
     out = torch.zeros(count, width)
     Kernel(object_file(code))([out], vectors * width, 0.5)
     assert out.tolist() == [[0.5 * task * vectors] * width for task in range(count)]
+
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='other processors are as fast with them')
+def test_numbers_below_the_normal_ones_are_zeros_in_a_kernel_and_nowhere_else(threads: None) -> None:
+    """Its memory may hold what was an integer before, and with such numbers it would take many times as long."""
+    count, width = 2**16, 8
+    code = Code(('x', 'out'), width)
+
+    def work(task: ir.Value) -> None:
+        x, out = (code.at(code.pointer(name), code.to.mul(task, INT(width))) for name in ('x', 'out'))
+        code.store(code.to.fmul(code.load(x, width), code.spread(code.factor)), out)
+
+    code.tasks(INT(count // width), work)
+    kernel, least = Kernel(object_file(code)), torch.finfo(torch.float32).tiny
+    for x, factor, expected in (
+        (least / 2, 4.0, 0.0), (least, 0.5, 0.0), (2 * least, 0.5, least), (-least, 1.0, -least),
+        (math.inf, 0.5, math.inf),
+    ):  # fmt: skip
+        given, out = torch.full((count,), x), torch.ones(count)
+        kernel([given, out], 1, factor)
+        assert torch.equal(out, torch.full((count,), expected))
+        assert torch.equal(given * 0.75, torch.full((count,), 0.75 * x))  # by the same threads, whose state is theirs
 
 
 @pytest.mark.parametrize('thread', [0, 1, 2])

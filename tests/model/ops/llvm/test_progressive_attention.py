@@ -149,7 +149,7 @@ def test_the_first_of_equal_entries_are_kept(lanes: int) -> None:
         assert values == [row[i] for i in found]
 
 
-@pytest.mark.parametrize('scale', [1e-38, 1e-3, 1, 1e4, 1e36])
+@pytest.mark.parametrize('scale', [1e-30, 1e-3, 1, 1e4, 1e36])
 def test_rows_of_every_shape_are_narrowed(scale: float, lanes: int) -> None:
     """Even, normal, with a long tail up or down, in two heaps, and with one or some lowest or highest outlier."""
     generator = torch.Generator().manual_seed(2)
