@@ -199,7 +199,8 @@ NAMES = {
     'convolution': 'aten::mkldnn_convolution aten::_slow_conv2d_forward aten::cudnn_convolution DynamicConv '
     'aten::embedding_bag aten::_embedding_bag_forward_only',
     'matrix product': 'aten::mm aten::addmm aten::bmm aten::baddbmm aten::_scaled_dot_product_flash_attention_for_cpu',
-    'normalisation': 'aten::native_layer_norm aten::_softmax aten::linalg_vector_norm aten::native_batch_norm',
+    'normalisation': 'aten::native_layer_norm aten::_softmax aten::linalg_vector_norm aten::native_batch_norm '
+    'frugalsr::contrast',
     'index, sort': 'aten::index_select aten::gather aten::scatter_ aten::sort aten::argmax aten::index',
     'copy, layout': 'aten::copy_ aten::cat aten::pixel_shuffle aten::unbind aten::to aten::t aten::mT '
     'aten::constant_pad_nd aten::empty',

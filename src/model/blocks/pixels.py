@@ -261,7 +261,10 @@ class ContrastAttention(nn.Module):
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """Maps (N, C, H, W), and what is added in the end."""
         factors = self.conv_du(float32_by_llvm('contrast', contrast, x))
-        return x * factors if plus is None else torch.addcmul(plus, x, factors)
+        if plus is None:
+            return x * factors
+        # The gradient of addcmul goes over the maps once more.
+        return plus + x * factors if torch.is_grad_enabled() else torch.addcmul(plus, x, factors)
 
 
 def contrast(x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def fits(maps: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 def has_pixels_as_rows(x: Tensor) -> bool:
     """Whether these are maps in channels_last memory, for which a kernel would be used, of not too few pixels."""
-    if x.dim() != 4 or x.stride(1) != 1 or not has_llvm(x):
+    if not has_llvm(x) or x.dim() != 4 or x.stride(1) != 1:
         return False
     n, _, height, width = x.shape
     return n * height * width >= FEWEST_PIXELS

@@ -23,7 +23,7 @@ from llvmlite import ir
 FLOAT, INT, WORD, BIT = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(1)
 ROUNDING = 1.5 * 2**23  # a float32 plus this has no room for digits after the point: its last bits are an integer
 CACHE_LINE = 16  # numbers of float32 that come from memory at once
-SMALL_ARE_ZEROS = 0x8040  # bits of MXCSR: of results, and of what is given
+FLUSH = 1 << 15 | 1 << 6  # bits of x86's MXCSR: results that are subnormal are 0 (FTZ), and so are operands (DAZ)
 BETWEEN_COUNTERS = CACHE_LINE // 2  # of int64, one in each such line, or threads would wait for each other's
 TERMS = 7  # of the series of 2^x for |x| <= 1/2, whose rest is 2^-23 of it
 
@@ -316,11 +316,12 @@ class Code:
         They are shared out in order: a thread finds in its cache what it wrote there in a kernel before, if that went
         through pixels in the same order. One that has done its share helps with those of others.
 
-        On x86 numbers below 2^-126 count as 0 here: with one of them an instruction takes a hundred times as long, and
-        memory that is not written, at the border of a tile, holds whatever was there, such as integers.
+        On x86 subnormal numbers, nearer to 0 than 2^-126, count as 0 here: with one of them an instruction takes a
+        hundred times as long, and memory that is not written, at the border of a tile, holds whatever was there before,
+        such as integers, which as float32 are mostly subnormal.
         """
         to, (counters, thread, threads) = self.to, self._team
-        go_back = self._round_small_to_zero()
+        restore = self._flush_subnormals()
 
         def share(k: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
             owner = to.srem(to.add(thread, k), threads)
@@ -340,11 +341,11 @@ class Code:
             return []
 
         self.loop(INT(0), threads, 1, share)
-        go_back()
+        restore()
         to.ret_void()
 
-    def _round_small_to_zero(self) -> Callable[[], None]:
-        """Set the register that says so; gives what writes the way back."""
+    def _flush_subnormals(self) -> Callable[[], None]:
+        """Have this thread take subnormal numbers as 0; gives what writes that it does as before again."""
         if not self.module.triple.startswith('x86_64'):
             return lambda: None
         byte = ir.IntType(8).as_pointer()
@@ -353,7 +354,7 @@ class Code:
         before, after = (self.to.alloca(WORD) for _ in range(2))
         old, new = (self.to.bitcast(place, byte) for place in (before, after))
         self.to.call(read, [old])
-        self.to.store(self.to.or_(self.to.load(before), WORD(SMALL_ARE_ZEROS)), after)
+        self.to.store(self.to.or_(self.to.load(before), WORD(FLUSH)), after)
         self.to.call(write, [new])
         return lambda: self.to.call(write, [old])
 

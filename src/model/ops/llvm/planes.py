@@ -44,7 +44,7 @@ class Planes(Code):
     another.
 
     Attributes:
-        next_row: how many pixels later the one is that is below another, if these are written soon after it.
+        next_row: pixels from one to the one below it, where rows of the map are written one after the other.
     """
 
     next_row: ir.Value | None = None
@@ -111,8 +111,8 @@ class Planes(Code):
 
         self.pixels(border, vector)
 
-    def expect(self, tensor: str, channels: int) -> None:
-        """Have the pixels of a map brought into the cache while something else is done, to be written then."""
+    def prefetch_pixels(self, tensor: str, channels: int) -> None:
+        """Have the pixels of a map brought into the cache while something else is done, to be written after that."""
 
         def vector(place: ir.Value, numbers: Vectors, inside: Vectors) -> None:
             for pixel in self.in_map(tensor, channels, numbers):
@@ -130,7 +130,7 @@ class Planes(Code):
     ) -> None:
         """The pixels from `planes` to a map, plus what another map has there.
 
-        The first `channels` numbers of the memory are written over.
+        The first `channels` numbers of the memory are written over. Pixels of the next row are prefetched.
 
         `of` says how many channels the map has, if these are not all of it, and which is the first of these.
         """

@@ -153,7 +153,7 @@ def heads_kernel(channels: int, heads: int, size: int, lanes: int) -> Code:
 
     def group(_: ir.Value) -> None:
         code.read('x', channels, normed, 0)
-        code.expect('out', channels)
+        code.prefetch_pixels('out', channels)
         code.norm('scale', 'shift', channels, normed, None, code.whole)
         weight = code.pointer('project_in')
         code.linear(weight, channels, normed, query, (channels, 3 * channels), code.whole)
@@ -203,7 +203,7 @@ def mix_kernel(channels: int, size: int, lanes: int) -> Code:
 
     def group(number: ir.Value) -> None:
         code.read('x', channels, normed, 0)
-        code.expect('out', channels)
+        code.prefetch_pixels('out', channels)
         code.norm('scale', 'shift', channels, normed, None, code.whole)
         code.linear(code.pointer('weight'), channels, normed, value, (channels, channels), code.whole)
         given = code.at(code.pointer('maps'), code.to.mul(number, INT(size * code.row)))

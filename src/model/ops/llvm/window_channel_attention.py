@@ -96,7 +96,6 @@ def attention_kernel(channels: int, heads: int, lanes: int) -> Code:
     def bring(base: ir.Value, first: ir.Value, p: ir.Value, _: Vectors) -> Vectors:
         """Put queries and keys of a pixel behind those of the one before, and add up their squares."""
         pixel = to.add(base, integer('places', to.add(first, p)))
-        code.prefetch(code.at(code.pointer('out'), to.mul(pixel, INT(channels))), channels, written=True)
         row = code.load_row(code.at(code.pointer('qkv'), to.mul(pixel, INT(3 * channels))), 2 * channels)
         target = code.at(pairs, to.mul(p, INT(pair)))
         for i, x in enumerate(row):

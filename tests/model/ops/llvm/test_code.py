@@ -1,5 +1,4 @@
 import math
-import platform
 import sys
 from collections.abc import Iterator
 
@@ -9,6 +8,7 @@ from llvmlite import ir
 
 from model.ops.llvm import code as llvm
 from model.ops.llvm.code import FLOAT, INT, Code, Kernel, object_file
+from tests.model.ops.conftest import x86_alone
 
 
 @pytest.mark.parametrize(('rows', 'columns'), [(16, 16), (16, 12), (6, 16), (5, 3), (16, 20), (1, 5), (3, 1), (1, 1)])
@@ -66,8 +66,8 @@ def test_each_thread_has_memory_of_its_own(count: int, threads: None) -> None:
     assert out.tolist() == [[0.5 * task * vectors] * width for task in range(count)]
 
 
-@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='other processors are as fast with them')
-def test_numbers_below_the_normal_ones_are_zeros_in_a_kernel_and_nowhere_else(threads: None) -> None:
+@x86_alone
+def test_subnormals_are_zeros_in_a_kernel_and_nowhere_else(threads: None) -> None:
     """Its memory may hold what was an integer before, and with such numbers it would take many times as long."""
     count, width = 2**16, 8
     code = Code(('x', 'out'), width)
@@ -77,15 +77,26 @@ def test_numbers_below_the_normal_ones_are_zeros_in_a_kernel_and_nowhere_else(th
         code.store(code.to.fmul(code.load(x, width), code.spread(code.factor)), out)
 
     code.tasks(INT(count // width), work)
-    kernel, least = Kernel(object_file(code)), torch.finfo(torch.float32).tiny
+    kernel, least = Kernel(object_file(code)), 2**23  # bits of 2^-126, the least normal number
+    subnormal, normal = (
+        torch.full((count,), bits, dtype=torch.int32).view(torch.float32) for bits in (least // 2, least)
+    )
     for x, factor, expected in (
-        (least / 2, 4.0, 0.0), (least, 0.5, 0.0), (2 * least, 0.5, least), (-least, 1.0, -least),
-        (math.inf, 0.5, math.inf),
-    ):  # fmt: skip
-        given, out = torch.full((count,), x), torch.ones(count)
-        kernel([given, out], 1, factor)
-        assert torch.equal(out, torch.full((count,), expected))
-        assert torch.equal(given * 0.75, torch.full((count,), 0.75 * x))  # by the same threads, whose state is theirs
+        (subnormal, 4.0, 0),
+        (normal, 0.5, 0),
+        (normal, 2.0, 2 * least),
+        (normal, -1.0, least - 2**31),
+    ):
+        out = torch.ones(count)
+        kernel([x, out], 1, factor)
+        assert out.view(torch.int32).unique().tolist() == [expected]
+
+    def bits_of_half() -> list[int]:
+        return (normal * 0.5).view(torch.int32).unique().tolist()
+
+    others = llvm.pool(3)
+    for halves in (bits_of_half(), *[work.result() for work in [others.submit(bits_of_half) for _ in range(12)]]):
+        assert halves == [least // 2]  # by the threads that ran the kernel
 
 
 @pytest.mark.parametrize('thread', [0, 1, 2])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.blocks.pixels import ContrastAttention, contrast
+from model.blocks.pixels import ContrastAttention
 from model.ops.llvm import contrast as kernels
 from tests.conftest import numbers
 from tests.model.ops.conftest import Call
@@ -42,6 +42,9 @@ def test_attention_to_contrast_takes_it_where_it_can(calls: list[Call]) -> None:
         found = layer(x.bfloat16(), plus=x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=0.05)
+    by_kernel, by_plain = x.clone().requires_grad_(), x.double().requires_grad_()
     with torch.enable_grad():
-        assert contrast(x.requires_grad_()).requires_grad
+        layer(by_kernel, plus=by_kernel).sum().backward()
+        layer.double()(by_plain, plus=by_plain).sum().backward()
+    torch.testing.assert_close(by_kernel.grad.double(), by_plain.grad, rtol=0, atol=1e-5)
     assert len(calls) == 1

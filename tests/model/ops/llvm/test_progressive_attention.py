@@ -10,7 +10,7 @@ from model.blocks.windows import relative_positions, shift_areas
 from model.ops import fast
 from model.ops.llvm import progressive_attention as kernels
 from model.ops.progressive_attention import Kept, Whole, attend, joined, listed, progressive_attention
-from tests.model.ops.conftest import Call
+from tests.model.ops.conftest import Call, x86_alone
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
 KERNELS = (kernels,)
@@ -164,6 +164,12 @@ def test_rows_of_every_shape_are_narrowed(scale: float, lanes: int) -> None:
     normal *= scale
     truth = normal.sort(dim=-1, descending=True, stable=True)[1][:, :32].sort(-1)[0]
     assert torch.equal(alone(normal, 32).keys[0, :, 0], truth.short())
+
+
+@x86_alone
+def test_of_subnormal_logits_the_first_are_kept(lanes: int) -> None:
+    kept = alone(1e-39 * torch.randn(64, 64, generator=torch.Generator().manual_seed(2)), 32)
+    assert kept.keys[0, :, 0].tolist() == [[*range(32)]] * 64
 
 
 def test_extreme_logits(lanes: int) -> None:
