@@ -54,6 +54,11 @@ PSNR in dB / SSIM where the LR images are degraded as `--degradation` says ([doc
 same way in every run: bicubic, weights for clean images, and those trained with `--degradation photo`.
 """
 
+STUDY = """## Self-ensemble, tiles, bfloat16
+
+Seconds are of the machine where that file was tested: the ratios can be compared from file to file, the seconds cannot.
+"""
+
 AUTHORS = """## The authors' weights
 
 Files of the networks' authors, tested as the recipe of their name says: PSNR in dB / SSIM as above, and the PSNR that
@@ -175,7 +180,7 @@ def page(
         parts += [f'## x{scale}\n', *measured_table(ours), '', *published_table(scale), '']
     if photos:
         parts += [PHOTOS, *photo_table(photos), '']
-    parts += ['## Self-ensemble, tiles, bfloat16\n', *study_table(studied), '']
+    parts += [STUDY, *study_table(studied), '']
     if authors:
         parts += [AUTHORS.format(where=machines(authors.values())), *authors_table(authors), '']
     return '\n'.join(parts)
