@@ -154,7 +154,8 @@ class RunFolder:
 
     def saved_by_this_launch(self) -> bool:
         """Whether the state here is of the same launch of several processes as this one, after a restart perhaps."""
-        return self.holds_training() and self.load_state().get('launch') == parallel.launch_name()
+        there = self.holds_training() and self.load_state().get('launch')
+        return parallel.broadcast(there == parallel.launch_name())  # the first process has saved it
 
     def keep_folder(self) -> None:
         """Make the folder again if it was deleted under the run.
@@ -256,10 +257,17 @@ class RunFolder:
             latest.unlink(missing_ok=True)
 
     def keep_best(self, epoch: int) -> None:
-        """Make the kept weights of `epoch` the best ones, if they were kept."""
-        path = self.models / f'model_{epoch}.pt'
-        if self.writes and path.is_file():
-            write_atomic(self.models / 'model_best.pt', path.read_bytes())
+        """Make the kept weights of `epoch` the best ones; without them there are none until an epoch is better."""
+        path, best = self.models / f'model_{epoch}.pt', self.models / 'model_best.pt'
+        if not self.writes:
+            return
+        if path.is_file():
+            write_atomic(best, path.read_bytes())
+        elif best.is_file():
+            best.unlink()
+            log.warning(
+                '%s was of a later epoch and is removed; those of epoch %d, the best, were not kept.', best, epoch
+            )
 
     def load_state(self) -> dict[str, Any]:
         """What `save_state` wrote last; if that is missing or damaged, what it wrote before.

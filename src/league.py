@@ -117,6 +117,7 @@ def train(args: Namespace, name: str, recipe: Sequence[str]) -> None:
     new = ['--save', name, '--reset', *network(name), '--scale', str(SCALE), *recipe]
     what = ['--load', name] if had['seconds'] else new
     line = [*what, '--max_time', f'{left:.1f}', '--save_dir', str(args.save_dir)]
+    (args.save_dir / f'{name}_test' / 'results.json').unlink(missing_ok=True)  # of the weights that there were
     start, before, stopping.clock = clock(), stopping.clock, clock
     try:
         program.run(option.parse(line), line)

@@ -309,8 +309,10 @@ def train(args: Namespace, folder: RunFolder) -> None:
         resume(args, folder, trainer, state)
     with stop:
         finished = trainer.train(args.epochs, stop.check)
-    if not finished:
+    if not finished and trainer.saved:
         log.info('%s: stopped, and saved in %s; --load %s continues.', stop.name, trainer.saved, args.save)
+    elif not finished:
+        log.warning('%s: stopped, and nothing is saved that could be continued.', stop.name)
 
 
 def check_is_free(args: Namespace, folder: RunFolder) -> None:

@@ -38,6 +38,8 @@ def make_optimizer(
     if name == 'SGD':
         kept = 0.9 if momentum is None else momentum
         optimizer: optim.Optimizer = optim.SGD(trainable, lr, kept, weight_decay=weight_decay, fused=fused)
+        for p in trainable if fused and kept else ():  # PyTorch makes these of whatever memory held, if no step is made
+            optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     elif name == 'MUON':
         kept = 0.95 if momentum is None else momentum
         optimizer = Muon(trainable, matrices, lr, weight_decay, betas, epsilon, kept)

@@ -8,6 +8,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +158,15 @@ def degraded(weights: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def measured(args: Namespace, name: str, options: Sequence[str], sets: Sequence[str] = MEASURED) -> Row:
-    """The results.json of a run, which is done if it is not there."""
+    """The results.json of a run, which is done if there is none, or one of older weights."""
     folder = args.save_dir / name.replace(' ', '_')
-    if not (folder / 'results.json').is_file():
+    kept, given = folder / 'results.json', dict(pairwise(options)).get('--pre_train')
+    if not kept.is_file() or (given and Path(given).stat().st_mtime > kept.stat().st_mtime):
         where = ['--dir_data', str(args.dir_data), '--save_dir', str(args.save_dir), '--save', folder.name]
         line = [*options, '--test_only', '--data_test', '+'.join(sets), *where, *(['--cpu'] if args.cpu else [])]
         parsed = option.parse(line)
         program.run(parsed, line)
-    return json.loads((folder / 'results.json').read_text())
+    return json.loads(kept.read_text())
 
 
 def page(

@@ -31,6 +31,7 @@ from model.tiles.tiling import MeanTiler, Tiler
 from muon import hidden_matrices
 from networks import shown
 from optimizer import Schedule, make_optimizer
+from options.checks import tests_on_training_images
 from options.kinds import at_home
 from options.table import ROOT, setting_option
 from step import TrainStep
@@ -40,6 +41,9 @@ from system.machine import best_device
 from system.numerics import set_numerics
 from template import TEMPLATES
 from trainer import Phase, TrainConfig, Trainer
+
+# Before, activation checkpointing asks for the state of random numbers, which no CUDA graph allows (PyTorch, #162504).
+GRAPHS_CHECKPOINTS = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 10)
 
 log = logging.getLogger('frugalsr')
 
@@ -217,6 +221,10 @@ def degradation(args: Namespace) -> Degradation | None:
 
 def test_sets(args: Namespace, prepare: bool = True) -> list[SRData]:
     """The test sets; without `prepare` only their HR images are to be read."""
+    if len(args.data_range) > 1 and tests_on_training_images(args):
+        log.warning(
+            'DIV2K %d-%d, which is tested, is a part of what --data_range is for training.', *args.data_range[-1]
+        )
     return library(args).open_tests(args.data_test, args.data_range[-1], prepare)
 
 
@@ -298,6 +306,11 @@ def make_phases(args: Namespace, model: Model) -> list[Phase]:
     ]
 
 
+def wants_graph(args: Namespace) -> bool:
+    """Whether training steps are to be CUDA graphs where they can."""
+    return bool(args.graph) or (args.graph is None and (GRAPHS_CHECKPOINTS or not args.checkpointing))
+
+
 def make_trainer(
     args: Namespace,
     model: Model,
@@ -315,7 +328,7 @@ def make_trainer(
     optimizer = optimizer_maker(args)(model.parameters(), matrices=hidden_matrices(model.net))
     train_step = TrainStep(
         model, phases[0].loss, optimizer, phases[0].batch_size, args.split_batch, args.gclip, args.clip_norm,
-        autocast_dtype(args, model), args.weight_ema, graph=args.graph is not False,
+        autocast_dtype(args, model), args.weight_ema, graph=wants_graph(args),
     )  # fmt: skip
 
     def loader(phase: Phase, numbers: range) -> DataLoader:

@@ -160,6 +160,27 @@ def test_a_restarted_launch_knows_its_own_state(run, monkeypatch):
         assert run.saved_by_this_launch() == later
 
 
+def test_a_launch_without_a_name_is_known_by_its_parent(run, monkeypatch):
+    """torchrun without a rendezvous calls every launch "none"."""
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'none')
+    run.save_state(state(30.0))
+    assert run.saved_by_this_launch()
+    parent = os.getppid()
+    monkeypatch.setattr(os, 'getppid', lambda: parent + 1)
+    assert not run.saved_by_this_launch()
+
+
+def test_the_best_weights_of_a_branch_that_was_left_are_removed(run, caplog):
+    run.models.mkdir(parents=True, exist_ok=True)
+    for name in ('model_1', 'model_best'):
+        (run.models / f'{name}.pt').write_text(name)
+    run.keep_best(1)
+    assert (run.models / 'model_best.pt').read_text() == 'model_1'
+    run.keep_best(2)
+    assert not (run.models / 'model_best.pt').exists()
+    assert 'those of epoch 2, the best, were not kept' in caplog.text
+
+
 def test_two_processes_cannot_train_in_one_folder(run):
     with run.locked():
         code = (

@@ -64,7 +64,9 @@ READ = {
     'python src/prepare.py DIV2K --dir_data DATA --scale 2': 'downloads',
     'python src/prepare.py DIV2K --dir_data DATA --scale 2+3+4': 'downloads',
     'python src/main.py --template LCoAN-small_x2 --data_train DIV2K --dir_data DATA': 'wants DIV2K',
-    'python src/main.py --test_only --template BSRN_x4 --pre_train download --data_test Set5 --dir_data DATA': 'downloads',
+    'python src/main.py --test_only --template BSRN_x4 --pre_train download --data_test Set5 --dir_data DATA': (
+        'downloads'
+    ),
     'python src/prepare.py DIV2K --dir_data DATA --check': 'wants DIV2K',
     'python src/prepare.py benchmark --dir_data DATA': 'downloads',
     'python src/prepare.py weights list': 'tests/data/download has it',

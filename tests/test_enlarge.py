@@ -5,12 +5,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import enlarge
@@ -469,3 +471,130 @@ def test_missing_packages_are_one_sentence(photos):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.fullmatch(r'Error: \w+ is missing in .*: use \.venv/bin/python, or pip install .*\n', done.stderr)
+
+
+def test_another_photograph_of_the_same_name_is_neither_left_out_nor_replaced(tmp_path, capsys):
+    """As of a camera that begins again at 1: the result of the other one is there."""
+    for number, folder in enumerate('ab'):
+        write_png(tmp_path / folder / 'x.png', picture(number, 9, 12))
+    command = ('-o', tmp_path / 'big', '--scale', 2)
+    assert run(tmp_path / 'a/x.png', *command) == 0
+    before = (tmp_path / 'big/x_x2.png').read_bytes()
+    for more in ((), ('--seamless',)):
+        assert 'was made from another photograph' in error_of(capsys, tmp_path / 'b/x.png', *command, *more)
+        assert (tmp_path / 'big/x_x2.png').read_bytes() == before
+    assert run(tmp_path / 'b/x.png', *command, '--again') == 0
+    found = read_photo(tmp_path / 'big/x_x2.png').color.astype(int)
+    assert np.abs(found - upscale_bicubic(picture(1, 9, 12), 2)).max() <= 6
+
+
+def test_a_photograph_that_was_moved_or_changed_is_the_same(tmp_path, capsys):
+    write_png(tmp_path / 'a/x.png', picture(0, 9, 12))
+    command = ('-o', tmp_path / 'big', '--scale', 2)
+    assert run(tmp_path / 'a/x.png', *command) == 0
+    (tmp_path / 'a').rename(tmp_path / 'b')
+    assert run(tmp_path / 'b/x.png', *command) == 0
+    assert '1 were done before' in capsys.readouterr().out
+    assert run(tmp_path / 'b/x.png', *command, '--seamless') == 0  # the same one at another place
+    write_png(tmp_path / 'b/x.png', picture(1, 9, 12))
+    assert run(tmp_path / 'b/x.png', *command) == 0  # another one at the same place
+    found = read_photo(tmp_path / 'big/x_x2.png').color.astype(int)
+    assert np.abs(found - upscale_bicubic(picture(1, 9, 12), 2)).max() <= 6
+
+
+def test_a_name_may_begin_with_a_tilde(tmp_path, capsys, monkeypatch):
+    write_png(tmp_path / '~a.png', picture(0, 9, 12))
+    monkeypatch.chdir(tmp_path)
+    assert run('~a.png', '--scale', 2) == 0
+    assert names(tmp_path) == ['~a.png', '~a_x2.png']
+    assert 'no such home folder is known' in error_of(capsys, '~nobody-of-this-name/a.png')
+
+
+def test_what_cannot_be_written_keeps_no_other(photos, tmp_path, capsys, monkeypatch):
+    """Whatever it is that goes wrong there."""
+    import photo.engine
+
+    plain = photo.engine.write_result
+
+    def write(results, path: Path, *about: object) -> None:
+        if path.stem == 'a_x4':
+            raise TypeError('odd')
+        plain(results, path, *about)
+
+    monkeypatch.setattr(photo.engine, 'write_result', write)
+    said = error_of(capsys, photos, '-o', tmp_path / 'big')
+    assert '1 of 2' in said
+    assert 'a_x4.png cannot be written (TypeError: odd)' in said
+    assert names(tmp_path / 'big') == ['b_x4.png']
+
+
+def test_a_photograph_that_goes_meanwhile_keeps_no_other(photos, tmp_path, capsys, monkeypatch):
+    import photo.engine
+
+    plain = photo.engine.read_metadata
+
+    def read(path: Path):
+        if path.name == 'a.png':
+            path.unlink()
+        return plain(path)
+
+    monkeypatch.setattr(photo.engine, 'read_metadata', read)
+    said = error_of(capsys, photos, '-o', tmp_path / 'big')
+    assert '1 of 2' in said
+    assert 'a.png does not exist' in said
+    assert names(tmp_path / 'big') == ['b_x4.png']
+
+
+def test_a_tiff_file_that_one_library_alone_reads(tmp_path, capsys):
+    """Grey with alpha of 16 bits, which Pillow does not know."""
+    samples = np.dstack([picture(0, 9, 12)[..., :1], np.full((9, 12), 255, np.uint8)]).astype(np.uint16) * 257
+    tifffile.imwrite(tmp_path / 'a.tif', samples, photometric='minisblack', extrasamples=['unassalpha'])
+    for again in range(2):
+        assert run(tmp_path / 'a.tif', '--scale', 2, '--format', 'tif') == 0
+        assert ('1 were done before' in capsys.readouterr().out) == bool(again)
+    assert tifffile.imread(tmp_path / 'a_x2.tif').shape == (18, 24, 2)
+
+
+def test_weights_may_have_any_name(tmp_path, capsys):
+    shutil.copy(ROOT / 'models/ASID_x2.pt', tmp_path / 'Gr\xf6\xdfe_x2.pt')
+    write_png(tmp_path / 'a.png', picture(0, 9, 12))
+    command = [str(tmp_path / 'a.png'), '--cpu', '--scale', '2', '--weights', str(tmp_path / 'Gr\xf6\xdfe_x2.pt')]
+    for again in range(2):
+        assert enlarge.main(command) == 0
+        assert ('1 were done before' in capsys.readouterr().out) == bool(again)
+
+
+def test_the_weights_of_all_pages_are_noted(tmp_path):
+    """Not of the first one alone, which is large enough."""
+    first, second = Image.fromarray(picture(0, 9, 40)), Image.fromarray(picture(1, 7, 5))
+    first.save(tmp_path / 'a.tif', save_all=True, append_images=[second])
+    assert run(tmp_path / 'a.tif', '--width', 10) == 0
+    assert made_by(tmp_path / 'a_10x2.tif').startswith('FrugalSR Bicubic_x2 ')
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(
+    ('channels', 'dtype', 'options'),
+    [
+        (4, np.uint8, '--scale 4 --format jpg'),
+        (4, np.uint16, '--scale 4 --format webp'),
+        (3, np.uint16, '--scale 4 --format tif'),
+        (3, np.uint8, '--scale 3.1'),
+        (4, np.uint16, '--scale 2.1'),
+    ],
+)
+def test_what_results_take_is_foreseen(tmp_path, monkeypatch, channels, dtype, options):
+    """By --max_memory, of arrays; what networks take is measured."""
+    import photo.engine
+
+    held: list[int] = []
+    monkeypatch.setattr(photo.engine, 'check_fits', lambda path, limit, of_result: held.append(of_result))
+    samples = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (400, 500, channels)).astype(dtype)
+    write_png(tmp_path / 'a.png', samples)
+    run(tmp_path / 'a.png', '--name', 'first', *options.split())  # what is made once is there now
+    tracemalloc.start()
+    assert run(tmp_path / 'a.png', '--max_memory', '20G', *options.split()) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    read = 6 * samples.nbytes  # the photograph itself, its colours apart, and what is filled or is next
+    assert peak < held[0] + read + 2**21

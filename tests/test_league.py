@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -80,6 +81,15 @@ def test_goes_on_within_a_network(folder: Path) -> None:
     assert call(folder, 0.2, 'PAN') == 0
     assert 0.98 * 12 <= json.loads((folder / 'runs' / 'PAN' / 'league.json').read_text())['seconds'] < 12 + 2.5
     assert 'continues' in (folder / 'runs' / 'PAN' / 'log.txt').read_text()
+
+
+def test_what_trained_on_is_scored_again(folder: Path) -> None:
+    assert call(folder, 0.02, 'PAN') == 0
+    scored = folder / 'runs' / 'PAN_test' / 'results.json'
+    before = scored.stat().st_mtime_ns
+    shutil.rmtree(folder / 'runs' / 'PAN')  # to have it trained anew
+    assert call(folder, 0.02, 'PAN') == 0
+    assert scored.stat().st_mtime_ns > before
 
 
 def test_other_minutes_want_another_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

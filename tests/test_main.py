@@ -724,6 +724,12 @@ BAD = {
     'no such path': (nothing, f'{EDSR} --data_train FOLDER/nix/HR', ['FOLDER/nix/HR']),
     'folder without images': (nothing, f'{EDSR} --data_train FOLDER/runs/edsr', ['FOLDER/runs/edsr', '.png', '.jpg']),
     'range beyond the set': (nothing, f'{EDSR} --data_train DIV2K --data_range 1-800/1-5', ['1-800', '6 images']),
+    'tests on training images': (
+        nothing, f'{EDSR} --data_train DIV2K --data_test DIV2K --data_range 1-4/4-5', ['1-4/4-5', 'is trained on'],
+    ),
+    'one range for both': (
+        nothing, f'{EDSR} --data_train DIV2K --data_test Set5+DIV2K --data_range 1-4', ['1-4', 'such as 1-800/801-810'],
+    ),
     'LR of the wrong size': (wrong_lr, EDSR, ['0002x2.png', '8x9', '33x38', '0002.png']),
     'HR too small': (tiny_hr, f'{BICUBIC} --scale 2 --data_test Dots', ['dot.png', '5x1', 'x2']),
     'truncated image': (edit(HR, half), EDSR, [HR]),

@@ -28,6 +28,25 @@ def test_class_and_hyperparameters(name, kind, expected):
     assert [id(p) for p in group['params']] == [id(values[0]), id(values[2])]  # the frozen one is left out
 
 
+def test_a_first_step_that_is_left_out_leaves_nothing(monkeypatch):
+    """As a GPU leaves it out, by a flag; what memory held before, here NaN, is no momentum."""
+    x, plain = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, 'is_cuda', property(lambda _: True))
+        optimizer = make_optimizer([x], 'SGD', 0.1)
+    assert optimizer.param_groups[0]['fused']
+    expected = make_optimizer([plain], 'SGD', 0.1)
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True)
+    for left_out in (True, False, False):
+        optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(left_out))
+        x.grad = plain.grad = torch.full((3,), 2.0)
+        optimizer.step()
+        if not left_out:
+            expected.step()
+        torch.testing.assert_close(x, plain)
+
+
 @pytest.mark.parametrize('name', ['SGD', 'ADAM', 'ADAMW', 'RMSprop'])
 def test_first_step_by_hand(name):
     """On x^2 / 2 from 1, so the gradient is 1; without weight decay."""

@@ -188,6 +188,13 @@ def test_load_restores_the_run(saved):
     assert expected == (args.model, args.scale, args.n_feats, args.lr, args.data_range, args.save, args.load)
 
 
+def test_a_time_is_that_of_one_command(saved):
+    """Or a run that was given an hour would end after each further hour."""
+    args = options(f'--save_dir {saved} --load old --max_time 5')
+    (saved / 'old' / 'config.txt').write_text(write_config(args))
+    assert options(f'--save_dir {saved} --load old').max_time is None
+
+
 def test_reset_and_load_exclude_each_other(saved):
     with pytest.raises(UserError, match='--reset deletes the run that --load old continues'):
         options(f'--save_dir {saved} --load old --reset')

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,19 @@ def test_what_is_there_is_kept(folder):
     assert results.main(options(folder)) == 0
     again = (folder / 'docs' / 'RESULTS.md').read_text()
     assert again == page.replace(f'torch {torch.__version__}', f'torch older {torch.__version__}')
+
+
+def test_newer_weights_are_measured_again(folder):
+    """Not shown with the scores of those before."""
+    file = folder / 'runs' / 'ASID_x4' / 'results.json'
+    scored = file.read_text()
+    file.write_text(scored.replace('"psnr": ', '"psnr": 1'))
+    weights = folder / 'models' / 'ASID_x4.pt'
+    later = file.stat().st_mtime_ns + 10**9
+    os.utime(weights, ns=(later, later))
+    assert results.main(options(folder)) == 0
+    found, expected = (json.loads(text)['sets'] for text in (file.read_text(), scored))
+    assert [each['psnr'] for each in found.values()] == [each['psnr'] for each in expected.values()]
 
 
 def test_what_is_missing_is_told(tmp_path, capsys):

@@ -113,7 +113,7 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
     icc = None if image.mode == 'CMYK' else image.info.get('icc_profile')
     animated = frames > 1 and not isinstance(image, TiffImageFile)
     pixel_bytes = DEEP if deep else ANIMATED if animated else _pixel_bytes(image)
-    return Source(height, width, read, pixel_bytes, frames, icc, chunks)
+    return Source(height, width, read, pixel_bytes, deep, frames, icc, chunks)
 
 
 def png_chunks(image: ImageFile, file: BinaryIO) -> dict[bytes, bytes]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import ExifTags
+import numpy as np
+from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from data.formats import MAX_PIXELS, identify, orientation_of, pixels_of, source_of
-from data.image import Photo, as_photo
+from data.image import Photo, as_photo, eight_bits
 from data.limit import pillow_allows
 from data.png import HEAD_BYTES, is_png16
 from data.source import Source, note, reading, upright
@@ -76,13 +77,20 @@ def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
                 if animated:
                     assert image is not None
                     image.seek(number)
-                    samples = upright(pixels_of(image.convert('RGBA')), orientation)[: first.height, : first.width]
+                    samples = upright(_seen(image), orientation)[: first.height, : first.width]
                     page, duration = first, image.info.get('duration') or 0
                 else:
                     page = source_of(path, file, image, number) if number else first
                     samples, duration = page.read(), 0
                 found = as_photo(samples, page.icc, page.chunks, first.frames), float(duration)
             yield found
+
+
+def _seen(frame: Image.Image) -> np.ndarray:
+    """(H, W, 4) of 8 bits. Pillow itself would make white of nearly all grey of 16 bits."""
+    if frame.mode.startswith('I;16'):
+        frame = Image.fromarray(eight_bits(np.array(frame).astype(np.uint16)))
+    return pixels_of(frame.convert('RGBA'))
 
 
 def _is_whole_gif(file: BinaryIO) -> bool:

@@ -1,6 +1,6 @@
 """Image files in and out, as the program has them in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,8 @@ from data.profile import fits
 from data.source import note, upright
 from error import UserError
 from system.files import write_atomic
+
+STRIP = 256  # rows
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,15 @@ def read_rgb(path: Path) -> np.ndarray:
 
 def eight_bits(samples: np.ndarray) -> np.ndarray:
     """uint8 as it is, uint16 rounded to uint8."""
+    if samples.dtype == np.uint8:
+        return samples
     # 65535 = 255 * 257, and 257 is odd: adding half of it before the division rounds without ties.
-    return samples if samples.dtype == np.uint8 else ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return in_strips(lambda rows: ((rows.astype(np.uint32) + 128) // 257).astype(np.uint8), samples)
+
+
+def in_strips(change: Callable[[np.ndarray], np.ndarray], samples: np.ndarray) -> np.ndarray:
+    """What `change` makes of rows, some at a time, so that little memory is taken between."""
+    return np.concatenate([change(samples[top : top + STRIP]) for top in range(0, max(len(samples), 1), STRIP)])
 
 
 def read_size(path: Path) -> tuple[int, int]:

@@ -141,9 +141,19 @@ def _from_folders(name: str, folders: Sequence[tuple[Path, Path]], channels: Cha
 
 
 def _ranged(images: ImageSet, span: Range) -> ImageSet:
+    """The images of these numbers: those of their names, or where these are none, their places."""
     first, last = span
+    folders = ', '.join(dict.fromkeys(str(path.parent) for path in images.hr))
+    if all(path.stem.isdecimal() for path in images.hr):
+        found = {int(hr.stem): (hr, lr) for hr, lr in zip(images.hr, images.lr, strict=True)}
+        if missing := [number for number in range(first, last + 1) if number not in found]:
+            raise UserError(
+                f'--data_range {first}-{last}: {images.name} has no {missing[0]:04d} among the {len(images.hr)} images '
+                f'in {folders}.'
+            )
+        hr, lr = zip(*(found[number] for number in range(first, last + 1)), strict=True)
+        return ImageSet(images.name, [*hr], [*lr], images.channels)
     if last > len(images.hr):
-        folders = ', '.join(dict.fromkeys(str(path.parent) for path in images.hr))
         raise UserError(
             f'--data_range {first}-{last} reaches beyond {images.name}: {len(images.hr)} images are in {folders}.'
         )

@@ -30,6 +30,7 @@ class Source:
         width: of it.
         read: gives its pixels, upright: (H, W, C) uint8 or uint16, where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
         pixel_bytes: memory that this takes at most, bytes a pixel.
+        deep: whether these have 16 bits.
         frames: how many images the file holds, of which this is one.
         icc: the colour profile of these pixels.
         chunks: other statements on their colours, PNG chunks by name.
@@ -39,6 +40,7 @@ class Source:
     width: int
     read: Callable[[], np.ndarray]
     pixel_bytes: int
+    deep: bool = False
     frames: int = 1
     icc: bytes | None = None
     chunks: Mapping[bytes, bytes] = field(default_factory=dict)

@@ -48,7 +48,15 @@ def open_tiff(path: Path, file: BinaryIO, number: int = 0) -> Source:
         return upright(_read(path, tif, page), orientation)
 
     pixel_bytes = MULTIPLIED if EXTRASAMPLE.ASSOCALPHA in page.extrasamples else PLAIN
-    return Source(height, width, read, pixel_bytes, len(tif.pages), tags.get(ICC))
+    return Source(height, width, read, pixel_bytes, page.dtype == np.uint16, len(tif.pages), tags.get(ICC))
+
+
+def first_tags(file: BinaryIO) -> dict[int, object]:
+    """The tags of the first page of an open file."""
+    file.seek(0)
+    page = TiffFile(file).pages[0]
+    assert isinstance(page, TiffPage)
+    return {tag.code: tag.value for tag in page.tags}
 
 
 def _read(path: Path, tif: TiffFile, page: TiffPage) -> np.ndarray:

@@ -286,7 +286,8 @@ class Model(nn.Module):
     def upscale_tensor(self, rgb: Tensor) -> Tensor:
         """RGB (N, 3, H, W) in [0, 1], float32 on the device, to (N, 3, scale * H, scale * W), whole and not clipped."""
         low = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low):
+        # No copy of a weight is kept for the next use: a CUDA graph would go on with one that has been freed.
+        with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low, cache_enabled=False):
             x = self._to_range(self._colours(rgb))
             y = self_ensemble(self.calls.upscale, x) if self.ensemble else self.calls.upscale(x)
         black, white = self.range

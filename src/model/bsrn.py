@@ -19,7 +19,7 @@ from error import UserError
 from model.blocks.edsr import DirectUpsampler
 from model.blocks.pixels import ESA, ContrastAttention, PointwiseConv, gelu, join_outputs
 from model.common import DepthwiseConv, NetworkSpec, check_images, conv, in_channels_last, zero_pad
-from model.ops.fast import float32_by_llvm
+from model.ops.fast import float32_by_llvm, is_for_llvm
 
 COPIES = 4  # of the image, side by side in the first channels
 
@@ -103,6 +103,8 @@ class ESDB(nn.Module):
                 x = refine(x, 'gelu', plus=x)
             return torch.cat((*parts, self.c4(x, 'gelu')), 1)
 
+        if not is_for_llvm(x):
+            return separable_distillation(x)
         weights = [weight for layer in (*chain(*steps), self.c4) for weight in layer.parameters()]
         return float32_by_llvm('separable_distillation', separable_distillation, x, *weights)
 

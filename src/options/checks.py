@@ -11,6 +11,22 @@ from options.table import NETWORK_SETTINGS
 from template import TEMPLATES
 
 
+def tests_on_training_images(args: argparse.Namespace) -> bool:
+    """Whether images of DIV2K are tested that it is trained on, by the ranges."""
+    (first, last), (first_tested, last_tested) = args.data_range[0], args.data_range[-1]
+    return 'DIV2K' in args.data_test and first <= last_tested and first_tested <= last
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """No image is for training and for tests, among which the best weights are found."""
+    if 'DIV2K' in args.data_train and tests_on_training_images(args):
+        given = '/'.join(f'{first}-{last}' for first, last in args.data_range)
+        raise UserError(
+            f'--data_range {given}: DIV2K would be tested on images that it is trained on; give two ranges that have '
+            'none in common, such as 1-800/801-810.'
+        )
+
+
 def check(args: argparse.Namespace) -> None:
     """Combinations of options that cannot be, and names that there are not."""
     measured = next((option for option in ('costs', 'profile', 'compare') if getattr(args, option)), None)
@@ -55,6 +71,7 @@ def check(args: argparse.Namespace) -> None:
     if training and args.split_batch > args.batch_size:
         raise UserError(f'--split_batch {args.split_batch} exceeds --batch_size {args.batch_size}: choose fewer parts.')
     if training:
+        check_ranges(args)
         check_losses(args)
         if len(args.patch_schedule) > args.epochs:
             raise UserError(

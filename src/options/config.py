@@ -9,7 +9,9 @@ from typing import Any
 
 from error import UserError
 
-NOT_RESTORED = ('load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score')
+NOT_RESTORED = (
+    'load', 'save', 'save_dir', 'resume', 'reset', 'debug', 'template', 'test_only', 'pre_train', 'score', 'max_time',
+)  # fmt: skip
 
 
 def write_config(args: argparse.Namespace, settings: Mapping[str, object] = MappingProxyType({})) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.formats import open_image
 from data.frames import read_frames
 from data.image import Photo, as_photo, bytes_to_read, fill_hidden
 from data.imresize import resize
@@ -20,7 +21,7 @@ from model import Model
 from model.tiles.tiling import Report, Tiler, out_of_memory, unreported
 from photo.choice import Networks
 from photo.metadata import read_metadata
-from photo.plan import Job, about
+from photo.plan import Job, Part, about
 from photo.writing import Colours, Format, write_result
 from system import memory, parallel
 from system.allocator import trim_heap
@@ -31,7 +32,8 @@ log = logging.getLogger('frugalsr')
 REACH = 4  # input pixels on each side that a bicubic enlargement depends on, with some to spare
 SEAM = 32  # input pixels beyond each border that a seamless enlargement is made with
 MEMORY = 'memory ran out: bound the tiles by --max_memory, or in main.py by --chop and a smaller --chop_size.'
-HELD = 4  # arrays of the result, 4 channels each, that there are while it is made at another size than a network's
+HELD = 4  # arrays of a result that there are at most while it is encoded
+RESIZED = 3  # arrays of what the networks gave, while it is made smaller
 
 
 @dataclass
@@ -76,6 +78,11 @@ def enlarge_photos(
         except WriteError as error:
             failures[index] = str(error)
             full |= isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
+        except UserError as error:
+            failures.setdefault(index, str(error))
+        except Exception as error:  # nobody waits for this thread's; one of `results` is told where they are made, too
+            log.debug('%s', job.target, exc_info=error)
+            failures.setdefault(index, f'{job.target} cannot be written ({type(error).__name__}: {error}).')
 
     rounds, begun = list(parallel.rank_indices(len(jobs))), 0
     own_jobs = [jobs[own] for _, own in rounds if own is not None]
@@ -149,13 +156,22 @@ def _bar(jobs: Sequence[Job]) -> tqdm:
 
 def _held(job: Job) -> int:
     """Bytes that results take beside the network; none where they are written as they are made."""
-    part = job.parts[0]
-    factor = math.prod(part.steps)
-    own_size = len(part.steps) == 1 and part.new == (part.old[0] * factor, part.old[1] * factor)
-    if len(job.parts) == 1 and job.format == 'png' and own_size:
+    if len(job.parts) == 1 and job.format == 'png' and _own_size(job.parts[0]):
         return 0
-    held = job.parts if job.format in ('webp', 'gif') else [part]
-    return 4 * HELD * sum(math.prod(each.new) for each in held)
+    with open_image(job.source) as source:
+        pixel = 8 if source.deep else 4  # with alpha
+    arrays = [
+        HELD * math.prod(part.new)
+        if _own_size(part)
+        else RESIZED * math.prod(part.old) * math.prod(part.steps) ** 2 + 2 * math.prod(part.new)
+        for part in job.parts
+    ]
+    return pixel * (sum(arrays) if job.format in ('webp', 'gif') else max(arrays))
+
+
+def _own_size(part: Part) -> bool:
+    """Whether a result has the size that its network gives."""
+    return len(part.steps) == 1 and part.new == (part.old[0] * part.steps[0], part.old[1] * part.steps[0])
 
 
 def check_fits(path: Path, limit: int, held: int = 0) -> None:

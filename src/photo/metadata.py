@@ -1,14 +1,16 @@
 """What image files say besides their pixels: EXIF (2.32), XMP and IPTC data of a photograph, adapted to its result."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.ExifTags import IFD, Base
 from PIL.TiffImagePlugin import TiffImageFile
 
-from data.formats import FORMATS, MAX_PIXELS, png_chunks
+from data.formats import MAX_PIXELS, identify, png_chunks
 from data.limit import pillow_allows
 from data.source import note, reading
 
@@ -22,7 +24,10 @@ STORAGE = {
     Base.JpegIFOffset, Base.JpegIFByteCount, Base.YCbCrCoefficients, Base.YCbCrSubSampling, Base.YCbCrPositioning,
     Base.ReferenceBlackWhite, Base.TransferFunction, Base.XMLPacket, Base.InterColorProfile, Base.ImageResources,
     Base.IPTCNAA, Base.Orientation, Base.ProcessingSoftware,
+    33550, 33922, 34264,  # GeoTIFF: how large a pixel is, and where it lies
+    37724,  # the layers of a Photoshop file
 }  # fmt: skip
+ANY_PIXELS = 2**62  # of a file that is not decoded
 SIZES = (Base.ExifImageWidth, Base.ExifImageHeight)
 SHAPES = ('{"shape"', 'ImageJ=')  # begin descriptions by tifffile and ImageJ, from which they read sizes
 MOST = 65_000  # bytes of EXIF, XMP or IPTC data that a JPEG file has room for
@@ -69,7 +74,10 @@ def read_metadata(path: Path) -> Metadata:
         UserError: the file is missing or no image.
     """
     with reading(path), pillow_allows(MAX_PIXELS), path.open('rb') as file:
-        image = Image.open(file, formats=FORMATS)
+        image = identify(file)
+        if image is None:
+            note('its EXIF data is not kept: it is a TIFF file of a rare kind')
+            return Metadata(Image.Exif())
         try:
             if image.format == 'PNG':
                 png_chunks(image, file)
@@ -84,21 +92,48 @@ def read_metadata(path: Path) -> Metadata:
             return Metadata(Image.Exif())
 
 
+class _Latin(str):
+    """Text of a file as Pillow has it, every byte a letter of Latin-1, that is written with the same bytes."""
+
+    def encode(self, *_: object) -> bytes:
+        return str.encode(self, 'latin-1')
+
+
 def _plain(exif: Image.Exif) -> Image.Exif:
-    """A copy that needs the file no longer."""
-    copy = Image.Exif()
-    for tag in exif:
-        if tag not in STORAGE and tag not in (IFD.Exif, IFD.GPSInfo):
-            copy[tag] = exif[tag]
+    """A copy that needs the file no longer, without what cannot be written, which the log says."""
+    copy, lost = Image.Exif(), []
+
+    def take(directory: int | None, tags: Mapping[int, Any]) -> None:
+        for tag, value in tags.items():
+            kept = _Latin(value) if isinstance(value, str) else value
+            if _can_be_written(directory, tag, kept):
+                (copy if directory is None else copy.get_ifd(directory))[tag] = kept
+            else:
+                lost.append(tag)
+
+    take(None, {tag: exif[tag] for tag in exif if tag not in STORAGE and tag not in (IFD.Exif, IFD.GPSInfo)})
     if str(copy.get(Base.ImageDescription, '')).startswith(SHAPES):
         del copy[Base.ImageDescription]
     for directory in (IFD.Exif, IFD.GPSInfo):
         if directory in exif:
-            copy.get_ifd(directory).update(exif.get_ifd(directory))
-    own = copy.get_ifd(IFD.Exif)
-    if IFD.Interop in own:
-        own[IFD.Interop] = dict(exif.get_ifd(IFD.Interop))
+            tags = dict(exif.get_ifd(directory))
+            if IFD.Interop in tags:
+                tags[IFD.Interop] = dict(exif.get_ifd(IFD.Interop))
+            take(directory, tags)
+    if lost:
+        note(f'its EXIF tags {", ".join(map(str, sorted(lost)))} have values of a wrong kind and are not kept')
     return copy
+
+
+def _can_be_written(directory: int | None, tag: int, value: Any) -> bool:
+    """Whether Pillow, which takes values of other kinds than the tag's when it reads, takes this one when it writes."""
+    alone = Image.Exif()
+    (alone if directory is None else alone.get_ifd(directory))[tag] = value
+    try:
+        alone.tobytes()
+    except Exception:  # it raises nearly anything
+        return False
+    return True
 
 
 def _adapted_xmp(xmp: bytes, height: int, width: int) -> bytes:
@@ -117,8 +152,12 @@ def made_by(path: Path) -> str:
     if not path.is_file():
         return ''
     try:
-        with path.open('rb') as file, pillow_allows(MAX_PIXELS):
-            image = Image.open(file, formats=FORMATS)
+        with path.open('rb') as file, pillow_allows(ANY_PIXELS):
+            image = identify(file)
+            if image is None:
+                from data.tiff import first_tags  # tifffile is rarely needed
+
+                return str(first_tags(file).get(Base.ProcessingSoftware, ''))
             comment = image.info.get('comment', b'') if image.format == 'GIF' else b''
             return comment.decode() or str(Image.Image.getexif(image).get(Base.ProcessingSoftware, '')).rstrip('\0')
     except Exception:  # such as a damaged file, which will be named where it is read

@@ -4,12 +4,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from data.frames import Series, read_series
+from data.source import reading
 from error import UserError
 from photo.choice import Networks
 from photo.metadata import is_lossy, made_by
@@ -19,6 +21,9 @@ from photo.writing import Format, check_size, keeps
 from system.files import is_there, some
 
 log = logging.getLogger('frugalsr')
+
+ENDS = 2**16  # bytes at the beginning and at the end of a photograph, by which it is known
+KEYS = re.compile(r' (\w{8})-(\w{8})$')  # digests of a photograph and of its path, at the end of a note
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Job:
         plays: of an animation, as of `data.frames.Series`.
         lossy: whether the file was compressed with loss.
         format: of the result.
-        made: how it is made, for its metadata: the weights, and a digest of all that has a say in its pixels.
+        made: how it is made, for its metadata, in ASCII: the weights, a digest of what has a say in its pixels, one
+            of the photograph, and one of its path.
     """
 
     source: Path
@@ -118,12 +124,17 @@ def make_plan(
     closed = {folder for folder in {job.target.parent for job in jobs} if not _may_write(folder)}
     for job in jobs:
         made = '' if again or not is_there(job.target) else made_by(job.target)
-        if made == job.made and job.target.stat().st_mtime_ns >= job.source.stat().st_mtime_ns:
+        if made and _is_done(made, job):
             plan.done += 1
         elif not (again or made.startswith(MADE)) and is_there(job.target):
             plan.failures.append(
                 f'{job.source}: {job.target} is there and was not made by this program; --again replaces it, another '
                 '--name or -o keeps it.'
+            )
+        elif _is_of_another(made, job):
+            plan.failures.append(
+                f'{job.source}: {job.target} is there and was made from another photograph; --again replaces it, '
+                'another --name or -o keeps it.'
             )
         elif job.target.parent in closed:
             plan.failures.append(
@@ -153,12 +164,38 @@ def _make_job(source: Source, size: Size, place: Place, format: Format, networks
     old, new = parts[0].old, parts[0].new
     scale = f'{size.scale or max(new[0] / old[0], new[1] / old[1]):.4g}'
     target = place.of(source, name, format, {'scale': scale, 'width': new[1], 'height': new[0]})
-    weights = networks.chain(parts[0].steps, lossy)
+    weights = [each for chain in dict.fromkeys(part.steps for part in parts) for each in networks.chain(chain, lossy)]
     digests = [networks.digest(each) for each in weights]
     said = json.dumps([[part.new for part in parts], digests, settings, name, format.quality, format.background])
-    names = ' '.join(each.stem for each in weights) or 'bicubic'
-    made = f'{MADE} {names} {hashlib.sha256(said.encode()).hexdigest()[:12]}'
+    names = ' '.join(dict.fromkeys(each.stem for each in weights)) or 'bicubic'
+    names = names.encode('ascii', 'backslashreplace').decode()  # EXIF has no other letters
+    keys = f'{_content(source.path)}-{_digest(str(source.path.resolve()).encode(), 8)}'
+    made = f'{MADE} {names} {_digest(said.encode(), 12)} {keys}'
     return Job(source.path, target, tuple(parts), series.plays, lossy, name, made)
+
+
+def _digest(content: bytes, letters: int) -> str:
+    return hashlib.sha256(content).hexdigest()[:letters]
+
+
+def _content(path: Path) -> str:
+    """What tells a photograph from others: a digest of its length, and of its first and last bytes."""
+    with reading(path), path.open('rb') as file:
+        first, length = file.read(ENDS), file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - ENDS))
+        return _digest(f'{length} '.encode() + first + file.read(ENDS), 8)
+
+
+def _is_done(made: str, job: Job) -> bool:
+    """Whether a file was made as a job would make it, from the same photograph, wherever that was."""
+    same = made.rpartition('-')[0] == job.made.rpartition('-')[0]
+    return same and job.target.stat().st_mtime_ns >= job.source.stat().st_mtime_ns
+
+
+def _is_of_another(made: str, job: Job) -> bool:
+    """Whether a result was made from a file with another content at another place."""
+    there, here = (KEYS.search(each) for each in (made, job.made))
+    return bool(there and here and all(one != other for one, other in zip(there.groups(), here.groups(), strict=True)))
 
 
 def _part(old: tuple[int, int], size: Size, scales: Sequence[int]) -> Part:

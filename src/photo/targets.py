@@ -10,9 +10,10 @@ from pathlib import Path
 
 from data.image import find_images
 from error import UserError
+from options.kinds import at_home
 from photo.metadata import made_by
 from photo.writing import SUFFIXES, Format
-from system.files import some
+from system.files import is_there, some
 
 log = logging.getLogger('frugalsr')
 
@@ -128,8 +129,9 @@ def _images(top: Path, recursive: bool, output: Path | None, besides: Besides) -
 
 
 def _expanded(text: str) -> list[Path]:
-    path = Path(text).expanduser()
-    if path.exists() or path.is_symlink():  # a dangling link is named when it is read
+    plain = Path(text)  # whose name may begin with ~
+    path = plain if is_there(plain) else at_home(text)
+    if is_there(path):  # a dangling link is named when it is read
         return [path]
     if matches := sorted(glob.glob(str(path), recursive=True)):  # noqa: PTH207  # of the whole path
         return [Path(match) for match in matches]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.image import eight_bits
+from data.image import eight_bits, in_strips
 from data.png import encode_apng, encode_png
 from data.profile import fits
 from error import UserError
@@ -191,11 +191,15 @@ def _gather(pieces: Iterator[tuple[np.ndarray, float]], heights: Sequence[int]) 
 
 def over(samples: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """(H, W, 2 or 4) uint8 before a background: (H, W, 3), or (H, W) where all is grey."""
-    alpha = samples[..., -1:].astype(np.uint32)
     grey = samples.shape[2] == 2 and len(set(background)) == 1
     behind = np.array(background[:1] if grey else background, np.uint32)
-    seen = (samples[..., :-1] * alpha + behind * (255 - alpha) + 127) // 255
-    return seen.astype(np.uint8)[..., 0] if grey else seen.astype(np.uint8)
+
+    def seen(rows: np.ndarray) -> np.ndarray:
+        alpha = rows[..., -1:].astype(np.uint32)
+        return ((rows[..., :-1] * alpha + behind * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+    found = in_strips(seen, samples)
+    return found[..., 0] if grey else found
 
 
 def _encode(

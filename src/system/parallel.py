@@ -5,6 +5,7 @@ Started by torchrun, by srun (one task a GPU), or by `--n_GPUs N`, which calls t
 
 import atexit
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -91,8 +92,10 @@ def restarted() -> bool:
 
 
 def launch_name() -> str:
-    """What the processes that torchrun started together have in common, also with those it starts again."""
-    return os.environ.get('TORCHELASTIC_RUN_ID', '')
+    """What the first of the processes that torchrun started together has in common with the one it starts again."""
+    name = os.environ.get('TORCHELASTIC_RUN_ID', '')
+    # Without a rendezvous of its own torchrun calls each launch 'none'; but it stays the parent.
+    return f'{name} {platform.node()} {os.getppid()}' if name == 'none' else name
 
 
 def start(cpu: bool) -> None:

@@ -146,3 +146,11 @@ def test_pages_that_are_written_are_read_by_others(tmp_path):
         assert (image.n_frames, image.getexif()[271]) == (3, 'Maker')
         image.seek(2)
         assert np.array_equal(np.asarray(image), pages[2])
+
+
+def test_grey_frames_of_16_bits(tmp_path):
+    """Not white, as which Pillow shows what is above 255."""
+    frames = [np.full((6, 5), value, np.uint16) for value in (30_000, 20_000)]
+    (tmp_path / 'a.png').write_bytes(b''.join(encode_apng(((frame, 50.0) for frame in frames), 2, 0, None, {})))
+    found = [photo.color for photo, _ in read_frames(tmp_path / 'a.png')]
+    assert [each.max() for each in found] == [each.min() for each in found] == [117, 78]  # 30000 / 257, 20000 / 257

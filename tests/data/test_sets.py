@@ -43,19 +43,27 @@ def test_div2k_counts_on_from_train_to_valid(tmp_path, in_train):
 
 def test_div2k_range_across_the_folders(data_folder):
     root = data_folder / 'DIV2K'
-    fill(root / 'DIV2K_valid_HR', '0801.png', '0802.png')
+    fill(root / 'DIV2K_valid_HR', '0007.png', '0008.png')
     images = find_set('DIV2K', data_folder, data_folder, (5, 7))
-    assert images.names == ['0005', '0006', '0801']
+    assert images.names == ['0005', '0006', '0007']
     assert images.lr == [root / f'DIV2K_{part}_LR_bicubic' for part in ('train', 'train', 'valid')]
     assert len(find_set('DIV2K', data_folder, data_folder).hr) == 8
 
 
-def test_range_beyond_the_set(data_folder):
+def test_a_range_is_of_the_numbers_of_images(data_folder):
+    """Where some are not there, others would move into the test images, or from there into the training images."""
     fill(data_folder / 'DIV2K' / 'DIV2K_valid_HR', '0801.png')
-    assert find_set('DIV2K', data_folder, data_folder, (7, 7)).names == ['0801']
-    text = message('DIV2K', data_folder, data_folder, (1, 8))
-    for part in ('1-8', '7 images', 'DIV2K_train_HR', 'DIV2K_valid_HR'):
+    assert find_set('DIV2K', data_folder, data_folder, (801, 801)).names == ['0801']
+    text = message('DIV2K', data_folder, data_folder, (5, 801))
+    for part in ('5-801', 'no 0007', '7 images', 'DIV2K_train_HR', 'DIV2K_valid_HR'):
         assert part in text
+
+
+def test_a_range_of_images_without_numbers_is_of_their_places(tmp_path):
+    fill(tmp_path / 'DIV2K' / 'DIV2K_train_HR', 'a.png', 'b.png', 'c.png')
+    assert find_set('DIV2K', tmp_path, tmp_path, (2, 3)).names == ['b', 'c']
+    for part in ('2-4', '3 images', 'DIV2K_train_HR'):
+        assert part in message('DIV2K', tmp_path, tmp_path, (2, 4))
 
 
 def test_flickr2k(tmp_path):

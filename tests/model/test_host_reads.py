@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.test_networks import SMALL, small
+from tests.model.test_networks import SMALL, images, small
 
 # What reads a value, or what has as many values as the data says; and what brings a list of the host into a tensor.
 READS = {'_local_scalar_dense', 'is_nonzero', 'nonzero', 'equal', 'masked_select', 'unique', '_unique2', 'lift_fresh'}
@@ -64,6 +64,23 @@ def test_evaluation(as_on_a_gpu, name):
     with NoReads():
         found = net(x)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_a_device_that_is_no_cpu_computes_the_same(name, monkeypatch):
+    """By other operations in places, which only a GPU would run; results and gradients in double precision."""
+
+    def both() -> list[Tensor]:
+        net, x = small(name), images(2, 3, 17, 10)
+        with torch.no_grad():
+            found = net(x)
+        net(x.requires_grad_()).square().sum().backward()
+        return [found, x.grad, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    expected = both()
+    monkeypatch.setattr(Tensor, 'is_cpu', property(lambda _: False))
+    for one, other in zip(both(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize('name', [name for name in SMALL if name not in EXCUSED])

@@ -325,6 +325,19 @@ def test_tiles_are_compiled_once(monkeypatch: pytest.MonkeyPatch, auto: bool) ->
     assert len(graphs) == 1
 
 
+def test_no_copy_of_a_weight_is_kept_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph would go on with the copy of its first calls after that has been freed."""
+    model, seen = Model('EDSR', 2, half=True, **SMALL['EDSR']), []
+
+    def upscale(x: Tensor) -> Tensor:
+        seen.append((torch.is_autocast_enabled('cpu'), torch.is_autocast_cache_enabled()))
+        return model.net(x)
+
+    monkeypatch.setattr(model.calls, 'upscale', upscale)
+    model.upscale(picture(0, 9, 8))
+    assert {*seen} == {(True, False)}
+
+
 @pytest.mark.parametrize(
     ('wanted', 'device', 'said'), [(True, 'cpu', True), (False, 'cpu', False), (True, 'meta', False)]
 )

@@ -1,4 +1,6 @@
 import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL.IptcImagePlugin import getiptcinfo
 from PIL.PngImagePlugin import PngInfo
 
 from data.frames import Series, read_frames, read_series
-from data.image import read_photo
+from data.image import eight_bits, read_photo
 from error import UserError
 from photo.metadata import Metadata, is_lossy, made_by, read_metadata
 from photo.writing import Colours, Format, check_size, over, photoshop_segment, write_result
@@ -124,6 +126,17 @@ def test_over_by_hand():
     assert over(pixels, (200, 0, 50)).tolist() == [[[100] * 3, [200, 0, 50], [180, 20, 60]]]
 
 
+@pytest.mark.serial
+@pytest.mark.parametrize('change', [lambda deep: over(deep.astype(np.uint8), (9, 8, 7)), eight_bits])
+def test_a_large_image_takes_little_memory_between(change):
+    deep = RNG.integers(0, 256, (2000, 1000, 4)).astype(np.uint16)
+    tracemalloc.start()
+    found = change(deep)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3.5 * found.nbytes
+
+
 def test_quality_is_that_of_the_file(tmp_path):
     source, samples = photograph(tmp_path / 'a.jpg'), RNG.integers(0, 256, (64, 64, 3)).astype(np.uint8)
     sizes = []
@@ -157,6 +170,89 @@ def test_damaged_metadata_costs_no_photograph(tmp_path, messages):
     Image.new('RGB', (5, 5)).save(source, exif=b'Exif\0\0II*\0\x08\0\0\0\xff\xff' + bytes(range(256)))
     write(tmp_path / 'b.png', np.zeros((9, 9, 3), np.uint8), source)
     assert made_by(tmp_path / 'b.png') == 'FrugalSR test'
+
+
+def raw_exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of tags, each with type, count and value; of any types, which Pillow would not write."""
+    place, directory, values = 8 + 2 + 12 * len(entries) + 4, b'', b''
+    for tag, kind, count, value in sorted(entries):
+        there = value.ljust(4, b'\0') if len(value) <= 4 else struct.pack('<I', place + len(values))
+        directory += struct.pack('<HHI', tag, kind, count) + there
+        values += value if len(value) > 4 else b''
+    return b'Exif\0\0II*\0' + struct.pack('<IH', 8, len(entries)) + directory + bytes(4) + values
+
+
+ASCII, SHORT, RATIONAL, SIGNED_RATIONAL = 2, 3, 5, 10
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif'])
+def test_text_keeps_its_bytes(tmp_path, suffix):
+    """Of whatever letters they are; EXIF itself knows those of ASCII alone."""
+    source, path = tmp_path / 'a.jpg', tmp_path / f'b.{suffix}'
+    said = '\xa9 2024 J\xf6rg M\xfcller'.encode(), 'J\xf6rg'.encode('latin-1')
+    entries = [(tag, ASCII, len(text) + 1, text + b'\0') for tag, text in zip((33432, 315), said, strict=True)]
+    Image.new('RGB', (5, 5)).save(source, exif=raw_exif(*entries))
+    write(path, np.zeros((9, 9, 3), np.uint8), source)
+    for text in said:
+        assert text + b'\0' in path.read_bytes()
+
+
+@pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif'])
+@pytest.mark.parametrize(
+    'entry',
+    [(282, ASCII, 3, b'72\0'), (296, ASCII, 2, b'2\0'), (296, RATIONAL, 1, struct.pack('<II', 2, 1))],
+    ids=['text for a resolution', 'text for its unit', 'fraction for its unit'],
+)
+def test_a_tag_of_a_wrong_kind_is_told_and_costs_no_other(tmp_path, messages, entry, suffix):
+    source, path = tmp_path / 'a.jpg', tmp_path / f'b.{suffix}'
+    Image.new('RGB', (5, 5)).save(source, exif=raw_exif((271, ASCII, 6, b'Maker\0'), entry))
+    write(path, np.zeros((9, 9, 3), np.uint8), source)
+    assert read_metadata(path).exif[Base.Make] == 'Maker'
+    assert made_by(path) == 'FrugalSR test'
+    assert any(f'tags {entry[0]} have values of a wrong kind' in line for line in messages)
+
+
+def test_a_place_of_a_wrong_kind_costs_no_other_tag(tmp_path, messages):
+    source = tmp_path / 'a.jpg'
+    gps = (2, SIGNED_RATIONAL, 3, struct.pack('<iiiiii', -1, 1, 2, 1, 3, 1)), (1, ASCII, 2, b'N\0')
+    inner = raw_exif(*gps)[6 + 8 :]  # whose offsets hold in a file of its own
+    place = 8 + 2 + 2 * 12 + 4
+    entries = struct.pack('<HHII', 271, ASCII, 4, int.from_bytes(b'abc\0', 'little'))
+    entries += struct.pack('<HHII', 34853, 4, 1, place)
+    moved = bytearray(inner)
+    moved[2 + 12 + 8 : 2 + 12 + 12] = struct.pack('<I', place + len(inner) - 24)  # where its three numbers stand
+    Image.new('RGB', (5, 5)).save(
+        source, exif=b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + entries + bytes(4) + bytes(moved)
+    )
+    write(tmp_path / 'c.png', np.zeros((9, 9, 3), np.uint8), source)
+    found = read_metadata(tmp_path / 'c.png').exif
+    assert (found[Base.Make], found.get_ifd(IFD.GPSInfo)) == ('abc', {1: 'N'})
+    assert any('tags 2 have values of a wrong kind' in line for line in messages)
+
+
+def test_layers_and_places_of_pixels_stay_behind(tmp_path):
+    """They are of the smaller image."""
+    source, tags = tmp_path / 'a.tif', [(37724, 7, 9, bytes(9), True), (33550, 12, 3, (1.0, 1.0, 0.0), True)]
+    tifffile.imwrite(source, np.zeros((5, 6, 3), np.uint8), photometric='rgb', extratags=tags)
+    assert {37724, 33550} <= {*read_tags(source)}
+    write(tmp_path / 'b.tif', np.zeros((10, 12, 3), np.uint8), source)
+    assert not {37724, 33550} & {*read_tags(tmp_path / 'b.tif')}
+
+
+def read_tags(path: Path) -> list[int]:
+    with tifffile.TiffFile(path) as tif:
+        return [tag.code for tag in tif.pages.first.tags]
+
+
+def test_a_result_of_any_size_is_known(tmp_path):
+    """Also one of more pixels than are read."""
+    path = tmp_path / 'a.png'
+    write(path, np.zeros((9, 9, 3), np.uint8), photograph(tmp_path / 'a.jpg'))
+    content = path.read_bytes()
+    begin = content.index(b'IHDR')
+    head = b'IHDR' + struct.pack('>II', 60_000, 40_000) + content[begin + 12 : begin + 17]
+    path.write_bytes(content[:begin] + head + struct.pack('>I', zlib.crc32(head)) + content[begin + 21 :])
+    assert made_by(path) == 'FrugalSR test'
 
 
 def test_the_shape_that_tifffile_notes_is_not_taken_along(tmp_path):

@@ -30,6 +30,8 @@ def test_a_container_has_less(monkeypatch, tmp_path):
     (tmp_path / 'memory.current').write_text('1000\n')
     (tmp_path / 'memory.max').write_text('5000\n')
     assert memory.free('cpu') == 4000
+    (tmp_path / 'memory.stat').write_text('anon 300\ninactive_file 600\n')  # which is given back as it is needed
+    assert memory.free('cpu') == 4600
     (tmp_path / 'memory.max').write_text('max\n')
     assert memory.free('cpu') > 2**20
 

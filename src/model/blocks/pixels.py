@@ -177,6 +177,8 @@ class LocalBlock(nn.Module):
             first, depthwise, gate, last = (self.fn[i] for i in (0, 2, 4, 5))
             return last(gate(depthwise(first(x, gelu=True), 'gelu')), plus=x)
 
+        if not is_for_llvm(x):
+            return local_block(x)
         return float32_by_llvm('local_block', local_block, x, *self.parameters())
 
 
@@ -205,7 +207,11 @@ class ChannelAttention(TransposedAttention):
             q, k, v = parts.unflatten(0, (3, -1)).unbind(0)  # (heads * groups, pixels, channels)
             factor, other = (l2_norm(t).reciprocal() for t in (q, k))
             factor = (factor.unflatten(0, (self.n_heads, -1)) * self.temperature.unsqueeze(1)).flatten(0, 1)
-            maps = self.weights(small_products((q * factor).mT, k * other))
+            if x.is_cpu:  # whose gradients then go over the maps fewer times; a GPU has fewer numbers in the maps
+                maps = small_products((q * factor).mT, k * other)
+            else:
+                maps = small_products(q.mT, k) * (factor.mT * other)
+            maps = self.weights(maps)
             out = small_products(v, maps.mT)
             return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
 

@@ -60,8 +60,7 @@ def wants_llvm() -> bool:
 
 def has_llvm(x: Tensor) -> bool:
     """Whether `x` is on a CPU with llvmlite, in an eager call."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return x.is_cpu and not traced and wants_llvm()
+    return x.is_cpu and not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and wants_llvm()
 
 
 def is_for_llvm(x: Tensor) -> bool:
