@@ -80,7 +80,8 @@ def build_parser() -> Parser:
     """The options of results.py."""
     parser = Parser(
         prog='results.py',
-        description='Measure weights on the benchmarks and write docs/RESULTS.md; runs that are there are kept.',
+        description='Measure weights on the benchmarks and write docs/RESULTS.md; what is measured of them already is '
+        'kept.',
     )
     root = ROOT
     for name, place, what in (

@@ -166,6 +166,7 @@ class Trainer:
         self.saved = self.saved_before = ''
         self.proven = True  # whether the latest state has led to a loss that a step was made on
         self.rewound = False  # whether --resume went back, and nothing is saved yet
+        self.best_left = False  # whether it went back before the best epoch
         self.log: list[dict[str, Any]] = []
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -197,6 +198,8 @@ class Trainer:
 
     def rewind(self, epoch: int, log_of_run: list[dict[str, Any]]) -> None:
         """Continue after an earlier epoch, whose weights the model already has, with a fresh optimiser."""
+        self.log = log_of_run
+        self.best_left = self._best() > epoch
         self.log = log_of_run[:epoch]
         self.epoch, self.step, self.samples = epoch, self.log[-1]['step'], self.log[-1]['samples']
         self.saved, self.rewound = f'epoch {len(log_of_run)}', True
@@ -257,7 +260,8 @@ class Trainer:
     def _leave_branch(self) -> None:
         """Before a run that went back saves for the first time: take the later epochs out of the log and the best."""
         if self.rewound:
-            self.run.keep_best(max(epoch for epoch in range(1, self.epoch + 1) if self._is_best(epoch)))
+            if self.best_left:
+                self.run.keep_best(self._best())
             self.run.write_log(self.log)
             self.rewound = False
 
@@ -294,6 +298,10 @@ class Trainer:
 
     def _fresh(self) -> EpochStats:
         return EpochStats(dict.fromkeys([*self.train_step.loss.names, 'total', 'gradient_norm'], 0.0))
+
+    def _best(self) -> int:
+        """The last epoch that was the best one up to it."""
+        return max(epoch for epoch in range(1, len(self.log) + 1) if self._is_best(epoch))
 
     def _is_best(self, epoch: int) -> bool:
         """Whether no epoch up to this one had a better score, by the first metric, on the first test set."""

@@ -233,6 +233,30 @@ def test_div2k_is_scored_on_rgb(data_folder):
     assert lr.shape[:2] == (hr.shape[0] // 4, hr.shape[1] // 4)
 
 
+def test_tests_on_training_images_are_told(data_folder, capsys):
+    said = 'DIV2K 4-6, which is tested, shares images with the range for training'
+    for sets, warns in (('DIV2K', True), ('SR291', False)):
+        options = f'--data_train {sets} --data_test DIV2K --data_range 1-4/4-6'
+        train(data_folder, f'{BICUBIC} --scale 4 {options} --save {sets}')
+        assert (said in capsys.readouterr().out) == warns
+
+
+@pytest.mark.parametrize(
+    ('options', 'able', 'wanted'),
+    [
+        ('', False, True),
+        ('--checkpointing', True, True),
+        ('--checkpointing', False, False),
+        ('--checkpointing --graph', False, True),
+        ('--no_graph', True, False),
+    ],
+)
+def test_a_graph_where_pytorch_can(options, able, wanted, monkeypatch):
+    """Of steps with checkpointing it cannot before 2.10."""
+    monkeypatch.setattr(wiring, 'GRAPHS_CHECKPOINTS', able)
+    assert wiring.wants_graph(option.parse(f'--model EDSR {options}'.split())) == wanted
+
+
 def test_the_protocol_of_a_paper_is_recorded(data_folder):
     tiles = '--chop --chop_size 32 --chop_overlap 24 --chop_blend mean'
     run = train(data_folder, f'{BICUBIC} --scale 3 --shave 4 --data_test Set5 {tiles}')

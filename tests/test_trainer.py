@@ -150,6 +150,21 @@ def test_resume_at_an_epoch_takes_back_the_best(data_folder, monkeypatch):
     assert equal(weights(run, 'best'), weights(run, '2'))
 
 
+def test_resume_keeps_the_best_that_it_does_not_leave(data_folder, monkeypatch):
+    """Also where the weights of that epoch were not kept under its number."""
+    scores = iter([20.0, 40.0, 30.0])
+    measure_psnr_as(monkeypatch, lambda *_: next(scores))
+    for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
+        path.unlink()
+    run = train(data_folder, EDSR, '--epochs 3 --save_models --lr 0.01')
+    best = weights(run, 'best')
+    assert equal(best, weights(run, '2'))
+    (run / 'model' / 'model_2.pt').unlink()
+    measure_psnr_as(monkeypatch, lambda *_: 10.0)
+    train(data_folder, '--load run --resume 3 --epochs 4')
+    assert equal(weights(run, 'best'), best)
+
+
 @pytest.mark.parametrize('epoch', [-1, 0])
 def test_resume_of_the_latest(data_folder, epoch):
     run = train(data_folder, EDSR, '--epochs 2')

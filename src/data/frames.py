@@ -88,9 +88,11 @@ def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
 
 def _seen(frame: Image.Image) -> np.ndarray:
     """(H, W, 4) of 8 bits. Pillow itself would make white of nearly all grey of 16 bits."""
-    if frame.mode.startswith('I;16'):
-        frame = Image.fromarray(eight_bits(np.array(frame).astype(np.uint16)))
-    return pixels_of(frame.convert('RGBA'))
+    if not frame.mode.startswith('I;16'):
+        return pixels_of(frame.convert('RGBA'))
+    deep = np.array(frame).astype(np.uint16)
+    alpha = np.where(deep == frame.info.get('transparency', -1), 0, 255).astype(np.uint8)
+    return np.dstack([*[eight_bits(deep)] * 3, alpha])
 
 
 def _is_whole_gif(file: BinaryIO) -> bool:

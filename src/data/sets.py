@@ -70,8 +70,8 @@ def find_set(name: str, dir_data: Path, benchmark: Path, span: Range | None = No
             folder of HR images.
         dir_data: the data folder.
         benchmark: the program's own folder of benchmarks, looked into last.
-        span: first and last image, counted from 1, of DIV2K (its training and validation folder in this order); other
-            sets are taken whole, as in EDSR.
+        span: first and last image of DIV2K, by the numbers in their names (without, counted from 1, its training and
+            validation folder in this order); other sets are taken whole, as in EDSR.
 
     Raises:
         UserError: no such folder, no images in it, two images of one name, or a range beyond the set.
@@ -149,7 +149,7 @@ def _ranged(images: ImageSet, span: Range) -> ImageSet:
         if missing := [number for number in range(first, last + 1) if number not in found]:
             raise UserError(
                 f'--data_range {first}-{last}: {images.name} has no {missing[0]:04d} among the {len(images.hr)} images '
-                f'in {folders}.'
+                f'in {folders}: fetch it by prepare.py, give ranges without it, or a folder of HR images by its path.'
             )
         hr, lr = zip(*(found[number] for number in range(first, last + 1)), strict=True)
         return ImageSet(images.name, [*hr], [*lr], images.channels)

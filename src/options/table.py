@@ -278,7 +278,7 @@ def _add_data(g: Group) -> None:
         metavar='TRAIN/TEST',
         type=data_range,
         default='1-800/801-810',
-        help='images of DIV2K to train / to test on, counted from 1',
+        help='images of DIV2K to train / to test on, by their numbers',
     )
     g.add_argument(
         '--scale',

@@ -3,6 +3,7 @@
 import errno
 import logging
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -81,8 +82,9 @@ def enlarge_photos(
         except UserError as error:
             failures.setdefault(index, str(error))
         except Exception as error:  # nobody waits for this thread's; one of `results` is told where they are made, too
-            log.debug('%s', job.target, exc_info=error)
-            failures.setdefault(index, f'{job.target} cannot be written ({type(error).__name__}: {error}).')
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            said = f'{type(error).__name__}: {error}, in {Path(place.filename).name}, line {place.lineno}'
+            failures.setdefault(index, MEMORY if out_of_memory(error) else f'{job.target} cannot be written ({said}).')
 
     rounds, begun = list(parallel.rank_indices(len(jobs))), 0
     own_jobs = [jobs[own] for _, own in rounds if own is not None]
@@ -156,22 +158,22 @@ def _bar(jobs: Sequence[Job]) -> tqdm:
 
 def _held(job: Job) -> int:
     """Bytes that results take beside the network; none where they are written as they are made."""
-    if len(job.parts) == 1 and job.format == 'png' and _own_size(job.parts[0]):
+    streamed = len(job.parts) == 1 and job.format == 'png'
+
+    def pixels(part: Part) -> int:
+        before, given = (math.prod(part.old) * math.prod(steps) ** 2 for steps in (part.steps[:-1], part.steps))
+        whole = tuple(side * math.prod(part.steps) for side in part.old)
+        between = 2 * before if len(part.steps) > 1 else 0
+        if part.new == whole and part.steps:
+            return between + (0 if streamed else HELD * given)
+        return between + RESIZED * given + 2 * math.prod(part.new)
+
+    arrays = [*map(pixels, job.parts)]
+    most = sum(arrays) if job.format in ('webp', 'gif') else max(arrays)
+    if not most:
         return 0
     with open_image(job.source) as source:
-        pixel = 8 if source.deep else 4  # with alpha
-    arrays = [
-        HELD * math.prod(part.new)
-        if _own_size(part)
-        else RESIZED * math.prod(part.old) * math.prod(part.steps) ** 2 + 2 * math.prod(part.new)
-        for part in job.parts
-    ]
-    return pixel * (sum(arrays) if job.format in ('webp', 'gif') else max(arrays))
-
-
-def _own_size(part: Part) -> bool:
-    """Whether a result has the size that its network gives."""
-    return len(part.steps) == 1 and part.new == (part.old[0] * part.steps[0], part.old[1] * part.steps[0])
+        return most * (8 if source.deep else 4)  # bytes of a pixel with alpha
 
 
 def check_fits(path: Path, limit: int, held: int = 0) -> None:

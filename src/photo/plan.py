@@ -22,7 +22,6 @@ from system.files import is_there, some
 
 log = logging.getLogger('frugalsr')
 
-ENDS = 2**16  # bytes at the beginning and at the end of a photograph, by which it is known
 KEYS = re.compile(r' (\w{8})-(\w{8})$')  # digests of a photograph and of its path, at the end of a note
 
 
@@ -169,7 +168,7 @@ def _make_job(source: Source, size: Size, place: Place, format: Format, networks
     said = json.dumps([[part.new for part in parts], digests, settings, name, format.quality, format.background])
     names = ' '.join(dict.fromkeys(each.stem for each in weights)) or 'bicubic'
     names = names.encode('ascii', 'backslashreplace').decode()  # EXIF has no other letters
-    keys = f'{_content(source.path)}-{_digest(str(source.path.resolve()).encode(), 8)}'
+    keys = f'{_content(source.path)}-{_digest(os.fsencode(source.path.resolve()), 8)}'
     made = f'{MADE} {names} {_digest(said.encode(), 12)} {keys}'
     return Job(source.path, target, tuple(parts), series.plays, lossy, name, made)
 
@@ -179,11 +178,12 @@ def _digest(content: bytes, letters: int) -> str:
 
 
 def _content(path: Path) -> str:
-    """What tells a photograph from others: a digest of its length, and of its first and last bytes."""
+    """A digest of a photograph's file."""
+    found = hashlib.sha256()
     with reading(path), path.open('rb') as file:
-        first, length = file.read(ENDS), file.seek(0, os.SEEK_END)
-        file.seek(max(0, length - ENDS))
-        return _digest(f'{length} '.encode() + first + file.read(ENDS), 8)
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()[:8]
 
 
 def _is_done(made: str, job: Job) -> bool:

@@ -1,5 +1,7 @@
 """Files of several images, as Pillow and tifffile write them, and as they read what is written here."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,18 @@ def test_pages_that_are_written_are_read_by_others(tmp_path):
 def test_grey_frames_of_16_bits(tmp_path):
     """Not white, as which Pillow shows what is above 255."""
     frames = [np.full((6, 5), value, np.uint16) for value in (30_000, 20_000)]
-    (tmp_path / 'a.png').write_bytes(b''.join(encode_apng(((frame, 50.0) for frame in frames), 2, 0, None, {})))
+    (tmp_path / 'a.png').write_bytes(b''.join(encode_apng(((frame, 50.0) for frame in frames), 2, 0)))
     found = [photo.color for photo, _ in read_frames(tmp_path / 'a.png')]
     assert [each.max() for each in found] == [each.min() for each in found] == [117, 78]  # 30000 / 257, 20000 / 257
+
+
+def test_a_grey_of_16_bits_may_stand_for_transparent(tmp_path):
+    frames = [np.where(np.eye(6, 5), value, 0).astype(np.uint16) for value in (30_000, 20_000)]
+    content = b''.join(encode_apng(((frame, 50.0) for frame in frames), 2, 0))
+    place = content.index(b'fcTL') - 4
+    chunk = b'tRNS' + bytes(2)
+    chunk = struct.pack('>I', 2) + chunk + struct.pack('>I', zlib.crc32(chunk))
+    (tmp_path / 'a.png').write_bytes(content[:place] + chunk + content[place:])
+    for (photo, _), value in zip(read_frames(tmp_path / 'a.png'), (117, 78), strict=True):
+        assert np.array_equal(photo.alpha, 255 * np.eye(6, 5))
+        assert (photo.color[np.eye(6, 5) > 0] == value).all()
