@@ -52,10 +52,13 @@ class Line:
         with self._lock:
             return self._waiting.index(one) if one in self._waiting else 0
 
-    def leave(self, one: object) -> None:
-        """Make room for the next one."""
+    def leave(self, one: object, then: object | None = None, unless: Event | None = None) -> None:
+        """Make room for the next one, if it is there; `then` takes a place at the end at once, `unless` that is set."""
         with self._lock:
-            self._waiting.remove(one)
+            if one in self._waiting:
+                self._waiting.remove(one)
+                if then is not None and not (unless and unless.is_set()):
+                    self._waiting.append(then)
 
 
 @dataclass
@@ -111,8 +114,8 @@ class Turn:
         """How long it has been at work."""
         return time.monotonic() - self.began if self.began else 0.0
 
-    def use(self, enlarge: Callable[[Report, Callable[[], bool]], Result]) -> Result:
-        """Wait, work, and leave the line.
+    def use(self, enlarge: Callable[[Report, Callable[[], bool]], Result], following: 'Turn | None') -> Result:
+        """Wait, work, and leave the line, whose last place is then that of the turn which follows.
 
         Raises:
             Stopped: it was stopped meanwhile. Errors of `enlarge` pass through.
@@ -124,7 +127,7 @@ class Turn:
             self.began = time.monotonic()
             return enlarge(self._note, self.stop.is_set)
         finally:
-            self.line.leave(self)
+            self.line.leave(self, following, self.stop)
 
     def _note(self, done: int, total: int) -> None:
         self.state.tiles = done, total
@@ -144,14 +147,16 @@ def work(images: Sequence[Path], enlarge: Enlarge, folder: Path, line: Line, sto
         stop: ends the work at the next tile; what was finished stays.
     """
     state = State(output_names(images), [pixels_of(image) for image in images])
-    pool = ThreadPoolExecutor(1)
+    pool, turns, waits = ThreadPoolExecutor(1), [Turn(line, state, stop) for _ in images], False
     try:
         for state.number, image in enumerate(images):
             state.tiles, worked = (0, 0), state.seconds
-            turn = Turn(line, state, stop)
+            turn, following = turns[state.number], (*turns, None)[state.number + 1]
             try:
-                line.join(turn)
-                task = pool.submit(turn.use, partial(enlarge, image, folder / str(state.number)))
+                if not waits:
+                    line.join(turn)
+                waits = True  # and so will the next one
+                task = pool.submit(turn.use, partial(enlarge, image, folder / str(state.number)), following)
                 while not task.done():
                     state.ahead = line.ahead(turn)
                     state.seconds = worked + turn.seconds
@@ -169,6 +174,8 @@ def work(images: Sequence[Path], enlarge: Enlarge, folder: Path, line: Line, sto
         yield state
     finally:
         stop.set()
+        for turn in turns[state.number + 1 :]:
+            line.leave(turn)
         pool.shutdown(wait=False)
 
 

@@ -152,6 +152,27 @@ def test_two_visitors_take_turns(images, tmp_path):
     assert order == ['a', 'b', 'a', 'b']
 
 
+def test_a_place_is_kept_until_the_last_image(images, tmp_path):
+    """However many come meanwhile, and however late it is asked how far the work is."""
+    line, order = Line(2), []
+
+    def one(image: Path, *rest) -> Result:
+        order.append(image)
+        return make(image, *rest)
+
+    running = work(images[:2], one, tmp_path, line, Event())
+    next(running)
+    wait_for(lambda: line.ahead(running) == 0 and len(order) == 1)
+    line.join(other := object())
+    with pytest.raises(UserError, match='At most 2 visitors'):  # the second image has the other place
+        line.join(object())
+    line.leave(other)
+    *_, state = running
+    assert (len(state.results), state.failures) == (2, [])
+    for _ in range(2):
+        line.join(object())  # no place is left behind
+
+
 def test_waiting_can_be_stopped_too(images, tmp_path):
     line, stop = Line(2), Event()
     line.join(object())
