@@ -311,6 +311,9 @@ class Remembered(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if len(self.records) < 1000:  # a program without a run folder may say much
+            if record.exc_info:  # as text, or the traceback would keep what was in memory then
+                record.exc_text = logging.Formatter().formatException(record.exc_info)
+                record.exc_info = None
             self.records.append(record)
 
 

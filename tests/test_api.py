@@ -112,10 +112,13 @@ def test_a_result_can_be_learned_from_and_the_image_stays(sr: api.Upscaler) -> N
 
 def test_settings_of_pytorch_stay(sr: api.Upscaler) -> None:
     before = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(), torch.initial_seed()
+    numbers = torch.get_rng_state()
     sr.upscale(picture(0, 8, 8))
     load('Bicubic_x2', 'cpu')
+    load('ASID_x2', 'cpu')
     after = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(), torch.initial_seed()
     assert after == before
+    assert torch.equal(torch.get_rng_state(), numbers)  # those of the caller come as they would have
 
 
 def test_an_image_of_pillow_is_turned_upright_and_keeps_its_profile() -> None:

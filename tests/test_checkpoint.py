@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint
 from checkpoint import RunFolder, finite, start_screen
 from error import UserError, WriteError
 from tests.conftest import ROOT
@@ -168,6 +171,27 @@ def test_a_launch_without_a_name_is_known_by_its_parent(run, monkeypatch):
     parent = os.getppid()
     monkeypatch.setattr(os, 'getppid', lambda: parent + 1)
     assert not run.saved_by_this_launch()
+
+
+def test_what_is_remembered_of_an_error_is_its_words(monkeypatch):
+    """Not the images that it met, for as long as the program runs."""
+    monkeypatch.setattr(checkpoint.log, 'handlers', [remembered := checkpoint.Remembered()])
+
+    class Image:
+        pass
+
+    def fail() -> weakref.ref:
+        image = Image()
+        try:
+            raise ValueError('odd')
+        except ValueError:
+            checkpoint.log.exception('An image:')
+        return weakref.ref(image)
+
+    found = fail()
+    gc.collect()
+    assert found() is None
+    assert 'ValueError: odd' in logging.Formatter().format(remembered.records[0])
 
 
 def test_the_best_weights_of_a_branch_that_was_left_are_removed(run, caplog):

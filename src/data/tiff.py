@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -35,8 +36,7 @@ def open_tiff(path: Path, file: BinaryIO, number: int = 0) -> Source:
         ValueError: damaged. What it gives raises it too, for other kinds of pixels, and `UserError` where imagecodecs
             is needed.
     """
-    file.seek(0)
-    tif = TiffFile(file)
+    tif = _opened(file)
     page = tif.pages[number]
     assert isinstance(page, TiffPage)
     tags = {code: page.tags[code].value for code in (ORIENTATION, XMP, ICC) if code in page.tags}
@@ -49,6 +49,13 @@ def open_tiff(path: Path, file: BinaryIO, number: int = 0) -> Source:
 
     pixel_bytes = MULTIPLIED if EXTRASAMPLE.ASSOCALPHA in page.extrasamples else PLAIN
     return Source(height, width, read, pixel_bytes, page.dtype == np.uint16, len(tif.pages), tags.get(ICC))
+
+
+@lru_cache(maxsize=1)
+def _opened(file: BinaryIO) -> TiffFile:
+    """The same one for all pages of a file: to find a page it has to go through those before it, once."""
+    file.seek(0)
+    return TiffFile(file)
 
 
 def first_tags(file: BinaryIO) -> dict[int, object]:

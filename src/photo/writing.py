@@ -28,6 +28,7 @@ SIDES = {'png': 2**31 - 1, 'tif': 2**31 - 1, 'jpg': 65_500, 'gif': 65_535, 'webp
 TIFF_BYTES = 2**32 - 2**24  # of pixels; offsets have 32 bits
 ANIMATED = ('png', 'webp', 'gif')
 XMP_IN_PNG = b'XML:com.adobe.xmp\0\0\0\0\0'  # XMP specification, part 3, section 1.1.5
+MOST_PLAYS = 2**16 - 1  # that a WebP file can say, and a GIF file beside the first one
 COLOURS = 255  # of a GIF image, beside the transparent one
 
 
@@ -217,9 +218,9 @@ def _encode(
     if len(frames) > 1:
         options = {'save_all': True, 'duration': durations}
         if name == 'webp':
-            options['loop'] = plays
+            options['loop'] = plays and min(plays, MOST_PLAYS)
         elif plays != 1:  # a GIF file says how often after the first time
-            options['loop'] = plays and plays - 1
+            options['loop'] = plays and min(plays - 1, MOST_PLAYS)
     if name == 'jpg':
         frames = [over(each, format.background) if each.shape[2:] in ((2,), (4,)) else each for each in frames]
         options |= _jpeg_options(metadata, format.quality, path)

@@ -96,7 +96,9 @@ def most_detail(gap: np.ndarray, width: int, height: int) -> tuple[int, int, int
 
 def most_different_column(gap: np.ndarray) -> float:
     """Where the columns around differ most, share of the width; the middle if nothing differs."""
-    around = max(1, gap.shape[1] // 10)
-    sums = np.convolve(gap.mean(0), np.ones(around), 'same')
+    columns = gap.mean(0)
+    around, sums = max(1, len(columns) // 10), np.concatenate(([0.0], columns.cumsum()))
+    last = np.arange(len(columns)) + (around - 1) // 2 + 1
+    sums = sums[np.minimum(last, len(columns))] - sums[np.maximum(last - around, 0)]
     most = np.flatnonzero(sums >= 0.99 * sums.max())
     return float(np.clip((np.median(most) + 0.5) / len(sums), MARGIN, 1 - MARGIN)) if sums.any() else 0.5

@@ -1,7 +1,8 @@
 """Files that are deleted when they are old."""
 
+import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +16,14 @@ def sweep(folder: Path, age: float) -> None:
         with suppress(OSError):  # it may be gone, or not be empty
             if path.lstat().st_mtime <= oldest:
                 path.rmdir() if path.is_dir() else path.unlink()
+
+
+def keep(paths: Iterable[Path]) -> None:
+    """Have files, and those in folders, count as new."""
+    for path in paths:
+        with suppress(OSError):
+            for each in (path, *path.rglob('*')):
+                os.utime(each)
 
 
 def sweeping(folder: Path, age: float) -> Callable[[object], AbstractAsyncContextManager[None]]:

@@ -1,6 +1,7 @@
 """The page of app.py, made with Gradio: what a visitor sees, and what happens on a click."""
 
 import secrets
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from photo.metadata import is_lossy
 from report import pair
 from web import markup
 from web.enlarging import FORMATS, Result
-from web.keeping import sweeping
+from web.keeping import keep, sweeping
 from web.visitors import COOKIE, Visitors
 from web.work import Line, State, work
 
@@ -118,6 +119,8 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
         images: list[str] | None, visit: Visit, ticked: list[str], scale: int, weights: str
     ) -> tuple[str, gr.CheckboxGroup]:
         given = list(dict.fromkeys(images or []))
+        if len(given) > MOST:  # which are not opened
+            return markup.refusal(reason_against(given, True)), kinds(visit, [], scale, weights)
         photos, visit.asked = visit.photos(given, ticked), tuple(given)
         return markup.previews([Path(image) for image in given], PREVIEWED), kinds(visit, photos, scale, weights)
 
@@ -135,7 +138,7 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
             yield {told: markup.refusal(problem)}
             return
         own, visit.stop = folder / secrets.token_hex(16), Event()
-        said, known, photos = '', 0, visit.photos(images or [], ticked)
+        said, known, photos, kept = '', 0, visit.photos(images or [], ticked), 0.0
 
         def one(image: Path, folder: Path, progress: Report, stop: Callable[[], bool]) -> Result:
             chosen = named[0] if named else best(choices, scale, str(image) in photos)
@@ -143,6 +146,9 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
 
         yield {shown: '', download: gr.DownloadButton('Download', interactive=False), stop: gr.Button(interactive=True)}
         for state in work([Path(image) for image in images or []], one, own, line, visit.stop):
+            if time.monotonic() - kept > KEPT / 6:  # however long it takes
+                keep([own, *map(Path, images or [])])
+                kept = time.monotonic()
             update: dict = {progress: markup.bar(state)}
             if (text := markup.status(state)) != said:
                 said = update[told] = text  # only what is new, since it is read aloud

@@ -81,7 +81,8 @@ class Visitors:
                 return refuse(403, 'Cookies are needed: allow them, and load the page again.')
             length = request.headers.get('content-length', '')
             most = self.max_bytes if path == UPLOAD else MAX_JOIN
-            if not length.isdecimal() or int(length) > most:
+            # A body in chunks ends where it will, whatever length is told besides.
+            if 'transfer-encoding' in request.headers or not length.isdecimal() or int(length) > most:
                 return refuse(413, f'At most {most} bytes can be sent.')
             return None
         if request.method not in ('GET', 'HEAD'):
@@ -150,7 +151,7 @@ def with_headers(send: Send, path: str, new: bool) -> Send:
             if path.startswith(FILE):
                 headers['cache-control'] = 'private, no-store'
             if path == '/' and new:
-                headers.append('set-cookie', f'{COOKIE}={secrets.token_urlsafe()}; Path=/; HttpOnly; SameSite=Strict')
+                headers.append('set-cookie', f'{COOKIE}={secrets.token_urlsafe()}; Path=/; HttpOnly; SameSite=Lax')
         await send(message)
 
     return add_and_send

@@ -76,6 +76,18 @@ def test_frames_of_16_bits_are_told(tmp_path, messages):
         assert np.abs(photo.color - frame / 257).max() < 1
 
 
+def test_many_pages_are_gone_through_once(tmp_path, monkeypatch):
+    """Of a file that Pillow does not read; or its time would grow with the square of their number."""
+    with tifffile.TiffWriter(tmp_path / 'a.tif') as writer:
+        for _ in range(40):
+            writer.write(noise(2, 3, dtype=np.uint16), photometric='minisblack')
+    opened = []
+    monkeypatch.setattr('data.tiff.TiffFile', lambda file: opened.append(file) or tifffile.TiffFile(file))
+    assert len(read_series(tmp_path / 'a.tif').sizes) == 40
+    assert len(list(read_frames(tmp_path / 'a.tif'))) == 40
+    assert len(opened) == 2
+
+
 def test_pages_of_all_kinds(tmp_path):
     pages = [noise(9, 8, 3), noise(5, 7), noise(6, 6, 3, dtype=np.uint16)]
     with tifffile.TiffWriter(tmp_path / 'a.tif') as writer:

@@ -282,6 +282,13 @@ def moving(path: Path, frames: list[np.ndarray], plays: int, times: list[float])
     write_result(pieces, path, name, [len(frame) for frame in frames], *about)
 
 
+@pytest.mark.parametrize(('suffix', 'most'), [('png', 70_000), ('webp', 65_535), ('gif', 65_536)])
+def test_what_is_shown_more_often_than_a_format_can_say(tmp_path, suffix, most):
+    path, frames = tmp_path / f'a.{suffix}', [np.full((12, 10, 3), grey, np.uint8) for grey in (0, 255)]
+    moving(path, frames, 70_000, [40.0, 40.0])
+    assert read_series(path).plays == most
+
+
 @pytest.mark.parametrize('suffix', ['png', 'webp', 'gif'])
 @pytest.mark.parametrize('plays', [0, 1, 4])
 def test_animations_keep_times_and_repetition(tmp_path, suffix, plays):

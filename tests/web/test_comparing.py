@@ -85,6 +85,20 @@ def test_the_slider_opens_away_from_the_borders():
     assert most_different_column(gap) >= comparing.MARGIN
 
 
+def test_the_slider_by_hand():
+    """Of 24 columns the sums of two around each, the first and last one halved; the middle of the largest."""
+    gap = np.zeros((1, 24))
+    gap[0, [4, 15, 16]] = 5, 3, 4  # 15 and 16 make 7
+    assert most_different_column(gap) == pytest.approx((16 + 0.5) / 24)
+
+
+def test_the_slider_of_a_very_wide_image():
+    """As many steps as there are columns, not their square."""
+    gap = np.zeros((1, 2_000_000), np.float32)
+    gap[0, 1_500_000] = 1
+    assert most_different_column(gap) == pytest.approx(0.75, abs=1e-3)
+
+
 @pytest.mark.parametrize('kind', ['grey', 'clear', 'deep'])
 def test_other_kinds_of_pixels(tmp_path, kind):
     lr = {

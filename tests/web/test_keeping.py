@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from web.keeping import sweep, sweeping
+from web.keeping import keep, sweep, sweeping
 
 
 def make(path: Path, age: float) -> Path:
@@ -22,6 +22,15 @@ def test_what_is_old_goes_and_what_is_new_stays(tmp_path):
     sweep(tmp_path, 3600)
     assert not any(file.exists() for file in [*old, archive])
     assert all(file.exists() for file in new)
+
+
+def test_what_is_at_work_is_kept(tmp_path):
+    """However long that takes."""
+    upload, result = make(tmp_path / 'a' / 'x.png', 3700), make(tmp_path / 'own' / '0' / 'x_x2.png', 3700)
+    other = make(tmp_path / 'b' / 'x.png', 3700)
+    keep([upload, tmp_path / 'own', tmp_path / 'gone'])
+    sweep(tmp_path, 3600)
+    assert (upload.exists(), result.exists(), other.exists()) == (True, True, False)
 
 
 def test_folders_go_when_they_are_empty_and_old(tmp_path):

@@ -355,7 +355,13 @@ def test_no_image_and_too_many(program):
     a = Visitor(program.url)
     assert a.enlarge([], 2, 'Bicubic_x2').text == 'No image: drop one first.'
     path = a.upload('photo.png', PHOTO)
-    assert a.enlarge([path] * 21, 2, 'Bicubic_x2').text == '21 images; at most 20 are enlarged at once: leave some out.'
+    said = '21 images; at most 20 are enlarged at once: leave some out.'
+    assert a.enlarge([path] * 21, 2, 'Bicubic_x2').text == said
+    many = a.files([a.upload(f'{i}.png', PHOTO) for i in range(21)])
+    previews, kind = a.ask('look', many, None, [], 4, BEST)['output']['data']
+    assert said in previews
+    assert '<img' not in previews  # none of them is opened
+    assert not kind['value']
 
 
 def test_an_upload_that_is_too_large(program):

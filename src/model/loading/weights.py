@@ -264,7 +264,8 @@ def load_model(
         found = recognise(state, description, settings, scale)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    model = Model(found.name, found.scale, device, tiler, ensemble, half, **found.settings)
+    with torch.random.fork_rng(devices=[]):  # the random start of a network is nobody's concern
+        model = Model(found.name, found.scale, device, tiler, ensemble, half, **found.settings)
     load_weights(model.net, state, str(path))
     model.weights = f'weights from {path}'
     return model
