@@ -8,7 +8,7 @@ Pixels are those of `main.py --data_test Demo`. Nothing is written, and PyTorch'
 """
 
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -68,7 +68,8 @@ class Upscaler:
             UserError: anything else, such as a numpy array of floats or a tensor with values outside [0, 1]: no range
                 is guessed; or a result that is not finite.
         """
-        with exact_float32(self.model.device):
+        where = self.model.device  # if that is a GPU, it is to be the one whose memory and streams are asked for
+        with exact_float32(where), torch.cuda.device(where) if where.type == 'cuda' else nullcontext():
             if isinstance(image, np.ndarray):
                 return self.model.upscale(_checked_array(image))
             if isinstance(image, Image.Image):

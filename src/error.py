@@ -123,3 +123,13 @@ def _is_closed(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(stream.fileno(), 0)  # faults are always reported
     return bool(poll.poll(0))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of the device or of the host."""
+    import torch  # takes a second, and who has seen an error of it has it already
+
+    # The allocator of the CPU raises a plain RuntimeError; its wording depends on the platform.
+    said = str(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or 'not enough memory' in said or "can't allocate memory" in said

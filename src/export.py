@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic
 from torch.onnx.symbolic_helper import parse_args
 
-from error import UserError
+from error import UserError, out_of_memory
 from model import Model
 from model.loading.description import describe, to_metadata
-from model.tiles.tiling import out_of_memory
 from system.files import safetensors
 
 SUFFIXES = {'onnx': '.onnx', 'torchscript': '.torchscript', 'safetensors': '.safetensors'}

@@ -51,7 +51,7 @@ def explain(error: Exception) -> str:
     """What the user can do about an error of PyTorch, or nothing."""
     from torch._dynamo.exc import TorchDynamoException
 
-    from model.tiles.tiling import out_of_memory
+    from error import out_of_memory
 
     if out_of_memory(error):
         less = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'

@@ -35,7 +35,7 @@ def add_noise(image: np.ndarray, deviation: float, rng: Generator) -> np.ndarray
 
 def add_shot_noise(image: np.ndarray, deviation: float, rng: Generator) -> np.ndarray:
     """Poisson noise of counted photons: of this standard deviation in white, less in the dark; units of 1/255."""
-    if not deviation:
+    if deviation < 1e-3:  # so little that no value moves, of more photons than can be counted
         return image
     photons = 255 / deviation**2  # for each of the 255 steps up to white
     return to_uint8(rng.poisson(image * photons) / photons)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from error import UserError
+from error import UserError, out_of_memory
 from measure.published import PUBLISHED, SOURCES, Published
 from model import build, find, n_parameters
-from model.tiles.tiling import out_of_memory
 from system import memory
 from system.allocator import tune_malloc
 

@@ -21,10 +21,9 @@ from torch.nn.functional import conv2d, l1_loss
 from torch.profiler import profile, supported_activities
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from error import UserError
+from error import UserError, out_of_memory
 from measure.costs import WARM_UP, Row, apart, input_size, mark_trained, measured, multiply_adds, repeated
 from model import Model, type_name
-from model.tiles.tiling import out_of_memory
 from optimizer import make_optimizer
 from system.machine import machine
 from template import TEMPLATES

@@ -26,7 +26,7 @@ from torch.nn.functional import conv2d
 from torch.optim import Adam
 from torch.profiler import profile, supported_activities
 
-from error import UserError
+from error import UserError, out_of_memory
 from measure.costs import Row, begin_apart, input_size, multiply_adds, timed
 from measure.speed import (
     BATCH,
@@ -45,7 +45,6 @@ from measure.speed import (
     step_of,
 )
 from model import Model, type_name
-from model.tiles.tiling import out_of_memory
 from system import memory
 from system.machine import machine
 from system.numerics import precision

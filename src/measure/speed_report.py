@@ -168,7 +168,9 @@ def engines_table(report: Row) -> list[str]:
             mine, *others = found.values()
             fastest = min((other for other in others if other), key=lambda other: other['median'], default=None)
             times = [shown(spread, 1e-3, 1) for spread in found.values()]
-            lines.append([*label(row).split(), size, *times, shown(fastest and ratio(fastest, mine), 1, 2)])
+            lines.append(
+                [*label(row).split(), size, *times, shown(ratio(fastest, mine) if fastest and mine else None, 1, 2)]
+            )
             engines = [*found]
     if not lines:
         return []

@@ -56,6 +56,7 @@ from model.common import (
     at_least_float32,
     check_divides,
     check_images,
+    check_least,
     check_numbers,
     conv,
     full_precision,
@@ -338,6 +339,7 @@ class CATANet(nn.Module):
     ) -> None:
         super().__init__()
         check_divides('n_heads', n_heads, n_feats)
+        check_least('net qk_dim', qk_dim, 1)
         if qk_dim % n_heads:
             raise UserError(f'--n_heads {n_heads} does not divide --net qk_dim={qk_dim}: choose a divisor.')
         if n_iters < 1:

@@ -83,6 +83,12 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
         raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
 
 
+def check_least(option: str, value: int, least: int) -> None:
+    """Refuse a setting below the least that makes a network."""
+    if value < least:
+        raise UserError(f'--{option} {value}: choose {least} or more.')
+
+
 def check_odd(option: str, side: int) -> None:
     """Refuse a kernel of an even number of pixels along its side."""
     if side % 2 == 0:

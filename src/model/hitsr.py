@@ -38,6 +38,7 @@ from model.common import (
     NetworkSpec,
     at_least_float32,
     check_divides,
+    check_least,
     check_numbers,
     conv,
     full_precision,
@@ -242,6 +243,8 @@ class HiTSRF(Frame):
         window_sizes: str = '4-8-16-32-48-64',
         mlp_ratio: float = 2.0,
     ) -> None:
+        check_least('net n_cells', n_cells, 1)
+        check_least('n_feats', n_feats, REDUCTION)
         check_divides('n_heads', 2 * n_heads, n_feats)
         windows = check_windows(window_sizes, n_cells)
         hidden = hidden_width(n_feats, mlp_ratio)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from error import UserError
-from model.common import Float32Conv, NetworkSpec, check_images, conv, how_many, in_fast_memory, shape_of
+from model.common import Float32Conv, NetworkSpec, check_images, check_least, conv, how_many, in_fast_memory, shape_of
 
 SLOPE = 0.2  # of all LeakyReLUs
 
@@ -80,6 +80,7 @@ class PAN(nn.Module):
         super().__init__()
         if n_feats < 2:
             raise UserError(f'--n_feats {n_feats}: the branches have half of them each, so choose 2 or more.')
+        check_least('net n_up_feats', n_up_feats, 1)
         self.scale = scale
         self.steps = (2, 2) if scale == 4 else (scale,)
         self.conv_first = conv(3, n_feats, 3)

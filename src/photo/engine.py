@@ -17,9 +17,9 @@ from data.formats import open_image
 from data.frames import read_frames
 from data.image import Photo, as_photo, bytes_to_read, fill_hidden
 from data.imresize import resize
-from error import UserError, WriteError
+from error import UserError, WriteError, out_of_memory
 from model import Model
-from model.tiles.tiling import Report, Tiler, out_of_memory, unreported
+from model.tiles.tiling import Report, Tiler, unreported
 from photo.choice import Networks
 from photo.metadata import read_metadata
 from photo.plan import Job, Part, about

@@ -13,8 +13,8 @@ from threading import Event, Lock
 
 from data.image import read_size
 from data.outputs import output_names
-from error import UserError
-from model.tiles.tiling import Report, out_of_memory
+from error import UserError, out_of_memory
+from model.tiles.tiling import Report
 from web.enlarging import Result, Stopped
 
 log = logging.getLogger('frugalsr')

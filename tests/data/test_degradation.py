@@ -185,3 +185,10 @@ def test_a_test_is_scored_on_degraded_images_and_says_so(data_folder, capsys):
     assert psnr['jpeg20'] < psnr[''] - 1
     assert main.main([*line, '--degradation', 'rain']) == 2
     assert 'rain' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('deviation', [0, 1e-9, 5e-8, 9e-4])
+def test_as_good_as_no_photon_noise_changes_nothing(deviation):
+    """Of more photons than can be counted, too."""
+    white = np.full((4, 5, 3), 255, np.uint8)
+    assert np.array_equal(add_shot_noise(white, deviation, np.random.default_rng(0)), white)

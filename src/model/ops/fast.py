@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from error import out_of_memory
+
 T = TypeVar('T')
 Function = TypeVar('Function', bound=Callable[..., Any])
 library = torch.library.Library('frugalsr', 'FRAGMENT')
@@ -95,9 +97,9 @@ def by_kernel(module: str, plain: Callable[..., T], *arguments: Any) -> T:
         try:
             # Only where they are needed: Triton and llvmlite are optional.
             return getattr(importlib.import_module(f'model.ops.{module}'), plain.__name__)(*arguments)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:  # Triton, its compiler, the C compiler that it calls and the driver have their own
+            if out_of_memory(error):
+                raise
             failed.add(module)
             how, what = module.split('.')
             how, what = {'triton': 'Triton', 'llvm': 'llvmlite'}[how], what.replace('_', ' ')

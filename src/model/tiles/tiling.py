@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from error import out_of_memory
+
 RAMP = 2
 ROWS = 16  # of the input, finished at a time
 SMALLEST_STEP = 16
@@ -99,11 +101,13 @@ class Tiler:
             report(tiles, total)
             try:
                 for piece in self._pieces(reporting, image, scale, done):
+                    if done == height:  # the rest is what a lower image was continued by
+                        break
                     for rows in piece[:, : (height - done) * scale, : width * scale].split(ROWS * scale, -2):
                         finished = finish(rows)
                         done += rows.shape[-2] // scale
                         yield finished
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or not self._shrink(*image.shape[-2:]):
                     raise
             # Only here, past the handler, is the traceback gone and with it the tensors of the failed attempt.
@@ -219,8 +223,9 @@ def _run_batches(upscale_tile: Function, tiles: list[Tensor], batch: int) -> Ite
 
 def _bring(results: Tensor) -> Callable[[], Tensor]:
     """Begin to copy from CUDA to the host, beside what is computed next; what is returned waits for the copy."""
-    stream, host = torch.cuda.Stream(), torch.empty(results.shape, pin_memory=True)
-    stream.wait_stream(torch.cuda.current_stream())
+    where, host = results.device, torch.empty(results.shape, pin_memory=True)
+    stream = torch.cuda.Stream(where)
+    stream.wait_stream(torch.cuda.current_stream(where))
     with torch.cuda.stream(stream):
         host.copy_(results, non_blocking=True)
         done = stream.record_event()
@@ -287,11 +292,3 @@ def _fade_in(new: Tensor, old: Tensor, dim: int) -> None:
     weight = (torch.arange(steps) + 0.5) / max(steps, 1)
     # `lerp` leaves equal values as they are, to the bit; normalised weights would not.
     new.copy_(old.lerp(new, weight if dim == -1 else weight[:, None]))
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, of the device or of the host."""
-    # The allocator of the CPU raises a plain RuntimeError; its wording depends on the platform.
-    said = str(error)
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or 'not enough memory' in said or "can't allocate memory" in said

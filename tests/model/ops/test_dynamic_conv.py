@@ -294,7 +294,14 @@ def test_without_triton_the_plain_form_runs_after_one_warning(
     assert 'ModuleNotFoundError' in record.getMessage()
 
 
-@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError('CUDA out of memory')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        torch.OutOfMemoryError('CUDA out of memory'),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16 bytes."),
+    ],
+)
 def test_a_lack_of_memory_is_not_the_fault_of_the_kernels(kernels: Kernels, error: Exception) -> None:
     x, weights = operands(*SHAPES[0])
     kernels.error = error

@@ -2,12 +2,13 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from model.tiles.tiling import Function, MeanTiler, Tiler, split
+from model.tiles.tiling import Function, MeanTiler, Tiler, _bring, split
 
 SETTINGS = [(16, 4, 3), (32, 8, 4), (7, 0, 2), (10, 9, 1), (9, 1, 2)]
 # All small sizes, every height and every width of 1..100 beside a small one, and two large images.
@@ -212,6 +213,7 @@ def test_one_row_of_tiles_is_held_as_floats(held_floats: Callable[[], int]) -> N
         (torch.OutOfMemoryError, 'CUDA out of memory.'),
         (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
         (RuntimeError, 'DefaultCPUAllocator: not enough memory: you tried to allocate 16 bytes.'),
+        (MemoryError, 'Unable to allocate 8.00 GiB for an array with shape (2**30,)'),
     ],
 )
 def test_out_of_memory_shrinks_the_work_for_good(
@@ -244,6 +246,33 @@ def test_the_failed_attempt_is_freed_before_the_next(held_floats: Callable[[], i
 
     Tiler(512, 0, 1)(run, torch.zeros(1, 512, 512, dtype=torch.uint8), 1, to_uint8)
     assert seen[:5] == [4 * side * (side + 512) for side in (512, 256, 128, 64, 32)]  # a tile, and a row of them
+
+
+def test_a_low_image_goes_on_in_smaller_fixed_tiles() -> None:
+    """What it was continued by, for tiles that no longer are, has no rows."""
+    image, given = noise(3, 10, 10), []
+
+    def finish(rows: Tensor) -> Tensor:
+        given.append(rows.shape[-2])
+        return identity(rows)
+
+    assert torch.equal(Tiler(64, 4, 1, fixed=True)(Limited(32 * 32), image, 1, finish), image)
+    assert sum(given) == 10 and min(given) > 0
+
+
+def test_copies_are_waited_for_on_the_device_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, which is another where somebody asks for cuda:1."""
+    asked: list[object] = []
+
+    def stop(device: object = None) -> None:
+        asked.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, 'Stream', stop)
+    monkeypatch.setattr(torch, 'empty', lambda *_, **__: None)
+    with pytest.raises(InterruptedError):
+        _bring(SimpleNamespace(device='cuda:1', shape=(1,)))
+    assert asked == ['cuda:1']
 
 
 def test_hopeless_memory_ends_in_the_error() -> None:
