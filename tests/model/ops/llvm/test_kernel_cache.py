@@ -255,7 +255,7 @@ def test_any_change_of_sources_is_seen(tmp_path: Path) -> None:
 
 
 def test_kernels_are_written_by_these_sources_alone() -> None:
-    """All of this project that their modules import is in the folder whose files are part of the key, but for errors."""
+    """All of this project that their modules import, errors aside, is in the folder whose files are part of the key."""
     modules, found = find_modules(ROOT / 'src'), set()
     to_do = [name for name in modules if is_within(name, ('model.ops.llvm',))]
     while to_do:
