@@ -138,29 +138,30 @@ def measure_psnr_as(monkeypatch, measure) -> None:
     monkeypatch.setattr('metric.METRICS', (replace(METRICS[0], measure=measure), *METRICS[1:]))
 
 
-def test_resume_at_an_epoch_takes_back_the_best(data_folder, monkeypatch):
-    scores = iter([20.0, 30.0, 40.0])
-    measure_psnr_as(monkeypatch, lambda *_: next(scores))
+def train_with_scores(data_folder: Path, monkeypatch, *scores: float) -> Path:
+    """A run of as many epochs, each of which is kept, that are scored so on one image."""
+    given = iter(scores)
+    measure_psnr_as(monkeypatch, lambda *_: next(given))
     for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
         path.unlink()
-    run = train(data_folder, EDSR, '--epochs 3 --save_models --lr 0.01')
-    assert equal(weights(run, 'best'), weights(run, '3'))
+    run = train(data_folder, EDSR, f'--epochs {len(scores)} --save_models --lr 0.01')
     measure_psnr_as(monkeypatch, lambda *_: 10.0)
+    return run
+
+
+def test_resume_at_an_epoch_takes_back_the_best(data_folder, monkeypatch):
+    run = train_with_scores(data_folder, monkeypatch, 20.0, 30.0, 40.0)
+    assert equal(weights(run, 'best'), weights(run, '3'))
     train(data_folder, '--load run --resume 2 --epochs 3')
     assert equal(weights(run, 'best'), weights(run, '2'))
 
 
 def test_resume_keeps_the_best_that_it_does_not_leave(data_folder, monkeypatch):
     """Also where the weights of that epoch were not kept under its number."""
-    scores = iter([20.0, 40.0, 30.0])
-    measure_psnr_as(monkeypatch, lambda *_: next(scores))
-    for path in sorted((data_folder / 'benchmark' / 'Set5' / 'HR').iterdir())[1:]:
-        path.unlink()
-    run = train(data_folder, EDSR, '--epochs 3 --save_models --lr 0.01')
+    run = train_with_scores(data_folder, monkeypatch, 20.0, 40.0, 30.0)
     best = weights(run, 'best')
     assert equal(best, weights(run, '2'))
     (run / 'model' / 'model_2.pt').unlink()
-    measure_psnr_as(monkeypatch, lambda *_: 10.0)
     train(data_folder, '--load run --resume 3 --epochs 4')
     assert equal(weights(run, 'best'), best)
 
