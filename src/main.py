@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import option
-from error import UserError, exit_status, noting, raise_noted, run_program
+from error import UserError, exit_status, noting, out_of_memory, raise_noted, run_program
 from options.config import changes, write_config
 from options.measured import cost_models, cost_scales, several_forms
 from system.start import tune_process
@@ -50,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(error: Exception) -> str:
     """What the user can do about an error of PyTorch, or nothing."""
     from torch._dynamo.exc import TorchDynamoException
-
-    from error import out_of_memory
 
     if out_of_memory(error):
         less = 'a smaller --batch_size or --patch_size or a larger --split_batch in training, --chop in tests'

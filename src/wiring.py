@@ -221,7 +221,7 @@ def degradation(args: Namespace) -> Degradation | None:
 
 def test_sets(args: Namespace, prepare: bool = True) -> list[SRData]:
     """The test sets; without `prepare` only their HR images are to be read."""
-    if len(args.data_range) > 1 and 'DIV2K' in args.data_train and tests_on_training_images(args):
+    if len(args.data_range) > 1 and tests_on_training_images(args):
         log.warning('DIV2K %d-%d, which is tested, shares images with the range for training.', *args.data_range[-1])
     return library(args).open_tests(args.data_test, args.data_range[-1], prepare)
 

@@ -60,8 +60,7 @@ def _opened(file: BinaryIO) -> TiffFile:
 
 def first_tags(file: BinaryIO) -> dict[int, object]:
     """The tags of the first page of an open file."""
-    file.seek(0)
-    page = TiffFile(file).pages[0]
+    page = _opened(file).pages[0]
     assert isinstance(page, TiffPage)
     return {tag.code: tag.value for tag in page.tags}
 

@@ -14,12 +14,13 @@ from template import TEMPLATES
 def tests_on_training_images(args: argparse.Namespace) -> bool:
     """Whether images of DIV2K are tested that it is trained on, by the ranges."""
     (first, last), (first_tested, last_tested) = args.data_range[0], args.data_range[-1]
-    return 'DIV2K' in args.data_test and first <= last_tested and first_tested <= last
+    both = 'DIV2K' in args.data_train and 'DIV2K' in args.data_test
+    return both and first <= last_tested and first_tested <= last
 
 
 def check_ranges(args: argparse.Namespace) -> None:
     """No image is for training and for tests, among which the best weights are found."""
-    if 'DIV2K' in args.data_train and tests_on_training_images(args):
+    if tests_on_training_images(args):
         given = '/'.join(f'{first}-{last}' for first, last in args.data_range)
         raise UserError(
             f'--data_range {given}: DIV2K would be tested on images that it is trained on; give two ranges that have '

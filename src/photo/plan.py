@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -60,8 +61,7 @@ class Job:
         plays: of an animation, as of `data.frames.Series`.
         lossy: whether the file was compressed with loss.
         format: of the result.
-        made: how it is made, for its metadata, in ASCII: the weights, a digest of what has a say in its pixels, one
-            of the photograph, and one of its path.
+        how: it is made, in ASCII: the weights, and a digest of what else has a say in its pixels.
     """
 
     source: Path
@@ -70,7 +70,16 @@ class Job:
     plays: int | None
     lossy: bool
     format: str
-    made: str
+    how: str
+
+    @cached_property
+    def made(self) -> str:
+        """How it is made, for its metadata, with digests of the photograph, whose file is read for that, and its path.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return f'{self.how} {_content(self.source)}-{_digest(os.fsencode(self.source.resolve()), 8)}'
 
     @property
     def new(self) -> tuple[int, int]:
@@ -123,17 +132,19 @@ def make_plan(
     closed = {folder for folder in {job.target.parent for job in jobs} if not _may_write(folder)}
     for job in jobs:
         made = '' if again or not is_there(job.target) else made_by(job.target)
-        if made and _is_done(made, job):
+        try:
+            done, other = bool(made) and _is_done(made, job), _is_of_another(made, job)
+        except UserError as error:
+            plan.failures.append(about(job.source, str(error)))
+            continue
+        foreign = not (again or made.startswith(MADE)) and is_there(job.target)
+        if done:
             plan.done += 1
-        elif not (again or made.startswith(MADE)) and is_there(job.target):
+        elif foreign or other:
+            whose = 'not made by this program' if foreign else 'made from another photograph'
             plan.failures.append(
-                f'{job.source}: {job.target} is there and was not made by this program; --again replaces it, another '
-                '--name or -o keeps it.'
-            )
-        elif _is_of_another(made, job):
-            plan.failures.append(
-                f'{job.source}: {job.target} is there and was made from another photograph; --again replaces it, '
-                'another --name or -o keeps it.'
+                f'{job.source}: {job.target} is there and was {whose}; --again replaces it, another --name or -o '
+                'keeps it.'
             )
         elif job.target.parent in closed:
             plan.failures.append(
@@ -168,9 +179,8 @@ def _make_job(source: Source, size: Size, place: Place, format: Format, networks
     said = json.dumps([[part.new for part in parts], digests, settings, name, format.quality, format.background])
     names = ' '.join(dict.fromkeys(each.stem for each in weights)) or 'bicubic'
     names = names.encode('ascii', 'backslashreplace').decode()  # EXIF has no other letters
-    keys = f'{_content(source.path)}-{_digest(os.fsencode(source.path.resolve()), 8)}'
-    made = f'{MADE} {names} {_digest(said.encode(), 12)} {keys}'
-    return Job(source.path, target, tuple(parts), series.plays, lossy, name, made)
+    how = f'{MADE} {names} {_digest(said.encode(), 12)}'
+    return Job(source.path, target, tuple(parts), series.plays, lossy, name, how)
 
 
 def _digest(content: bytes, letters: int) -> str:
@@ -194,7 +204,8 @@ def _is_done(made: str, job: Job) -> bool:
 
 def _is_of_another(made: str, job: Job) -> bool:
     """Whether a result was made from a file with another content at another place."""
-    there, here = (KEYS.search(each) for each in (made, job.made))
+    there = KEYS.search(made)
+    here = KEYS.search(job.made) if there else None
     return bool(there and here and all(one != other for one, other in zip(there.groups(), here.groups(), strict=True)))
 
 

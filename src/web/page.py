@@ -137,7 +137,7 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
         if problem := reason_against(images or [], bool(named) or weights == BEST):
             yield {told: markup.refusal(problem)}
             return
-        own, visit.stop = folder / secrets.token_hex(16), Event()
+        own, visit.stop, files = folder / secrets.token_hex(16), Event(), [Path(image) for image in images or []]
         said, known, photos, kept = '', 0, visit.photos(images or [], ticked), 0.0
 
         def one(image: Path, folder: Path, progress: Report, stop: Callable[[], bool]) -> Result:
@@ -145,9 +145,9 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
             return enlarge(image, chosen, scale, folder, format, progress, stop)
 
         yield {shown: '', download: gr.DownloadButton('Download', interactive=False), stop: gr.Button(interactive=True)}
-        for state in work([Path(image) for image in images or []], one, own, line, visit.stop):
+        for state in work(files, one, own, line, visit.stop):
             if time.monotonic() - kept > KEPT / 6:  # however long it takes
-                keep([own, *map(Path, images or [])])
+                keep([own, *files])
                 kept = time.monotonic()
             update: dict = {progress: markup.bar(state)}
             if (text := markup.status(state)) != said:
