@@ -16,6 +16,9 @@ from system.files import write_atomic
 CROP = 96  # side of a crop in HR pixels
 LONGEST = 40  # characters of a name
 COLOURS = 10  # of lines, before they come again
+LABEL_GAPS = (2, 9, 18, 30, 44, 60)  # from the edge of a circle to its name, in points
+FAR = 3  # square pixels that a name may cover to be a point nearer to its circle
+LABEL_WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  # right, up
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,61 @@ def _curve(epochs: Sequence[int], lines: dict[str, list], label: str) -> bytes:
 
 def scatter(panels: Mapping[str, Sequence[tuple[str, float, float, float]]], note: str) -> bytes:
     """PNG of one panel a title: PSNR against the number of parameters, as (name, parameters, PSNR, multiply-adds)."""
-    figure = _figure(6 * len(panels), 5)
+    figure = _figure(6 * len(panels), 6)
     for number, (title, points) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), number)
-        for name, parameters, psnr, multiply_adds in points:
-            at, radius = (parameters / 1e6, psnr), multiply_adds**0.5 / 2e5
-            axes.scatter(*at, s=(2 * radius) ** 2, alpha=0.5)
-            apart = [(abs(p[2] - psnr) + abs(np.log(p[1] / parameters)), p[1]) for p in points if p[0] != name]
-            right = parameters >= min(apart, default=(0, 0))[1]  # away from the one that it could collide with
-            shift, align = (radius + 2, 'left') if right else (-radius - 2, 'right')
-            axes.annotate(name, at, (shift, 0), ha=align, va='center', textcoords='offset points', fontsize=8)
+        for _, parameters, psnr, multiply_adds in points:
+            axes.scatter(parameters / 1e6, psnr, s=(2 * _radius(multiply_adds)) ** 2, alpha=0.5)
         axes.set(title=title, xlabel='parameters (millions)', ylabel='PSNR (dB)', xscale='log')
-        axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], labels=['0.5', '1', '2', '5', '10', '20', '50'])
+        axes.set_xticks([0.2, 0.5, 1, 2, 5, 10, 20, 50], labels=['0.2', '0.5', '1', '2', '5', '10', '20', '50'])
         axes.minorticks_off()
-        axes.margins(0.3, 0.1)
+        axes.margins(0.15, 0.1)
         axes.grid(alpha=0.3, which='both')
     figure.supxlabel(note, fontsize=8)
+    figure.draw_without_rendering()  # from here on a point has its place on the paper
+    for axes, points in zip(figure.axes, panels.values(), strict=True):
+        _name_circles(axes, [(name, (n / 1e6, psnr), _radius(size)) for name, n, psnr, size in points])
     return _png(figure)
+
+
+def _radius(multiply_adds: float) -> float:
+    """Of the circle of a network, in points."""
+    return multiply_adds**0.5 / 2e5
+
+
+def _name_circles(axes: Any, circles: Sequence[tuple[str, tuple[float, float], float]]) -> None:
+    """Write names beside circles, as (name, place, radius in points), the nearest where they cover the least.
+
+    A line leads from a name to its circle where another one had to go between.
+    """
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    def shared(one: Bbox, other: Bbox) -> float:
+        both = Bbox.intersection(one, other)
+        return both.width * both.height if both else 0.0
+
+    pixels = axes.figure.dpi / 72  # of a point
+    places = [axes.transData.transform(at) for _, at, _ in circles]
+    taken = [Bbox([at - pixels * r, at + pixels * r]) for at, (_, _, r) in zip(places, circles, strict=True)]
+    for place, (name, at, radius) in zip(places, circles, strict=True):
+        line = {'arrowstyle': '-', 'linewidth': 0.5, 'alpha': 0.5, 'shrinkA': 0, 'shrinkB': radius}
+        text = axes.annotate(
+            name, at, (0, 0), textcoords='offset points', ha='center', va='center', fontsize=8, arrowprops=line
+        )
+        text.set_in_layout(False)
+        half = np.array(Text.get_window_extent(text).size) / 2
+        choices = []
+        for gap in LABEL_GAPS:
+            for way in LABEL_WAYS:
+                shift = np.array(way) * (pixels * (radius + gap) + half)
+                box = Bbox([place + shift - half, place + shift + half])
+                covered = sum(shared(box, other) for other in taken) - shared(box, axes.bbox)
+                choices.append((round(covered + FAR * gap), gap, shift / pixels, box))
+        _, gap, shift, box = min(choices, key=lambda choice: choice[0])
+        text.set_position(shift)
+        text.arrow_patch.set_visible(gap > LABEL_GAPS[0])
+        taken.append(box)
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], note: str) -> bytes:

@@ -1,10 +1,12 @@
 import io
+import itertools
 import math
 import os
 
 import matplotlib.figure
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from error import UserError
@@ -165,3 +167,19 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match=r'a\.png could not be drawn \(no such glyph\)'):
         pictures.save(tmp_path / 'a.png', draw)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_of_a_crowd_can_be_read(figures):
+    where = np.random.default_rng(0).uniform(0, 1, (12, 3))  # all but one within a factor of 4 and 1 dB
+    crowd = [(f'network {i}', 4e5 * 4**x, 32 + y, 1e10 + 1e11 * size) for i, (x, y, size) in enumerate(where)]
+    crowd.append(('large', 4e7, 34.0, 1e13))
+    pictures.scatter({'a': crowd, 'b': [('alone', 1e6, 30.0, 1e11)]}, 'note')
+    figure = figures[0]
+    figure.draw_without_rendering()
+    for axes, number in zip(figure.axes, (13, 1), strict=True):
+        names = [Text.get_window_extent(text) for text in axes.texts]
+        assert len(names) == number
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(names, 2))
+        assert all(axes.bbox.containsx(x) and axes.bbox.containsy(y) for name in names for x, y in name.corners())
+    name, circle = Text.get_window_extent(figure.axes[1].texts[0]), figure.axes[1].transData.transform((1, 30))
+    assert 0 < name.x0 - circle[0] < 10 and abs((name.y0 + name.y1) / 2 - circle[1]) < 2
