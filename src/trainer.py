@@ -398,7 +398,7 @@ class Trainer:
         loss = done.means()
         self.log.append({
             'epoch': self.epoch, 'step': self.step, 'samples': self.samples, 'lr': rate,
-            'gradient_norm': loss.pop('gradient_norm'), 'loss': loss,
+            'gradient_norm': loss.pop('gradient_norm'), 'loss': loss, 'loss_weights': self.train_step.loss.weights,
             'skipped': done.skipped, 'replaced': done.replaced, 'seconds': done.seconds,
             'images_per_second': self.batch * self.phase.batch_size / done.seconds, 'wait': done.waited / done.seconds,
             'test': {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()},
@@ -409,9 +409,9 @@ class Trainer:
         return all(bool(value.isfinite().all()) for value in self.model.net.state_dict().values())
 
     def _limit(self) -> float:
-        """The loss above which a batch of this epoch is skipped, by epochs with the same terms of the loss."""
-        terms = {*self.train_step.loss.names, 'total'}
-        totals = [record['loss']['total'] for record in self.log if record['loss'].keys() == terms]
+        """The loss above which a batch of this epoch is skipped, by epochs with the same loss."""
+        weights = self.train_step.loss.weights
+        totals = [record['loss']['total'] for record in self.log if record.get('loss_weights') == weights]
         learned = [total for total in totals if math.isfinite(total)]
         last = abs(learned[-1]) if learned else math.inf  # that of a GAN may be below 0
         return self.config.skip_threshold * last

@@ -183,6 +183,10 @@ def test_the_greatest_loss_is_by_epochs_of_the_same_loss(data_folder):
     records = metrics(run)
     assert records[2]['skipped'] == 0
     assert records[2]['loss']['total'] > 10 * records[1]['loss']['total']
+    assert [record['loss_weights'] for record in records] == [{'L1': 1}, {'L1': 1}, {'MSE': 1}]
+    train(data_folder, '--load run --epochs 4 --loss_final 1000*MSE')
+    assert metrics(run)[3]['skipped'] == 0
+    assert metrics(run)[3]['loss']['total'] > 100 * records[2]['loss']['total']
 
 
 def test_samples_of_another_size_are_of_the_same_image_around_the_same_place(data_folder):

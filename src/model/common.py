@@ -86,7 +86,7 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
 def check_least(option: str, value: int, least: int) -> None:
     """Refuse a setting below the least that makes a network."""
     if value < least:
-        raise UserError(f'--{option} {value}: choose {least} or more.')
+        raise UserError(f'--{option}={value}: choose {least} or more.')
 
 
 def check_odd(option: str, side: int) -> None:

@@ -297,8 +297,8 @@ def test_centres_after_a_pass_of_training_are_as_in_the_official_network(shared)
         ({'n_heads': 3}, '--n_heads 3 does not divide --n_feats 40'),
         ({'n_heads': 5}, '--n_heads 5 does not divide --net qk_dim=36'),
         ({'n_iters': 0}, 'n_iters=0: k-means takes 1 step or more'),
-        ({'qk_dim': 0}, '--net qk_dim 0: choose 1 or more'),
-        ({'qk_dim': -4}, '--net qk_dim -4: choose 1 or more'),
+        ({'qk_dim': 0}, '--net qk_dim=0: choose 1 or more'),
+        ({'qk_dim': -4}, '--net qk_dim=-4: choose 1 or more'),
     ],
 )
 def test_settings_that_make_no_network(settings: dict, says: str) -> None:

@@ -78,7 +78,7 @@ def test_its_reach_ends() -> None:
 def test_a_branch_has_one_channel_at_least() -> None:
     with pytest.raises(UserError, match='--n_feats 1: the branches have half of them each, so choose 2 or more'):
         build('PAN', 2, n_feats=1)
-    with pytest.raises(UserError, match='--net n_up_feats 0: choose 1 or more'):
+    with pytest.raises(UserError, match='--net n_up_feats=0: choose 1 or more'):
         build('PAN', 2, n_up_feats=0)
 
 
