@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
@@ -19,6 +20,7 @@ from data.patch import Draw, Window, cut, draw, plain
 from data.srdata import SRData
 from error import UserError
 
+START = 'fork' if sys.platform == 'linux' else None  # of loading processes; else the way of this Python, slower
 MORE_SHARED = 'make /dev/shm larger (--shm-size of Docker), or give a smaller --n_threads, at best 0.'
 
 
@@ -174,7 +176,8 @@ def train_loader(data: TrainData, batches: Iterable[list[int]], workers: int, pi
         UserError: there is no shared memory for so many workers.
     """
     try:
-        [multiprocessing.Queue() for _ in range(workers and workers + 2)]  # as a loader makes them, and more untidily
+        context = multiprocessing.get_context(START)
+        [context.Queue() for _ in range(workers and workers + 2)]  # as a loader makes them, and more untidily
     except OSError as error:
         raise UserError(
             f'{workers} loading processes could not get shared memory ({error.strerror}): {MORE_SHARED}'
@@ -186,6 +189,7 @@ def train_loader(data: TrainData, batches: Iterable[list[int]], workers: int, pi
         collate_fn=collate,
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
+        multiprocessing_context=START if workers else None,
     )
 
 

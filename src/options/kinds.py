@@ -56,13 +56,13 @@ class Parser(argparse.ArgumentParser):
     def page(self, without: str) -> str:
         """What --help says of the options, in Markdown below a heading of the program, without a text such as a folder.
 
-        It depends on nothing of this machine but `without`.
+        It depends on nothing of this machine but `without`, nor on the release of Python.
         """
-        formatter = self._get_formatter()
+        formatter = Formatter(self.prog)
         parts = [f'## src/{self.prog}']
         for group in self._action_groups:
             rows = [
-                f'- `{" ".join(formatter._format_action_invocation(action).split())}`: {formatter._expand_help(action)}'
+                f'- `{_typed(formatter, action)}`: {formatter._expand_help(action)}'
                 for action in group._group_actions
                 if action.dest != 'help'
             ]
@@ -72,6 +72,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f'{message[0].upper()}{message[1:]}; {self.prog} --help lists the options.')
+
+
+def _typed(formatter: Formatter, action: argparse.Action) -> str:
+    """Names of an option, and what stands behind them."""
+    names = ', '.join(action.option_strings)
+    values = '' if action.nargs == 0 else formatter._format_args(action, action.dest.upper())
+    return f'{names} {values}'.strip() if names else formatter._metavar_formatter(action, action.dest)(1)[0]
 
 
 def number(kind: type, low: float, high: float = float('inf'), open_low: bool = False) -> Callable[[str], float]:

@@ -1,7 +1,9 @@
 """Training samples through a loader: the same whatever the workers, and cut from the image they name."""
 
 import errno
+import multiprocessing
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -45,9 +47,10 @@ def turned(sample: Sample) -> list[torch.Tensor]:
     return [part[0] for part in batch.flipped(torch.device('cpu'))]
 
 
-def batches(data: TrainData, numbers: range, workers: int = 0, context=None) -> list:
+def batches(data: TrainData, numbers: range, workers: int = 0, context: str = '') -> list:
     loader = train_loader(data, Batches(numbers, 3), workers, pin_memory=False)
-    loader.multiprocessing_context = context
+    if context:
+        loader.multiprocessing_context = context
     return list(whole_batches(loader))
 
 
@@ -214,6 +217,17 @@ def test_a_shortage_of_shared_memory_is_one_sentence(tmp_path, monkeypatch, said
         UserError, match=r'A loading process could not get shared memory \(.*No space.*\): .*--n_threads'
     ):
         batches(data, range(6), workers=1)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere they start anew')
+def test_loading_processes_begin_as_they_are_whatever_python_does_by_itself(tmp_path, monkeypatch):
+    """From 3.14 on it would start each anew, and import PyTorch."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method('forkserver', force=True)
+    try:
+        test_a_shortage_of_shared_memory_is_one_sentence(tmp_path, monkeypatch, SHORTAGES[0])
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_another_error_of_a_loading_process_is_no_shortage(tmp_path, monkeypatch):
