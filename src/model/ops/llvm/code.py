@@ -437,7 +437,8 @@ def openmp() -> ctypes.CDLL | None:
     """
     if not hasattr(os, 'RTLD_NOLOAD'):
         return None
-    own = (Path(torch.__file__).parent / 'lib').glob('libgomp*')
+    place = Path(torch.__file__).parent
+    own = (*place.glob('lib/libgomp*'), *place.parent.glob('torch.libs/libgomp*'))  # of x86, and of ARM
     for name in (*map(str, own), 'libgomp.so.1'):
         with suppress(OSError):
             found = ctypes.CDLL(name, os.RTLD_NOLOAD | os.RTLD_NOW)

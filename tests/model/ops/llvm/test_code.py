@@ -1,6 +1,7 @@
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,20 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='by the folders of its packages')
+def test_the_openmp_of_pytorch_is_found_where_its_packages_for_arm_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = Path('/proc/self/maps').read_text().split()
+    loaded = next(place for place in maps if '/torch' in place and Path(place).name.startswith('libgomp'))
+    link = tmp_path / 'torch.libs' / 'libgomp-1a2b3c.so.1.0.0'
+    link.parent.mkdir()
+    link.symlink_to(loaded)
+    monkeypatch.setattr(torch, '__file__', str(tmp_path / 'torch' / '__init__.py'))
+    found = llvm.openmp.__wrapped__()
+    assert found._name == str(link)
 
 
 @pytest.mark.parametrize('count', [200, 2, 0])
