@@ -99,7 +99,8 @@ def load(
 
     Args:
         weights: a file, or a name such as ASID_x4 of a file in models/; Bicubic_x2, _x3 and _x4 need no file.
-        device: cpu, cuda or mps, as PyTorch names them; auto: a GPU if there is one.
+        device: cpu or cuda, as PyTorch names them, or one that nobody has tried, such as mps; auto: a GPU if there is
+            one that CUDA knows.
         tiles: how images are cut: auto: as large as free memory allows; a number: at most so many LR pixels a side;
             None: whole images.
         scale: for weights that do not show it, which are those of PAN at x2 and x3.

@@ -75,7 +75,7 @@ def run(args: Namespace) -> None:
             from web.page import site
         except ModuleNotFoundError as error:
             raise UserError(
-                f"{error.name} is missing in {sys.executable}: pip install -r requirements.txt 'gradio>=6.31'."
+                f'{error.name} is missing in {sys.executable}: pip install -r requirements.txt "gradio>=6.31".'
             ) from error
         start_screen()
         work = partial(enlarge, max_pixels=args.max_pixels, cpu=args.cpu)

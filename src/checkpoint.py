@@ -34,7 +34,7 @@ from data.source import name_warnings
 from error import UserError
 from report import picture
 from system import parallel
-from system.files import lock_file, read_torch, sweep, write_atomic
+from system.files import lock_file, read_torch, rename, sweep, write_atomic
 
 log = logging.getLogger('frugalsr')
 
@@ -252,7 +252,7 @@ class RunFolder:
             return
         latest, before = (self.folder / name for name in STATES)
         if before.exists():
-            before.replace(latest)
+            rename(before, latest)
         else:
             latest.unlink(missing_ok=True)
 

@@ -63,7 +63,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.ema = ModelEMA(model.net, ema_decay) if ema_decay else None
         self.number = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.limit = torch.full((), torch.inf, dtype=self._wide, device=self.device)
+        self.limit = torch.full((), torch.inf, dtype=torch.float64, device=self.device)
         self.decides_itself = bool(optimizer.defaults.get('fused')) and not self.scaler.is_enabled()
         self.change(loss, batch_size)
 
@@ -78,11 +78,6 @@ class TrainStep:
         self.names = [*loss.names, 'total', 'gradient_norm', 'replaced', 'applied']
         possible = self.device.type == 'cuda' and parallel.world_size() == 1 and not loss.adversaries
         self.graph = _StepGraph(self) if self.wants_graph and possible and self.decides_itself else None
-
-    @property
-    def _wide(self) -> torch.dtype:
-        """What sums are kept in: float64 where the device has it."""
-        return torch.float32 if self.device.type == 'mps' else torch.float64
 
     def __call__(self, sample: Sample, rate: float, number: int = 0) -> Tensor:
         """Train on a batch at a learning rate, after `number` steps; returns the values of `names`, on the device.
@@ -108,13 +103,13 @@ class TrainStep:
         for i, (lr_part, hr_part) in enumerate(parts):
             with parallel.no_sync(self.model.calls.train) if i < len(parts) - 1 else nullcontext():
                 terms += self._gradients(lr_part, hr_part)
-        sums = parallel.all_reduce_tensor(torch.cat((terms, replaced.sum().view(1).to(terms.dtype))).to(self._wide))
+        sums = parallel.all_reduce_tensor(torch.cat((terms, replaced.sum().view(1).to(terms.dtype))).double())
         total = sum(sums[: len(self.loss.terms)], sums.new_zeros(()))
         applied = total.isfinite() & (total <= self.limit)
         norm = self._update(applied)
         if self.scaler.is_enabled():
             applied = applied & norm.isfinite()  # else the scaler makes no step, but its next ones are smaller
-        return torch.cat((sums[:-1], torch.stack([total, norm.to(self._wide), sums[-1], applied.to(self._wide)])))
+        return torch.cat((sums[:-1], torch.stack([total, norm.double(), sums[-1], applied.double()])))
 
     def _gradients(self, lr: Tensor, hr: Tensor) -> Tensor:
         """Add the gradients of a part of a batch; returns its share of what the loss names."""

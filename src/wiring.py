@@ -49,7 +49,7 @@ log = logging.getLogger('frugalsr')
 
 
 def device(args: Namespace) -> str:
-    """What networks run on: the best that there is (cuda, mps, cpu), or cpu if the options say so."""
+    """What networks run on: a GPU if there is one, or the CPU, too if the options say so."""
     return 'cpu' if args.cpu or args.n_GPUs == 0 else best_device()
 
 

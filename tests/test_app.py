@@ -80,7 +80,7 @@ class TestErrors:
         monkeypatch.delitem(sys.modules, 'web.page', raising=False)
         said = refused(capsys, '--port', '0')
         assert 'gradio is missing' in said
-        assert "'gradio>=" in said
+        assert '"gradio>=' in said
 
     def test_no_folder_of_weights(self, capsys, tmp_path):
         assert '/none is not a folder' in refused(capsys, '--extend', str(tmp_path / 'none'))

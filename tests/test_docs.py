@@ -87,7 +87,7 @@ NOT_CHECKED = {
     'source .venv/bin/activate': 'of the shell',
     'pip install -r requirements.txt': 'installs',
     'pip install -c constraints.txt -r requirements.txt': 'installs',
-    "pip install 'gradio>=6.31'": 'installs',
+    'pip install "gradio>=6.31"': 'installs',
     'pip install llvmlite': 'installs',
     'pip install onnx onnxruntime': 'installs',
     'pip install tensorboard': 'installs',

@@ -323,6 +323,15 @@ def test_a_file_of_another_program_is_not_replaced(photos, capsys):
     assert made_by(photos / 'a_x4.png').startswith('FrugalSR Bicubic_x4 ')
 
 
+def test_a_photograph_is_not_replaced_by_its_own_result_under_another_name(photos, capsys):
+    """Where a file system takes IMG.PNG and img.png for one; here a second name leads to the same file."""
+    (photos / 'other.png').hardlink_to(photos / 'a.png')
+    before = (photos / 'a.png').read_bytes()
+    for more in ([], ['--again']):
+        assert 'would replace the photograph' in error_of(capsys, photos / 'a.png', '--name', 'other', *more)
+    assert (photos / 'other.png').read_bytes() == before
+
+
 def test_a_side_beyond_jpeg_is_told(tmp_path, capsys):
     write_png(tmp_path / 'long.png', np.zeros((1, 9000, 3), np.uint8))
     said = error_of(capsys, tmp_path / 'long.png', '--scale', 8, '--format', 'jpg')

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.image import find_images
 from error import UserError
-from system.files import some, write_atomic
+from system.files import folded, some, write_atomic
 
 KINDS = ('SR', 'LR', 'HR', 'attention')  # of our own images, `<name>_x<scale>_<kind>.png`
 SOURCE = '.source'  # a note, beside images, of the folder that they were made from
@@ -62,15 +62,15 @@ def _choose(name: str, files: list[Path]) -> Path:
 def output_names(files: Sequence[Path]) -> list[str]:
     """A name of its own for every file: its stem, or its stem and suffix where several share a stem.
 
-    Names that differ in upper and lower case alone count as one, since some file systems take them so.
+    Names that are `folded` to the same count as one.
     """
-    stems = Counter(path.stem.lower() for path in files)
+    stems = Counter(folded(path.stem) for path in files)
     names: dict[str, str] = {}
     for path in files:
-        name = path.stem if stems[path.stem.lower()] == 1 else path.name
-        while name.lower() in names:
+        name = path.stem if stems[folded(path.stem)] == 1 else path.name
+        while folded(name) in names:
             name += '_'
-        names[name.lower()] = name
+        names[folded(name)] = name
     return list(names.values())
 
 

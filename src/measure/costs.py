@@ -128,7 +128,7 @@ def repeated(call: Callable[[], object], device: str, least: int = 1) -> list[fl
 
 def timed(call: Callable[[], object], device: str) -> float:
     """Seconds of a call, to its end on the device."""
-    at: Any = {'cuda': torch.cuda, 'mps': torch.mps}.get(device, torch.cpu)
+    at: Any = torch.cuda if device == 'cuda' else torch.cpu
     at.synchronize()
     start = time.perf_counter()
     call()

@@ -132,10 +132,14 @@ def memory_size(text: str) -> int:
 
 def names(text: str) -> list[str]:
     """Sets joined by '+', or one path to a folder; paths are made absolute."""
-    found = [text] if Path(text).is_dir() and os.sep in text else [name for name in text.split('+') if name]
+
+    def is_path(name: str) -> bool:
+        return os.sep in name or '/' in name
+
+    found = [text] if Path(text).is_dir() and is_path(text) else [name for name in text.split('+') if name]
     if not found:
         raise argparse.ArgumentTypeError(f'{text!r} names no set')
-    return [str(folder(name)) if os.sep in name or '/' in name else name for name in found]
+    return [str(folder(name)) if is_path(name) else name for name in found]
 
 
 def scales(text: str) -> int | list[int]:

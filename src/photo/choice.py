@@ -76,7 +76,7 @@ def list_weights(folder: Path) -> list[Weights]:
     out, and the log says why.
     """
     found = []
-    for file in sorted(folder.glob('*')):
+    for file in sorted(folder.glob('[!.]*')):
         if file.suffix not in SUFFIXES:
             continue
         try:
@@ -146,7 +146,7 @@ class Networks:
     Args:
         weights: theirs, in the order of `list_weights`.
         load: gives the network of one.
-        device: where they run: cpu, cuda or mps.
+        device: where they run: cpu or cuda.
     """
 
     def __init__(self, weights: list[Weights], load: Callable[[Weights], Model], device: str) -> None:

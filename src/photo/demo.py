@@ -46,8 +46,8 @@ def enlarge_folder(model: Model, source: Path, target: Path, limit: int | None =
     outcome = enlarge_photos(plan.jobs, networks, format, limit)
     seconds = (time.perf_counter() - start) / len(files)
     log.info('Enlarged by %d, %.2f s an image: %d in %s', model.scale, seconds, outcome.done, target)
-    if others := [path for path in source.iterdir() if path not in files]:
-        log.info('Left out, no image files of a known kind: %s', some(sorted(path.name for path in others)))
+    if others := sorted(path.name for path in {*source.iterdir()} - {*files} if not path.name.startswith('.')):
+        log.info('Left out, no image files of a known kind: %s', some(others))
     raise_failures(plan.failures * (parallel.rank() == 0) + outcome.failures, outcome.left, len(files))
 
 

@@ -19,7 +19,7 @@ from photo.metadata import is_lossy, made_by
 from photo.size import Size, steps
 from photo.targets import MADE, Place, Source
 from photo.writing import Format, check_size, keeps
-from system.files import is_there, some
+from system.files import folded, identity, is_there, some
 
 log = logging.getLogger('frugalsr')
 
@@ -228,14 +228,14 @@ def kept_sizes(path: Path, series: Series, name: str) -> tuple[tuple[int, int], 
 
 def _check_targets(jobs: list[Job]) -> None:
     """Refuse results that would replace a photograph, or one another."""
-    sources = {job.source.resolve() for job in jobs}
+    sources = {identity(job.source) for job in jobs} - {None}
     taken: dict[str, Path] = {}
     for job in jobs:
-        if job.target.resolve() in sources:
+        if identity(job.target) in sources:
             raise UserError(
                 f'The result of {job.source} would replace the photograph {job.target}: give another --name or -o.'
             )
-        key = str(job.target.absolute()).lower()  # some file systems take both for one
+        key = folded(str(job.target.absolute()))
         if key in taken:
             raise UserError(
                 f'{taken[key]} and {job.source} would both become {job.target}: give --name {{name}}_x{{scale}}, '

@@ -3,6 +3,7 @@
 import glob
 import logging
 import string
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,8 @@ def check_name(pattern: str) -> str:
         named = [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
     except (ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f'--name {pattern}: no pattern of names; it may have {fields}.') from error
-    if not found.strip('. ') or '/' in found or '\\' in found or set(named) - set(FIELDS):
+    forbidden = set('<>:"|?*') if sys.platform == 'win32' else set()
+    if not found.strip('. ') or '/' in found or '\\' in found or set(named) - set(FIELDS) or forbidden & set(found):
         raise UserError(f'--name {pattern}: give a name without folders, of text and {fields}.')
     return pattern
 
@@ -141,7 +143,7 @@ def _expanded(text: str) -> list[Path]:
 def _folders(top: Path, recursive: bool, output: Path | None, besides: Besides) -> Iterable[Path]:
     """`top`, and with `recursive` the folders below it, but for hidden ones, `output` and those that cannot be read."""
     try:
-        inner = sorted(path for path in top.iterdir() if path.is_dir() and not path.is_symlink())
+        inner = sorted(path for path in top.iterdir() if path.is_dir() and not _is_link(path))
     except OSError as error:
         besides.failures.append(f'{top} cannot be read ({error.strerror}): check its permissions.')
         return
@@ -149,6 +151,11 @@ def _folders(top: Path, recursive: bool, output: Path | None, besides: Besides) 
     for folder in inner if recursive else []:
         if not folder.name.startswith('.') and (output is None or folder.resolve() != output.resolve()):
             yield from _folders(folder, recursive, output, besides)
+
+
+def _is_link(path: Path) -> bool:
+    """Whether a folder leads elsewhere: a link, or a junction of Windows, which Python knows from 3.12 on."""
+    return path.is_symlink() or getattr(path, 'is_junction', bool)()
 
 
 def choose_place(output: Path | None, name: str, format: Format, sources: Sequence[Source]) -> tuple[Place, Format]:

@@ -6,6 +6,8 @@ import os
 import pickle
 import secrets
 import sys
+import time
+import unicodedata
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from error import UserError, WriteError
 
+REFUSED = (0.1, 0.2, 0.5, 1, 2, 4) if sys.platform == 'win32' else ()  # seconds to the next try to rename
 ASIDE = '.frugalsr-*.tmp'  # files not yet whole; short, since the name of the file itself may be as long as one can be
 
 
@@ -31,6 +34,21 @@ def is_there(path: Path) -> bool:
         path.lstat()
         return True
     return False
+
+
+def identity(path: Path) -> object:
+    """What two paths share that lead to one file, by whatever name; None: to none."""
+    with suppress(OSError):
+        status = path.stat()
+        return (status.st_dev, status.st_ino) if status.st_ino else path.resolve()
+    return None
+
+
+def folded(name: str) -> str:
+    """What names share that a file system of macOS or Windows may take for one: they differ in case or in how letters
+    with accents are put together.
+    """
+    return unicodedata.normalize('NFC', name).casefold()
 
 
 def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], before: Path | None = None) -> None:
@@ -56,9 +74,15 @@ def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], befo
             os.fsync(stream.fileno())
             if sys.platform == 'win32':
                 stream.close()  # which cannot rename an open file
-            if before is not None and path.exists():
-                path.replace(before)
-            aside.replace(path)
+            kept = before if path.exists() else None
+            if kept is not None:
+                rename(path, kept)
+            try:
+                rename(aside, path)
+            except OSError:
+                if kept is not None:
+                    kept.replace(path)
+                raise
         _flush_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
@@ -66,6 +90,19 @@ def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], befo
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file, which may replace another one.
+
+    On Windows it is tried again for some seconds if it is refused: others, such as virus scanners, open what is new.
+    """
+    for pause in REFUSED:
+        with suppress(PermissionError):
+            old.replace(new)
+            return
+        time.sleep(pause)
+    old.replace(new)
 
 
 def sweep(folder: Path) -> None:
@@ -90,6 +127,7 @@ def lock_file(file: IO) -> None:
     if sys.platform == 'win32':
         import msvcrt
 
+        file.seek(0)  # from where on it locks
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl

@@ -18,10 +18,12 @@ def machine(device: str) -> dict[str, str]:
 
 
 def best_device() -> str:
-    """What networks run on if nobody says: cuda, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return 'cuda'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    """What networks run on if nobody says: cuda, else cpu.
+
+    Not mps: nothing was ever run there, and PyTorch before 2.13 convolves channels of a map in channels_last memory as
+    if no others stood between them (https://github.com/pytorch/pytorch/issues/180984).
+    """
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def cpu_name() -> str:
@@ -29,4 +31,4 @@ def cpu_name() -> str:
     with suppress(OSError, StopIteration):
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         return next(line.split(': ', 1)[1] for line in lines if line.startswith('model name'))
-    return platform.processor() or 'CPU'
+    return platform.processor() or platform.machine() or 'CPU'

@@ -6,6 +6,7 @@ Started by torchrun, by srun (one task a GPU), or by `--n_GPUs N`, which calls t
 import atexit
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -41,6 +42,8 @@ def share(script: str, argv: Sequence[str], processes: int, cpu: bool, work: Cal
         work()
         finish()
     elif processes > 1:
+        if sys.platform == 'win32':
+            raise UserError(f'--n_GPUs {processes}: PyTorch on Windows cannot start several processes; give 1.')
         if not cpu and (found := gpus()) < processes:
             raise UserError(f'--n_GPUs {processes}: this host has {found}; give as many or fewer, or --cpu.')
         launch(script, processes, argv)

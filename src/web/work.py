@@ -1,6 +1,7 @@
 """Images enlarged one after the other, among those of other visitors: whose turn it is, how far it is, its end."""
 
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -190,7 +191,7 @@ def pixels_of(image: Path) -> int:
 def sentence(error: Exception, image: Path) -> str:
     """What a visitor is told of an error; it does not tell folders."""
     if isinstance(error, UserError):
-        return re.sub(r'/\S+/', '', str(error))
+        return re.sub(r'/\S+/', '', str(error).replace(f'{image.parent}{os.sep}', ''))
     if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
         return f'{image.name}: memory ran out: give a smaller image.'
     log.error('%s could not be enlarged', image, exc_info=error)

@@ -59,6 +59,11 @@ def test_of_a_scale_the_best_score_is_first_and_what_has_none_is_last(folder, me
     assert [message for message in messages if re.search('notes.pt is left out: .* is not a file of weights', message)]
 
 
+def test_what_macos_puts_beside_files_is_no_weights(tmp_path, messages):
+    (tmp_path / '._A_x2.pt').write_bytes(b'\0' * 9)
+    assert list_weights(tmp_path) == [] == messages
+
+
 def test_names_may_be_anything(tmp_path):
     """The content says network and scale, of each kind of file."""
     weights(tmp_path, 'SwinIR-light_x3', 2)

@@ -70,6 +70,7 @@ def test_animations_move_and_pipes_are_told(tmp_path, messages):
     (tmp_path / 'photos').mkdir()
     frames[0].save(tmp_path / 'photos' / 'a.webp', save_all=True, append_images=frames[1:], lossless=True)
     os.mkfifo(tmp_path / 'photos' / 'b.png')
+    (tmp_path / 'photos' / '.DS_Store').write_bytes(b'')
     enlarge_folder(Model('Bicubic', 2), tmp_path / 'photos', tmp_path / 'out')
     assert 'Left out, no image files of a known kind: b.png' in messages
     with Image.open(tmp_path / 'out' / 'a_x2_SR.png') as image:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from error import WriteError
-from system import memory
-from system.files import is_there, read_torch, sweep, write_atomic
+from system import files, memory
+from system.files import folded, is_there, read_torch, sweep, write_atomic
 from tests.conftest import ROOT
 
 
@@ -90,6 +90,48 @@ def test_ctrl_c_leaves_the_old_file_alone(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(tmp_path / 'x', b'new')
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {'x': b'old'}
+
+
+@pytest.fixture
+def refusing(monkeypatch) -> list[str]:
+    """Names of files that no file can be renamed to, once for each time that one is in here."""
+    names: list[str] = []
+    replace = Path.replace
+
+    def refuse(path, target):
+        if target.name in names:
+            names.remove(target.name)
+            raise PermissionError(13, 'Permission denied')
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, 'replace', refuse)
+    return names
+
+
+def test_the_old_file_comes_back_if_the_new_one_cannot_take_its_place(tmp_path, refusing):
+    (tmp_path / 'x').write_bytes(b'old')
+    refusing.append('x')
+    with pytest.raises(WriteError, match='what was there before is unchanged'):
+        write_atomic(tmp_path / 'x', b'new', tmp_path / 'before')
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {'x': b'old'}
+
+
+def test_a_name_that_another_program_holds_for_a_while_is_waited_for(tmp_path, monkeypatch, refusing):
+    """As on Windows."""
+    monkeypatch.setattr(files, 'REFUSED', (0, 0))
+    (tmp_path / 'x').write_bytes(b'old')
+    refusing += ['x', 'x', 'before', 'before']
+    write_atomic(tmp_path / 'x', b'new', tmp_path / 'before')
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {'x': b'new', 'before': b'old'}
+    refusing += ['x'] * 3
+    with pytest.raises(WriteError, match='Permission denied'):
+        write_atomic(tmp_path / 'x', b'newer')
+    assert (tmp_path / 'x').read_bytes() == b'new'
+
+
+@pytest.mark.parametrize(('one', 'other'), [('É.png', 'e\u0301.PNG'), ('Straße', 'STRASSE'), ('IMG_1', 'img_1')])
+def test_names_that_some_file_systems_take_for_one(one, other):
+    assert folded(one) == folded(other) != folded(one + '_')
 
 
 def test_a_reader_never_sees_a_part(tmp_path):

@@ -219,3 +219,5 @@ def test_memory_that_ran_out_is_said(images):
 def test_messages_do_not_tell_folders():
     said = working.sentence(UserError('/tmp/a-b/c d.png is no image, and/or x/y'), Path('c d.png'))
     assert said == 'c d.png is no image, and/or x/y'
+    place = Path('a folder', 'Temp', 'c d.png')  # with the separators of this system, and no first one
+    assert working.sentence(UserError(f'{place} is no image'), place) == 'c d.png is no image'

@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
+from ssl import SSLCertVerificationError
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
 from error import UserError, WriteError
+from system.files import rename
 
 log = logging.getLogger('frugalsr')
 
@@ -96,7 +98,7 @@ def fetch(
             part.unlink()
         raise UserError(f'{url} gave another file than it should ({error}): {advice.instead}.') from error
     with _writing(part, advice):
-        part.replace(path)
+        rename(part, path)
 
 
 def verify(path: Path, checksum: str) -> None:
@@ -164,6 +166,11 @@ def _open(url: str, start: int, advice: Advice) -> HTTPResponse | None:
             raise BrokenError(answer) from error
         raise UserError(f'{url} could not be fetched ({answer}): {advice.instead}.') from error
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a host's name that cannot be one
+        if isinstance(getattr(error, 'reason', error), SSLCertVerificationError):
+            raise UserError(
+                f'{url} could not be fetched ({_reason(error)}): this Python has no certificate to check the server '
+                f'by; on a Mac run its Install Certificates.command, or {advice.instead}.'
+            ) from error
         raise BrokenError(_reason(error)) from error
 
 

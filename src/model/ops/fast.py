@@ -51,8 +51,8 @@ def is_installed(package: str) -> bool:
 
 
 def is_for_triton(x: Tensor) -> bool:
-    """Whether `x` is on a GPU of NVIDIA or AMD."""
-    return wanted and x.is_cuda
+    """Whether `x` is on a GPU of NVIDIA or AMD, with Triton, which PyTorch for Windows does not bring."""
+    return wanted and x.is_cuda and is_installed('triton')
 
 
 def wants_llvm() -> bool:

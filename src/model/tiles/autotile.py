@@ -34,7 +34,7 @@ class AutoTiler(Tiler):
     Args:
         overlap, fixed: as of `Tiler`; where `fixed`, the tile of the first image stays.
         batch: tiles a call, at most.
-        device: where the network runs: cpu, cuda or mps.
+        device: where the network runs, as PyTorch names it.
         limit: bytes that may be in use, on a CPU those that the process has in memory, else those of the device; None:
             four fifths of what is free may be taken, on a CPU by all processes together.
     """
@@ -66,7 +66,10 @@ class AutoTiler(Tiler):
         trim_heap()
         if memory.in_use(self.device) is None:
             if self.limit is not None:
-                raise UserError('--max_memory: this system does not tell what is in use; give --chop --chop_size.')
+                raise UserError(
+                    '--max_memory: this system does not tell what is in use; leave it out: tiles then have at most '
+                    f'{UNKNOWN} pixels a side.'
+                )
             self.size = min(self.largest, max(UNKNOWN, self.overlap + SMALLEST_STEP))
             return
         self.measured = self.measured or self._measure(upscale_tile, image)

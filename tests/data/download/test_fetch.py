@@ -3,12 +3,14 @@
 import hashlib
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -200,6 +202,21 @@ def test_no_server(server, tmp_path):
         text = message(f'http://127.0.0.1:{unused.getsockname()[1]}/x.zip', tmp_path / 'x.zip', SHA256)
     assert 'Connection refused' in text
     assert 'check the connection' in text
+
+
+def test_a_python_without_certificates(server, tmp_path, monkeypatch):
+    """Waiting would not help."""
+    tries = []
+
+    def refuse(*_, **__):
+        tries.append(1)
+        raise URLError(ssl.SSLCertVerificationError(1, 'unable to get local issuer certificate'))
+
+    monkeypatch.setattr(download, 'urlopen', refuse)
+    text = message('https://host/x.zip', tmp_path / 'x.zip', SHA256)
+    assert 'unable to get local issuer certificate' in text
+    assert 'Install Certificates.command' in text
+    assert len(tries) == 1
 
 
 @pytest.mark.parametrize('url', ['http://a..b/x.zip', 'http://', 'http://127.0.0.1:x/x.zip'])
