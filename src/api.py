@@ -20,7 +20,7 @@ from torch import Tensor
 from data.image import from_pillow, to_pillow
 from error import UserError
 from model import Model, type_name
-from model.loading.weights import SUFFIXES, load_model
+from model.loading.weights import SUFFIXES, load_model, weights_in
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import Tiler
 from options.kinds import at_home
@@ -136,7 +136,7 @@ def find_weights(weights: str | Path) -> Path:
         with suppress(OSError):  # a name that is too long
             if file.is_file():
                 return file
-    there = some(sorted(file.name for file in FOLDER.glob('*') if file.suffix in SUFFIXES)) or 'none'
+    there = some([file.name for file in weights_in(FOLDER)]) or 'none'
     raise UserError(f'{weights}: no such file of weights here or in {FOLDER}, which holds {there}.')
 
 

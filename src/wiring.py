@@ -24,7 +24,7 @@ from loss.distill import Teacher
 from model import NETWORKS, Model, all_settings, type_name
 from model.loading.description import Description
 from model.loading.detect import nearest, recognise
-from model.loading.weights import Origin, load_model, load_weights, read_weights
+from model.loading.weights import Origin, load_model, load_weights, read_weights, weights_in
 from model.ops.recompute import recompute
 from model.tiles.autotile import AutoTiler
 from model.tiles.tiling import MeanTiler, Tiler
@@ -49,7 +49,7 @@ log = logging.getLogger('frugalsr')
 
 
 def device(args: Namespace) -> str:
-    """What networks run on: a GPU if there is one, or the CPU, too if the options say so."""
+    """What networks run on: a GPU if there is one, unless the options say the CPU; else the CPU."""
     return 'cpu' if args.cpu or args.n_GPUs == 0 else best_device()
 
 
@@ -78,8 +78,7 @@ def weights_file(args: Namespace, option: str = 'pre_train') -> Path:
     if not path.is_file():
         path = args.extend / path
     if not path.is_file():
-        files = sorted(file.name for file in args.extend.glob('*') if file.suffix in ('.pt', '.pth', '.safetensors'))
-        there = some(files) or 'none'
+        there = some([file.name for file in weights_in(args.extend)]) or 'none'
         official = TABLE.get(path.stem)
         known = official is not None and not official.by_hand and official.file == path.name
         fetched = f", or get the authors' with python src/prepare.py weights {path.stem}" if known else ''

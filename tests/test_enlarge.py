@@ -19,8 +19,9 @@ import enlarge
 from data.frames import Series, read_frames, read_series
 from data.image import read_photo, write_png
 from data.imresize import resize, upscale_bicubic
-from error import WriteError
+from error import UserError, WriteError
 from photo.metadata import made_by
+from photo.targets import check_name, find_sources
 from tests.conftest import ROOT, picture
 
 PLAIN = ['--cpu', '--model', 'Bicubic']
@@ -330,6 +331,20 @@ def test_a_photograph_is_not_replaced_by_its_own_result_under_another_name(photo
     for more in ([], ['--again']):
         assert 'would replace the photograph' in error_of(capsys, photos / 'a.png', '--name', 'other', *more)
     assert (photos / 'other.png').read_bytes() == before
+
+
+def test_what_windows_alone_refuses_or_has(monkeypatch, tmp_path):
+    (tmp_path / 'junction').mkdir()
+    write_png(tmp_path / 'junction' / 'a.png', picture(0, 9, 9))
+    write_png(tmp_path / 'b.png', picture(0, 9, 9))
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    with pytest.raises(UserError, match=r'no name can have : \? in it'):
+        check_name('{stem}:{scale}?')
+    monkeypatch.undo()
+    assert check_name('{stem}:{scale}?')
+    monkeypatch.setattr(Path, 'is_junction', lambda path: path.name == 'junction', raising=False)
+    sources, _ = find_sources([str(tmp_path)], True, None)
+    assert [source.path.name for source in sources] == ['b.png']
 
 
 def test_a_side_beyond_jpeg_is_told(tmp_path, capsys):

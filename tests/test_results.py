@@ -130,6 +130,7 @@ def test_newer_weights_are_measured_again(folder):
 
 def test_what_is_missing_is_told(tmp_path, capsys):
     (tmp_path / 'models').mkdir()
+    (tmp_path / 'models' / '._ASID_x4.pt').touch()  # as macOS puts it beside a file
     assert results.main(options(tmp_path)) == 2
     assert str(tmp_path / 'models') in capsys.readouterr().err
     (tmp_path / 'models' / 'mine.pt').touch()

@@ -88,7 +88,7 @@ def find_set(name: str, dir_data: Path, benchmark: Path, span: Range | None = No
             found = _from_folders(name, folders, layout.channels)
             return _ranged(found, span) if name == 'DIV2K' and span else found
     tried = ', '.join(str(root / layout.folders[0][0]) for root in roots)
-    there = ', '.join(sorted(path.name for path in dir_data.iterdir())[:8]) if dir_data.is_dir() else ''
+    there = ', '.join(sorted(path.name for path in dir_data.glob('[!.]*'))[:8]) if dir_data.is_dir() else ''
     state = f'which holds {there or "nothing"}' if dir_data.is_dir() else 'which does not exist'
     archives = name if name in LAYOUTS else 'benchmark' if name in BENCHMARKS else ''
     raise UserError(

@@ -37,7 +37,6 @@ from model.blocks.windows import MOST_WINDOW, hidden_width, init_linear
 from model.common import (
     NetworkSpec,
     at_least_float32,
-    check_divides,
     check_least,
     check_numbers,
     conv,
@@ -245,7 +244,8 @@ class HiTSRF(Frame):
     ) -> None:
         check_least('net n_cells', n_cells, 1)
         check_least('n_feats', n_feats, REDUCTION)
-        check_divides('n_heads', 2 * n_heads, n_feats)
+        if n_feats % (2 * n_heads):
+            raise UserError(f'--n_heads {n_heads}: twice that does not divide --n_feats {n_feats}; choose another.')
         windows = check_windows(window_sizes, n_cells)
         hidden = hidden_width(n_feats, mlp_ratio)
         sides = list(islice(cycle(windows), n_resblocks))

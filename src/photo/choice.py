@@ -9,7 +9,7 @@ from pathlib import Path
 
 from error import UserError
 from model import Model
-from model.loading.weights import SUFFIXES, recognise_file
+from model.loading.weights import recognise_file, weights_in
 from photo.size import LARGEST
 from system.files import some
 
@@ -76,9 +76,7 @@ def list_weights(folder: Path) -> list[Weights]:
     out, and the log says why.
     """
     found = []
-    for file in sorted(folder.glob('[!.]*')):
-        if file.suffix not in SUFFIXES:
-            continue
+    for file in weights_in(folder):
         try:
             network = recognise_file(file, named_scale(file))
         except UserError as error:

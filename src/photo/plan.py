@@ -227,7 +227,7 @@ def kept_sizes(path: Path, series: Series, name: str) -> tuple[tuple[int, int], 
 
 
 def _check_targets(jobs: list[Job]) -> None:
-    """Refuse results that would replace a photograph, or one another."""
+    """Refuse results that would replace a photograph, or another name of its file, or one another."""
     sources = {identity(job.source) for job in jobs} - {None}
     taken: dict[str, Path] = {}
     for job in jobs:
@@ -239,6 +239,6 @@ def _check_targets(jobs: list[Job]) -> None:
         if key in taken:
             raise UserError(
                 f'{taken[key]} and {job.source} would both become {job.target}: give --name {{name}}_x{{scale}}, '
-                'or -r with -o.'
+                '-r with -o, or each an -o of its own.'
             )
         taken[key] = job.source

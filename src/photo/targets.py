@@ -14,7 +14,7 @@ from error import UserError
 from options.kinds import at_home
 from photo.metadata import made_by
 from photo.writing import SUFFIXES, Format
-from system.files import is_there, some
+from system.files import identity, is_there, some
 
 log = logging.getLogger('frugalsr')
 
@@ -80,8 +80,9 @@ def check_name(pattern: str) -> str:
         named = [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
     except (ValueError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f'--name {pattern}: no pattern of names; it may have {fields}.') from error
-    forbidden = set('<>:"|?*') if sys.platform == 'win32' else set()
-    if not found.strip('. ') or '/' in found or '\\' in found or set(named) - set(FIELDS) or forbidden & set(found):
+    if sys.platform == 'win32' and (bad := sorted(set('<>:"|?*') & set(found))):
+        raise UserError(f'--name {pattern}: no name can have {" ".join(bad)} in it; leave that out.')
+    if not found.strip('. ') or '/' in found or '\\' in found or set(named) - set(FIELDS):
         raise UserError(f'--name {pattern}: give a name without folders, of text and {fields}.')
     return pattern
 
@@ -149,7 +150,7 @@ def _folders(top: Path, recursive: bool, output: Path | None, besides: Besides) 
         return
     yield top
     for folder in inner if recursive else []:
-        if not folder.name.startswith('.') and (output is None or folder.resolve() != output.resolve()):
+        if not folder.name.startswith('.') and (output is None or identity(folder) != identity(output)):
             yield from _folders(folder, recursive, output, besides)
 
 

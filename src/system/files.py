@@ -48,7 +48,7 @@ def folded(name: str) -> str:
     """What names share that a file system of macOS or Windows may take for one: they differ in case or in how letters
     with accents are put together.
     """
-    return unicodedata.normalize('NFC', name).casefold()
+    return unicodedata.normalize('NFC', name).lower()
 
 
 def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], before: Path | None = None) -> None:
@@ -81,7 +81,7 @@ def write_atomic(path: Path, content: bytes | memoryview | Iterator[bytes], befo
                 rename(aside, path)
             except OSError:
                 if kept is not None:
-                    kept.replace(path)
+                    rename(kept, path)
                 raise
         _flush_folder(path.parent)
     except OSError as error:

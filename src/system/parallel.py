@@ -35,7 +35,7 @@ def share(script: str, argv: Sequence[str], processes: int, cpu: bool, work: Cal
         work: what one process does.
 
     Raises:
-        UserError: there are not as many GPUs; or what `work` raises.
+        UserError: there are not as many GPUs, or this is Windows; or what `work` raises.
     """
     if launched():
         start(cpu or processes == 0 or best_device() == 'cpu')

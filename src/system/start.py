@@ -8,7 +8,7 @@ from system.threads import let_threads_sleep
 
 
 def tune_process() -> None:
-    """Have memory kept and threads sleep, as is best for networks on a CPU; before PyTorch is loaded."""
+    """Have memory kept, threads sleep, and Ctrl-C come to this program; before PyTorch is loaded."""
     tune_malloc()
     let_threads_sleep()
     if sys.platform == 'win32':  # or Intel's Fortran, which SciPy of conda brings, ends the program at Ctrl-C

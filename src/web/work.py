@@ -1,7 +1,6 @@
 """Images enlarged one after the other, among those of other visitors: whose turn it is, how far it is, its end."""
 
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -168,7 +167,7 @@ def work(images: Sequence[Path], enlarge: Enlarge, folder: Path, line: Line, sto
                 state.stopped = True
                 break
             except Exception as error:
-                state.failures.append(sentence(error, image))
+                state.failures.append(sentence(error, image, folder))
             state.seconds = worked + turn.seconds
             yield state
         state.ended = True
@@ -188,10 +187,14 @@ def pixels_of(image: Path) -> int:
         return 1
 
 
-def sentence(error: Exception, image: Path) -> str:
-    """What a visitor is told of an error; it does not tell folders."""
+def sentence(error: Exception, image: Path, results: Path | None = None) -> str:
+    """What a visitor is told of an error; it does not tell folders: not that of the image, that of results, nor others
+    without spaces.
+    """
     if isinstance(error, UserError):
-        return re.sub(r'/\S+/', '', str(error).replace(f'{image.parent}{os.sep}', ''))
+        folders = sorted({str(folder.absolute()) for folder in (image.parent, results or image.parent)}, key=len)
+        known = '|'.join(map(re.escape, reversed(folders)))  # one may be in the other
+        return re.sub(rf'({known})[/\\](\S+[/\\])?|([A-Za-z]:)?[/\\]\S+[/\\]', '', str(error))
     if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
         return f'{image.name}: memory ran out: give a smaller image.'
     log.error('%s could not be enlarged', image, exc_info=error)

@@ -238,7 +238,7 @@ def test_nothing_grows_with_the_square_of_a_window() -> None:
         ({'window_sizes': '520'}, 'window_sizes=520: 520 with n_cells 8 would fill the memory'),
         ({'window_sizes': '65', 'n_cells': 65}, 'window_sizes=65: 65 with n_cells 65 would fill the memory'),
         ({'window_sizes': '4,8'}, 'window_sizes=4,8: whole numbers from 1 on with a dash between two'),
-        ({'n_heads': 4}, '--n_heads 8 does not divide --n_feats 60'),
+        ({'n_heads': 4}, '--n_heads 4: twice that does not divide --n_feats 60'),
         ({'n_cells': 0}, '--net n_cells=0: choose 1 or more'),
         ({'n_cells': -4}, '--net n_cells=-4: choose 1 or more'),
         ({'n_feats': 4, 'n_heads': 2}, '--n_feats=4: choose 5 or more'),

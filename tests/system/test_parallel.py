@@ -13,6 +13,7 @@ import torch
 
 import main
 from data.image import read_rgb, write_png
+from error import UserError
 from system import parallel
 from system.parallel import Batches, rank_indices
 from tests.conftest import ROOT, picture
@@ -30,6 +31,12 @@ def run(data: Path, *options: str, launcher: list[str] | None = None) -> subproc
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     command = [*(launcher or PROGRAM), *arguments(data, *options)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_windows_has_one_process(monkeypatch):
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    with pytest.raises(UserError, match='--n_GPUs 2: PyTorch on Windows'):
+        parallel.share('main.py', [], 2, cpu=True, work=lambda: None)
 
 
 @pytest.mark.parametrize('batch_size', [4, 7, 8])

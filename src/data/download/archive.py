@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from data.image import SUFFIXES
 from error import UserError, WriteError
+from system.files import rename
 
 DIV2K = 'https://data.vision.ee.ethz.ch/cvl/DIV2K'
 EDSR = 'https://cv.snu.ac.kr/research/EDSR'
@@ -173,7 +174,7 @@ def _move(aside: Path, into: Path) -> list[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.is_dir():
                 target.rmdir()
-            folder.rename(target)
+            rename(folder, target)
             new.append(target)
     return new
 

@@ -168,8 +168,8 @@ def _open(url: str, start: int, advice: Advice) -> HTTPResponse | None:
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a host's name that cannot be one
         if isinstance(getattr(error, 'reason', error), SSLCertVerificationError):
             raise UserError(
-                f'{url} could not be fetched ({_reason(error)}): this Python has no certificate to check the server '
-                f'by; on a Mac run its Install Certificates.command, or {advice.instead}.'
+                f'{url} could not be fetched ({_reason(error)}): the server could not be trusted; if that is so of all '
+                f"servers, on a Mac run Python's Install Certificates.command; or {advice.instead}."
             ) from error
         raise BrokenError(_reason(error)) from error
 

@@ -31,6 +31,11 @@ WRAPPERS = (
 DEEPEST = 4  # wrappers within wrappers
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """The files of weights in a folder by name, but for hidden ones, which macOS puts beside others."""
+    return sorted(path for path in folder.glob('[!.]*') if path.suffix in SUFFIXES)
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where the weights of a network come from.

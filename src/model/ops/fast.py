@@ -20,6 +20,7 @@ T = TypeVar('T')
 Function = TypeVar('Function', bound=Callable[..., Any])
 library = torch.library.Library('frugalsr', 'FRAGMENT')
 log = logging.getLogger('frugalsr')
+TRITON = find_spec('triton') is not None  # a constant, for traces of a network ask for it
 failed: set[str] = set()  # modules whose kernels did not run
 wanted = os.environ.get('FRUGALSR_KERNELS') != 'off'
 
@@ -52,7 +53,7 @@ def is_installed(package: str) -> bool:
 
 def is_for_triton(x: Tensor) -> bool:
     """Whether `x` is on a GPU of NVIDIA or AMD, with Triton, which PyTorch for Windows does not bring."""
-    return wanted and x.is_cuda and is_installed('triton')
+    return wanted and x.is_cuda and TRITON
 
 
 def wants_llvm() -> bool:

@@ -49,7 +49,7 @@ class LayerNorm(torch.autograd.Function):
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(..., C) to the same shape, each row of mean 0 and variance 1, times `weight` (C,), plus `bias` (C,).
 
-    Computed in the type of the weights; on a GPU the result has the type of `x`, also under autocast.
+    Computed in the type of the weights; on a GPU with Triton the result has the type of `x`, also under autocast.
     """
     if is_for_triton(x) and not torch.compiler.is_compiling():
         return LayerNorm.apply(x, weight, bias, eps)

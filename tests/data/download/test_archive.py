@@ -200,7 +200,7 @@ def test_a_killed_run(tmp_path, folders):
 
 
 def unpack_and_die(path: Path, into: Path, folders: int) -> None:
-    rename = Path.rename
+    rename = Path.replace
     renamed: list[Path] = []
 
     def killed(self: Path, target: Path) -> Path:
@@ -209,7 +209,7 @@ def unpack_and_die(path: Path, into: Path, folders: int) -> None:
         renamed.append(target)
         return rename(self, target)
 
-    Path.rename = killed  # type: ignore[method-assign,assignment]
+    Path.replace = killed  # type: ignore[method-assign,assignment]
     unpack(path, into)
 
 

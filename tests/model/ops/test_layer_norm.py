@@ -98,7 +98,7 @@ def test_the_door_on_a_gpu(on_gpu: None) -> None:
     assert not fast.failed
 
 
-def test_without_triton_the_plain_form_is_taken_and_it_is_said_once(
+def test_if_the_kernel_cannot_be_imported_the_plain_form_is_taken_and_it_is_said_once(
     on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, 'model.ops.triton.layer_norm', None)

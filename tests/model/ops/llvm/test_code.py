@@ -43,7 +43,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_openmp_of_pytorch_is_found_where_its_packages_for_arm_have_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maps = Path('/proc/self/maps').read_text().split()
+    maps = [line.split(maxsplit=5)[-1] for line in Path('/proc/self/maps').read_text().splitlines()]
     loaded = next(place for place in maps if '/torch' in place and Path(place).name.startswith('libgomp'))
     link = tmp_path / 'torch.libs' / 'libgomp-1a2b3c.so.1.0.0'
     link.parent.mkdir()
