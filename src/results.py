@@ -128,7 +128,7 @@ def run(args: Namespace) -> None:
 
 def files(place: Path, pattern: str, told: str) -> list[Path]:
     """The weights in a folder, which option `told` names."""
-    found = sorted(path for path in place.glob(pattern) if not path.name.startswith('.'))
+    found = sorted(place.glob(f'[!.]{pattern}'))  # no hidden ones
     if not found:
         raise UserError(f'{place} holds no weights ({pattern}): give their folder with {told}.')
     return found

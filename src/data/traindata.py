@@ -89,8 +89,9 @@ class TrainData(Dataset):
         self.sets, self.patch_size, self.seed, self.augment = sets, patch_size, seed, augment
         self.scale, self.skip_bad, self.degradation = sets[0].scale, skip_bad, degradation
         self.images = [(images, index) for images in sets for index in range(len(images))]
-        areas = [area for images in sets for area in images.areas()] if by_area else []
-        self.area_ends = np.cumsum(areas, dtype=np.int64) if by_area else None
+        self.area_ends = (
+            np.cumsum(np.concatenate([images.areas() for images in sets]), dtype=np.int64) if by_area else None
+        )
 
     def __getitem__(self, number: int) -> Sample:
         """Sample `number`.
