@@ -5,7 +5,7 @@ log.txt         for people
 metrics.jsonl   for machines: one line an epoch
 results.json    the last evaluation
 report.html     all of it on one page
-loss.png, gradient_norm.png, test_<Set>.png
+loss.png, gradient_norm.png, test_<Set>.png, comparison-<Set>.png
 model/          model_latest.pt, model_best.pt, model_<epoch>.pt
 state.pt        everything a run continues from: weights and their average, optimiser, counters, log, options
 state_before.pt the state before it
@@ -44,8 +44,7 @@ STATE = {
 }  # fmt: skip
 
 OURS = (
-    'state.pt',
-    'state_before.pt',
+    *STATES,
     'config.txt',
     'log.txt',
     'metrics.jsonl',

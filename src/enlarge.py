@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING
 from error import UserError, exit_status, run_program
 from options.kinds import Parser, count, folder, memory_size, natural, number
 from options.table import ROOT
-from system.start import tune_process
+from photo.size import LARGEST
+from system.start import share, tune_process
 
 if TYPE_CHECKING:
     from photo.choice import Networks
@@ -47,7 +47,8 @@ def build_parser() -> Parser:
         '{width}, {height} (default: {stem}_x{scale}, for a size {stem}_{width}x{height})')  # fmt: skip
     add('--again', action='store_true', help='make what is done already too, and replace files of other programs')
     add = parser.add_argument_group('size').add_argument
-    add('--scale', metavar='X', type=number(float, 0, 8, open_low=True), help='factor, such as 2 or 1.5 (default: 4)')
+    factor = number(float, 0, LARGEST, open_low=True)
+    add('--scale', metavar='X', type=factor, help='factor, such as 2 or 1.5 (default: 4)')
     add('--fit', metavar='WxH', type=frame, help='as large as fits into a frame, such as 3840x2160')
     add('--width', metavar='N', type=count, help='pixels of the result')
     add('--height', metavar='N', type=count, help='pixels of the result')
@@ -117,15 +118,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def run(args: Namespace, argv: Sequence[str]) -> None:
     """Enlarge what the options say, in several processes if they say so."""
-    try:
-        from system import parallel
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
-        ) from error
-
-    script = os.path.abspath(__file__)  # noqa: PTH100
-    parallel.share(script, argv, args.n_GPUs, args.cpu, lambda: enlarge(args))
+    share(__file__, argv, args.n_GPUs, args.cpu, lambda: enlarge(args))
 
 
 def enlarge(args: Namespace) -> None:

@@ -64,19 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> Parser:
     """The options of league.py."""
     parser = Parser(prog='league.py', description=__doc__.split('\n\n', maxsplit=1)[1])
-    parser.add_argument(
-        '--minutes', type=number(float, 0, open_low=True), default=60.0, help='of each network (default: %(default)g)'
-    )
-    parser.add_argument(
-        '--networks', metavar='NAMES', default='+'.join(NETWORKS), help='joined by + (default: %(default)s)'
-    )
+    parser.add_argument('--minutes', type=number(float, 0, open_low=True), default=60, help='of each network')
+    parser.add_argument('--networks', metavar='NAMES', default='+'.join(NETWORKS), help='joined by +')
     for name, place, what in (
         ('save_dir', ROOT / 'experiment' / 'league', 'folder of the runs'),
         ('out', ROOT / 'docs' / 'LEAGUE.md', 'file to write'),
     ):
-        parser.add_argument(
-            f'--{name}', metavar='PATH', type=folder, default=place, help=f'{what} (default: %(default)s)'
-        )
+        parser.add_argument(f'--{name}', metavar='PATH', type=folder, default=place, help=what)
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     return parser
 

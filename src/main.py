@@ -6,7 +6,6 @@ The parts are imported inside the functions that wire them, so that `--help` and
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ import option
 from error import UserError, exit_status, noting, out_of_memory, raise_noted, run_program
 from options.config import changes, write_config
 from options.measured import cost_models, cost_scales, several_forms
-from system.start import tune_process
+from system.start import share, tune_process
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,15 +62,7 @@ def explain(error: Exception) -> str:
 
 def run(args: Namespace, argv: Sequence[str] = ()) -> None:
     """Do what the options say: measure costs, score files, test, or train; in several processes if they say so."""
-    try:
-        from system import parallel
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f'{error.name} is missing in {sys.executable}: use .venv/bin/python, or pip install -r requirements.txt.'
-        ) from error
-
-    script = os.path.abspath(__file__)  # noqa: PTH100
-    parallel.share(script, argv, args.n_GPUs, args.cpu, lambda: run_here(args))
+    share(__file__, argv, args.n_GPUs, args.cpu, lambda: run_here(args))
 
 
 def run_here(args: Namespace) -> None:

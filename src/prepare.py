@@ -167,7 +167,7 @@ def get(archive: Archive, dir_data: Path, mirror: str | None) -> None:
     Raises:
         UserError: no connection, no room, or not the archive it should be.
     """
-    from data.download.archive import has_images, unpack
+    from data.download.archive import unpack
     from data.download.fetch import fetch, verify
 
     if not missing(archive, dir_data):
@@ -183,8 +183,7 @@ def get(archive: Archive, dir_data: Path, mirror: str | None) -> None:
         fetch(url, path, archive.checksum, archive.size)
     for folder in unpack(path, dir_data / archive.into):
         log.info('Unpacked %s', folder)
-    absent = [dir_data / folder for folder in archive.images if not has_images(dir_data / folder)]
-    if absent:
+    if absent := missing(archive, dir_data):
         raise UserError(f'{path} has no images for {absent[0]}: remove it and name another place with --mirror.')
     if not given:
         path.unlink()

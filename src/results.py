@@ -83,12 +83,11 @@ def build_parser() -> Parser:
         description='Measure weights on the benchmarks and write docs/RESULTS.md; what is measured of them already is '
         'kept.',
     )
-    root = ROOT
     for name, place, what in (
-        ('dir_data', root / 'dataset', 'folder of the image sets'),
-        ('extend', root / 'models', 'folder of the weights'),
-        ('save_dir', root / 'experiment' / 'results', 'folder of the runs'),
-        ('out', root / 'docs' / 'RESULTS.md', 'file to write'),
+        ('dir_data', ROOT / 'dataset', 'folder of the image sets'),
+        ('extend', ROOT / 'models', 'folder of the weights'),
+        ('save_dir', ROOT / 'experiment' / 'results', 'folder of the runs'),
+        ('out', ROOT / 'docs' / 'RESULTS.md', 'file to write'),
     ):
         parser.add_argument(f'--{name}', metavar='PATH', type=folder, default=place, help=what)
     parser.add_argument(

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from data.image import write_png
+
+if TYPE_CHECKING:
+    from model.blocks.pixels import LayerNorm2d
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
@@ -78,6 +81,16 @@ def slow(*cases: object) -> list:
 def numbers(*shape: int, seed: int = 1) -> Tensor:
     """Normally distributed float64 numbers."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def some_norm(n_feats: int) -> 'LayerNorm2d':
+    """A float64 norm whose weight and bias are not those that it starts with."""
+    from model.blocks.pixels import LayerNorm2d  # which imports Triton
+
+    norm = LayerNorm2d(n_feats, 1e-5).double()
+    for seed, parameter in enumerate(norm.parameters()):
+        parameter.data = numbers(n_feats, seed=seed)
+    return norm
 
 
 def picture(seed: int, height: int, width: int) -> np.ndarray:

@@ -26,6 +26,7 @@ import networks
 import option
 import wiring
 from data.image import read_rgb, write_png
+from data.traindata import turn
 from error import UserError
 from options.config import read_config
 from report import picture as pictures
@@ -367,7 +368,8 @@ def test_what_is_said_of_the_weights(data_folder, no_curves):
 def pieces(data: Path, *options: str) -> list[tuple[str, np.ndarray]]:
     """The first HR patches that a training run learns from, with the image each is cut from."""
     patches = wiring.train_data(option.parse(arguments(data, EDSR, *options)))
-    _, hr = default_collate([patches[i] for i in range(30)]).flipped(torch.device('cpu'))
+    batch = default_collate([patches[i] for i in range(30)])
+    hr = turn(batch.hr, batch.flips)
     return [(patches.name(i), patch.permute(1, 2, 0).numpy()) for i, patch in enumerate(hr)]
 
 

@@ -82,7 +82,7 @@ def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
                 else:
                     page = source_of(path, file, image, number) if number else first
                     samples, duration = page.read(), 0
-                found = as_photo(samples, page.icc, page.chunks, first.frames), float(duration)
+                found = as_photo(samples, page.icc, page.chunks), float(duration)
             yield found
 
 

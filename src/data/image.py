@@ -1,8 +1,7 @@
 """Image files in and out, as the program has them in memory."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,8 +23,7 @@ class Photo:
     """An upright image: `color` (H, W, 3) uint8 or uint16, `alpha` (H, W) of the same type or None if it has none.
 
     `grey` tells that the file had one colour channel, repeated three times in `color`; `icc` is its colour profile, and
-    `chunks` are other statements on its colours, PNG chunks by name. `frames` is how many images the file holds, of
-    which this is the first.
+    `chunks` are other statements on its colours, PNG chunks by name.
     """
 
     color: np.ndarray
@@ -33,7 +31,6 @@ class Photo:
     grey: bool
     icc: bytes | None = None
     chunks: Mapping[bytes, bytes] = field(default_factory=dict)
-    frames: int = 1
 
     @property
     def samples(self) -> np.ndarray:
@@ -70,21 +67,16 @@ def read_photo(path: Path) -> Photo:
         samples = source.read()
         if source.frames > 1:
             note(f'only the first of its {source.frames} images is read')
-        return as_photo(samples, source.icc, source.chunks, source.frames)
+        return as_photo(samples, source.icc, source.chunks)
 
 
-def as_photo(
-    samples: np.ndarray,
-    icc: bytes | None,
-    chunks: Mapping[bytes, bytes] = MappingProxyType({}),
-    frames: int = 1,
-) -> Photo:
+def as_photo(samples: np.ndarray, icc: bytes | None, chunks: Mapping[bytes, bytes] = MappingProxyType({})) -> Photo:
     """A photograph of samples (H, W, C), where C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
     channels = samples.shape[2]
     grey = channels < 3
     color = samples[..., :1].repeat(3, axis=2) if grey else np.ascontiguousarray(samples[..., :3])
     alpha = np.ascontiguousarray(samples[..., -1]) if channels in (2, 4) else None
-    return Photo(color, alpha, grey, icc, chunks, frames)
+    return Photo(color, alpha, grey, icc, chunks)
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -154,41 +146,28 @@ def to_pillow(samples: np.ndarray, icc: bytes | None = None) -> Image.Image:
     The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey.
     """
     image = Image.fromarray(np.ascontiguousarray(samples))
-    if fits(icc, _is_grey(samples)):
+    if fits(icc, is_grey(samples)):
         image.info['icc_profile'] = icc
     return image
 
 
-def _is_grey(samples: np.ndarray) -> bool:
+def is_grey(samples: np.ndarray) -> bool:
+    """Whether (H, W) or (H, W, C) has no more than grey and alpha."""
     return samples.ndim < 3 or samples.shape[2] < 3
 
 
 def write_png(
     path: Path, image: np.ndarray, icc: bytes | None = None, chunks: Mapping[bytes, bytes] = MappingProxyType({})
 ) -> None:
-    """`write_rows` of a whole image."""
-    write_rows([image], path, len(image), icc, chunks)
-
-
-def write_rows(
-    rows: Iterable[np.ndarray],
-    path: Path,
-    height: int,
-    icc: bytes | None = None,
-    chunks: Mapping[bytes, bytes] = MappingProxyType({}),
-) -> None:
-    """Writes uint8 or uint16 rows (some, W) or (some, W, 1 to 4), `height` in all, as PNG, whole or not.
+    """Writes (H, W) or (H, W, 1 to 4), uint8 or uint16, as a PNG file, whole or not at all.
 
     The colour profile `icc` is left out where it is not one of the image's colour space, RGB or grey; `chunks` are put
     in by name.
 
     Raises:
-        WriteError: the file cannot be written; an older one stays as it was. Errors of `rows` pass through.
+        WriteError: the file cannot be written; an older one stays as it was.
     """
-    rows = iter(rows)
-    first = next(rows)
-    kept = icc if fits(icc, _is_grey(first)) else None
-    write_atomic(path, encode_png(chain([first], rows), height, kept, chunks))
+    write_atomic(path, encode_png([image], len(image), icc if fits(icc, is_grey(image)) else None, chunks))
 
 
 def fill_hidden(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -38,11 +38,6 @@ class Sample(NamedTuple):
     flips: Tensor
     replaced: Tensor
 
-    def flipped(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """LR and HR of a batch on `device`, each sample turned there by its own flips."""
-        lr, hr, flips = (part.to(device, non_blocking=True) for part in self[:3])
-        return turn(lr, flips), turn(hr, flips)
-
 
 @dataclass(frozen=True)
 class Failure:

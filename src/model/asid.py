@@ -126,7 +126,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor, attention_map: Tensor | None) -> tuple[Tensor, Tensor]:
         cells = Cells(attention_cell(x, self.window_size, self.strided), self.strided)
         x, attention_map = self.attn(x, self.norm, attention_map, cells)
-        return self.gfn(x, self.cnorm, residual=True), attention_map
+        return self.gfn(x, self.cnorm), attention_map
 
 
 class LB(nn.Module):
@@ -151,10 +151,10 @@ class BlockC(nn.Module):
         self.gfn1, self.gfn2 = (GatedFFN(n_feats, n_feats) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cttn1(x, self.canorm1, residual=True)
-        x = self.gfn1(x, self.cnorm1, residual=True)
-        x = self.cttn2(x, self.canorm2, residual=True)
-        return self.gfn2(x, self.cnorm2, residual=True)
+        x = self.cttn1(x, self.canorm1)
+        x = self.gfn1(x, self.cnorm1)
+        x = self.cttn2(x, self.canorm2)
+        return self.gfn2(x, self.cnorm2)
 
 
 class IDSABlock(nn.Module):

@@ -339,11 +339,10 @@ class CATANet(nn.Module):
     ) -> None:
         super().__init__()
         check_divides('n_heads', n_heads, n_feats)
-        check_least('net qk_dim', qk_dim, 1)
+        check_least('qk_dim', qk_dim, 1)
         if qk_dim % n_heads:
             raise UserError(f'--n_heads {n_heads} does not divide --net qk_dim={qk_dim}: choose a divisor.')
-        if n_iters < 1:
-            raise UserError(f'--net n_iters={n_iters}: k-means takes 1 step or more.')
+        check_least('n_iters', n_iters, 1)
         numbers = {'patch_sizes': patch_sizes, 'n_centres': n_centres, 'group_sizes': group_sizes}
         sizes = [cycle(check_numbers(option, text)) for option, text in numbers.items()]
         hidden = hidden_width(n_feats, mlp_ratio)

@@ -83,10 +83,10 @@ def check_divides(option: str, divisor: int, n_feats: int) -> None:
         raise UserError(f'--{option} {divisor} does not divide --n_feats {n_feats}: choose a divisor.')
 
 
-def check_least(option: str, value: int, least: int) -> None:
-    """Refuse a setting below the least that makes a network."""
+def check_least(setting: str, value: int, least: int) -> None:
+    """Refuse a setting of `--net` below the least that makes a network."""
     if value < least:
-        raise UserError(f'--{option}={value}: choose {least} or more.')
+        raise UserError(f'--net {setting}={value}: choose {least} or more.')
 
 
 def check_odd(option: str, side: int) -> None:
@@ -251,9 +251,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 class Float32Conv(Conv):
     """3x3 or 1x1 convolution in float32 or more, also under autocast: for pixels, of which bfloat16 keeps 8 bits."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size)
 
     def forward(self, input: Tensor, **behind: Any) -> Tensor:
         with full_precision(input):

@@ -37,6 +37,7 @@ from model.common import (
     at_least_float32,
     check_divides,
     check_images,
+    check_odd,
     conv,
     full_precision,
     how_many,
@@ -82,21 +83,20 @@ class DynamicLocalAttention(nn.Module):
         self.conv1 = conv(n_feats, n_feats, 1, bias=False)
         self.conv = FilterGenerator(n_feats, n_feats // group_channels, kernel_size)
 
-    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
-        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+    def forward(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
+        """Maps (N, C, H, W), plus what is made of them normalised."""
 
         def local_attention(x: Tensor, *_: object) -> Tensor:
-            y = self.conv0(x if norm is None else norm(x))
+            y = self.conv0(norm(x))
             if y.is_cpu and not torch.is_grad_enabled() and not is_exporting():
                 y = dynamic_conv_in_strips(y, self.conv.conv1(y), self.conv.conv2, *self.conv.shape[:2])
             elif torch.is_grad_enabled():
                 y = checkpoint(self.filtered, y, use_reentrant=False, preserve_rng_state=False)
             else:
                 y = self.filtered(y)
-            y = self.conv1(y.contiguous(memory_format=torch.channels_last))
-            return x + y if residual else y
+            return x + self.conv1(y.contiguous(memory_format=torch.channels_last))
 
-        if norm is None or not residual or not is_for_llvm(x):
+        if not is_for_llvm(x):
             return local_attention(x)
         return float32_by_llvm('dynamic_conv', local_attention, x, *norm.parameters(), norm.eps, *self.parameters())
 
@@ -169,14 +169,13 @@ class SparseGlobalAttention(TransposedAttention):
         super().__init__(n_feats, n_heads)
         self.tlc_size = tlc_size
 
-    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
-        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+    def forward(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
+        """Maps (N, C, H, W), plus what is made of them normalised."""
 
         def channel_attention(x: Tensor, *_: object) -> Tensor:
-            out = self.attention(x if norm is None else norm(x))
-            return x + out if residual else out
+            return x + self.attention(norm(x))
 
-        if norm is None or not residual or not is_for_llvm(x):
+        if not is_for_llvm(x):
             return channel_attention(x)
         weights = *norm.parameters(), norm.eps, self.qkv.weight, self.qkv_dwconv.weight
         how = self.n_heads, self.layout, self.from_sums
@@ -257,8 +256,8 @@ class LocalBlock(nn.Module):
         self.IDynamic_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.IDynamicDWConv(x, self.norm1.body, residual=True)
-        return self.IDynamic_ffn(x, self.norm2.body, residual=True)
+        x = self.IDynamicDWConv(x, self.norm1.body)
+        return self.IDynamic_ffn(x, self.norm2.body)
 
 
 class GlobalBlock(nn.Module):
@@ -272,8 +271,8 @@ class GlobalBlock(nn.Module):
         self.restormer_ffn = GatedFFN(n_feats, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.restormer_attn(x, self.norm3.body, residual=True)
-        return self.restormer_ffn(x, self.norm4.body, residual=True)
+        x = self.restormer_attn(x, self.norm3.body)
+        return self.restormer_ffn(x, self.norm4.body)
 
 
 class Group(nn.Module):
@@ -337,8 +336,7 @@ class DLGSANet(nn.Module):
             raise UserError(f'--n_feats {n_feats}: the kernels are made from a quarter of them, so choose 4 or more.')
         for option, divisor in {'n_heads': n_heads, 'group_channels': group_channels}.items():
             check_divides(option, divisor, n_feats)
-        if kernel_size % 2 == 0:
-            raise UserError(f'--kernel_size {kernel_size} is even and has no pixel in the middle: choose an odd one.')
+        check_odd('kernel_size', kernel_size)
         hidden, window = hidden_width(n_feats, mlp_ratio), TLC_SIZES[scale] if tlc_size is None else tlc_size
 
         def blocks() -> Iterator[nn.Module]:

@@ -72,16 +72,16 @@ class WindowAttention(nn.Module):
         self.to_qkv = stacked(3, PointwiseConv(n_feats, 3 * n_feats))
         self.to_out = PointwiseConv(n_feats, n_feats)
 
-    def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
-        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
-        (height, width), plus = x.shape[2:], x if residual else None
-        x = reflect_pad(x, self.window_size)
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """Maps (N, C, H, W), plus what is made of them normalised."""
+        height, width = x.shape[2:]
+        padded = reflect_pad(x, self.window_size)
         cell = (self.window_size, self.window_size)
-        qkv = to_tokens(self.to_qkv(x, norm=norm), cell, strided=False)
+        qkv = to_tokens(self.to_qkv(padded, norm=norm), cell, strided=False)
         q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         table = self.relative_position_bias.unflatten(1, (2 * self.window_size - 1, -1))
-        out = to_map(biased_attention(q, k, v, table), x, cell, strided=False)
-        return self.to_out(out[..., :height, :width], plus=plus)
+        out = to_map(biased_attention(q, k, v, table), padded, cell, strided=False)
+        return self.to_out(out[..., :height, :width], plus=x)
 
 
 class DynamicKernels(nn.Sequential):
@@ -175,7 +175,7 @@ class Block(nn.Module):
         self.conv_out = conv(n_feats, n_feats, 3)
 
     def forward(self, x: Tensor, kernels: Sequence[Tensor]) -> Tensor:
-        y = self.attn(self.proj(x, self.ln_proj), self.ln_attn, residual=True)
+        y = self.attn(self.proj(x, self.ln_proj), self.ln_attn)
         for ln, ffn, pconv in zip(self.lns, self.convffns, self.pconvs, strict=True):
             y = pconv(ffn(y, ln if isinstance(ln, LayerNorm2d) else None), kernels, plus=y)
         return self.conv_out(self.ln_out(y), plus=x)

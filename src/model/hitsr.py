@@ -242,8 +242,9 @@ class HiTSRF(Frame):
         window_sizes: str = '4-8-16-32-48-64',
         mlp_ratio: float = 2.0,
     ) -> None:
-        check_least('net n_cells', n_cells, 1)
-        check_least('n_feats', n_feats, REDUCTION)
+        check_least('n_cells', n_cells, 1)
+        if n_feats < REDUCTION:
+            raise UserError(f'--n_feats {n_feats}: a fifth of them makes the queries, so choose 5 or more.')
         if n_feats % (2 * n_heads):
             raise UserError(f'--n_heads {n_heads}: twice that does not divide --n_feats {n_feats}; choose another.')
         windows = check_windows(window_sizes, n_cells)

@@ -48,8 +48,8 @@ class WindowAttention(nn.Module):
         self.to_out = nn.Sequential(TokenLinear(n_feats, n_feats, bias=False))
         self.rel_pos_bias = nn.Embedding((2 * window_size - 1) ** 2, n_heads)
 
-    def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
-        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """Maps (N, C, H, W), plus what is made of them normalised."""
         cell = attention_cell(x, self.window_size, self.strided)
         bias = look_up_bias(self.rel_pos_bias.weight, relative_positions(self.window_size, x.device))
 
@@ -57,9 +57,9 @@ class WindowAttention(nn.Module):
             tokens = to_tokens(x, cell, self.strided)
             qkv = self.to_qkv(tokens, norm=norm)
             out = self_attention(qkv, self.n_heads, bias.unsqueeze(1).to(qkv.dtype))
-            return to_map(self.to_out[0](out, plus=tokens if residual else None), x, cell, self.strided)
+            return to_map(self.to_out[0](out, plus=tokens), x, cell, self.strided)
 
-        if norm is None or not residual or not is_for_llvm(x):
+        if not is_for_llvm(x):
             return window_attention(x)
         weights = self.to_qkv.weight, bias, self.to_out.get_parameter('0.weight')
         around = norm.weight, norm.bias, norm.eps
@@ -75,7 +75,7 @@ class Residual(nn.Module):
         self.fn = fn
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fn(x, norm=self.norm, residual=True)
+        return self.fn(x, self.norm)
 
 
 class OSABlock(nn.Module):

@@ -80,7 +80,7 @@ class PAN(nn.Module):
         super().__init__()
         if n_feats < 2:
             raise UserError(f'--n_feats {n_feats}: the branches have half of them each, so choose 2 or more.')
-        check_least('net n_up_feats', n_up_feats, 1)
+        check_least('n_up_feats', n_up_feats, 1)
         self.scale = scale
         self.steps = (2, 2) if scale == 4 else (scale,)
         self.conv_first = conv(3, n_feats, 3)

@@ -246,7 +246,7 @@ def enlarged_seamless(model: Model, photo: Photo, report: Report = unreported) -
 
 
 def _with_samples(photo: Photo, samples: np.ndarray) -> Photo:
-    return as_photo(samples[..., None] if samples.ndim == 2 else samples, photo.icc, photo.chunks, photo.frames)
+    return as_photo(samples[..., None] if samples.ndim == 2 else samples, photo.icc, photo.chunks)
 
 
 def enlarged(model: Model, photo: Photo, report: Report = unreported) -> Iterator[np.ndarray]:

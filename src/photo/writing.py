@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.image import eight_bits, in_strips
+from data.image import eight_bits, in_strips, is_grey
 from data.png import encode_apng, encode_png
 from data.profile import fits
 from error import UserError
@@ -149,13 +149,9 @@ def write_result(
     write_atomic(path, content)
 
 
-def _is_grey(samples: np.ndarray) -> bool:
-    return samples.ndim < 3 or samples.shape[2] < 3
-
-
 def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) -> None:
     """Log what a format cannot keep."""
-    if colours.lost_in(name, _is_grey(samples)):
+    if colours.lost_in(name, is_grey(samples)):
         log.warning('%s: %s cannot keep all that the file says of its colours.', path, name)
     if name == 'gif':
         log.info('%s: gif has 256 colours an image, to which others are reduced.', path)
@@ -166,7 +162,7 @@ def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) ->
 def _png_says(samples: np.ndarray, colours: Colours, metadata: Metadata) -> tuple[bytes | None, dict[bytes, bytes]]:
     """The profile and the chunks of a PNG file."""
     chunks = {**colours.chunks, b'eXIf': metadata.exif.tobytes()[6:]}
-    return colours.fitting(_is_grey(samples)), chunks | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
+    return colours.fitting(is_grey(samples)), chunks | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
 
 
 def _tiff(pages: Iterable[np.ndarray], count: int, colours: Colours, metadata: Metadata) -> Iterator[bytes]:
@@ -234,7 +230,7 @@ def _encode(
         pictures = [_palette_image(picture) for picture in pictures]
         if any(picture.getextrema()[1] == COLOURS for picture in pictures):  # each is taken away before the next one
             options |= {'transparency': COLOURS, 'disposal': 2, 'optimize': False}  # which would number them anew
-    grey = _is_grey(frames[0])
+    grey = is_grey(frames[0])
     if not (name == 'gif' or (name == 'webp' and grey)):
         options['icc_profile'] = colours.fitting(grey)
     stream = BytesIO()

@@ -33,7 +33,7 @@ ABOUT = (
 )
 KINDS = (
     'Photo, ticked: from a camera or the web, with noise, blur or traces of JPEG, which are taken away. Clean, not '
-    'ticked: a sharp original without flaws, whose every detail is kept. JPEG and lossy WebP are ticked by themselves.'
+    'ticked: a sharp original without flaws, whose every detail is kept. JPEG and lossy WebP are ticked automatically.'
 )
 ORDER = 'By PSNR on the benchmark Set5, the best first.'
 BEST = ''  # in place of the name of weights

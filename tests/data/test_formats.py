@@ -123,7 +123,6 @@ def test_further_frames_are_told(tmp_path, capsys, name):
     else:
         FRAMES[0].save(path, save_all=True, append_images=FRAMES[1:], lossless=True)
     photo = read_photo(path)
-    assert photo.frames == 3
     np.testing.assert_array_equal(photo.color, DEEP if name == 'deep.tif' else RGB)
     assert said() == f'{path}: only the first of its 3 images is read\n'
 
@@ -132,7 +131,7 @@ def test_further_frames_are_told(tmp_path, capsys, name):
 def test_one_frame_is_nothing_to_tell(tmp_path, capsys, suffix):
     said = logging_to(capsys)
     FRAMES[0].save(tmp_path / f'x.{suffix}')
-    assert read_photo(tmp_path / f'x.{suffix}').frames == 1
+    read_photo(tmp_path / f'x.{suffix}')
     assert said() == ''
 
 

@@ -43,8 +43,8 @@ def coordinates(scale: int, height: int, width: int) -> tuple[np.ndarray, np.nda
 
 def turned(sample: Sample) -> list[torch.Tensor]:
     """LR and HR of a sample as training sees them."""
-    batch = Sample(*(part.unsqueeze(0) for part in sample))
-    return [part[0] for part in batch.flipped(torch.device('cpu'))]
+    lr, hr, flips = (part.unsqueeze(0) for part in sample[:3])
+    return [turn(part, flips)[0] for part in (lr, hr)]
 
 
 def batches(data: TrainData, numbers: range, workers: int = 0, context: str = '') -> list:

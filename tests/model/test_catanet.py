@@ -296,7 +296,7 @@ def test_centres_after_a_pass_of_training_are_as_in_the_official_network(shared)
         ({'n_centres': '0'}, 'n_centres=0: whole numbers from 1 on'),
         ({'n_heads': 3}, '--n_heads 3 does not divide --n_feats 40'),
         ({'n_heads': 5}, '--n_heads 5 does not divide --net qk_dim=36'),
-        ({'n_iters': 0}, 'n_iters=0: k-means takes 1 step or more'),
+        ({'n_iters': 0}, '--net n_iters=0: choose 1 or more'),
         ({'qk_dim': 0}, '--net qk_dim=0: choose 1 or more'),
         ({'qk_dim': -4}, '--net qk_dim=-4: choose 1 or more'),
     ],

@@ -20,7 +20,7 @@ from model.dlgsanet import (
     recognise,
     windows,
 )
-from tests.conftest import kept_for_gradients, numbers
+from tests.conftest import kept_for_gradients, numbers, some_norm
 
 SMALL = {
     'n_feats': 12,
@@ -42,8 +42,8 @@ def small(scale: int = 2, **settings: object) -> nn.Module:
 
 
 def test_kernels_of_every_pixel_are_not_kept_for_the_gradients() -> None:
-    attention, x = DynamicLocalAttention(8, 4, 5).double(), numbers(2, 8, 5, 4)
-    kept = kept_for_gradients(lambda: attention(x))
+    attention, norm, x = DynamicLocalAttention(8, 4, 5).double(), some_norm(8), numbers(2, 8, 5, 4)
+    kept = kept_for_gradients(lambda: attention(x, norm))
     assert max(tensor.numel() for tensor in kept) == x.numel() < attention.conv(x).numel()
 
 
@@ -58,11 +58,11 @@ def test_kernels_of_the_image_are_never_there_without_gradients(monkeypatch: pyt
             return result
 
     monkeypatch.setattr(model.ops.dynamic_conv, 'STRIP', 3 * 2 * 25 * 16)  # three rows
-    attention, x = DynamicLocalAttention(8, 4, 5).double(), numbers(2, 8, 16, 16)
+    attention, norm, x = DynamicLocalAttention(8, 4, 5).double(), some_norm(8), numbers(2, 8, 16, 16)
     with torch.no_grad(), Largest() as largest:
-        found = attention(x)
+        found = attention(x, norm)
     assert largest.found < attention.conv(x).numel() / 2
-    assert torch.allclose(found, attention(x), rtol=0, atol=1e-12)
+    assert torch.allclose(found, attention(x, norm), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(('group', 'row', 'column'), [(0, 0, 0), (1, 3, 3), (2, 1, 5)])
@@ -75,11 +75,11 @@ def test_kernels_are_laid_out_by_group_row_and_column(group: int, row: int, colu
     kernels.weight.zero_()
     kernels.bias.zero_()
     kernels.bias[49 * group + 7 * row + column] = 1
-    x = numbers(1, 6, 5, 4)
-    expected = torch.zeros_like(x)
-    shifted = F.pad(x, [3] * 4)[:, :, row : row + 5, column : column + 4]
-    expected[:, 2 * group : 2 * group + 2] = shifted[:, 2 * group : 2 * group + 2]
-    assert torch.equal(attention(x), expected)
+    norm, x = some_norm(6), numbers(1, 6, 5, 4)
+    expected = x.clone()
+    shifted = F.pad(norm(x), [3] * 4)[:, :, row : row + 5, column : column + 4]
+    expected[:, 2 * group : 2 * group + 2] += shifted[:, 2 * group : 2 * group + 2]
+    assert torch.equal(attention(x, norm), expected)
 
 
 # The attention between channels and its windows.
@@ -152,19 +152,20 @@ def test_attention_in_windows_equals_plain_loops(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     attention = SparseGlobalAttention(6, 2, 5).double().eval()
     attention.temperature.copy_(torch.tensor([1.5, -0.75]).view(2, 1, 1))
-    x = numbers(2, 6, *size)
-    qkv = F.conv2d(x, attention.qkv.weight)
+    norm, x = some_norm(6), numbers(2, 6, *size)
+    qkv = F.conv2d(norm(x), attention.qkv.weight)
     qkv = F.conv2d(qkv, attention.qkv_dwconv.weight, padding=1, groups=18)
     for train, window in [(False, 5), (True, 99)]:
         averaged = np.stack([plain_attention(image, [1.5, -0.75], window) for image in qkv.numpy()])
-        expected = F.conv2d(torch.from_numpy(averaged), attention.project_out.weight)
-        assert torch.allclose(attention.train(train)(x), expected, rtol=0, atol=1e-12)
+        expected = x + F.conv2d(torch.from_numpy(averaged), attention.project_out.weight)
+        assert torch.allclose(attention.train(train)(x, norm), expected, rtol=0, atol=1e-12)
 
 
 def test_gradients_of_attention_in_windows() -> None:
     torch.manual_seed(0)
     attention = SparseGlobalAttention(4, 2, 3).double().eval()
-    assert torch.autograd.gradcheck(attention, numbers(1, 4, 4, 5).requires_grad_())
+    norm, x = some_norm(4), numbers(1, 4, 4, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: attention(x, norm), x)
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ def test_gradients_reach_every_parameter() -> None:
     [
         ({'n_heads': 5}, '--n_heads 5 does not divide --n_feats 12: choose a divisor.'),
         ({'group_channels': 7}, '--group_channels 7 does not divide --n_feats 12: choose a divisor.'),
-        ({'kernel_size': 4}, '--kernel_size 4 is even and has no pixel in the middle: choose an odd one.'),
+        ({'kernel_size': 4}, '--kernel_size 4 has no pixel in its middle: choose an odd number.'),
         ({'n_feats': 3}, '--n_feats 3: the kernels are made from a quarter of them, so choose 4 or more.'),
     ],
 )

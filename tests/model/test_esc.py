@@ -19,7 +19,7 @@ from model.esc import (
     recognise,
     recognise_fp,
 )
-from tests.conftest import numbers
+from tests.conftest import numbers, some_norm
 
 SMALL = {
     'n_feats': 12, 'n_resgroups': 1, 'n_resblocks': 2, 'n_heads': 2, 'window_size': 4, 'kernel_size': 5,
@@ -149,8 +149,9 @@ def test_window_attention_equals_plain_loops(
     torch.manual_seed(0)
     layer, x = WindowAttention(4, 2, 4).double(), numbers(2, 4, *size)
     nn.init.normal_(layer.relative_position_bias)
-    found = layer(x)
-    for image, result in zip(x.numpy(), found.numpy(), strict=True):
+    norm = some_norm(4)
+    found = layer(x, norm) - x
+    for image, result in zip(norm(x).numpy(), found.numpy(), strict=True):
         np.testing.assert_allclose(result, plain_attention(image, layer), rtol=0, atol=1e-12)
 
 
@@ -160,9 +161,10 @@ def test_windows_of_the_paper_without_and_with_gradients() -> None:
     torch.manual_seed(0)
     layer, x = WindowAttention(8, 2, 32).double(), numbers(1, 8, 40, 33)
     nn.init.normal_(layer.relative_position_bias)
-    found = layer(x)
+    norm = some_norm(8)
+    found = layer(x, norm)
     with torch.enable_grad():
-        torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, layer(x, norm), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -171,7 +173,7 @@ def test_order_within_a_block(name: str) -> None:
     net, x = small(name), numbers(1, 12, 8, 8)
     block, kernels = net.blocks[0], net.kernels()
     y = block.proj(block.ln_proj(x))  # in place of x
-    y = y + block.attn(block.ln_attn(y))
+    y = block.attn(y, block.ln_attn)
     for i in range(2):
         normed = block.lns[i](y)
         assert torch.equal(normed, y) == (name == 'ESC')

@@ -241,7 +241,7 @@ def test_nothing_grows_with_the_square_of_a_window() -> None:
         ({'n_heads': 4}, '--n_heads 4: twice that does not divide --n_feats 60'),
         ({'n_cells': 0}, '--net n_cells=0: choose 1 or more'),
         ({'n_cells': -4}, '--net n_cells=-4: choose 1 or more'),
-        ({'n_feats': 4, 'n_heads': 2}, '--n_feats=4: choose 5 or more'),
+        ({'n_feats': 4, 'n_heads': 2}, '--n_feats 4: a fifth of them makes the queries, so choose 5 or more'),
     ],
 )
 def test_settings_that_make_no_network(settings: dict, says: str) -> None:

@@ -13,6 +13,7 @@ from model import NETWORKS, build
 from model.blocks.pixels import ESA, ChannelAttention, GatedFFN, LayerNorm2d, LocalBlock
 from model.common import zero_pad
 from model.omnisr import WindowAttention, recognise
+from tests.conftest import some_norm
 
 SMALL = {'n_resgroups': 2, 'n_feats': 8, 'n_heads': 2, 'window_size': 4}
 Pixel = tuple[int, int]
@@ -68,9 +69,9 @@ def test_window_attention_equals_plain_loops(strided: bool) -> None:
     def place(pixel: Pixel) -> Pixel:
         return (pixel[0] // steps[0], pixel[1] // steps[1]) if strided else (pixel[0] % size, pixel[1] % size)
 
-    x = images(2, heads * dim, height, width)
-    out = channels_last(layer(x))
-    for image, found in zip(channels_last(x), out, strict=True):
+    norm, x = some_norm(heads * dim), images(2, heads * dim, height, width)
+    out = channels_last(layer(x, norm) - x)
+    for image, found in zip(channels_last(norm(x)), out, strict=True):
         qkv = pointwise(image, layer.to_qkv.weight).reshape(height, width, 3, heads, dim)
         mixed = np.zeros((height, width, heads, dim))
         for query in pixels(height, width):
@@ -99,9 +100,9 @@ def test_channel_attention_equals_plain_loops(strided: bool, heads: int) -> None
     torch.manual_seed(0)
     layer = ChannelAttention(channels, heads, size, strided).double()
     layer.temperature.copy_(torch.arange(1, heads + 1).view(-1, 1, 1) * 3)
-    x = images(2, channels, height, width)
-    out = channels_last(layer(x))
-    for image, found in zip(channels_last(x), out, strict=True):
+    norm, x = some_norm(channels), images(2, channels, height, width)
+    out = channels_last(layer(x, norm) - x)
+    for image, found in zip(channels_last(norm(x)), out, strict=True):
         qkv = channels_first(pointwise(image, layer.qkv.weight))
         qkv = channels_last(F.conv2d(qkv, layer.qkv_dwconv.weight, padding=1, groups=3 * channels))
         mixed = np.zeros((height, width, heads, channels // heads))
@@ -122,7 +123,7 @@ def test_channel_attention_equals_plain_loops(strided: bool, heads: int) -> None
 
 def test_channel_attention_survives_a_blank_image() -> None:
     layer, x = ChannelAttention(8, 2, 4, strided=True), torch.zeros(1, 8, 4, 4, requires_grad=True)
-    y = layer(x)
+    y = layer(x, LayerNorm2d(8, 1e-5))
     assert torch.equal(y, torch.zeros(1, 8, 4, 4))
     y.sum().backward()
     assert x.grad.isfinite().all()
@@ -147,8 +148,9 @@ def test_pixel_norm(eps: float) -> None:
 @torch.no_grad()
 def test_feed_forward_is_the_same_in_either_memory() -> None:
     torch.manual_seed(0)
-    layer, x = GatedFFN(6, 6).double(), images(2, 6, 5, 7)
-    assert torch.allclose(layer(x), layer(x.contiguous(memory_format=torch.channels_last)), rtol=0, atol=1e-14)
+    layer, norm, x = GatedFFN(6, 6).double(), some_norm(6), images(2, 6, 5, 7)
+    other = x.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(layer(x, norm), layer(other, norm), rtol=0, atol=1e-14)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Blocks on maps in channels_last memory, where a pixel is a row (OmniSR, ASID, DLGSANet, IMDN, BSRN)."""
+"""Blocks on maps in channels_last memory, where a pixel is a row."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -53,26 +53,25 @@ class GatedFFN(nn.Module):
         self.dwconv = DepthwiseConv(2 * hidden, 3, bias=False)
         self.project_out = PointwiseConv(hidden, n_feats, bias=False)
 
-    def forward(self, x: Tensor, norm: 'LayerNorm2d | None' = None, residual: bool = False) -> Tensor:
-        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+    def forward(self, x: Tensor, norm: 'LayerNorm2d') -> Tensor:
+        """Maps (N, C, H, W), plus what is made of them normalised."""
 
         def gated_ffn(x: Tensor, *_: object) -> Tensor:
             if is_for_kernel(x, self.dwconv.weight):
                 gated = self.dwconv(self.project_in(x, norm=norm), 'gate')
-                return self.project_out(gated, plus=x if residual else None)
+                return self.project_out(gated, plus=x)
             # One convolution a half: parts of the channels of one map are slow to work on in channels_last memory. The
             # gate is finished first, so that a CPU's cache has less to hold.
             first, second = self.project_in.weight.chunk(2), self.dwconv.weight.chunk(2)
-            normed = x if norm is None else norm(x)
+            normed = norm(x)
 
             def half(i: int) -> Tensor:
                 return F.conv2d(F.conv2d(normed, first[i]), second[i], padding=1, groups=len(second[i]))
 
             gate = gelu(half(0))
-            out = self.project_out(gate * half(1))
-            return x + out if residual else out
+            return x + self.project_out(gate * half(1))
 
-        if norm is None or not residual or not is_for_llvm(x):
+        if not is_for_llvm(x):
             return gated_ffn(x)
         return float32_by_llvm('gated_ffn', gated_ffn, x, *norm.parameters(), norm.eps, *self.parameters())
 
@@ -199,8 +198,8 @@ class ChannelAttention(TransposedAttention):
         self.cell = (window_size, window_size)
         self.strided = strided
 
-    def forward(self, x: Tensor, norm: Norm | None = None, residual: bool = False) -> Tensor:
-        """Maps (N, C, H, W), normalised first; `residual`: plus the maps themselves in the end."""
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """Maps (N, C, H, W), plus what is made of them normalised."""
 
         def window_channel_attention(x: Tensor, *_: object) -> Tensor:
             parts = to_tokens(self.qkv_dwconv(self.qkv(x, norm=norm)), self.cell, self.strided, 3 * self.n_heads)
@@ -213,9 +212,9 @@ class ChannelAttention(TransposedAttention):
                 maps = small_products(q.mT, k) * (factor.mT * other)
             maps = self.weights(maps)
             out = small_products(v, maps.mT)
-            return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x if residual else None)
+            return self.project_out(to_map(out, x, self.cell, self.strided, self.n_heads), plus=x)
 
-        if norm is None or not residual or not is_for_llvm(x):
+        if not is_for_llvm(x):
             return window_channel_attention(x)
         weights = self.qkv.weight, self.qkv_dwconv.weight, self.temperature, self.project_out.weight
         around = norm.weight, norm.bias, norm.eps

@@ -1,4 +1,4 @@
-"""Attention within windows of an image, as in transformers (SwinIR, ATD; parts in OmniSR and ASID)."""
+"""Attention within windows of an image, as in transformers."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.common import is_exporting
 from model.ops.fast import by_triton, is_for_triton
 
 warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta state')
@@ -123,7 +124,7 @@ def _(weights: Tensor, v: Tensor, keys: Tensor) -> Tensor:
 
 def is_left_alone(x: Tensor) -> bool:
     """Whether PyTorch gets `fast_logits_at` and `fast_values_at` to see instead of the plain forms."""
-    return is_for_triton(x) or x.is_meta or (torch.compiler.is_compiling() and not torch.compiler.is_exporting())
+    return is_for_triton(x) or x.is_meta or (torch.compiler.is_compiling() and not is_exporting())
 
 
 class KeptLogits(torch.autograd.Function):

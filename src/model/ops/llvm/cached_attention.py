@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from model.ops.llvm.attention_kernels import AT_ONCE, gradient_kernel, kernel
-from model.ops.llvm.code import Kernel, filled_up, lanes
+from model.ops.llvm.code import CACHE_LINE, Kernel, filled_up, lanes
 
-LINE = 16  # numbers of float32 that a line of a cache holds
 TASKS = 2  # for each thread
 MOST_BIASES = 2**24  # numbers, 64 MB, that sums of parts take together, if one does not take more
 
@@ -81,7 +80,7 @@ class Call(NamedTuple):
         given = [*sizes, *about, *others]
         for tokens in tensors:
             given += tokens
-        made(given, -(-memory // LINE) * LINE, self.scale)
+        made(given, -(-memory // CACHE_LINE) * CACHE_LINE, self.scale)
 
     def attend(self, q: Tokens, k: Tokens, v: Tokens, out: Tokens) -> None:
         """Write the result of `cached_attention` to `out`."""
@@ -156,7 +155,7 @@ def by_position(
 def packed_gradients(
     grad: Tensor, qkv: Tensor, order: Tensor, masks: Tensor | None, kinds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See `packed_gradients` of `cached_attention`."""
+    """See `packed_gradients` of `packed_attention`."""
     _, _, heads, d = qkv.shape
     by_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     call = Call(heads, d, d, biases_of(masks), kinds, scale)

@@ -1,6 +1,6 @@
 """Kernels for CPUs, written in LLVM's language and compiled in memory by llvmlite: `pip install llvmlite`, no compiler.
 
-A vector holds `LANES` numbers of float32. What is written vector by vector stays in registers, where PyTorch's
+A vector holds `lanes()` numbers of float32. What is written vector by vector stays in registers, where PyTorch's
 operations go through memory, and needs no luck with the vectorisation of loops.
 """
 

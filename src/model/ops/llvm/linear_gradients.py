@@ -1,4 +1,4 @@
-"""Gradients of linear layers with what stands around them: see `linear_gradients`, whose form in LLVM this is.
+"""Gradients of linear layers with what stands around them: see `fused_linear.gradients`, whose form in LLVM this is.
 
 A few dozen pixels at a time are read, normalised and brought as far as GELU again, so that nothing of that is kept from
 the forward pass. Then the gradient by their results goes back to them, and what they add to the gradients by weights is
@@ -268,7 +268,7 @@ def gradients(
     gelu_summed: Tensor | None,
     gelu: bool,
 ) -> list[Tensor]:
-    """See `linear_gradients.gradients`."""
+    """See `fused_linear.gradients`."""
     vector, n_pixels = lanes(), x.shape[:-1].numel()
     widths = (x.shape[-1], *map(len, weights))
     first, *last = weights

@@ -316,7 +316,7 @@ class Tiles(Planes):
     def inside(self, column: ir.Value) -> ir.Value:
         """Which numbers of a vector from a column of the tile on are in the tile."""
         left = self.spread(self.to.sitofp(self.to.sub(self.columns, column), FLOAT))
-        return self.to.fcmp_ordered('<', self.vector_type([float(i) for i in range(self.lanes)]), left)
+        return self.to.fcmp_ordered('<', self.numbers(), left)
 
     def around(self, plane: ir.Value | int, place: ir.Value, i: ir.Value | int, size: int) -> Vectors:
         """What row i of a filter of `size` meets, column by column."""

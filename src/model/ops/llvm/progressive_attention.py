@@ -221,8 +221,7 @@ class Writer:
 
     def greatest(self, vector: ir.Value) -> ir.Value:
         """Of all lanes."""
-        to = self.code.to
-        return self.code.fold(vector, lambda x, y: to.select(to.fcmp_ordered('>', x, y), x, y))
+        return self.code.fold(vector, self.code.select_greater)
 
     def place_keys(self, i: ir.Value) -> None:
         """Put the kept keys of a query into the thread's memory, as integers."""

@@ -67,7 +67,7 @@ def read_kernel(channels: int, outputs: int, reduced: int, tokens: int, lanes: i
         vectors = [to.fmul(x, share) for x in vectors]
         for target in (row, code.row_of('map', tokens, i)):
             code.store_row(vectors, target, tokens)
-        most = code.spread(code.fold(most, lambda x, y: to.select(to.fcmp_ordered('>', x, y), x, y)))
+        most = code.spread(code.fold(most, code.select_greater))
         most, category, bits = to.fmul(most, share), INT(0), ir.IntType(lanes)
         for n, x in reversed([*enumerate(vectors)]):
             found = to.bitcast(to.fcmp_ordered('==', x, most), bits)

@@ -26,7 +26,7 @@ from model.ops.llvm import (
     window_attention,
     window_channel_attention,
 )
-from tests.conftest import numbers, slow
+from tests.conftest import numbers, slow, some_norm
 
 pytestmark = pytest.mark.usefixtures('no_gradients')
 KERNELS = (
@@ -41,16 +41,16 @@ WINDOW = 3  # pixels a side, of which an image holds whole ones
 class Convolutional(LocalBlock):
     """Called as the others are."""
 
-    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
-        del norm, residual
+    def forward(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
+        del norm
         return super().forward(x)
 
 
 class Distilled(bsrn.ESDB):
     """Likewise."""
 
-    def forward(self, x: Tensor, norm: LayerNorm2d | None = None, residual: bool = False) -> Tensor:
-        del norm, residual
+    def forward(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
+        del norm
         return self.distilled(x)
 
 
@@ -62,7 +62,7 @@ class Shared(nn.Module):
         self.first, self.other = asid.WindowAttention(n_feats, window_size), asid.SharedAttention(n_feats)
         self.window_size, self.strided = window_size, strided
 
-    def forward(self, x: Tensor, norm: LayerNorm2d, residual: bool) -> Tensor:
+    def forward(self, x: Tensor, norm: LayerNorm2d) -> Tensor:
         cells = asid.Cells(attention_cell(x, self.window_size, self.strided), self.strided)
         x, attention_map = self.first(x, norm, None, cells)
         return self.other(x, norm, attention_map, cells)[0]
@@ -131,16 +131,13 @@ def make(name: str, *size: int) -> tuple[nn.Module, LayerNorm2d, Tensor]:
     """A block, the norm before it, and maps of a number of images, height and width, or of so many windows."""
     torch.manual_seed(0)
     channels, block = BLOCKS[name]
-    norm = LayerNorm2d(channels, 1e-5)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
     images, *sides = size
     height, width = (side * WINDOW if name.startswith('window') else side for side in sides)
-    return block(channels).eval(), norm, numbers(images, channels, height, width).float() + 0.5
+    return block(channels).eval(), some_norm(channels).float(), numbers(images, channels, height, width).float() + 0.5
 
 
 def plain(block: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    return deepcopy(block).double()(x.double(), deepcopy(norm).double(), residual=True)
+    return deepcopy(block).double()(x.double(), deepcopy(norm).double())
 
 
 @pytest.fixture
@@ -164,7 +161,7 @@ def check(found: Tensor, truth: Tensor) -> None:
 @pytest.mark.parametrize('name', BLOCKS)
 def test_equals_the_plain_form(name: str, size: tuple[int, ...], lanes: int, calls: list[str]) -> None:
     block, norm, x = make(name, *size)
-    found = block(x, norm, residual=True)
+    found = block(x, norm)
     check(found, plain(block, norm, x))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert len(calls) == (3 if name.startswith('window map') else 1)
@@ -178,7 +175,7 @@ def test_channels_of_larger_maps(name: str, size: tuple[int, ...], lanes: int) -
     block, norm, x = make(name, *size)
     truth = plain(block, norm, x)
     wide = F.pad(x, (0, 0, 0, 0, 3, 5), value=math.nan).to(memory_format=torch.channels_last)
-    found = block(wide[:, 3:-5], norm, residual=True)
+    found = block(wide[:, 3:-5], norm)
     check(found, truth)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -212,25 +209,25 @@ def test_tiles_of_a_few_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(planes, 'ROWS', 4)
     monkeypatch.setattr(planes, 'VALUES', 500)
     block, norm, x = make(name, 2, 13, 21)
-    check(block(x, norm, residual=True), plain(block, norm, x))
+    check(block(x, norm), plain(block, norm, x))
 
 
 @pytest.mark.parametrize('name', KINDS)
 def test_results_repeat_themselves(name: str) -> None:
     """To the bit: in another call, with other threads, of an image by itself, and from maps in other memory."""
     block, norm, x = make(name, 3, 33, 9)
-    first = block(x, norm, residual=True)
+    first = block(x, norm)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            assert torch.equal(block(x, norm, residual=True), first)
+            assert torch.equal(block(x, norm), first)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(block(x[1:2], norm, residual=True), first[1:2])
+    assert torch.equal(block(x[1:2], norm), first[1:2])
     turned = x.contiguous(memory_format=torch.channels_last)
     assert turned.stride() != x.stride()
-    assert torch.equal(block(turned, norm, residual=True), first)
+    assert torch.equal(block(turned, norm), first)
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
@@ -238,7 +235,7 @@ def test_results_repeat_themselves(name: str) -> None:
 def test_what_is_not_finite_spreads_as_far_as_in_the_plain_form(name: str, value: float, lanes: int) -> None:
     block, norm, x = make(name, 2, 33, 20)
     x[0, 2, 17, 0] = value
-    found, truth = block(x, norm, residual=True), plain(block, norm, x)
+    found, truth = block(x, norm), plain(block, norm, x)
     assert truth.isnan().any() and not truth.isnan().all()
     assert torch.equal(found.isnan(), truth.isnan())
 
@@ -246,7 +243,7 @@ def test_what_is_not_finite_spreads_as_far_as_in_the_plain_form(name: str, value
 def test_a_kernel_value_that_is_not_a_number_meets_what_is_outside_the_image() -> None:
     block, norm, x = make('local', 1, 2, 3)
     block.conv.conv2[0].bias[0] = math.nan  # of the upper left tap of the first group
-    found = block(x, norm, residual=True)
+    found = block(x, norm)
     assert torch.equal(found.isnan(), plain(block, norm, x).isnan()) and found.isnan().all()
 
 
@@ -255,25 +252,22 @@ def test_other_calls_take_the_plain_form(name: str, calls: list[str], monkeypatc
     block, norm, x = make(name, 1, 9, 8)
     truth = plain(block, norm, x)
     with torch.autocast('cpu', torch.bfloat16):
-        assert (block(x, norm, residual=True) - truth).abs().max() > 1e-3
+        assert (block(x, norm) - truth).abs().max() > 1e-3
     with torch.enable_grad():
-        check(block(x, norm, residual=True).detach(), truth)
+        check(block(x, norm).detach(), truth)
     assert set(calls) <= {'llvm.fused_linear', 'llvm.depthwise', 'llvm.small_products'}  # parts that have gradients
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(fast, 'wanted', False)
-        check(block(x, norm, residual=True), truth)
+        check(block(x, norm), truth)
     with monkeypatch.context() as patch:
         patch.setattr(fast, 'is_installed', lambda package: False)
-        check(block(x, norm, residual=True), truth)
+        check(block(x, norm), truth)
     with monkeypatch.context() as patch:
         patch.setattr(torch.jit, 'is_tracing', lambda: True)
-        check(block(x, norm, residual=True), truth)
-    if name not in ('convolutional', 'distillation', 'window map'):  # which have no norm, or always
-        doubled = deepcopy(block).double()
-        torch.testing.assert_close(x + doubled(deepcopy(norm).double()(x.double())), truth, rtol=0, atol=1e-12)
+        check(block(x, norm), truth)
     assert not calls
-    check(block(x, norm, residual=True), truth)
+    check(block(x, norm), truth)
     assert calls
 
 
@@ -316,6 +310,6 @@ def test_networks_with_windows_give_the_same_with_kernels_and_without(
 def test_their_time_is_told_by_name() -> None:
     for name, operation in zip(KINDS, OPERATIONS, strict=True):
         block, norm, x = make(name, 1, 9, 8)
-        assert f'frugalsr::{operation}' in clocked(lambda: block(x, norm, residual=True))  # noqa: B023
+        assert f'frugalsr::{operation}' in clocked(lambda: block(x, norm))  # noqa: B023
     block, norm, x = make('FFN', 1, 9, 8)
-    assert by_kind(lambda: block(x, norm, residual=True), 'cpu')['convolution'] > 0
+    assert by_kind(lambda: block(x, norm), 'cpu')['convolution'] > 0
