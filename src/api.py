@@ -4,7 +4,8 @@
 
     sr = load('models/ASID_x4.pt').upscale(image)
 
-Pixels are those of `main.py --data_test Demo`. Nothing is written, and PyTorch's own settings stay as they are.
+Pixels are those of `main.py --data_test Demo` without a recipe. Nothing is written, and PyTorch's own settings stay as
+they are.
 """
 
 import re

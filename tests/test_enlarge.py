@@ -324,6 +324,15 @@ def test_a_file_of_another_program_is_not_replaced(photos, capsys):
     assert made_by(photos / 'a_x4.png').startswith('FrugalSR Bicubic_x4 ')
 
 
+def test_a_photograph_that_is_refused_is_not_replaced(tmp_path, capsys):
+    write_png(tmp_path / 'a.png', picture(0, 5, 5))  # too small
+    Image.fromarray(picture(1, 60, 60)).save(tmp_path / 'a.jpg')
+    before = (tmp_path / 'a.png').read_bytes()
+    said = error_of(capsys, tmp_path, '--name', '{stem}', '--width', 90, '--again')
+    assert f'would replace the photograph {tmp_path}/a.png' in said
+    assert (tmp_path / 'a.png').read_bytes() == before
+
+
 def test_a_photograph_is_not_replaced_by_its_own_result_under_another_name(photos, capsys):
     """Where a file system takes IMG.PNG and img.png for one; here a second name leads to the same file."""
     (photos / 'other.png').hardlink_to(photos / 'a.png')

@@ -67,6 +67,14 @@ def assert_enlarges(kind: str, content: bytes, model: Model, n: int, height: int
 
 
 @pytest.mark.parametrize('kind', ['onnx', 'torchscript'])
+def test_images_are_continued_before_a_network(kind: str) -> None:
+    model = make('EDSR', **SMALL['EDSR'], pad_to=32)
+    content = export.export(model, kind, 16)
+    for shape in ((3, 27, 40), (1, 64, 24), (2, 32, 64)):
+        assert_enlarges(kind, content, model, *shape)
+
+
+@pytest.mark.parametrize('kind', ['onnx', 'torchscript'])
 @pytest.mark.parametrize(
     'name, settings',
     [

@@ -97,12 +97,15 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
     width, height = image.size
     if isinstance(image, TiffImageFile):  # whose size Pillow may have turned already
         width, height = (image.tag_v2[tag] for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength))
+        if ExifTags.Base.InterColorProfile not in image.tag_v2:
+            image.info.pop('icc_profile', None)  # of the page before
 
     def read() -> np.ndarray:
         if deep:
             file.seek(0)
             return upright(read_png16(file.read()), orientation)
-        samples = _read_8bit(image)
+        _widen_key(image)
+        samples = samples_8bit(image)
         if image.format == 'PNG' and (image.info.get('interlace') or _ends_in_zeros(image)):
             check_whole(file)
         # Pillow has turned a TIFF file then, and says so.
@@ -161,11 +164,20 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def _read_8bit(image: ImageFile) -> np.ndarray:
+def _widen_key(image: ImageFile) -> None:
+    """Pillow widens the pixels of a 2- or 4-bit PNG to 8 bits, but not its transparent grey."""
     if image.mode == 'L' and 'transparency' in image.info:
-        # Pillow widens the pixels of a 2- or 4-bit PNG to 8 bits, but not its transparent grey.
         image.info['transparency'] *= {'L;2': 85, 'L;4': 17}.get(str(image.tile[0][3]), 1)
-    return samples_8bit(image)
+
+
+def rgba_of(image: ImageFile) -> np.ndarray:
+    """(H, W, 4) uint8 of an image, or of the frame that is seen. Pillow itself makes white of most 16-bit grey."""
+    if not image.mode.startswith('I;16'):
+        _widen_key(image)
+        return pixels_of(image.convert('RGBA'))
+    deep = np.array(image).astype(np.uint16)
+    alpha = np.where(deep == image.info.get('transparency', -1), 0, 255).astype(np.uint8)
+    return np.dstack([*[((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)] * 3, alpha])
 
 
 def samples_8bit(image: Image.Image) -> np.ndarray:

@@ -3,16 +3,18 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from data.formats import MAX_PIXELS, identify, orientation_of, pixels_of, source_of
-from data.image import Photo, as_photo, eight_bits
+from data.apng import read_apng
+from data.formats import MAX_PIXELS, identify, orientation_of, rgba_of, source_of
+from data.image import Photo, as_photo
 from data.limit import pillow_allows
 from data.png import HEAD_BYTES, is_png16
 from data.source import Source, note, reading, upright
@@ -72,13 +74,12 @@ def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
             animated = _animated(image, first)
             numbers = animated or _pages(image, first)
             orientation = orientation_of(image) if image and animated else 1
+            shown = _shown(image, file, animated) if image and animated else None
         for number in numbers:
             with reading(path), pillow_allows(MAX_PIXELS):
-                if animated:
-                    assert image is not None
-                    image.seek(number)
-                    samples = upright(_seen(image), orientation)[: first.height, : first.width]
-                    page, duration = first, image.info.get('duration') or 0
+                if shown:
+                    samples, duration = next(shown)
+                    samples, page = upright(samples, orientation)[: first.height, : first.width], first
                 else:
                     page = source_of(path, file, image, number) if number else first
                     samples, duration = page.read(), 0
@@ -86,13 +87,14 @@ def read_frames(path: Path) -> Iterator[tuple[Photo, float]]:
             yield found
 
 
-def _seen(frame: Image.Image) -> np.ndarray:
-    """(H, W, 4) of 8 bits. Pillow itself would make white of nearly all grey of 16 bits."""
-    if not frame.mode.startswith('I;16'):
-        return pixels_of(frame.convert('RGBA'))
-    deep = np.array(frame).astype(np.uint16)
-    alpha = np.where(deep == frame.info.get('transparency', -1), 0, 255).astype(np.uint8)
-    return np.dstack([*[eight_bits(deep)] * 3, alpha])
+def _shown(image: ImageFile, file: BinaryIO, numbers: range) -> Iterator[tuple[np.ndarray, float]]:
+    """The frames of an animation as they are seen, (H, W, 4) uint8, each with its milliseconds."""
+    if image.format == 'PNG':
+        yield from islice(read_apng(file), len(numbers))
+        raise ValueError(f'it has fewer than its {len(numbers)} images')
+    for number in numbers:
+        image.seek(number)
+        yield rgba_of(image), image.info.get('duration') or 0
 
 
 def _is_whole_gif(file: BinaryIO) -> bool:

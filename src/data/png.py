@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from io import BytesIO
 from itertools import chain
 from types import MappingProxyType
 from typing import BinaryIO
@@ -46,7 +47,7 @@ def read_png16(data: bytes) -> np.ndarray:
         ValueError: the file is damaged, cut short, or not a 16-bit PNG.
     """
     header, key, packed = b'', None, []
-    for name, body in _chunks(data):
+    for name, body in chunks_of(BytesIO(data)):
         if name == b'IHDR':
             header = body
         elif name == b'tRNS':
@@ -119,7 +120,7 @@ def read_chunks(file: BinaryIO) -> tuple[dict[bytes, bytes], bytes]:
         body = file.read(length + 4)[:length]
         if len(body) < length:
             break
-        kept.append(_chunk(name, body))
+        kept.append(chunk(name, body))
         if name == b'IEND':
             break
         late |= pixels_seen
@@ -146,8 +147,8 @@ def encode_png(
     first = next(blocks)
     yield _head(first, height, icc, chunks)
     for packed in _packed(chain([first], blocks)):
-        yield _chunk(b'IDAT', packed)
-    yield _chunk(b'IEND', b'')
+        yield chunk(b'IDAT', packed)
+    yield chunk(b'IEND', b'')
 
 
 def encode_apng(
@@ -174,25 +175,25 @@ def encode_apng(
         delay = Fraction(min(duration / 1000, 65535)).limit_denominator(1000)
         delay = delay if delay.numerator < 2**16 else Fraction(round(delay))
         place = number, width, height, 0, 0, delay.numerator, delay.denominator
-        yield _chunk(b'fcTL', struct.pack('>IIIIIHHBB', *place, KEPT, REPLACED))
+        yield chunk(b'fcTL', struct.pack('>IIIIIHHBB', *place, KEPT, REPLACED))
         number += 1
         for packed in _packed(_blocks([pixels])):
             if at == 0:
-                yield _chunk(b'IDAT', packed)
+                yield chunk(b'IDAT', packed)
             else:
-                yield _chunk(b'fdAT', struct.pack('>I', number) + packed)
+                yield chunk(b'fdAT', struct.pack('>I', number) + packed)
                 number += 1
-    yield _chunk(b'IEND', b'')
+    yield chunk(b'IEND', b'')
 
 
 def _head(block: np.ndarray, height: int, icc: bytes | None, chunks: Mapping[bytes, bytes]) -> bytes:
     """What stands before the pixels, of which `block` are some rows."""
     _, width, channels = block.shape
     shape = width, height, 8 * block.itemsize, COLOR_TYPES[channels], 0, 0, 0
-    parts = [SIGNATURE, _chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))]
+    parts = [SIGNATURE, chunk(b'IHDR', struct.pack('>IIBBBBB', *shape))]
     if icc is not None:
-        parts.append(_chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc)))
-    return b''.join(parts + [_chunk(name, body) for name, body in chunks.items()])
+        parts.append(chunk(b'iCCP', b'ICC profile\0\0' + zlib.compress(icc)))
+    return b''.join(parts + [chunk(name, body) for name, body in chunks.items()])
 
 
 def _packed(blocks: Iterable[np.ndarray]) -> Iterator[bytes]:
@@ -225,19 +226,18 @@ def _blocks(rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
             yield piece[first : first + ROWS]
 
 
-def _chunk(name: bytes, body: bytes) -> bytes:
+def chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def chunks_of(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     """Name and body of every chunk before IEND, lengths and checksums verified."""
-    if data[:8] != SIGNATURE:
+    file.seek(0)
+    if file.read(len(SIGNATURE)) != SIGNATURE:
         raise ValueError('no PNG signature')
-    start = 8
-    while start + 12 <= len(data):
-        length = int.from_bytes(data[start : start + 4], 'big')
-        end = start + 8 + length
-        name, body, crc = data[start + 4 : start + 8], data[start + 8 : end], data[end : end + 4]
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack('>I4s', head)
+        body, crc = file.read(length), file.read(4)
         if len(crc) < 4:
             break
         if zlib.crc32(body, zlib.crc32(name)) != int.from_bytes(crc, 'big'):
@@ -245,7 +245,6 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         if name == b'IEND':
             return
         yield name, body
-        start = end + 4
     raise ValueError('the PNG file ends early')
 
 

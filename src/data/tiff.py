@@ -128,24 +128,23 @@ def _unmultiply(samples: np.ndarray) -> np.ndarray:
 
 
 def encode_tiff(
-    pages: Iterable[np.ndarray],
+    pages: Iterable[tuple[np.ndarray, bytes | None]],
     count: int,
     exif: Image.Exif,
     xmp: bytes = b'',
     iptc: bytes = b'',
-    icc: bytes | None = None,
 ) -> Iterator[bytes]:
     """A TIFF file in pieces, packed by deflate after horizontal differences (TIFF 6.0, section 14).
 
     Args:
-        pages: uint8 or uint16 (H, W) or (H, W, C); C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
+        pages: uint8 or uint16 (H, W) or (H, W, C); C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA; each with
+            its colour profile, which is left out where it does not fit.
         count: how many there are; all together have less than 4 GB.
         exif: tags that the first page is to have besides those of its pixels.
         xmp, iptc: an XMP packet and IPTC data to put into it.
-        icc: a colour profile to put into all of those that it fits.
     """
     place = 0
-    for number, samples in enumerate(pages):
+    for number, (samples, icc) in enumerate(pages):
         samples = samples[..., None] if samples.ndim == 2 else samples
         own = icc if fits(icc, samples.shape[2] < 3) else None
         about = (exif, xmp, iptc) if number == 0 else (Image.Exif(), b'', b'')

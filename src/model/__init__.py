@@ -124,7 +124,7 @@ class Model(nn.Module):
         device: where it runs.
         tiler: cuts large images into tiles; None: whole images.
         ensemble: average over the eight flips and rotations.
-        pad_to: in `upscale` first continue images or tiles by reflection to multiples of this.
+        pad_to: first continue images or tiles by reflection to multiples of this.
         compiled: run the network through torch.compile.
         channels_last: keep weights and images in this memory format.
         graph: in `upscale` on CUDA replay the network as a CUDA graph, for images or tiles of few shapes.
@@ -279,13 +279,12 @@ class Model(nn.Module):
 
     def _upscale_integers(self, lr: Tensor, peak: int) -> Tensor:
         """Integer RGB tiles (N, 3, H, W) in [0, peak] to float RGB tiles in [0, 1], on the device."""
-        height, width = (self.scale * side for side in lr.shape[2:])
-        rgb = reflect_pad(lr.to(self.device, torch.float32) / peak, self.pad_to)
-        return self.upscale_tensor(rgb)[..., :height, :width]
+        return self.upscale_tensor(lr.to(self.device, torch.float32) / peak)
 
     def upscale_tensor(self, rgb: Tensor) -> Tensor:
         """RGB (N, 3, H, W) in [0, 1], float32 on the device, to (N, 3, scale * H, scale * W), whole and not clipped."""
-        low = self.dtype != torch.float32
+        height, width = (self.scale * side for side in rgb.shape[2:])
+        rgb, low = reflect_pad(rgb, self.pad_to), self.dtype != torch.float32
         # No copy of a weight is kept for the next use: a CUDA graph would go on with one that has been freed.
         with torch.autocast(self.device.type, self.dtype if low else torch.bfloat16, enabled=low, cache_enabled=False):
             x = self._to_range(self._colours(rgb))
@@ -294,7 +293,7 @@ class Model(nn.Module):
         y = (y.float() - black) / (white - black)
         if self.n_colors == 1:
             y = ycbcr_to_rgb(torch.cat((y, self.chroma(rgb_to_ycbcr(rgb)[:, 1:])), 1))
-        return y
+        return y[..., :height, :width]
 
     def _colours(self, rgb: Tensor) -> Tensor:
         return rgb if self.n_colors == 3 else rgb_to_ycbcr(rgb)[:, :1]

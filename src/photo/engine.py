@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,7 +22,7 @@ from model.tiles.tiling import Report, Tiler, unreported
 from photo.choice import Networks
 from photo.metadata import read_metadata
 from photo.plan import Job, Part, about
-from photo.writing import Colours, Format, write_result
+from photo.writing import Colours, Format, Piece, write_result
 from system import memory, parallel
 from system.allocator import trim_heap
 from system.background import Prefetcher, WorkerPool
@@ -69,13 +68,12 @@ def enlarge_photos(
         frames = read_frames(jobs[index].source)
         return chain([next(frames)], frames)
 
-    def write(results: Iterator[Any], job: Job, index: int) -> None:
+    def write(results: Iterator[Piece], job: Job, index: int) -> None:
         nonlocal full
         try:
-            colours = next(results)
             metadata = read_metadata(job.source).adapted(*job.new, job.made)
             heights = [part.new[0] for part in job.parts]
-            write_result(results, job.target, job.format, heights, job.plays, colours, metadata, format)
+            write_result(results, job.target, job.format, heights, job.plays, metadata, format)
         except WriteError as error:
             failures[index] = str(error)
             full |= isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -121,18 +119,17 @@ def enlarge_photos(
 
 def results_of(
     job: Job, frames: Iterator[tuple[Photo, float]], networks: Networks, seamless: bool, bar: tqdm
-) -> Iterator[Any]:
-    """What is written of a job: its colours, then the rows of each result, with the time that it is shown."""
+) -> Iterator[Piece]:
+    """The results of a job, of all images of its file."""
     said = bar.desc
 
     def tell(done: int, total: int) -> None:
         bar.set_description_str(f'{said}, tile {min(done + 1, total)} of {total}')
 
-    for number, (part, (photo, duration)) in enumerate(zip(job.parts, frames, strict=False)):
-        if number == 0:
-            yield Colours(photo.icc, dict(photo.chunks))
+    for part, (photo, duration) in zip(job.parts, frames, strict=False):
+        colours = Colours(photo.icc, photo.chunks)
         for rows in resized(networks(part.steps, job.lossy), photo, part.new, seamless, tell, bar.update):
-            yield rows, duration
+            yield Piece(rows, colours, duration)
 
 
 def raise_failures(failures: Sequence[str], left: int, count: int) -> None:

@@ -128,7 +128,7 @@ def make_plan(
     smaller = [name for name, part in firsts if not part.steps and part.new != part.old]
     if smaller:
         log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
-    _check_targets(jobs)
+    _check_targets(jobs, [source.path for source in sources])
     closed = {folder for folder in {job.target.parent for job in jobs} if not _may_write(folder)}
     for job in jobs:
         made = '' if again or not is_there(job.target) else made_by(job.target)
@@ -226,9 +226,9 @@ def kept_sizes(path: Path, series: Series, name: str) -> tuple[tuple[int, int], 
     return series.sizes
 
 
-def _check_targets(jobs: list[Job]) -> None:
+def _check_targets(jobs: Sequence[Job], photographs: Sequence[Path]) -> None:
     """Refuse results that would replace a photograph, or another name of its file, or one another."""
-    sources = {identity(job.source) for job in jobs} - {None}
+    sources = {identity(path) for path in photographs} - {None}
     taken: dict[str, Path] = {}
     for job in jobs:
         if identity(job.target) in sources:

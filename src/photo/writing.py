@@ -7,11 +7,12 @@ from io import BytesIO
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from data.gif import TRANSPARENT, encode_gif
 from data.image import eight_bits, in_strips, is_grey
 from data.png import encode_apng, encode_png
 from data.profile import fits
@@ -28,8 +29,8 @@ SIDES = {'png': 2**31 - 1, 'tif': 2**31 - 1, 'jpg': 65_500, 'gif': 65_535, 'webp
 TIFF_BYTES = 2**32 - 2**24  # of pixels; offsets have 32 bits
 ANIMATED = ('png', 'webp', 'gif')
 XMP_IN_PNG = b'XML:com.adobe.xmp\0\0\0\0\0'  # XMP specification, part 3, section 1.1.5
-MOST_PLAYS = 2**16 - 1  # that a WebP file can say, and a GIF file beside the first one
-COLOURS = 255  # of a GIF image, beside the transparent one
+MOST_PLAYS = 2**16 - 1  # that a WebP file can say
+LONGEST = 655_350  # milliseconds that a GIF file can say
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,19 @@ class Colours:
         return bool(chunks) or (icc and (name == 'gif' or (name == 'webp' and grey)))
 
 
+class Piece(NamedTuple):
+    """Rows of an image of a file: (some, W) or (some, W, 2 to 4), uint8 or uint16.
+
+    Attributes:
+        colours: what is said of the image's colours.
+        duration: milliseconds that the image is shown, 0 for pages.
+    """
+
+    rows: np.ndarray
+    colours: Colours
+    duration: float = 0.0
+
+
 def check_size(name: str, sizes: Sequence[tuple[int, int]]) -> None:
     """Refuse a result of images (height, width) that its format cannot hold.
 
@@ -101,30 +115,28 @@ def keeps(name: str, plays: int | None) -> bool:
 
 
 def write_result(
-    pieces: Iterable[tuple[np.ndarray, float]],
+    pieces: Iterable[Piece],
     path: Path,
     name: str,
     heights: Sequence[int],
     plays: int | None,
-    colours: Colours,
     metadata: Metadata,
     format: Format,
 ) -> None:
     """Write one image or several as a file, whole or not at all.
 
-    A PNG file of one image is written as its rows come, PNG and TIFF files of several as the images come, others from
-    all of them. PNG and TIFF keep 16 bits, others are rounded to 8; where a format has no alpha, the background takes
-    its place. GIF has 256 colours. A colour profile that does not fit the colours is left out; what else a format
-    cannot keep is said.
+    A PNG file of one image is written as its rows come, PNG, TIFF and GIF files of several as the images come, others
+    from all of them. PNG and TIFF keep 16 bits, others are rounded to 8; where a format has no alpha, the background
+    takes its place. GIF has 256 colours. A colour profile that does not fit the colours is left out; what else a
+    format cannot keep is said. TIFF has the profile of each page, others that of the first image.
 
     Args:
-        pieces: rows (some, W) or (some, W, 2 to 4) of uint8 or uint16, image after image, each with the milliseconds
-            that its image is shown.
+        pieces: image after image.
         path: the file.
         name: of the format, for several images one that `keeps` them.
         heights: of the images.
         plays: how often an animation is shown, 0 for ever; None: the images are pages.
-        colours, metadata: what the file says besides.
+        metadata: what the file says besides.
         format: how it is written.
 
     Raises:
@@ -132,58 +144,62 @@ def write_result(
     """
     pieces, count = iter(pieces), len(heights)
     first = next(pieces)
-    _say_losses(first[0], path, name, colours)
+    _say_losses(first, path, name)
     pieces = chain([first], pieces)
     images = _gather(pieces, heights)
     content: memoryview | Iterator[bytes]
     if name == 'png':
-        says = _png_says(first[0], colours, metadata)
+        says = _png_says(first, metadata)
         if count == 1:
-            content = encode_png((rows for rows, _ in pieces), heights[0], *says)
+            content = encode_png((piece.rows for piece in pieces), heights[0], *says)
         else:
-            content = encode_apng(images, count, plays or 0, *says)
+            content = encode_apng(((image.rows, image.duration) for image in images), count, plays or 0, *says)
     elif name == 'tif':
-        content = _tiff((samples for samples, _ in images), count, colours, metadata)
+        content = _tiff(images, count, metadata)
+    elif name == 'gif':
+        content = encode_gif(_gif_images(images, path), plays if count > 1 else None, metadata.made.encode())
     else:
-        content = _encode(images, plays, path, name, colours, metadata, format)
+        content = _encode(images, plays, path, name, metadata, format)
     write_atomic(path, content)
 
 
-def _say_losses(samples: np.ndarray, path: Path, name: str, colours: Colours) -> None:
+def _say_losses(first: Piece, path: Path, name: str) -> None:
     """Log what a format cannot keep."""
-    if colours.lost_in(name, is_grey(samples)):
+    if first.colours.lost_in(name, is_grey(first.rows)):
         log.warning('%s: %s cannot keep all that the file says of its colours.', path, name)
     if name == 'gif':
         log.info('%s: gif has 256 colours an image, to which others are reduced.', path)
-    elif samples.dtype != np.uint8 and name not in ('png', 'tif'):
+    elif first.rows.dtype != np.uint8 and name not in ('png', 'tif'):
         log.info('%s: %s has 8 bits a channel, to which 16 are rounded.', path, name)
 
 
-def _png_says(samples: np.ndarray, colours: Colours, metadata: Metadata) -> tuple[bytes | None, dict[bytes, bytes]]:
+def _png_says(first: Piece, metadata: Metadata) -> tuple[bytes | None, dict[bytes, bytes]]:
     """The profile and the chunks of a PNG file."""
-    chunks = {**colours.chunks, b'eXIf': metadata.exif.tobytes()[6:]}
-    return colours.fitting(is_grey(samples)), chunks | ({b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {})
+    chunks = {**first.colours.chunks, b'eXIf': metadata.exif.tobytes()[6:]}
+    chunks |= {b'iTXt': XMP_IN_PNG + metadata.xmp} if metadata.xmp else {}
+    return first.colours.fitting(is_grey(first.rows)), chunks
 
 
-def _tiff(pages: Iterable[np.ndarray], count: int, colours: Colours, metadata: Metadata) -> Iterator[bytes]:
+def _tiff(images: Iterable[Piece], count: int, metadata: Metadata) -> Iterator[bytes]:
     from data.tiff import encode_tiff  # tifffile is rarely needed
 
-    return encode_tiff(pages, count, metadata.exif, metadata.xmp, metadata.iptc, colours.icc)
+    pages = ((image.rows, image.colours.icc) for image in images)
+    return encode_tiff(pages, count, metadata.exif, metadata.xmp, metadata.iptc)
 
 
-def _gather(pieces: Iterator[tuple[np.ndarray, float]], heights: Sequence[int]) -> Iterator[tuple[np.ndarray, float]]:
+def _gather(pieces: Iterator[Piece], heights: Sequence[int]) -> Iterator[Piece]:
     """Whole images, whose memory is in use from the start, so that tiles are chosen with it in mind."""
     for height in heights:
-        rows, duration = next(pieces)
-        samples, done = rows, len(rows)
+        first = next(pieces)
+        samples, done = first.rows, len(first.rows)
         if done < height:
-            samples = np.full((height, *rows.shape[1:]), 1, rows.dtype)
-            samples[:done] = rows
+            samples = np.full((height, *samples.shape[1:]), 1, samples.dtype)
+            samples[:done] = first.rows
         while done < height:
-            rows, _ = next(pieces)
+            rows = next(pieces).rows
             samples[done : done + len(rows)] = rows
             done += len(rows)
-        yield samples, duration
+        yield first._replace(rows=samples)
 
 
 def over(samples: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
@@ -200,42 +216,43 @@ def over(samples: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
 
 
 def _encode(
-    images: Iterable[tuple[np.ndarray, float]],
-    plays: int | None,
-    path: Path,
-    name: str,
-    colours: Colours,
-    metadata: Metadata,
-    format: Format,
+    images: Iterable[Piece], plays: int | None, path: Path, name: str, metadata: Metadata, format: Format
 ) -> memoryview:
-    """A JPEG, WebP or GIF file."""
-    frames, durations = zip(*((eight_bits(samples), round(duration)) for samples, duration in images), strict=True)
+    """A JPEG or WebP file."""
+    shown = ((eight_bits(image.rows), image.colours, image.duration) for image in images)
+    frames, colours, durations = map(list, zip(*shown, strict=True))
     options: dict[str, Any] = {}
     if len(frames) > 1:
-        options = {'save_all': True, 'duration': durations}
-        if name == 'webp':
-            options['loop'] = plays and min(plays, MOST_PLAYS)
-        elif plays != 1:  # a GIF file says how often after the first time
-            options['loop'] = plays and min(plays - 1, MOST_PLAYS)
+        options = {'save_all': True, 'duration': durations, 'loop': plays and min(plays, MOST_PLAYS)}
     if name == 'jpg':
         frames = [over(each, format.background) if each.shape[2:] in ((2,), (4,)) else each for each in frames]
         options |= _jpeg_options(metadata, format.quality, path)
-    elif name == 'webp':
+    else:
         options |= {'quality': format.quality, 'exact': True, 'exif': metadata.exif.tobytes()}
         options |= {'xmp': metadata.xmp} if metadata.xmp else {}
-    else:
-        options['comment'] = metadata.made.encode()
-    pictures = [Image.fromarray(samples) for samples in frames]
-    if name == 'gif':
-        pictures = [_palette_image(picture) for picture in pictures]
-        if any(picture.getextrema()[1] == COLOURS for picture in pictures):  # each is taken away before the next one
-            options |= {'transparency': COLOURS, 'disposal': 2, 'optimize': False}  # which would number them anew
     grey = is_grey(frames[0])
-    if not (name == 'gif' or (name == 'webp' and grey)):
-        options['icc_profile'] = colours.fitting(grey)
+    if name == 'jpg' or not grey:
+        options['icc_profile'] = colours[0].fitting(grey)
+    first, *others = map(Image.fromarray, frames)
     stream = BytesIO()
-    pictures[0].save(stream, {'jpg': 'JPEG'}.get(name, name.upper()), append_images=pictures[1:], **options)
+    first.save(stream, {'jpg': 'JPEG', 'webp': 'WEBP'}[name], append_images=others, **options)
     return stream.getbuffer()
+
+
+def _gif_images(images: Iterable[Piece], path: Path) -> Iterator[tuple[Image.Image, int]]:
+    """Images as `encode_gif` takes them; the log says if the animation takes another time than it should."""
+    asked = given = 0.0
+    for image in images:
+        begin, asked = asked, asked + image.duration
+        time = 10 * (round(asked / 10) - round(begin / 10))  # so that what is rounded does not add up
+        time = min(max(time, 20 if image.duration > 10 else 0), LONGEST)  # browsers show 0.01 s as 0.1 s
+        given += time
+        yield _palette_image(Image.fromarray(eight_bits(image.rows))), time
+    if abs(given - asked) > 10:
+        log.info(
+            '%s: gif shows an image for 0.02 to 655 s: its images take %.2f s, not %.2f.',
+            path, given / 1000, asked / 1000,
+        )  # fmt: skip
 
 
 def _jpeg_options(metadata: Metadata, quality: int, path: Path) -> dict[str, object]:
@@ -265,11 +282,11 @@ def photoshop_segment(iptc: bytes) -> bytes:
 def _palette_image(image: Image.Image) -> Image.Image:
     """An image of at most 256 colours, dithered where it has more; what is less than half opaque is transparent."""
     colour = image.convert('RGB')
-    few = colour.quantize(COLOURS)
+    few = colour.quantize(TRANSPARENT)
     indexed = colour.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG)
-    indexed.putpalette(bytes(few.getpalette() or ()).ljust(3 * (COLOURS + 1), b'\0'))
+    indexed.putpalette(bytes(few.getpalette() or ()).ljust(3 * (TRANSPARENT + 1), b'\0'))
     if image.has_transparency_data:
-        indexed.paste(COLOURS, mask=Image.fromarray(np.asarray(image.getchannel('A')) < 128))
+        indexed.paste(TRANSPARENT, mask=Image.fromarray(np.asarray(image.getchannel('A')) < 128))
     return indexed
 
 

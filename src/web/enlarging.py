@@ -19,7 +19,7 @@ from photo.choice import Weights
 from photo.engine import resized
 from photo.metadata import read_metadata
 from photo.targets import MADE
-from photo.writing import Colours, Format, check_size, keeps, write_result
+from photo.writing import Colours, Format, Piece, check_size, keeps, write_result
 from system.machine import best_device
 from system.numerics import set_numerics
 from web.comparing import Comparison, compare
@@ -101,16 +101,16 @@ def enlarge(
 
     first = whole(photo, 0)
 
-    def results() -> Iterator[tuple[np.ndarray, float]]:
-        yield first, duration
+    def results() -> Iterator[Piece]:
+        yield Piece(first, colours, duration)
         for number, (other, shown) in zip(range(1, count), frames, strict=False):
-            yield whole(other, number), shown
+            yield Piece(whole(other, number), Colours(other.icc, other.chunks), shown)
 
     result = folder / f'{image.stem}_x{scale}.{name}'
     metadata = read_metadata(image).adapted(len(first), first.shape[1], f'{MADE} {weights.stem}')
     colours = Colours(photo.icc, photo.chunks)
     heights = [height for height, _ in new]
-    write_result(results(), result, name, heights, series.plays, colours, metadata, Format(name))
+    write_result(results(), result, name, heights, series.plays, metadata, Format(name))
     seconds = time.perf_counter() - start
     (height, width), images = sizes[0], f', {count} images,' if count > 1 else ''
     change = f'{width}x{height} to {first.shape[1]}x{first.shape[0]} pixels{images}'

@@ -120,7 +120,7 @@ def page(choices: Sequence[Weights], enlarge: Enlarge, visitors: Visitors, folde
     ) -> tuple[str, gr.CheckboxGroup]:
         given = list(dict.fromkeys(images or []))
         if len(given) > MOST:  # which are not opened
-            return markup.refusal(reason_against(given, True)), kinds(visit, [], scale, weights)
+            return markup.refusal(reason_against(given, True)), kinds(visit, ticked, scale, weights)
         photos, visit.asked = visit.photos(given, ticked), tuple(given)
         return markup.previews([Path(image) for image in given], PREVIEWED), kinds(visit, photos, scale, weights)
 

@@ -153,7 +153,7 @@ def test_pages_that_are_written_are_read_by_others(tmp_path):
     pages = [noise(701, 301, 3, dtype=np.uint16), noise(33, 5), noise(9, 9, 4)]
     exif = Image.Exif()
     exif[271] = 'Maker'
-    (tmp_path / 'a.tif').write_bytes(b''.join(encode_tiff(pages, 3, exif)))
+    (tmp_path / 'a.tif').write_bytes(b''.join(encode_tiff([(page, None) for page in pages], 3, exif)))
     with tifffile.TiffFile(tmp_path / 'a.tif') as tif:
         assert all(np.array_equal(page.asarray(), each) for page, each in zip(tif.pages, pages, strict=True))
     with Image.open(tmp_path / 'a.tif') as image:

@@ -15,7 +15,7 @@ from data.frames import Series, read_frames, read_series
 from data.image import eight_bits, read_photo
 from error import UserError
 from photo.metadata import Metadata, is_lossy, made_by, read_metadata
-from photo.writing import Colours, Format, check_size, over, photoshop_segment, write_result
+from photo.writing import Colours, Format, Piece, check_size, over, photoshop_segment, write_result
 
 RNG = np.random.default_rng(0)
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -50,8 +50,8 @@ def photograph(path: Path) -> Path:
 def write(path: Path, samples: np.ndarray, source: Path, **options: object) -> None:
     metadata = read_metadata(source).adapted(*samples.shape[:2], 'FrugalSR test')
     name = path.suffix[1:]
-    about = Colours(ICC, {}), metadata, Format(name, **options)
-    write_result([(samples, 0)], path, name, [len(samples)], None, *about)
+    pieces = [Piece(samples, Colours(ICC, {}))]
+    write_result(pieces, path, name, [len(samples)], None, metadata, Format(name, **options))
 
 
 @pytest.mark.parametrize('suffix', ['png', 'jpg', 'webp', 'tif'])
@@ -277,9 +277,9 @@ def moving(path: Path, frames: list[np.ndarray], plays: int, times: list[float])
     exif = Image.Exif()
     metadata = Metadata(exif).adapted(*frames[0].shape[:2], 'FrugalSR test')
     name = path.suffix[1:]
-    about = plays, Colours(None, {}), metadata, Format(name, quality=100)
-    pieces = [(rows, time) for frame, time in zip(frames, times, strict=True) for rows in (frame[:7], frame[7:])]
-    write_result(pieces, path, name, [len(frame) for frame in frames], *about)
+    shown = [(rows, time) for frame, time in zip(frames, times, strict=True) for rows in (frame[:7], frame[7:])]
+    pieces = [Piece(rows, Colours(None, {}), time) for rows, time in shown]
+    write_result(pieces, path, name, [len(frame) for frame in frames], plays, metadata, Format(name, quality=100))
 
 
 @pytest.mark.parametrize(('suffix', 'most'), [('png', 70_000), ('webp', 65_535), ('gif', 65_536)])
@@ -308,6 +308,38 @@ def test_animations_keep_times_and_repetition(tmp_path, suffix, plays):
         seen = frame[..., 3] == 255
         error = np.abs(photo.color[seen].astype(int) - frame[..., :3][seen])
         assert error.mean() <= (20 if suffix == 'webp' else 0)  # compressed with loss
+
+
+@pytest.mark.parametrize(
+    ('duration', 'shown'), [(1000 / 30, 1000), (1000 / 24, 1250), (67, 2010), (10, 300), (1000 / 60, 600)]
+)
+def test_times_that_gif_cannot_say(tmp_path, messages, duration, shown):
+    """They add up to what they should, but where an image would be shown for 0.01 s, which browsers take for 0.1 s."""
+    path = tmp_path / 'a.gif'
+    moving(path, [np.full((12, 10, 3), 8 * i, np.uint8) for i in range(30)], 0, [duration] * 30)
+    times = [time for _, time in read_frames(path)]
+    assert sum(times) == shown
+    assert max(times) - min(times) <= 10
+    slow = f'{path}: gif shows an image for 0.02 to 655 s: its images take 0.60 s, not 0.50.'
+    assert (slow in messages) == (shown == 600)
+
+
+@pytest.mark.parametrize(('suffix', 'exact'), [('webp', 1), ('png', 0.1)])
+def test_times_of_parts_of_milliseconds(tmp_path, suffix, exact):
+    path = tmp_path / f'a.{suffix}'
+    moving(path, [np.full((12, 10, 3), 8 * i, np.uint8) for i in range(30)], 0, [1000 / 60] * 30)
+    assert sum(time for _, time in read_frames(path)) == pytest.approx(500, abs=exact)
+
+
+def test_pages_keep_their_own_profiles(tmp_path):
+    other = bytes(16) + b'RGB ' + bytes(108)
+    metadata = Metadata(Image.Exif()).adapted(9, 8, 'FrugalSR test')
+    pages = [Piece(np.full((9, 8, 3), 50, np.uint8), Colours(icc, {})) for icc in (ICC, other, None)]
+    write_result(pages, tmp_path / 'a.tif', 'tif', [9] * 3, None, metadata, Format('tif'))
+    with tifffile.TiffFile(tmp_path / 'a.tif') as tif:
+        tags = (page.tags.get('InterColorProfile') for page in tif.pages)
+        assert [tag and bytes(tag.value) for tag in tags] == [ICC, other, None]
+    assert [photo.icc for photo, _ in read_frames(tmp_path / 'a.tif')] == [ICC, other, None]
 
 
 def test_gif_has_few_colours(tmp_path, messages):

@@ -364,6 +364,17 @@ def test_no_image_and_too_many(program):
     assert not kind['value']
 
 
+def test_ticks_stay_while_there_are_too_many(program):
+    a = Visitor(program.url)
+    paths = [a.upload(f'{name}.jpg', jpeg(picture(5, 8, 9))) for name in 'ab']
+    ticked = a.drop(paths)
+    assert ticked == paths
+    many = a.files([*paths, *(a.upload(f'{i}.png', PHOTO) for i in range(19))])
+    _, kind = a.ask('look', many, None, ticked, 4, BEST)['output']['data']
+    assert kind['value'] == paths
+    assert a.drop(paths, ticked=kind['value']) == paths
+
+
 def test_an_upload_that_is_too_large(program):
     with pytest.raises(urllib.error.HTTPError, match='413'):
         Visitor(program.url).upload('a.png', bytes(2**20 + 1))
