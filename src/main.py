@@ -281,7 +281,7 @@ def train(args: Namespace, folder: RunFolder) -> None:
             except UserError as error:
                 log.warning('%s', error)
 
-    trainer = make_trainer(args, model, phases, data, evaluate, folder, on_epoch_end)
+    trainer = make_trainer(args, model, phases, data, sets, evaluate, folder, on_epoch_end)
     if args.reset:
         folder.clear()
     folder.start_log()

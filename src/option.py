@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import networks
 from error import UserError
 from networks import MODELS
-from options.checks import check
+from options.checks import check, check_phases
 from options.config import NOT_RESTORED, read_config
 from options.kinds import Parser
 from options.table import NETWORK_SETTINGS, SETTINGS, build_parser
@@ -25,7 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: unknown option, value out of range, unknown recipe, or a combination that cannot be.
     """
-    parser = build_parser()
+    argv, parser = sys.argv[1:] if argv is None else argv, build_parser()
     typed = args = parser.parse_args(argv)
     if args.template == 'list':
         print(recipes(parser))
@@ -54,6 +55,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.test_only, args.n_GPUs = True, 1
         args.cpu, args.compile, args.precision = True, False, 'single'  # a file does not depend on these
     check(args)
+    if not (args.test_only or args.score or args.costs or args.profile or args.compare):
+        check_phases(args, [word.partition('=')[0] for word in argv])
     for key in FIXED_IN_A_RUN:
         if saved and getattr(args, key) != saved.get(key):
             raise UserError(

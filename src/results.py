@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 import main as program
 import option
+from data.sets import find_set
 from error import UserError, exit_status, run_program
 from measure.published import PUBLISHED, SAME_IMAGES, SETS, SIZES
 from metric import METRICS
@@ -21,6 +23,7 @@ from options.kinds import Parser, folder
 from options.table import ROOT
 from system.files import write_atomic
 from system.start import tune_process
+from template import TEMPLATES
 
 log = logging.getLogger('frugalsr')
 
@@ -36,6 +39,7 @@ STUDIES = {
     'self-ensemble': f'{WHOLE} --self_ensemble',
     'bfloat16': f'{WHOLE} --precision half',
 }
+TRAINED_ON = {'DIV2K': ['DIV2K'], 'DF2K': ['DIV2K', 'Flickr2K']}
 DEGRADATIONS = ('jpeg75', 'jpeg40', 'noise5+jpeg60')
 NOTE = """# Results
 
@@ -158,15 +162,25 @@ def degraded(weights: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def measured(args: Namespace, name: str, options: Sequence[str], sets: Sequence[str] = MEASURED) -> Row:
-    """The results.json of a run, which is done if there is none, or one of older weights."""
+    """The results.json of a run, which is done if there is none, or one of other weights, options or images."""
     folder = args.save_dir / name.replace(' ', '_')
-    kept, given = folder / 'results.json', dict(pairwise(options)).get('--pre_train')
-    if not kept.is_file() or (given and Path(given).stat().st_mtime > kept.stat().st_mtime):
+    kept, noted = folder / 'results.json', folder / 'measured.json'
+    of = what_is_measured(args, options, sets)
+    if not (kept.is_file() and noted.is_file() and json.loads(noted.read_text()) == of):
         where = ['--dir_data', str(args.dir_data), '--save_dir', str(args.save_dir), '--save', folder.name]
         line = [*options, '--test_only', '--data_test', '+'.join(sets), *where, *(['--cpu'] if args.cpu else [])]
         parsed = option.parse(line)
         program.run(parsed, line)
+        write_atomic(noted, json.dumps(of).encode())
     return json.loads(kept.read_text())
+
+
+def what_is_measured(args: Namespace, options: Sequence[str], sets: Sequence[str]) -> Row:
+    """The options of a run, with a digest of its weights in place of their path, and how many images each set has."""
+    weights = dict(pairwise(options)).get('--pre_train')
+    own = [hashlib.sha256(Path(word).read_bytes()).hexdigest() if word == weights else word for word in options]
+    counts = {name: len(find_set(name, args.dir_data, ROOT / 'benchmark').hr) for name in sets}
+    return {'options': own, 'images': counts}
 
 
 def page(
@@ -176,7 +190,7 @@ def page(
     authors: dict[str, Row],
 ) -> str:
     """The whole of RESULTS.md."""
-    parts = [NOTE.format(where=machines((*found.values(), *studied.values())))]
+    parts = [NOTE.format(where=machines((*found.values(), *studied.values(), *photos.values())))]
     for scale in sorted({row['scale'] for row in found.values()}):
         ours = {name: row for name, row in found.items() if row['scale'] == scale}
         parts += [f'## x{scale}\n', *measured_table(ours), '', *published_table(scale), '']
@@ -250,7 +264,8 @@ def authors_table(rows: dict[str, Row]) -> list[str]:
     head = (title(name, len(result['images'])) for name, result in sets.items())
     cells = []
     for name, row in rows.items():
-        known = PUBLISHED[row['model']][row['scale']].psnr or {}
+        published = PUBLISHED[row['model']][row['scale']]
+        known = (published.psnr or {}) if TEMPLATES[name]['data_train'] == TRAINED_ON[published.data] else {}
         pairs = ((scores(result), number(known.get(data))) for data, result in row['sets'].items())
         cells.append([name, *(cell for pair in pairs for cell in pair)])
     return table(['Weights', *(cell for data in head for cell in (data, 'published'))], cells)
@@ -265,15 +280,15 @@ def study_table(studied: dict[tuple[str, str], Row]) -> list[str]:
     """What each way of running weights gains or loses against whole images, and how long it takes an image."""
     rows, first = [], METRICS[0]
     for (name, what), row in studied.items():
-        whole = studied[name, 'whole images']['sets']
-        cells = []
+        whole, cells = studied[name, 'whole images'], []
         for data, result in row['sets'].items():
-            change = result[first.name] - whole[data][first.name]
-            share = result['seconds'] / whole[data]['seconds']
-            gain = '' if row['sets'] is whole or math.isnan(change) else f' ({change:+.3f})'
+            plain = whole['sets'][data]
+            change, share = result[first.name] - plain[first.name], result['seconds'] / plain['seconds']
+            gain = '' if row is whole or math.isnan(change) else f' ({change:+.3f})'
+            there = row['machine']['device'] == whole['machine']['device']
             cells += [
                 f'{first.text(result[first.name])}{gain}',
-                f'{result["seconds"]:.2f}{"" if not gain else f" ({share:.2f}x)"}',
+                f'{result["seconds"]:.2f}{f" ({share:.2f}x)" if gain and there else ""}',
             ]
         rows.append([name, what, *cells])
     sets = next(iter(studied.values()))['sets']

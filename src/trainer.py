@@ -3,9 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -110,6 +110,7 @@ class TrainConfig:
         keep_all: keep the weights of every epoch.
         seed: of what a network draws in training, together with the number of the step.
         save_every: batches between states saved within an epoch; 0: only after each epoch.
+        protocol: how epochs are scored; the best one is found among those that were scored so.
     """
 
     phases: Sequence[Phase]
@@ -120,6 +121,7 @@ class TrainConfig:
     keep_all: bool = False
     seed: int = 0
     save_every: int = 0
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -228,6 +230,8 @@ class Trainer:
             if not self.rewound:
                 self.run.write_log(self.log)
             return True
+        if self.log and self.log[-1].get('protocol', self.config.protocol) != self.config.protocol:
+            log.info('Epochs are scored in another way than before: the best one is found among those to come.')
         batches = self._batches(epochs)
         while self.epoch < epochs:
             self._enter_phase()
@@ -304,11 +308,14 @@ class Trainer:
         return max(epoch for epoch in range(1, len(self.log) + 1) if self._is_best(epoch))
 
     def _is_best(self, epoch: int) -> bool:
-        """Whether no epoch up to this one had a better score, by the first metric, on the first test set."""
-        tests, by = [record['test'] for record in self.log[:epoch]], METRICS[0]
-        first = next(iter(tests[-1]))
-        own = tests[-1][first][by.name]
-        return not any(by.is_better(test[first][by.name], own) for test in tests if first in test)
+        """Whether no epoch up to this one had a better score, by the first metric, on the first test set.
+
+        Those that were scored in another way do not count; of runs from before this was noted, all do.
+        """
+        (*others, own), by = self.log[:epoch], METRICS[0]
+        first, how = next(iter(own['test'])), own.get('protocol')
+        rivals = [other['test'] for other in others if other.get('protocol', how) == how and first in other['test']]
+        return not any(by.is_better(test[first][by.name], own['test'][first][by.name]) for test in rivals)
 
     def _train_epoch(self, batches: Iterator[Sample], epochs: int, stop: Callable[[], None]) -> None:
         """Train until the epoch is complete, or `stop` raises."""
@@ -401,6 +408,7 @@ class Trainer:
             'gradient_norm': loss.pop('gradient_norm'), 'loss': loss, 'loss_weights': self.train_step.loss.weights,
             'skipped': done.skipped, 'replaced': done.replaced, 'seconds': done.seconds,
             'images_per_second': self.batch * self.phase.batch_size / done.seconds, 'wait': done.waited / done.seconds,
+            'protocol': dict(self.config.protocol),
             'test': {name: {k: v for k, v in r.items() if k != 'images'} for name, r in results.items()},
         })  # fmt: skip
         self.batch, self.partial = 0, self._fresh()

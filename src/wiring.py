@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -313,11 +313,13 @@ def make_trainer(
     model: Model,
     phases: list[Phase],
     data: TrainData,
+    sets: Sequence[SRData],
     evaluate: Callable[[int], dict[str, Any]],
     folder: RunFolder,
     on_epoch_end: Callable[[dict[str, Any]], None],
 ) -> Trainer:
-    """What trains `model` on `data`, in as many processes as there are; the rest is as in `Trainer`.
+    """What trains `model` on `data`, in as many processes as there are; `evaluate` scores it on `sets`, the rest is as
+    in `Trainer`.
 
     Raises:
         UserError: too many processes for the batch or for the loss.
@@ -334,7 +336,7 @@ def make_trainer(
 
     config = TrainConfig(
         phases, args.test_every, schedule(args), args.skip_threshold, args.print_every, args.save_models,
-        args.seed, args.save_every,
+        args.seed, args.save_every, protocol(args, model) | scored_on(sets[0]),
     )  # fmt: skip
     trainer = Trainer(config, train_step, loader, data.name, evaluate, folder, on_epoch_end)
     if args.checkpointing:
@@ -342,6 +344,12 @@ def make_trainer(
     check_processes(args, phases)
     model.calls.train = parallel.wrap_ddp(model.calls.train, model.device, args.split_batch > 1)
     return trainer
+
+
+def scored_on(images: SRData) -> dict[str, Any]:
+    """The images of a set, as which their scores can be compared with others; who made their LR does not matter."""
+    about = {key: value for key, value in images.protocol().items() if key != 'lr_made'}
+    return {'set': images.name, 'images': len(images), **about}
 
 
 def check_processes(args: Namespace, phases: list[Phase]) -> None:
@@ -377,10 +385,12 @@ def amp_dtypes(args: Namespace) -> list[torch.dtype]:
 def protocol(args: Namespace, model: Model) -> dict[str, Any]:
     """What has a say in the scores of a network besides its weights and the test sets."""
     auto = args.chop == 'auto'  # when sizes differ between images, and tiles are never averaged
-    size, blend = ('auto', 'ramp') if auto else (model.tiler and model.tiler.size, args.chop_blend)
+    size, blend = ('auto', 'ramp') if auto else (args.chop_size, args.chop_blend)
+    chop = {'size': size, 'overlap': args.chop_overlap, 'blend': blend}
     return {
-        'chop': {'size': size, 'overlap': args.chop_overlap, 'blend': blend} if args.chop else None,
+        'chop': chop | {'fixed': model.tiler.fixed} if model.tiler else None,
         'self_ensemble': args.self_ensemble,
         'pad_to': args.pad_to,
         'precision': type_name(model.dtype),
+        'tf32': args.tf32,
     }

@@ -93,7 +93,7 @@ def test_published_commands(data_folder):
     assert main.main(f'{TEST_X4} {benchmark} --pre_train {published} --save bench'.split()) == 0
     found = results(runs / 'bench')
     assert (found['model'], found['scale']) == ('LCoAN', 4)
-    assert found['protocol']['chop'] == {'size': 192, 'overlap': 20, 'blend': 'ramp'}
+    assert found['protocol']['chop'] == {'size': 192, 'overlap': 20, 'blend': 'ramp', 'fixed': False}
     assert list(found['sets']) == ['Set5', 'Set14', 'B100', 'Urban100', 'Manga109']
     for name, values in found['sets'].items():
         assert {'psnr', 'ssim', 'seconds', 'images'} == set(values)
@@ -210,10 +210,11 @@ def test_what_changes_a_score_is_recorded(data_folder, no_curves):
     plain = train(data_folder, '--load run --test_only')
     expected = {'Set5': {'channels': 'Y', 'shave': 2, 'lr_made': 2, 'lr_border': 'mirror'}}
     assert results(plain)['protocol'] == {
-        'chop': None, 'self_ensemble': False, 'pad_to': 1, 'precision': 'float32', 'sets': expected,
+        'chop': None, 'self_ensemble': False, 'pad_to': 1, 'precision': 'float32', 'tf32': False, 'sets': expected,
     }  # fmt: skip
     scores = {'plain': results(plain)['sets']['Set5']['psnr']}
-    recorded = {'chop': {'size': 16, 'overlap': 2, 'blend': 'ramp'}, 'pad_to': 32, 'precision': 'bfloat16'}
+    tiled = {'size': 16, 'overlap': 2, 'blend': 'ramp', 'fixed': False}
+    recorded = {'chop': tiled, 'pad_to': 32, 'precision': 'bfloat16'}
     tiles = '--chop --chop_size 16 --chop_overlap 2 --chop_batch 3'
     changes = {'self_ensemble': '--self_ensemble', 'pad_to': '--pad_to 32', 'precision': '--precision half'}
     for what, flags in {'chop': tiles, **changes}.items():
@@ -262,7 +263,7 @@ def test_the_protocol_of_a_paper_is_recorded(data_folder):
     tiles = '--chop --chop_size 32 --chop_overlap 24 --chop_blend mean'
     run = train(data_folder, f'{BICUBIC} --scale 3 --shave 4 --data_test Set5 {tiles}')
     protocol = results(run)['protocol']
-    assert protocol['chop'] == {'size': 32, 'overlap': 24, 'blend': 'mean'}
+    assert protocol['chop'] == {'size': 32, 'overlap': 24, 'blend': 'mean', 'fixed': False}
     assert protocol['sets']['Set5']['shave'] == 4
 
 

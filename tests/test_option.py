@@ -497,6 +497,13 @@ def test_out_of_range(name, text):
         ('--profile --forms bf16 --growth', ['--growth', '--forms']),
         ('--growth --compare x.json', ['--growth', '--profile']),
         ('--model auto --pre_train x.pt --template ASID_x4', ['--template ASID_x4', 'auto']),
+        ('--costs --tf32', ['--tf32', '--costs']),
+        ('--lr_min 1e-7', ['--lr_min 1e-07', '--schedule cosine']),
+        ('--restarts 2', ['--restarts 2', '--schedule cosine']),
+        ('--template PAN_x4 --schedule step', ['--lr_min 1e-07', '--lr_min 0']),
+        ('--template PAN_x4 --decay 200-400', ['--decay', '--schedule step']),
+        ('--schedule cosine --gamma=0.2', ['--gamma', '--schedule step']),
+        ('--final_epochs 5', ['--final_epochs 5', '--loss_final']),
     ],
 )
 def test_what_cannot_be(command, words):

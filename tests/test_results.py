@@ -49,7 +49,7 @@ def test_the_page_has_what_was_measured_and_what_was_published(folder):
         expected = [f'{s["psnr"]:.2f} / {s["ssim"]:.4f}'.replace('/ 0.', '/ .') for s in found['sets'].values()]
         assert cells(page, first)[1:] == expected
         assert list(found['sets']) == list(SETS[:4])
-    assert found['protocol']['chop'] == {'size': 64, 'overlap': 24, 'blend': 'mean'}
+    assert found['protocol']['chop'] == {'size': 64, 'overlap': 24, 'blend': 'mean', 'fixed': False}
     assert 'Set5, 2 of 5 images' in page
     assert cells(page, 'ATD-light')[1:] == ['DIV2K', *(f'{PUBLISHED["ATD-light"][4].psnr[name]:.2f}' for name in SETS)]
     assert cells(page, 'IDN')[1:3] == ['SR291', '31.82']
@@ -115,17 +115,36 @@ def test_what_is_there_is_kept(folder):
     assert again == page.replace(f'torch {torch.__version__}', f'torch older {torch.__version__}')
 
 
-def test_newer_weights_are_measured_again(folder):
-    """Not shown with the scores of those before."""
-    file = folder / 'runs' / 'ASID_x4' / 'results.json'
-    scored = file.read_text()
-    file.write_text(scored.replace('"psnr": ', '"psnr": 1'))
+def test_other_weights_are_measured_again(folder):
+    """Not shown with the scores of those before, also if they are older files."""
     weights = folder / 'models' / 'ASID_x4.pt'
-    later = file.stat().st_mtime_ns + 10**9
-    os.utime(weights, ns=(later, later))
+    before, dates = weights.read_bytes(), weights.stat()
+    first = scores_of(folder)
+    torch.manual_seed(1)
+    torch.save(build('ASID', 4).state_dict(), weights)
+    os.utime(weights, ns=(dates.st_atime_ns, dates.st_mtime_ns - 10**12))
     assert results.main(options(folder)) == 0
-    found, expected = (json.loads(text)['sets'] for text in (file.read_text(), scored))
-    assert [each['psnr'] for each in found.values()] == [each['psnr'] for each in expected.values()]
+    assert scores_of(folder) != first
+    weights.write_bytes(before)
+    assert results.main(options(folder)) == 0
+    assert scores_of(folder) == first
+
+
+def test_more_images_are_measured_for_all(folder):
+    place = folder / 'data' / 'benchmark' / 'Set5' / 'HR' / '2.png'
+    write_png(place, picture(99, 28, 24))
+    assert results.main(options(folder)) == 0
+    page = (folder / 'docs' / 'RESULTS.md').read_text()
+    for file in (folder / 'runs').glob('*/results.json'):
+        assert len(json.loads(file.read_text())['sets']['Set5']['images']) == 3
+    assert 'Set5, 3 of 5 images' in page and 'Set5, 2 of 5 images' not in page
+    place.unlink()
+    assert results.main(options(folder)) == 0
+
+
+def scores_of(folder: Path) -> list[float]:
+    found = json.loads((folder / 'runs' / 'ASID_x4' / 'results.json').read_text())
+    return [each['psnr'] for each in found['sets'].values()]
 
 
 def test_what_is_missing_is_told(tmp_path, capsys):

@@ -334,6 +334,22 @@ def test_weights_of_every_epoch_and_the_best(data_folder, monkeypatch):
     assert [record['test']['SR291']['psnr'] for record in metrics(run)] == [20, 10, 40]
 
 
+def test_scores_of_other_protocols_are_not_compared(data_folder, monkeypatch):
+    scores = iter([40.0, 30.0, 20.0, 25.0, 24.0, 39.0])
+    monkeypatch.setattr(Evaluation, '_set', lambda *_: {'psnr': next(scores), 'seconds': 1.0, 'images': {}})
+    said = 'scored in another way'
+    assert said not in log(train(data_folder, EDSR, '--epochs 2 --save_models'))
+    run = train(data_folder, '--load run --epochs 4 --shave 3')
+    assert log(run).count(said) == 1
+    assert equal(weights(run, 'best'), weights(run, '4'))
+    train(data_folder, '--load run --epochs 5')
+    assert equal(weights(run, 'best'), weights(run, '4'))
+    train(data_folder, '--load run --epochs 6 --shave 2')  # as at first, when it was left to the scale
+    assert equal(weights(run, 'best'), weights(run, '4'))
+    assert [record['protocol']['shave'] for record in metrics(run)] == [2, 2, 3, 3, 3, 2]
+    assert log(run).count(said) == 2
+
+
 def test_what_is_saved_only_when_wanted(data_folder):
     plain = train(data_folder, EDSR, name='plain')
     assert not [*plain.glob('results-*'), *plain.glob('comparison-*')]

@@ -210,6 +210,7 @@ def apart(work: Callable[..., T], *given: object) -> T:
 def begin_apart() -> None:
     """What a process beside the program does first."""
     tune_malloc()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # PyTorch's convolutions would
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -277,11 +277,15 @@ def compare(new: Row, old: Row) -> list[str]:
     before = {label(row): row for row in old['networks']}
     after = {label(row): row for row in new['networks']}
     rates = [report['ceiling']['float32'] for report in (new, old)]
-    lines = [['', '', *TIMES.values(), *MEMORY.values()]]
+    batches = {report.get('batch', BATCH) for report in (new, old)}
+    lines, other = [['', '', *TIMES.values(), *MEMORY.values()]], []
     for name in after:
         if name in before:
-            cells = (change(key, after[name], before[name], rates) for key in (*TIMES, *MEMORY))
-            lines.append([*name.split(), *cells])
+            rows = after[name], before[name]
+            if rows[0]['step'] and rows[1]['step'] and (len(batches) > 1 or rows[0]['patch'] != rows[1]['patch']):
+                rows = tuple(row | {'step': None, 'step_memory': None} for row in rows)
+                other.append(name)
+            lines.append([*name.split(), *(change(key, *rows, rates) for key in (*TIMES, *MEMORY))])
     single = ', '.join(sorted(set(before) ^ set(after)))
     apart = max(rates[0]['median'] / rates[1]['median'], rates[1]['median'] / rates[0]['median'])
     busy = (
@@ -294,6 +298,7 @@ def compare(new: Row, old: Row) -> list[str]:
         f'Old: {about(old)}',
         *aligned(lines),
         *([f'{busy}and the ratios mean little.'] if apart > BUSY else []),
+        *([f'Trained on other batches or patches: {", ".join(other)}.'] if other else []),
         *([f'In one of them alone: {single}.'] if single else []),
         *(f'Old: {line}' for line in failures(old)),
     ]

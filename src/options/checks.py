@@ -1,6 +1,7 @@
 """Combinations of options that cannot be."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from error import UserError
@@ -55,6 +56,10 @@ def check(args: argparse.Namespace) -> None:
         for option in (*others, 'net', *NETWORK_SETTINGS):
             if getattr(args, option):
                 raise UserError(f'--{option}: --{measured} measures the published networks alone; leave it out.')
+        if args.tf32:
+            raise UserError(
+                f'--tf32: --{measured} measures float32 in full; --profile --forms tf32 measures the other.'
+            )
         if args.n_GPUs > 1:
             raise UserError(f'--n_GPUs {args.n_GPUs}: --{measured} measures on one device; leave it out.')
         return
@@ -139,6 +144,18 @@ def check_losses(args: argparse.Namespace) -> None:
         raise UserError('--distill, or a loss with Distill: name the weights of the network to learn from, --teacher.')
     if args.teacher and not learns:
         raise UserError(f'--teacher {args.teacher}: say with --distill how much its output counts, or leave it out.')
+
+
+def check_phases(args: argparse.Namespace, typed: Sequence[str]) -> None:
+    """Refuse settings of a schedule, or of a loss, that is not taken; `typed` is the command line."""
+    if args.schedule == 'step':
+        for option in ('lr_min', 'restarts'):
+            if value := getattr(args, option):
+                raise UserError(f'--{option} {value}: it is of --schedule cosine; give that, or --{option} 0.')
+    elif given := [option for option in ('--decay', '--gamma') if option in typed]:
+        raise UserError(f'{given[0]}: the cosine goes down by itself; leave it out, or give --schedule step.')
+    if args.final_epochs > 1 and not args.loss_final:
+        raise UserError(f'--final_epochs {args.final_epochs}: say with --loss_final what is learned in them.')
 
 
 def check_recipe(args: argparse.Namespace) -> None:

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from error import UserError
-from measure.costs import cost, find_pairs, input_size, multiply_adds, points, repeated, table
+from measure.costs import apart, cost, find_pairs, input_size, multiply_adds, points, repeated, table
 from measure.published import PUBLISHED
 from model import NETWORKS
 from tests.conftest import ROOT, slow
@@ -133,6 +134,13 @@ def test_a_first_call_counts_if_it_is_long(monkeypatch, seconds, counted):
     monkeypatch.setattr('measure.costs.FIRST', 60.0)
     monkeypatch.setattr('measure.costs.SECONDS', 2.5)
     assert repeated(print, 'cpu') == counted
+
+
+def test_measuring_processes_compute_float32_in_full():
+    # PyTorch itself lets convolutions of a GPU round to 10 bits.
+    assert torch.backends.cudnn.allow_tf32
+    for backend in ('cudnn', 'cuda.matmul'):
+        assert not apart(eval, f"__import__('torch').backends.{backend}.allow_tf32")
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')

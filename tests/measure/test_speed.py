@@ -330,6 +330,18 @@ def test_comparison():
     )
 
 
+@pytest.mark.parametrize('changes', [{'patch': 48}, {'batch': 16}])
+def test_steps_of_other_batches_or_patches_are_not_compared(changes):
+    step = {'step': {'median': 1.0, 'quartiles': [1.0, 1.0]}, 'step_memory': 1e6, 'patch': 64}
+    new, old = made(0.5, **step), made(1.0, **step)
+    assert any(re.fullmatch(r'EDSR +x4 .* 1\.00 \(1\.00-1\.00\) = +1\.00 +1\.00', line) for line in compare(new, old))
+    old |= {key: value for key, value in changes.items() if key == 'batch'}
+    old['networks'][0] |= {key: value for key, value in changes.items() if key == 'patch'}
+    lines = compare(new, old)
+    assert any(re.fullmatch(r'EDSR +x4 +0\.50 .* = +- +1\.00 +-', line) for line in lines)
+    assert 'Trained on other batches or patches: EDSR x4.' in lines
+
+
 def test_compare_measures_only_if_asked(tiny, tmp_path, capsys):
     """Given the file of the run folder itself, which is read, and kept, before it is written anew."""
     assert run(tmp_path, '--profile --model EDSR') == 0
