@@ -169,6 +169,7 @@ def measured(args: Namespace, name: str, options: Sequence[str], sets: Sequence[
     if not (kept.is_file() and noted.is_file() and json.loads(noted.read_text()) == of):
         where = ['--dir_data', str(args.dir_data), '--save_dir', str(args.save_dir), '--save', folder.name]
         line = [*options, '--test_only', '--data_test', '+'.join(sets), *where, *(['--cpu'] if args.cpu else [])]
+        noted.unlink(missing_ok=True)
         parsed = option.parse(line)
         program.run(parsed, line)
         write_atomic(noted, json.dumps(of).encode())

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ class TrainConfig:
         keep_all: keep the weights of every epoch.
         seed: of what a network draws in training, together with the number of the step.
         save_every: batches between states saved within an epoch; 0: only after each epoch.
-        protocol: how epochs are scored; the best one is found among those that were scored so.
+        protocol: how epochs are scored; the best one is found among those since they are scored so.
     """
 
     phases: Sequence[Phase]
@@ -310,12 +311,13 @@ class Trainer:
     def _is_best(self, epoch: int) -> bool:
         """Whether no epoch up to this one had a better score, by the first metric, on the first test set.
 
-        Those that were scored in another way do not count; of runs from before this was noted, all do.
+        Those up to the last one that was scored in another way do not count; runs from before this was noted have none.
         """
-        (*others, own), by = self.log[:epoch], METRICS[0]
+        own, by = self.log[epoch - 1], METRICS[0]
         first, how = next(iter(own['test'])), own.get('protocol')
-        rivals = [other['test'] for other in others if other.get('protocol', how) == how and first in other['test']]
-        return not any(by.is_better(test[first][by.name], own['test'][first][by.name]) for test in rivals)
+        before = takewhile(lambda other: other.get('protocol', how) == how, reversed(self.log[: epoch - 1]))
+        rivals = [other['test'][first] for other in before if first in other['test']]
+        return not any(by.is_better(rival[by.name], own['test'][first][by.name]) for rival in rivals)
 
     def _train_epoch(self, batches: Iterator[Sample], epochs: int, stop: Callable[[], None]) -> None:
         """Train until the epoch is complete, or `stop` raises."""

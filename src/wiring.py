@@ -1,5 +1,6 @@
 """Options -> parts: the network with its weights and tiles, image sets, what trains it, as the options say."""
 
+import hashlib
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -347,9 +348,10 @@ def make_trainer(
 
 
 def scored_on(images: SRData) -> dict[str, Any]:
-    """The images of a set, as which their scores can be compared with others; who made their LR does not matter."""
+    """What has a say in the scores of a set; who made its LR images does not matter."""
+    names = hashlib.sha256('\0'.join(images.names).encode()).hexdigest()[:12]
     about = {key: value for key, value in images.protocol().items() if key != 'lr_made'}
-    return {'set': images.name, 'images': len(images), **about}
+    return {**about, 'lr_border': images.border, 'set': images.name, 'images': names}
 
 
 def check_processes(args: Namespace, phases: list[Phase]) -> None:
@@ -385,7 +387,7 @@ def amp_dtypes(args: Namespace) -> list[torch.dtype]:
 def protocol(args: Namespace, model: Model) -> dict[str, Any]:
     """What has a say in the scores of a network besides its weights and the test sets."""
     auto = args.chop == 'auto'  # when sizes differ between images, and tiles are never averaged
-    size, blend = ('auto', 'ramp') if auto else (args.chop_size, args.chop_blend)
+    size, blend = ('auto', 'ramp') if auto else (model.tiler and model.tiler.size, args.chop_blend)
     chop = {'size': size, 'overlap': args.chop_overlap, 'blend': blend}
     return {
         'chop': chop | {'fixed': model.tiler.fixed} if model.tiler else None,

@@ -326,11 +326,13 @@ def test_a_file_of_another_program_is_not_replaced(photos, capsys):
 
 def test_a_photograph_that_is_refused_is_not_replaced(tmp_path, capsys):
     write_png(tmp_path / 'a.png', picture(0, 5, 5))  # too small
-    Image.fromarray(picture(1, 60, 60)).save(tmp_path / 'a.jpg')
+    for name in 'ab':
+        Image.fromarray(picture(1, 60, 60)).save(tmp_path / f'{name}.jpg')
     before = (tmp_path / 'a.png').read_bytes()
     said = error_of(capsys, tmp_path, '--name', '{stem}', '--width', 90, '--again')
-    assert f'would replace the photograph {tmp_path}/a.png' in said
+    assert f'{tmp_path}/a.png, which was given too and cannot be enlarged' in said
     assert (tmp_path / 'a.png').read_bytes() == before
+    assert read_photo(tmp_path / 'b.png').color.shape == (90, 90, 3)
 
 
 def test_a_photograph_is_not_replaced_by_its_own_result_under_another_name(photos, capsys):

@@ -147,6 +147,25 @@ def scores_of(folder: Path) -> list[float]:
     return [each['psnr'] for each in found['sets'].values()]
 
 
+def test_figures_of_other_training_images_stand_beside_no_weights():
+    score = {'psnr': 38.1, 'ssim': 0.96, 'images': dict.fromkeys(range(5))}
+    rows = {
+        f'{name}_x2': {'model': 'OmniSR', 'scale': 2, 'sets': {'Set5': score}} for name in ('OmniSR', 'OmniSR-DF2K')
+    }
+    table = results.authors_table(rows)
+    assert cells('\n'.join(table), 'OmniSR_x2')[2] == f'{PUBLISHED["OmniSR"][2].psnr["Set5"]:.2f}'
+    assert cells('\n'.join(table), 'OmniSR-DF2K_x2')[2] == '-'
+
+
+@pytest.mark.parametrize(('other', 'said'), [('this', '0.50 (0.25x)'), ('another', '0.50')])
+def test_seconds_of_two_machines_have_no_ratio(other, said):
+    def row(seconds: float, device: str) -> dict:
+        return {'sets': {'Set5': {'psnr': 38.0, 'seconds': seconds}}, 'machine': {'device': device}}
+
+    table = results.study_table({('A', 'whole images'): row(2.0, 'this'), ('A', 'bfloat16'): row(0.5, other)})
+    assert [cell.strip() for cell in table[-1].strip('|').split('|')][-1] == said
+
+
 def test_what_is_missing_is_told(tmp_path, capsys):
     (tmp_path / 'models').mkdir()
     (tmp_path / 'models' / '._ASID_x4.pt').touch()  # as macOS puts it beside a file

@@ -344,8 +344,8 @@ def test_scores_of_other_protocols_are_not_compared(data_folder, monkeypatch):
     assert equal(weights(run, 'best'), weights(run, '4'))
     train(data_folder, '--load run --epochs 5')
     assert equal(weights(run, 'best'), weights(run, '4'))
-    train(data_folder, '--load run --epochs 6 --shave 2')  # as at first, when it was left to the scale
-    assert equal(weights(run, 'best'), weights(run, '4'))
+    train(data_folder, '--load run --epochs 6 --shave 2')  # as at first, whose weights are no longer the best there
+    assert equal(weights(run, 'best'), weights(run, '6'))
     assert [record['protocol']['shave'] for record in metrics(run)] == [2, 2, 3, 3, 3, 2]
     assert log(run).count(said) == 2
 

@@ -74,19 +74,25 @@ def _frames(file: BinaryIO) -> Iterator[tuple[bytes, Drawn, bytes]]:
     header, control = b'', b''
     common: list[bytes] = []
     packed: list[bytes] = []
-    for name, body in chunks_of(file):
-        if name == b'fcTL':
-            if control:
-                yield _frame(header, common, control, packed)
-            control, packed = body, []
-        elif name == b'IHDR':
-            header = body
-        elif name not in FRAMES:
-            common.append(chunk(name, body))
-        elif name == b'fdAT' or (name == b'IDAT' and control):  # without, it is of a still image that is no frame
-            packed.append(body[4:] if name == b'fdAT' else body)
+    fault = None
+    try:
+        for name, body in chunks_of(file):
+            if name == b'fcTL':
+                if control:
+                    yield _frame(header, common, control, packed)
+                control, packed = body, []
+            elif name == b'IHDR':
+                header = body
+            elif name not in FRAMES:
+                common.append(chunk(name, body))
+            elif name == b'fdAT' or (name == b'IDAT' and control):  # without, it is of a still image that is no frame
+                packed.append(body[4:] if name == b'fdAT' else body)
+    except ValueError as error:  # the last frame may be whole all the same
+        fault = error
     if control:
         yield _frame(header, common, control, packed)
+    if fault:
+        raise fault
 
 
 def _frame(header: bytes, common: list[bytes], control: bytes, packed: list[bytes]) -> tuple[bytes, Drawn, bytes]:

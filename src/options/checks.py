@@ -155,7 +155,9 @@ def check_phases(args: argparse.Namespace, typed: Sequence[str]) -> None:
     elif given := [option for option in ('--decay', '--gamma') if option in typed]:
         raise UserError(f'{given[0]}: the cosine goes down by itself; leave it out, or give --schedule step.')
     if args.final_epochs > 1 and not args.loss_final:
-        raise UserError(f'--final_epochs {args.final_epochs}: say with --loss_final what is learned in them.')
+        raise UserError(
+            f'--final_epochs {args.final_epochs}: say with --loss_final what they learn, or give --final_epochs 1.'
+        )
 
 
 def check_recipe(args: argparse.Namespace) -> None:

@@ -166,7 +166,7 @@ def _held(job: Job) -> int:
         return between + RESIZED * given + 2 * math.prod(part.new)
 
     arrays = [*map(pixels, job.parts)]
-    most = sum(arrays) if job.format in ('webp', 'gif') else max(arrays)
+    most = sum(arrays) if job.format == 'webp' else max(arrays)
     if not most:
         return 0
     with open_image(job.source) as source:

@@ -118,17 +118,18 @@ def make_plan(
     Raises:
         UserError: two results have one name, or a result would replace a photograph; nothing was done.
     """
-    plan, jobs = Plan(), []
+    plan, jobs, refused = Plan(), [], set()
     for source in sources:
         try:
             jobs.append(_make_job(source, size, place, format, networks, settings))
         except UserError as error:
             plan.failures.append(about(source.path, str(error)))
+            refused.add(identity(source.path))
     firsts = [(job.source.name, job.parts[0]) for job in jobs]
     smaller = [name for name, part in firsts if not part.steps and part.new != part.old]
     if smaller:
         log.info('Larger than %s already, and made smaller by bicubic: %s', size, some(smaller))
-    _check_targets(jobs, [source.path for source in sources])
+    _check_targets(jobs)
     closed = {folder for folder in {job.target.parent for job in jobs} if not _may_write(folder)}
     for job in jobs:
         made = '' if again or not is_there(job.target) else made_by(job.target)
@@ -138,7 +139,12 @@ def make_plan(
             plan.failures.append(about(job.source, str(error)))
             continue
         foreign = not (again or made.startswith(MADE)) and is_there(job.target)
-        if done:
+        if identity(job.target) in refused - {None}:
+            plan.failures.append(
+                f'{job.source}: its result would replace {job.target}, which was given too and cannot be enlarged: '
+                'give another --name or -o.'
+            )
+        elif done:
             plan.done += 1
         elif foreign or other:
             whose = 'not made by this program' if foreign else 'made from another photograph'
@@ -226,9 +232,9 @@ def kept_sizes(path: Path, series: Series, name: str) -> tuple[tuple[int, int], 
     return series.sizes
 
 
-def _check_targets(jobs: Sequence[Job], photographs: Sequence[Path]) -> None:
+def _check_targets(jobs: list[Job]) -> None:
     """Refuse results that would replace a photograph, or another name of its file, or one another."""
-    sources = {identity(path) for path in photographs} - {None}
+    sources = {identity(job.source) for job in jobs} - {None}
     taken: dict[str, Path] = {}
     for job in jobs:
         if identity(job.target) in sources:

@@ -250,7 +250,7 @@ def _gif_images(images: Iterable[Piece], path: Path) -> Iterator[tuple[Image.Ima
         yield _palette_image(Image.fromarray(eight_bits(image.rows))), time
     if abs(given - asked) > 10:
         log.info(
-            '%s: gif shows an image for 0.02 to 655 s: its images take %.2f s, not %.2f.',
+            '%s: gif shows an image for 0.01 s, or 0.02 to 655 s: its images take %.2f s, not %.2f.',
             path, given / 1000, asked / 1000,
         )  # fmt: skip
 

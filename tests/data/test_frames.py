@@ -118,6 +118,28 @@ def test_faults_name_the_file(tmp_path):
         list(read_frames(path))
 
 
+def test_an_animation_without_its_end(tmp_path):
+    frames = [noise(9, 12, 3) for _ in range(3)]
+    content = b''.join(encode_apng(((frame, 50) for frame in frames), 3, 0))
+    path = tmp_path / 'a.png'
+    path.write_bytes(content[:-12])  # all but IEND
+    found = [photo.color for photo, _ in read_frames(path)]
+    assert all(np.array_equal(each, frame) for each, frame in zip(found, frames, strict=True))
+    path.write_bytes(content[: content.rindex(b'fcTL') - 4])
+    shown = read_frames(path)
+    next(shown), next(shown)
+    with pytest.raises(UserError, match=r'a\.png cannot be read \(the PNG file ends early\)'):
+        next(shown)
+    path.write_bytes(content[: content.rindex(b'fcTL') - 4] + content[-12:])
+    shown = read_frames(path)
+    next(shown), next(shown)
+    with pytest.raises(UserError, match=r'a\.png cannot be read \(it has fewer than its 3 images\)'):
+        next(shown)
+    path.write_bytes(content[:-30])  # in the last image
+    with pytest.raises(UserError, match=r'a\.png cannot be read'):
+        list(read_frames(path))
+
+
 def test_a_gif_file_that_ends_between_two_images_is_told(tmp_path, messages):
     """Nothing in it says how many there should be."""
     path = save(tmp_path / 'a.gif', [Image.fromarray(noise(9, 12, 3)).quantize(4) for _ in range(3)], duration=50)
