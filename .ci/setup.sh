@@ -9,10 +9,11 @@ quiet_pip() {
 }
 
 set_up() {
-    local python=${PYTHON:-python3} file stamp
+    local python=${PYTHON:-python3} file stamp asked
     for file in "$@"; do
-        stamp=$root/.venv/installed-$(cat "$root/constraints.txt" "$file" | cksum | cut -d ' ' -f 1)
-        if [ -e "$stamp" ]; then continue; fi
+        stamp=$root/.venv/installed-$(tr / - <<<"${file#"$root/"}")
+        asked=$(cat "$root/constraints.txt" "$file" | cksum)
+        if [ "$(cat "$stamp" 2>/dev/null)" = "$asked" ]; then continue; fi
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
             echo "Error: $python is not Python 3.10 or newer: install one, or name it with PYTHON=/path/to/python." >&2
             exit 2
@@ -20,6 +21,6 @@ set_up() {
         echo "Setting up $root/.venv for $file (the first time only) ..."
         [ -x "$root/.venv/bin/pip" ] || "$python" -m venv "$root/.venv"
         quiet_pip install -c "$root/constraints.txt" -r "$file"
-        touch "$stamp"
+        echo "$asked" >"$stamp"
     done
 }

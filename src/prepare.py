@@ -9,8 +9,9 @@ import logging
 import os
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from error import UserError, WriteError, exit_status, run_program
 from options import kinds
 from options.table import ROOT
+from system.files import lock_file
 
 if TYPE_CHECKING:
     from data.download.archive import Archive
@@ -165,28 +167,60 @@ def get(archive: Archive, dir_data: Path, mirror: str | None) -> None:
     """Download and unpack an archive unless its images are there.
 
     Raises:
-        UserError: no connection, no room, or not the archive it should be.
+        UserError: no connection, no room, or not the archive it should be; or another process is at it.
     """
-    from data.download.archive import unpack
+    from data.download.archive import check_free, has_images, unpack
     from data.download.fetch import fetch, verify
 
     if not missing(archive, dir_data):
         return
-    path = dir_data / archive.name
-    given = path.is_file()
-    if given:
-        log.info('Using %s', path)
-        verify(path, archive.checksum)
-    else:
-        url = f'{mirror or archive.site}/{archive.name}'
-        log.info('Fetching %s', url)
-        fetch(url, path, archive.checksum, archive.size)
-    for folder in unpack(path, dir_data / archive.into):
-        log.info('Unpacked %s', folder)
-    if absent := missing(archive, dir_data):
-        raise UserError(f'{path} has no images for {absent[0]}: remove it and name another place with --mirror.')
-    if not given:
-        path.unlink()
+    path, fetched = dir_data / archive.name, dir_data / f'.{archive.name}.fetched'
+    folders = [dir_data / name for name in archive.images]
+    with alone(archive, dir_data):
+        for folder in folders:
+            if not has_images(folder):
+                check_free(folder)
+        if path.is_file():
+            log.info('Using %s', path)
+            verify(path, archive.checksum)
+        else:
+            url = f'{mirror or archive.site}/{archive.name}'
+            log.info('Fetching %s', url)
+            fetch(url, path, archive.checksum, archive.size)
+            fetched.touch()  # so that it is removed also if it is unpacked by a later run
+        for folder in unpack(path, dir_data / archive.into):
+            log.info('Unpacked %s', folder)
+        if absent := [folder for folder in folders if not has_images(folder)]:
+            raise UserError(f'{path} has no images for {absent[0]}: remove it and name another place with --mirror.')
+        if fetched.exists():
+            path.unlink()
+            fetched.unlink()
+
+
+@contextmanager
+def alone(archive: Archive, dir_data: Path) -> Iterator[None]:
+    """Within this block no other process gets the archive into this folder."""
+    place = dir_data / f'.{archive.name}.lock'
+    try:
+        dir_data.mkdir(parents=True, exist_ok=True)
+        file = place.open('a')
+    except OSError as error:
+        raise WriteError(
+            f'{dir_data} cannot be written ({error.strerror}): name another folder with --dir_data.'
+        ) from error
+    with file:
+        try:
+            lock_file(file)
+        except OSError as error:
+            raise UserError(
+                f'Another process gets {archive.name} into {dir_data}, or {place} cannot be locked ({error.strerror}): '
+                'wait for it, and repeat the command.'
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # as of Windows, where it is open
+                place.unlink()
 
 
 def missing(archive: Archive, dir_data: Path) -> list[Path]:

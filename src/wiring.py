@@ -169,10 +169,15 @@ def _load(args: Namespace, model: Model) -> tuple[dict[str, Any] | None, Origin]
 
 
 def check_description(args: Namespace, model: Model, path: Path, description: Description | None) -> None:
-    """Refuse settings that nobody named where weights, which do not show them, come with others.
+    """Refuse a scale, or settings that nobody named, where weights, which do not show them, come with others.
 
-    Settings that depend on the scale unless they are named are left alone.
+    Settings that depend on the scale unless they are named are left alone; training may go to another scale.
     """
+    if args.test_only and description and description.scale != model.scale:
+        raise UserError(
+            f'{path} says that its network enlarges by {description.scale}: give --scale {description.scale}, or '
+            '--model auto.'
+        )
     given = option.network_settings(args)
     for key, said in (description.settings if description else {}).items():
         own = model.settings.get(key, said)

@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import prepare
 from data.download import archive
 from data.image import read_rgb, write_png
 from data.imresize import shrink
-from tests.conftest import picture
+from tests.conftest import ROOT, picture
 from tests.data.download.test_archive import pack, tree
 from tests.data.download.test_fetch import Server, server  # noqa: F401  a fixture
 
@@ -131,6 +133,53 @@ def test_an_archive_that_is_there_is_used_and_kept(mirror, tmp_path, capsys):
     assert not mirror.asked
     assert (data / 'Flickr2K.tar').is_file()
     assert len(images(data)) == 2
+
+
+def test_an_archive_that_was_fetched_is_removed_after_an_interruption_too(mirror, tmp_path, monkeypatch):
+    data = ['Flickr2K', '--dir_data', str(tmp_path / 'data'), '--scale', '2', '--mirror', mirror.url]
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, 'unpack', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(*data, code=130)
+    assert (tmp_path / 'data' / 'Flickr2K.tar').is_file()
+    run(*data)
+    assert len(mirror.asked) == 1
+    assert sorted(path.name for path in (tmp_path / 'data').iterdir()) == ['Flickr2K']
+
+
+def test_one_process_at_a_time_gets_an_archive(mirror, tmp_path, capsys):
+    """Another one would take away what the first has unpacked."""
+    (tmp_path / 'data').mkdir()
+    program = f"""
+import sys
+from system.files import lock_file
+file = open({str(tmp_path / 'data' / '.Flickr2K.tar.lock')!r}, 'a')
+lock_file(file)
+print('locked', flush=True)
+sys.stdin.read()
+"""
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
+    with subprocess.Popen([sys.executable, '-c', program], cwd=ROOT / 'src', **pipes) as other:
+        other.stdout.readline()
+        options = ['Flickr2K', '--dir_data', str(tmp_path / 'data'), '--mirror', mirror.url]
+        assert 'Another process gets Flickr2K.tar' in error(capsys, *options)
+        other.stdin.close()
+    assert not mirror.asked
+    run(*options)
+
+
+@pytest.mark.parametrize('there', ['file', 'link'])
+def test_what_stands_where_images_are_to_be_is_named_at_once(mirror, tmp_path, capsys, there):
+    place = tmp_path / 'data' / 'Flickr2K' / 'Flickr2K_HR'
+    if there == 'file':
+        place.mkdir(parents=True)
+        (place / 'Thumbs.db').touch()
+    else:
+        (tmp_path / 'empty').mkdir()
+        place.parent.mkdir(parents=True)
+        place.symlink_to(tmp_path / 'empty')
+    text = error(capsys, 'Flickr2K', '--dir_data', str(tmp_path / 'data'), '--mirror', mirror.url)
+    assert f'{place} {"holds no images, but Thumbs.db" if there == "file" else "is a link"}: remove it' in text
+    assert not mirror.asked
 
 
 def test_an_archive_that_is_there_but_another(mirror, tmp_path, capsys):

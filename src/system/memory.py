@@ -1,11 +1,15 @@
 """How much memory is free and in use, of the host where `device` is 'cpu', else of the device; None: not known."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 GROUP = Path('/sys/fs/cgroup')
+OWN_GROUPS = Path('/proc/self/cgroup')
+VERSION_1 = ('memory.limit_in_bytes', 'memory.usage_in_bytes', 'total_inactive_file')
+VERSION_2 = ('memory.max', 'memory.current', 'inactive_file')
 
 
 def start_peak(device: str) -> int | None:
@@ -34,17 +38,33 @@ def free(device: str) -> int | None:
     available = _linux('meminfo', 'MemAvailable')
     if available is None:
         return None
-    with suppress(OSError, ValueError):  # the limit of a container, if that is a number
-        limit, used = (int((GROUP / name).read_text()) for name in ('memory.max', 'memory.current'))
-        available = min(available, limit - used + _cached_files())
+    for folder, names in _groups():
+        with suppress(OSError, ValueError):  # there is no limit, or it is not a number
+            limit, used = (int((folder / name).read_text()) for name in names[:2])
+            available = min(available, limit - used + _cached_files(folder, names[2]))
     return available
 
 
-def _cached_files() -> int:
-    """Bytes of files in the memory of a container, which count as used there, and are given back as needed."""
+def _groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """The control groups of this process and those above them, such as of a container or a job of a queue.
+
+    Each with the names of its limit, of what is used, and of files in memory in memory.stat.
+    """
+    with suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, kinds, path = line.split(':', 2)
+            if kinds and 'memory' not in kinds.split(','):
+                continue
+            root, names = (GROUP / 'memory', VERSION_1) if kinds else (GROUP, VERSION_2)
+            own = root / path.strip('/')
+            yield from ((folder, names) for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def _cached_files(folder: Path, key: str) -> int:
+    """Bytes of files in the memory of a group, which count as used there, and are given back as needed."""
     with suppress(OSError, ValueError):
-        stated = dict(line.split() for line in (GROUP / 'memory.stat').read_text().splitlines())
-        return int(stated.get('inactive_file', 0))
+        stated = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
+        return int(stated.get(key, 0))
     return 0
 
 

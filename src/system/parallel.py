@@ -80,13 +80,23 @@ def gpus() -> int:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Whether a launcher started this process as one of several.
+
+    Raises:
+        UserError: it says how many, and not how they meet.
+    """
     if int(os.environ.get('SLURM_NTASKS', '1')) > 1 and os.environ.keys() >= {*SLURM.values()}:
         for name, theirs in SLURM.items():
             os.environ.setdefault(name, os.environ[theirs])
         os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', 'localhost'))
         os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
-    return int(os.environ.get('WORLD_SIZE', '1')) > 1
+    several = int(os.environ.get('WORLD_SIZE', '1')) > 1
+    if several and (lacking := [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]):
+        raise UserError(
+            f'WORLD_SIZE is {os.environ["WORLD_SIZE"]} in the environment, and {lacking[0]} is not there: start all '
+            'processes by torchrun or srun, or unset WORLD_SIZE.'
+        )
+    return several
 
 
 def restarted() -> bool:
@@ -112,7 +122,7 @@ def start(cpu: bool) -> None:
         UserError: started again on several hosts by a torchrun that keeps its store.
     """
     if not cpu:
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count())
     store, number, processes = next(rendezvous('env://'))
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         store = distributed.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)

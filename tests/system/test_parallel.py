@@ -184,6 +184,14 @@ def test_a_job_of_slurm_without_srun_is_one_process(monkeypatch):
     assert not parallel.launched()
 
 
+def test_a_number_of_processes_that_cannot_meet(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match='WORLD_SIZE is 2 in the environment, and RANK is not there'):
+        parallel.launched()
+
+
 @pytest.mark.slow
 @pytest.mark.serial
 def test_tasks_of_slurm_find_each_other(data_folder):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.image import SUFFIXES
 from error import UserError, WriteError
-from system.files import rename
+from system.files import rename, some
 
 DIV2K = 'https://data.vision.ee.ethz.ch/cvl/DIV2K'
 EDSR = 'https://cv.snu.ac.kr/research/EDSR'
@@ -119,6 +119,18 @@ def has_images(folder: Path) -> bool:
     return folder.is_dir() and any(_is_image(path.name) for path in folder.iterdir())
 
 
+def check_free(folder: Path) -> None:
+    """Make sure that images can be put into a folder that has none, or that there is none.
+
+    Raises:
+        UserError: something else is there.
+    """
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if there or folder.is_symlink():
+        what = f'holds no images, but {some(there)}' if there else 'is a link'
+        raise UserError(f'{folder} {what}: remove it, and repeat the command.')
+
+
 def _unpack_all(archive: Path, aside: Path) -> None:
     with tqdm(desc=f'Unpacking {archive.name}', unit=' files', leave=False, disable=None) as bar:
         for name, ordinary, extract in _members(archive):
@@ -171,6 +183,7 @@ def _move(aside: Path, into: Path) -> list[Path]:
     for folder in sorted(folders, key=lambda folder: (folder.name.endswith('HR'), folder)):
         target = into / folder.relative_to(aside)
         if not has_images(target):
+            check_free(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.is_dir():
                 target.rmdir()

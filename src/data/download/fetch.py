@@ -157,7 +157,7 @@ def _open(url: str, start: int, advice: Advice) -> HTTPResponse | None:
     """The server's answer, from byte `start` on if it knows how to; None if the file ends there."""
     headers = {'User-Agent': AGENT} | ({'Range': f'bytes={start}-'} if start else {})
     try:
-        return urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code == 416 and start:  # nothing at `start` or beyond
             return None if error.headers.get('Content-Range') == f'bytes */{start}' else _open(url, 0, advice)
@@ -172,6 +172,14 @@ def _open(url: str, start: int, advice: Advice) -> HTTPResponse | None:
                 f"servers, on a Mac run Python's Install Certificates.command; or {advice.instead}."
             ) from error
         raise BrokenError(_reason(error)) from error
+    length = response.headers.get('Content-Length', '')
+    if response.status == 200 and length.isdigit() and int(length) < start:
+        response.close()
+        raise UserError(
+            f'{url} gives {int(length):,} bytes, fewer than the {start:,} that are here already: it is another file, '
+            f'or a page that says why not: {advice.instead}.'
+        )
+    return response
 
 
 def _span(response: HTTPResponse) -> tuple[int, int | None]:

@@ -165,6 +165,15 @@ def test_a_part_longer_than_the_file_is_started_over(server, tmp_path, size):
     assert (tmp_path / 'x.zip').read_bytes() == CONTENT
 
 
+def test_a_short_page_in_place_of_the_rest_costs_nothing(server, tmp_path):
+    """Such as one for a login, where the size of the file is not published."""
+    (tmp_path / 'x.zip.part').write_bytes(CONTENT[:60_000])
+    server.files['x.zip'], server.ranges = b'Log in first.', False
+    said = message(f'{server.url}/x.zip', tmp_path / 'x.zip', SHA256)
+    assert 'gives 13 bytes, fewer than the 60,000 that are here already' in said
+    assert (tmp_path / 'x.zip.part').read_bytes() == CONTENT[:60_000]
+
+
 def test_tries_are_counted_anew_when_something_arrives(server, tmp_path):
     server.breaks = [5_000] * 19  # more than the pauses there are
     fetch(f'{server.url}/x.zip', tmp_path / 'x.zip', SHA256)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import api
 import main
+import option
+import wiring
 from error import UserError
 from model import NETWORKS, all_settings, build
 from model.common import NetworkSpec
@@ -209,6 +211,17 @@ def test_with_the_network_named(files: tuple[Path, Path], program: Callable[...,
     assert 'give --res_scale 1, or --model auto' in said
     program(f'{edsr} --res_scale 1')
     assert 'says that the res_scale of its network is 1; here it is 0.5' in program(f'{edsr} --res_scale 0.5')
+
+
+def test_another_scale_is_refused_where_weights_do_not_show_it(tmp_path: Path, program: Callable[..., str]) -> None:
+    """PAN's have the same shapes at x2 and x3, from one of which the other may be trained."""
+    file = tmp_path / 'pan.pt'
+    torch.save(described(weights('PAN'), say('PAN')), file)
+    said = program(f'--export torchscript --model PAN --scale 3 --pre_train {file}', 2)
+    assert 'pan.pt says that its network enlarges by 2: give --scale 2, or --model auto' in said
+    program(f'--export torchscript --model PAN --scale 2 --pre_train {file}')
+    args = option.parse(['--model', 'PAN', '--scale', '3', '--pre_train', str(file), '--cpu'])
+    wiring.load(args, wiring.make_model(args))
 
 
 def test_our_small_lcoan_has_its_own_window() -> None:
