@@ -47,4 +47,4 @@ class Bicubic(nn.Module):
         return enlarge_rows(x, self.scale)
 
 
-NETWORKS = {'Bicubic': NetworkSpec(Bicubic, scales=(2, 3, 4, 5, 6, 7, 8))}
+NETWORKS = {'Bicubic': NetworkSpec(Bicubic, scales=(2, 3, 4, 5, 6, 7, 8), autocast_dtypes=())}

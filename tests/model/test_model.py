@@ -325,6 +325,13 @@ def test_tiles_are_compiled_once(monkeypatch: pytest.MonkeyPatch, auto: bool) ->
     assert len(graphs) == 1
 
 
+def test_bicubic_is_never_in_half_precision() -> None:
+    """All that it computes is pixels, of which bfloat16 keeps 8 bits."""
+    image = (picture(1, 20, 24).astype(np.uint16) * 257) ^ 77
+    single, half = (Model('Bicubic', 4, half=half).upscale(image) for half in (False, True))
+    assert np.array_equal(single, half)
+
+
 def test_no_copy_of_a_weight_is_kept_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph would go on with the copy of its first calls after that has been freed."""
     model, seen = Model('EDSR', 2, half=True, **SMALL['EDSR']), []
