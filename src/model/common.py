@@ -228,15 +228,6 @@ def in_channels_last(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.channels_last)
 
 
-def is_exporting() -> bool:
-    """Whether the network is traced for a file, by TorchScript or torch.export, and not to be run."""
-    if torch.jit.is_tracing():
-        return True
-    if hasattr(torch.compiler, 'is_exporting'):
-        return torch.compiler.is_exporting()
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # PyTorch 2.6
-
-
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of `x` for a while: for what decides an argmax, or averages over many pixels."""
     device = x.device.type

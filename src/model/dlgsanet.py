@@ -42,10 +42,9 @@ from model.common import (
     full_precision,
     how_many,
     in_channels_last,
-    is_exporting,
 )
 from model.ops.dynamic_conv import dynamic_conv, dynamic_conv_in_strips
-from model.ops.fast import float32_by_llvm, is_for_llvm
+from model.ops.fast import float32_by_llvm, is_exporting, is_for_llvm
 
 TLC_SIZES = {2: 96, 3: 72, 4: 48}  # side of an evaluation window, by scale
 

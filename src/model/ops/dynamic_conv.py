@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.common import at_least_float32, is_exporting
-from model.ops.fast import by_triton, is_for_triton
+from model.common import at_least_float32
+from model.ops.fast import by_triton, is_exporting, is_for_triton
 
 STRIP = 2**20  # kernel values of a strip: 4 MB in float32, and as much for where they meet the image
 

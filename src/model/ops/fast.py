@@ -51,6 +51,15 @@ def is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+def is_exporting() -> bool:
+    """Whether the network is traced for a file, by TorchScript or torch.export, and not to be run."""
+    if torch.jit.is_tracing():
+        return True
+    if hasattr(torch.compiler, 'is_exporting'):
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # PyTorch 2.6
+
+
 def is_for_triton(x: Tensor) -> bool:
     """Whether `x` is on a GPU of NVIDIA or AMD, with Triton, which PyTorch for Windows does not bring."""
     return wanted and x.is_cuda and TRITON

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.common import is_exporting
-from model.ops.fast import by_triton, is_for_triton
+from model.ops.fast import by_triton, is_exporting, is_for_triton
 
 warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta state')
 
