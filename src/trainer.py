@@ -111,7 +111,7 @@ class TrainConfig:
         keep_all: keep the weights of every epoch.
         seed: of what a network draws in training, together with the number of the step.
         save_every: batches between states saved within an epoch; 0: only after each epoch.
-        protocol: how epochs are scored; the best one is found among those since they are scored so.
+        protocol: how epochs are scored; the best one is found among those since it last changed.
     """
 
     phases: Sequence[Phase]
@@ -311,7 +311,7 @@ class Trainer:
     def _is_best(self, epoch: int) -> bool:
         """Whether no epoch up to this one had a better score, by the first metric, on the first test set.
 
-        Those up to the last one that was scored in another way do not count; runs from before this was noted have none.
+        Epochs before the last change of protocol do not count; those from before it was noted pass for scored alike.
         """
         own, by = self.log[epoch - 1], METRICS[0]
         first, how = next(iter(own['test'])), own.get('protocol')
