@@ -22,10 +22,6 @@ add LCoAN_x2 "train LCoAN x2 on DIV2K, as published" \
     "$train_lcoan --scale 2 --patch_size 96 --epochs 1500 --decay 300-600-900-1200 --save LCoAN_x2"
 add LCoAN_x4 "train LCoAN x4 from the x2 weights, as published" \
     "$train_lcoan --scale 4 --patch_size 192 --epochs 500 --decay 100-200-300-400 --save LCoAN_x4 --pre_train LCoAN_x2.pt"
-for scale in 2 3 4; do
-    add LCoAN_x${scale}_test "score LCoAN x$scale on the benchmarks" \
-        "$lcoan $benchmarks --scale $scale --save LCoAN_x${scale}_test --pre_train LCoAN_x$scale.pt"
-done
 # recipe NAME [SCALES]: train by the recipe of that name, from the weights that it starts from
 recipe() {
     local scale
@@ -33,16 +29,29 @@ recipe() {
         add "$1_x$scale" "train ${1%-finetune} x$scale by its recipe" "--template $1_x$scale"
     done
 }
+# weights NAME: its file in models/, with the suffix that it has there
+weights() {
+    local suffix
+    for suffix in pt pth safetensors; do
+        if [ -e "$root/models/$1.$suffix" ]; then break; fi
+        suffix=pt
+    done
+    echo "$1.$suffix"
+}
 # tests NAME...: score weights by the test protocol of the recipe
 tests() {
     local name scale
     for name in "$@"; do
         for scale in 2 3 4; do
             add "${name}_x${scale}_test" "score $name x$scale on the benchmarks, by its protocol" \
-                "--template ${name}_x$scale $four --pre_train ${name}_x$scale.pt"
+                "--template ${name}_x$scale $four --pre_train $(weights ${name}_x$scale)"
         done
     done
 }
+for scale in 2 3 4; do
+    add LCoAN_x${scale}_test "score LCoAN x$scale on the benchmarks" \
+        "$lcoan $benchmarks --scale $scale --save LCoAN_x${scale}_test --pre_train $(weights LCoAN_x$scale)"
+done
 recipe LCoAN 3
 for net in EDSR-baseline EDSR RCAN NLSN ASID ASID-finetune ASIDd8 ASIDd8-finetune DLGSANet DLGSANet-light DLGSANet-tiny \
     OmniSR OmniSR-DF2K ATD ATD-light CATANet HiT-SRF PFT-light SwinIR-light ESC ESC-light ESC-FP IMDN PAN BSRN; do

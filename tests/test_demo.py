@@ -31,6 +31,23 @@ def test_options_are_known(name):
     assert result.stdout.startswith('usage:')
 
 
+def test_weights_are_taken_with_the_suffix_that_they_have(tmp_path):
+    """As prepare.py names those of authors; with a Python that repeats what it is given."""
+    for name, content in {
+        'demo.sh': (ROOT / 'demo.sh').read_text(), '.ci/setup.sh': (ROOT / '.ci' / 'setup.sh').read_text(),
+        'requirements.txt': '', 'constraints.txt': '', '.venv/installed-requirements.txt': '4294967295 0',
+        '.venv/bin/python': '#!/bin/sh\necho "$@"', 'models/IMDN_x2.pth': '', 'models/OmniSR_x3.safetensors': '',
+        'models/ASID_x4.pt': '', 'models/ASID_x4.pth': '',
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / '.venv' / 'bin' / 'python').chmod(0o755)
+    for file in ('IMDN_x2.pth', 'OmniSR_x3.safetensors', 'ASID_x4.pt', 'PAN_x4.pt'):
+        command = ['bash', tmp_path / 'demo.sh', f'{file.partition(".")[0]}_test']
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert f'--pre_train {file}' in done.stdout, done.stderr
+
+
 def test_unknown_command():
     result = demo('nothing')
     assert result.returncode == 2
