@@ -20,6 +20,7 @@ set_up() {
         }
         echo "Setting up $root/.venv for $file (the first time only) ..."
         [ -x "$root/.venv/bin/pip" ] || "$python" -m venv "$root/.venv"
+        rm -f "$stamp"
         quiet_pip install -c "$root/constraints.txt" -r "$file"
         echo "$asked" >"$stamp"
     done

@@ -187,14 +187,21 @@ def get(archive: Archive, dir_data: Path, mirror: str | None) -> None:
             url = f'{mirror or archive.site}/{archive.name}'
             log.info('Fetching %s', url)
             fetch(url, path, archive.checksum, archive.size)
-            fetched.touch()  # so that it is removed also if it is unpacked by a later run
+            fetched.write_text(version(path))  # so that a later run removes it too, if this one ends early
         for folder in unpack(path, dir_data / archive.into):
             log.info('Unpacked %s', folder)
         if absent := [folder for folder in folders if not has_images(folder)]:
             raise UserError(f'{path} has no images for {absent[0]}: remove it and name another place with --mirror.')
-        if fetched.exists():
-            path.unlink()
+        if fetched.is_file():
+            if fetched.read_text() == version(path):
+                path.unlink()
             fetched.unlink()
+
+
+def version(path: Path) -> str:
+    """What changes where a file is replaced by another one."""
+    found = path.stat()
+    return f'{found.st_size} {found.st_mtime_ns}'
 
 
 @contextmanager
@@ -211,11 +218,12 @@ def alone(archive: Archive, dir_data: Path) -> Iterator[None]:
     with file:
         try:
             lock_file(file)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
-                f'Another process gets {archive.name} into {dir_data}, or {place} cannot be locked ({error.strerror}): '
-                'wait for it, and repeat the command.'
+                f'Another process gets {archive.name} into {dir_data}: wait for it, and repeat the command.'
             ) from error
+        except OSError as error:
+            log.info('%s cannot be locked (%s): let no other process get the same.', place, error.strerror)
         try:
             yield
         finally:

@@ -146,6 +146,24 @@ def test_an_archive_that_was_fetched_is_removed_after_an_interruption_too(mirror
     assert sorted(path.name for path in (tmp_path / 'data').iterdir()) == ['Flickr2K']
 
 
+def test_an_archive_put_in_place_of_one_that_was_fetched_is_kept(mirror, tmp_path, monkeypatch):
+    data = ['Flickr2K', '--dir_data', str(tmp_path / 'data'), '--scale', '2', '--mirror', mirror.url]
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, 'unpack', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(*data, code=130)
+    (tmp_path / 'data' / 'Flickr2K.tar').unlink()
+    shutil.copy(tmp_path / 'made' / 'Flickr2K.tar', tmp_path / 'data')
+    run(*data)
+    assert sorted(path.name for path in (tmp_path / 'data').iterdir()) == ['Flickr2K', 'Flickr2K.tar']
+
+
+def test_without_locks_an_archive_is_got_all_the_same(mirror, tmp_path, monkeypatch, capsys):
+    """As some file systems of clusters are."""
+    monkeypatch.setattr(prepare, 'lock_file', lambda _: (_ for _ in ()).throw(OSError(37, 'No locks available')))
+    run('Flickr2K', '--dir_data', str(tmp_path / 'data'), '--scale', '2', '--mirror', mirror.url)
+    assert 'cannot be locked (No locks available)' in capsys.readouterr().out
+
+
 def test_one_process_at_a_time_gets_an_archive(mirror, tmp_path, capsys):
     """Another one would take away what the first has unpacked."""
     (tmp_path / 'data').mkdir()
@@ -167,10 +185,19 @@ sys.stdin.read()
     run(*options)
 
 
-@pytest.mark.parametrize('there', ['file', 'link'])
+@pytest.mark.parametrize('there', ['file in it', 'link', 'file'])
 def test_what_stands_where_images_are_to_be_is_named_at_once(mirror, tmp_path, capsys, there):
     place = tmp_path / 'data' / 'Flickr2K' / 'Flickr2K_HR'
+    says = {
+        'file in it': 'holds no images, but Thumbs.db',
+        'link': 'is a link',
+        'file': 'is a file, where images are to go',
+    }
     if there == 'file':
+        place = place.parent
+        place.parent.mkdir()
+        place.touch()
+    elif there == 'file in it':
         place.mkdir(parents=True)
         (place / 'Thumbs.db').touch()
     else:
@@ -178,7 +205,7 @@ def test_what_stands_where_images_are_to_be_is_named_at_once(mirror, tmp_path, c
         place.parent.mkdir(parents=True)
         place.symlink_to(tmp_path / 'empty')
     text = error(capsys, 'Flickr2K', '--dir_data', str(tmp_path / 'data'), '--mirror', mirror.url)
-    assert f'{place} {"holds no images, but Thumbs.db" if there == "file" else "is a link"}: remove it' in text
+    assert f'{place} {says[there]}' in text
     assert not mirror.asked
 
 

@@ -122,7 +122,7 @@ def start(cpu: bool) -> None:
         UserError: started again on several hosts by a torchrun that keeps its store.
     """
     if not cpu:
-        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', os.environ['RANK'])) % torch.cuda.device_count())
     store, number, processes = next(rendezvous('env://'))
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         store = distributed.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)

@@ -120,11 +120,14 @@ def has_images(folder: Path) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Make sure that images can be put into a folder that has none, or that there is none.
+    """Make sure that nothing stands where a folder of images is to go; an empty folder does not.
 
     Raises:
-        UserError: something else is there.
+        UserError: something does.
     """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f'{path} is a file, where images are to go: remove it, and repeat the command.')
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if there or folder.is_symlink():
         what = f'holds no images, but {some(there)}' if there else 'is a link'

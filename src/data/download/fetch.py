@@ -129,11 +129,19 @@ def _receive(url: str, part: Path, size: int | None, advice: Advice) -> None:
     have = _stored(part)
     if have and have == size:
         return
-    response = _open(url, have, advice)
+    response, asked = _open(url, have, advice)
     if response is None:
         return
     with response, _writing(part, advice):
         start, whole = _span(response)
+        is_page = response.headers.get_content_type() == 'text/html'
+        is_short = whole is not None and whole < have and whole != size
+        if asked and response.status == 200 and (is_page or is_short):
+            what = 'a page' if is_page else f'{whole:,} bytes'
+            raise UserError(
+                f'{url} gives {what} in place of what the {have:,} bytes in {part} lack: {advice.instead}, or remove '
+                f'{part.name} to start over.'
+            )
         if start > have:
             raise BrokenError(f'the server sends byte {start:,} first instead of {have:,}')
         if size is not None and whole not in (None, size):
@@ -153,14 +161,18 @@ def _receive(url: str, part: Path, size: int | None, advice: Advice) -> None:
         raise BrokenError(f'the connection ended after {_stored(part):,} of {whole:,} bytes')
 
 
-def _open(url: str, start: int, advice: Advice) -> HTTPResponse | None:
-    """The server's answer, from byte `start` on if it knows how to; None if the file ends there."""
+def _open(url: str, start: int, advice: Advice) -> tuple[HTTPResponse | None, int]:
+    """The server's answer from byte `start` on, if it knows how to, or None if the file ends there; what was asked for.
+
+    That is the whole file instead, from 0 on, where the server says that the file ends before `start`.
+    """
     headers = {'User-Agent': AGENT} | ({'Range': f'bytes={start}-'} if start else {})
     try:
-        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+        return urlopen(Request(url, headers=headers), timeout=TIMEOUT), start
     except HTTPError as error:
         if error.code == 416 and start:  # nothing at `start` or beyond
-            return None if error.headers.get('Content-Range') == f'bytes */{start}' else _open(url, 0, advice)
+            ends = error.headers.get('Content-Range') == f'bytes */{start}'
+            return (None, start) if ends else _open(url, 0, advice)
         answer = f'the server answers {error.code} {responses.get(error.code, "")}'.strip()
         if error.code in PASSING:
             raise BrokenError(answer) from error
@@ -172,14 +184,6 @@ def _open(url: str, start: int, advice: Advice) -> HTTPResponse | None:
                 f"servers, on a Mac run Python's Install Certificates.command; or {advice.instead}."
             ) from error
         raise BrokenError(_reason(error)) from error
-    length = response.headers.get('Content-Length', '')
-    if response.status == 200 and length.isdigit() and int(length) < start:
-        response.close()
-        raise UserError(
-            f'{url} gives {int(length):,} bytes, fewer than the {start:,} that are here already: it is another file, '
-            f'or a page that says why not: {advice.instead}.'
-        )
-    return response
 
 
 def _span(response: HTTPResponse) -> tuple[int, int | None]:

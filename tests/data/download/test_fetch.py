@@ -28,7 +28,8 @@ class Server(ThreadingHTTPServer):
 
     `breaks`: after how many bytes the next answers end; `reset`: with a reset instead of an orderly end.
     `ranges`: whether parts can be asked for. `codes`: what the next answers are instead of the file.
-    `shift`: by how much parts begin later than asked for. `asked`: name and Range header of every request.
+    `shift`: by how much parts begin later than asked for. `kind`: the type of the content.
+    `asked`: name and Range header of every request.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.breaks: list[int] = []
         self.codes: list[int] = []
         self.ranges, self.reset, self.lengths = True, False, True
-        self.shift = 0
+        self.shift, self.kind = 0, 'application/zip'
         self.asked: list[tuple[str, str | None]] = []
         self.url = f'http://127.0.0.1:{self.server_port}'
 
@@ -64,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         start += server.shift
         if start:
             self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
+        self.send_header('Content-Type', server.kind)
         if server.lengths:
             self.send_header('Content-Length', str(len(content) - start))
         self.end_headers()
@@ -169,9 +171,18 @@ def test_a_short_page_in_place_of_the_rest_costs_nothing(server, tmp_path):
     """Such as one for a login, where the size of the file is not published."""
     (tmp_path / 'x.zip.part').write_bytes(CONTENT[:60_000])
     server.files['x.zip'], server.ranges = b'Log in first.', False
-    said = message(f'{server.url}/x.zip', tmp_path / 'x.zip', SHA256)
-    assert 'gives 13 bytes, fewer than the 60,000 that are here already' in said
-    assert (tmp_path / 'x.zip.part').read_bytes() == CONTENT[:60_000]
+    for server.kind, what in (('application/zip', '13 bytes'), ('text/html; charset=utf-8', 'a page')):
+        said = message(f'{server.url}/x.zip', tmp_path / 'x.zip', SHA256)
+        assert f'gives {what} in place of what the 60,000 bytes in {tmp_path}/x.zip.part lack' in said
+        assert (tmp_path / 'x.zip.part').read_bytes() == CONTENT[:60_000]
+        server.lengths = False
+
+
+def test_a_part_longer_than_the_file_of_a_server_without_ranges(server, tmp_path):
+    server.ranges = False
+    (tmp_path / 'x.zip.part').write_bytes(bytes(150_000))
+    fetch(f'{server.url}/x.zip', tmp_path / 'x.zip', SHA256, len(CONTENT))
+    assert (tmp_path / 'x.zip').read_bytes() == CONTENT
 
 
 def test_tries_are_counted_anew_when_something_arrives(server, tmp_path):
