@@ -11,11 +11,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.formats import rgba_of
-from data.png import FRAMES, SIGNATURE, chunk, chunks_of
+from data.image import rgba_of
+from data.png import FRAMES, KEPT, OVER, REPLACING, RESTORED, SIGNATURE, chunk, chunks_of
 
-KEPT, CLEARED, RESTORED = range(3)  # what becomes of a frame before the next one is drawn
-REPLACING, OVER = range(2)  # how a frame is drawn
 ROWS = 64  # drawn at a time
 
 

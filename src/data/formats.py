@@ -104,7 +104,7 @@ def _open_with_pillow(image: ImageFile, file: BinaryIO, deep: bool) -> Source:
         if deep:
             file.seek(0)
             return upright(read_png16(file.read()), orientation)
-        _widen_key(image)
+        widen_key(image)
         samples = samples_8bit(image)
         if image.format == 'PNG' and (image.info.get('interlace') or _ends_in_zeros(image)):
             check_whole(file)
@@ -164,20 +164,10 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
-def _widen_key(image: ImageFile) -> None:
+def widen_key(image: ImageFile) -> None:
     """Pillow widens the pixels of a 2- or 4-bit PNG to 8 bits, but not its transparent grey."""
     if image.mode == 'L' and 'transparency' in image.info:
         image.info['transparency'] *= {'L;2': 85, 'L;4': 17}.get(str(image.tile[0][3]), 1)
-
-
-def rgba_of(image: ImageFile) -> np.ndarray:
-    """(H, W, 4) uint8 of an image, or of the frame that is seen. Pillow itself makes white of most 16-bit grey."""
-    if not image.mode.startswith('I;16'):
-        _widen_key(image)
-        return pixels_of(image.convert('RGBA'))
-    deep = np.array(image).astype(np.uint16)
-    alpha = np.where(deep == image.info.get('transparency', -1), 0, 255).astype(np.uint8)
-    return np.dstack([*[((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)] * 3, alpha])
 
 
 def samples_8bit(image: Image.Image) -> np.ndarray:

@@ -13,8 +13,8 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from data.apng import read_apng
-from data.formats import MAX_PIXELS, identify, orientation_of, rgba_of, source_of
-from data.image import Photo, as_photo
+from data.formats import MAX_PIXELS, identify, orientation_of, source_of
+from data.image import Photo, as_photo, rgba_of
 from data.limit import pillow_allows
 from data.png import HEAD_BYTES, is_png16
 from data.source import Source, note, reading, upright

@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
-from data.formats import SUFFIXES, open_image, orientation_of, samples_8bit
+from data.formats import SUFFIXES, open_image, orientation_of, pixels_of, samples_8bit, widen_key
 from data.png import encode_png
 from data.profile import fits
 from data.source import note, upright
@@ -119,6 +120,16 @@ def bytes_to_read(path: Path) -> int:
     """
     with open_image(path) as source:
         return source.height * source.width * source.pixel_bytes
+
+
+def rgba_of(image: ImageFile) -> np.ndarray:
+    """(H, W, 4) uint8 of an image, or of the frame that is seen. Pillow itself makes white of most 16-bit grey."""
+    if not image.mode.startswith('I;16'):
+        widen_key(image)
+        return pixels_of(image.convert('RGBA'))
+    deep = np.array(image).astype(np.uint16)
+    alpha = np.where(deep == image.info.get('transparency', -1), 0, 255).astype(np.uint8)
+    return np.dstack([*[eight_bits(deep)] * 3, alpha])
 
 
 def from_pillow(image: Image.Image) -> Photo:

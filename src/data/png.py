@@ -24,7 +24,9 @@ CHUNK_BYTES = 2**16  # written at a time, or more
 DEFLATE_RATIO = 1032  # deflate never packs more bytes into one
 # Section 8.1: first row and column, and steps, of the pixels that each pass holds.
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-KEPT, REPLACED = 0, 0  # section 11.3.6.2: the next frame is drawn on this one, which replaces what was there
+# Section 11.3.6.2: what becomes of a frame of an animation before the next one is drawn, and how it is drawn.
+KEPT, CLEARED, RESTORED = range(3)
+REPLACING, OVER = range(2)
 TOO_SHORT = 'the PNG file holds less image data than its header declares'
 ONE_PASS = ((0, 0, 1, 1),)
 FRAMES = (b'IDAT', b'acTL', b'fcTL', b'fdAT')  # chunks with pixels, and what arranges them into an animation
@@ -175,7 +177,7 @@ def encode_apng(
         delay = Fraction(min(duration / 1000, 65535)).limit_denominator(1000)
         delay = delay if delay.numerator < 2**16 else Fraction(round(delay))
         place = number, width, height, 0, 0, delay.numerator, delay.denominator
-        yield chunk(b'fcTL', struct.pack('>IIIIIHHBB', *place, KEPT, REPLACED))
+        yield chunk(b'fcTL', struct.pack('>IIIIIHHBB', *place, KEPT, REPLACING))
         number += 1
         for packed in _packed(_blocks([pixels])):
             if at == 0:
